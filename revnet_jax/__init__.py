@@ -1,0 +1,1 @@
+"""Reversible networks in JAX."""

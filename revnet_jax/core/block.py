@@ -1,0 +1,176 @@
+"""A layer as half-steps: forward, inverse, and rewind (undo and differentiate at once)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from revnet_jax.core import trees
+from revnet_jax.core.couplings import Coupling, additive
+from revnet_jax.core.grid import Grid
+
+Streams = tuple[Any, ...]  # one tree of arrays per stream
+
+
+class Context(NamedTuple):
+    """What a branch sees besides its parameters and the streams.
+
+    shared: side inputs that every layer sees; differentiated, cotangents summed over layers.
+    data: this layer's own slice (PRNG keys, running statistics, rates); not differentiated.
+    """
+
+    shared: Any = None
+    data: Any = None
+
+
+class Layer(Protocol):
+    """What a chain needs to run layers forward."""
+
+    def forward(self, params: Any, x: Streams, context: Context) -> tuple[Streams, Any]:
+        """Streams in, (streams of the same shapes and dtypes, auxiliary outputs) out."""
+        ...
+
+
+class Rewound(NamedTuple):
+    """What `rewind` returns: the layer's input, and the cotangents of everything that went in.
+
+    dparams and dshared hold None for leaves that are not floating point.
+    """
+
+    x: Streams
+    dx: Streams
+    dparams: Any
+    dshared: Any
+
+
+@dataclass(frozen=True)
+class HalfStep:
+    """Updates one stream from others: `u = branch(params, *reads, context)`, then merge.
+
+    branch: a pure function `(params, *streams read, context) -> (u, auxiliary outputs)`. It must
+      give the same bits when evaluated again on the same bits: take randomness from
+      `context.data`. What it returns besides `u` may be any tree; floating-point leaves are
+      differentiated.
+    updates: index of the stream that is updated.
+    reads: indices of the streams the branch sees; never the one that is updated.
+    """
+
+    branch: Callable[..., tuple[Any, Any]]
+    updates: int
+    reads: tuple[int, ...]
+    coupling: Coupling
+
+    def __post_init__(self):
+        if self.updates in self.reads:
+            raise ValueError(
+                f"a half-step updates stream {self.updates} and reads {self.reads}, expected it "
+                "not to read the stream it updates: it could not be evaluated again to undo itself"
+            )
+
+
+@dataclass(frozen=True)
+class Block:
+    """A reversible layer: half-steps in order; `params` is a tuple with a tree for each of them.
+
+    Auxiliary outputs are a tuple likewise. `grid=None` switches exact streams off.
+    """
+
+    half_steps: tuple[HalfStep, ...]
+    grid: Grid | None = Grid()
+
+    def forward(self, params: Any, x: Streams, context: Context) -> tuple[Streams, Any]:
+        """x -> (y, aux). Each branch is evaluated once."""
+        streams, aux = list(x), []
+        for step, step_params in zip(self.half_steps, params, strict=True):
+            u, step_aux = step.branch(step_params, *(streams[i] for i in step.reads), context)
+            streams[step.updates] = step.coupling.merge(streams[step.updates], u, self.grid)
+            aux.append(step_aux)
+        return tuple(streams), tuple(aux)
+
+    def inverse(self, params: Any, y: Streams, context: Context) -> Streams:
+        """y -> x. Each branch is evaluated once; bit for bit while the grid's range holds."""
+        streams = list(y)
+        for step, step_params in reversed(list(zip(self.half_steps, params, strict=True))):
+            u, _ = step.branch(step_params, *(streams[i] for i in step.reads), context)
+            streams[step.updates] = step.coupling.unmerge(streams[step.updates], u, self.grid)
+        return tuple(streams)
+
+    def rewind(self, params: Any, y: Streams, dy: Streams, daux: Any, context: Context) -> Rewound:
+        """(y, dy) -> x and all cotangents, with a single evaluation of each branch.
+
+        The evaluation that differentiates a branch also yields the update that undoes it, so the
+        cost is one recompute and one backward pass: 4/3 of a training step that stores, not 5/3.
+        daux: cotangents of the auxiliary outputs, None at leaves that are not floating point.
+        """
+        streams, dstreams = list(y), list(dy)
+        shared, shared_rest = trees.split(context.shared)
+        dparams, dshared = [], jax.tree.map(jnp.zeros_like, shared)
+        steps = zip(self.half_steps, params, daux, strict=True)
+        for step, step_params, step_daux in reversed(list(steps)):
+            step_params, params_rest = trees.split(step_params)
+
+            def branch(params, reads, shared, step=step, params_rest=params_rest):
+                full_context = context._replace(shared=trees.join(shared, shared_rest))
+                u, aux = step.branch(trees.join(params, params_rest), *reads, full_context)
+                return u, trees.split(aux)[0]
+
+            reads = tuple(streams[i] for i in step.reads)
+            (u, _), pullback = jax.vjp(branch, step_params, reads, shared)
+            i = step.updates
+            streams[i] = step.coupling.unmerge(streams[i], u, self.grid)
+            merge = lambda x, u, step=step: step.coupling.merge(x, u, self.grid)
+            _, pullback_merge = jax.vjp(merge, streams[i], u)
+            dstreams[i], du = pullback_merge(dstreams[i])
+            step_dparams, dreads, step_dshared = pullback((du, step_daux))
+            for j, dread in zip(step.reads, dreads, strict=True):
+                dstreams[j] = trees.add(dstreams[j], dread)
+            dparams.append(step_dparams)
+            dshared = trees.add(dshared, step_dshared)
+        return Rewound(tuple(streams), tuple(dstreams), tuple(reversed(dparams)), dshared)
+
+
+@dataclass(frozen=True)
+class PlainLayer:
+    """A layer that cannot be inverted, for chains under `store` or `remat`.
+
+    apply: `(params, x, context) -> (y, aux)`, with x and y tuples of streams.
+    """
+
+    apply: Callable[[Any, Streams, Context], tuple[Streams, Any]]
+
+    def forward(self, params: Any, x: Streams, context: Context) -> tuple[Streams, Any]:
+        return self.apply(params, x, context)
+
+
+def reversible_block(
+    f: Callable[..., Any],
+    g: Callable[..., Any],
+    *,
+    has_aux: bool = False,
+    coupling: Coupling | None = None,
+    grid: Grid | None = Grid(),
+) -> Block:
+    """The RevNet block on two streams: `y1 = x1 + f(x2)`, `y2 = x2 + g(y1)`.
+
+    Gomez et al. 2017 (arXiv:1707.04585), eq. 6. Parameters are a pair `(f's, g's)`.
+
+    f, g: pure functions `(params, x, context) -> u`, or `-> (u, aux)` where `has_aux`.
+    coupling: how an update enters its stream; additive by default.
+    grid: where streams live; `Grid(bits)` for another resolution, None for free floats.
+    """
+    coupling = additive() if coupling is None else coupling
+
+    def with_aux(branch):
+        return branch if has_aux else lambda *args: (branch(*args), None)
+
+    return Block(
+        (
+            HalfStep(with_aux(f), updates=0, reads=(1,), coupling=coupling),
+            HalfStep(with_aux(g), updates=1, reads=(0,), coupling=coupling),
+        ),
+        grid,
+    )

@@ -1,0 +1,42 @@
+"""Trees in which some leaves can be differentiated (floats) and some cannot (integers, keys)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def dtype_of(leaf: Any) -> Any:
+    """The dtype of an array, a tracer, a ShapeDtypeStruct, a PRNG key or a Python number."""
+    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+
+
+def is_inexact(leaf: Any) -> bool:
+    """Whether a leaf is floating point (or complex), so that it has a cotangent."""
+    return jnp.issubdtype(dtype_of(leaf), jnp.inexact)
+
+
+def split(tree: Any) -> tuple[Any, Any]:
+    """(floating-point leaves, all other leaves): two copies of the tree with None elsewhere."""
+    floats = jax.tree.map(lambda leaf: leaf if is_inexact(leaf) else None, tree)
+    others = jax.tree.map(lambda leaf: None if is_inexact(leaf) else leaf, tree)
+    return floats, others
+
+
+def join(floats: Any, others: Any) -> Any:
+    """The inverse of `split`."""
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, floats, others, is_leaf=lambda leaf: leaf is None
+    )
+
+
+def add(a: Any, b: Any) -> Any:
+    """Leafwise sum of two trees of equal structure."""
+    return jax.tree.map(jnp.add, a, b)
+
+
+def describe(leaf: Any) -> str:
+    """'float32[4,3]', for error messages."""
+    return f"{dtype_of(leaf)}[{','.join(map(str, jnp.shape(leaf)))}]"

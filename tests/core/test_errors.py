@@ -1,0 +1,118 @@
+"""Every misuse is one line that says what was got, what was expected, and what to do."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from revnet_jax.core import Grid, HalfStep, additive, chain, chain_inverse, reversible_block
+
+
+def double(params, x, context):
+    return x * params
+
+
+PARAMS_L = (jnp.ones(3), jnp.ones(3))
+X = (jnp.ones(4), jnp.ones(4))
+BLOCK = reversible_block(double, double)
+
+
+def call(**changes):
+    arguments = {"layer": BLOCK, "params_L": PARAMS_L, "x": X} | changes
+    return chain(**arguments)
+
+
+CASES = {
+    "unknown strategy": ({"backprop": "revers"}, ValueError, "got backprop='revers', expected one"),
+    "streams not a tuple": ({"x": jnp.ones(4)}, TypeError, "expected a tuple of streams"),
+    "integer stream": (
+        {"x": (jnp.ones(4), jnp.ones(4, jnp.int32))},
+        TypeError,
+        r"got a stream int32\[4\], expected floating point",
+    ),
+    "narrow streams on the grid": (
+        {"x": (jnp.ones(4, jnp.bfloat16),) * 2},
+        TypeError,
+        "got a bfloat16 stream, expected float32.*grid=None",
+    ),
+    "a stream too few": ({"x": (jnp.ones(4),)}, ValueError, "got 1 streams, expected the 2"),
+    "parameters of one branch": ({"params_L": PARAMS_L[:1]}, ValueError, "expected a tuple of 2"),
+    "two depths": (
+        {"params_L": (jnp.ones(3), jnp.ones(2))},
+        ValueError,
+        r"got leading axes 3 in params_L\[0\], 2 in params_L\[1\], expected one depth",
+    ),
+    "data of another depth": (
+        {"data_L": jnp.ones(5)},
+        ValueError,
+        "got leading axes 3 in .*, 5 in data_L, expected one depth",
+    ),
+    "parameters not stacked": (
+        {"params_L": (1.0, jnp.ones(3))},
+        ValueError,
+        r"params_L\[0\] is a scalar, expected a leading axis",
+    ),
+    "nothing stacked": ({"params_L": ((), ())}, ValueError, "got leading axes no arrays"),
+    "update of another shape": (
+        {"layer": reversible_block(lambda p, x, c: x[:2] * p, double)},
+        ValueError,
+        r"returned float32\[2\], expected the shape of the stream it updates, float32\[4\]",
+    ),
+    "update of another structure": (
+        {"layer": reversible_block(lambda p, x, c: {"u": x * p}, double)},
+        ValueError,
+        "expected the shape of the stream it updates",
+    ),
+}
+
+
+@pytest.mark.parametrize("backprop", ["store", "reverse"])
+@pytest.mark.parametrize("case", CASES)
+def test_clear_error(case, backprop):
+    changes, error, message = CASES[case]
+    with pytest.raises(error, match=message) as caught:
+        call(**({"backprop": backprop} | changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_layer_that_changes_a_stream():
+    from revnet_jax.core import PlainLayer
+
+    layer = PlainLayer(lambda params, x, context: ((x[0][:2],), None))
+    with pytest.raises(ValueError, match=r"maps stream 0 from float32\[4\] to float32\[2\]"):
+        chain(layer, jnp.ones(3), X[:1], backprop="store")
+
+
+@pytest.mark.parametrize("backprop", ["store", "remat", "reverse"])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+def test_closing_over_something_differentiated(backprop, wrap):
+    def loss(weight):
+        block = reversible_block(lambda p, x, c: x * weight, double)
+        return jnp.sum(chain(block, PARAMS_L, X, backprop=backprop)[0][0])
+
+    with pytest.raises(ValueError, match=r"closes over traced values \(float32\[\]\).*`shared`"):
+        jax.grad(wrap(loss))(2.0)
+
+
+def test_closing_over_constants_is_fine():
+    mask = jnp.asarray([1.0, 0.0, 1.0, 0.0])
+    block = reversible_block(lambda p, x, c: x * mask * p, double)
+    loss = jax.jit(lambda params_L: jnp.sum(chain(block, params_L, X)[0][0]))
+    assert jnp.all(jax.grad(loss)(PARAMS_L)[0] != 0)
+
+
+def test_a_half_step_cannot_read_what_it_updates():
+    with pytest.raises(ValueError, match="updates stream 1 and reads"):
+        HalfStep(double, updates=1, reads=(0, 1), coupling=additive())
+
+
+def test_inverse_checks_its_arguments_too():
+    with pytest.raises(ValueError, match="got 1 streams, expected the 2"):
+        chain_inverse(BLOCK, PARAMS_L, X[:1])
+
+
+def test_free_streams_may_be_narrow():
+    block = reversible_block(double, double, grid=None)
+    params_L = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), PARAMS_L)
+    y, _ = chain(block, params_L, (jnp.ones(4, jnp.float16),) * 2)
+    assert y[0].dtype == jnp.float16
+    assert Grid(8).limit(jnp.float32) == 2.0**16

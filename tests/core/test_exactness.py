@@ -1,0 +1,83 @@
+"""bfloat16 branches, 50 convolutional layers: bit-exact on the grid, and useless without it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from revnet_jax.core import Exactness, Grid, chain, chain_inverse, reversible_block
+from tests.core import toy
+
+DEPTH, CHANNELS, BATCH, SIZE = 50, 16, 8, 8
+
+
+def convolve(x, kernel):
+    """3x3, SAME, as nine shifted products: what a test can afford to compile and run on CPU."""
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    shifted = [padded[:, i : i + SIZE, j : j + SIZE] for i in range(3) for j in range(3)]
+    return jnp.concatenate(shifted, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def branch(params, x, context):
+    """Batch normalisation, ReLU, convolution; computed in bfloat16."""
+    x = x.astype(jnp.bfloat16)
+    mean = jnp.mean(x, (0, 1, 2), dtype=jnp.float32, keepdims=True)
+    centred = x.astype(jnp.float32) - mean
+    variance = jnp.mean(centred**2, (0, 1, 2), keepdims=True)
+    scale = params["scale"].reshape(1, 1, 1, -1)
+    normal = (centred * jax.lax.rsqrt(variance + 1e-3) * scale).astype(jnp.bfloat16)
+    return convolve(jax.nn.relu(normal), params["kernel"].astype(jnp.bfloat16)), mean
+
+
+def arguments():
+    keys = jax.random.split(jax.random.key(0), 4)
+    shape = (DEPTH, 3, 3, CHANNELS, CHANNELS)
+    fan_in = 9 * CHANNELS
+    params_L = tuple(
+        {
+            "kernel": jax.random.normal(key, shape) * (2 / fan_in) ** 0.5,
+            "scale": jnp.ones((DEPTH, CHANNELS)),
+        }
+        for key in keys[:2]
+    )
+    return params_L, tuple(jax.random.normal(k, (BATCH, SIZE, SIZE, CHANNELS)) for k in keys[2:])
+
+
+@functools.cache
+def gradient(backprop, grid):
+    block = reversible_block(branch, branch, has_aux=True, grid=grid)
+
+    def loss(params_L, x, probe):
+        y, means_L = chain(block, params_L, x, backprop=backprop, probe=probe)
+        outputs = jnp.mean(jnp.sin(y[0])) + jnp.mean(y[1] ** 2)
+        return outputs + jnp.mean(means_L[0] ** 2)
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*arguments(), Exactness.probe())
+
+
+def test_exact_on_the_grid():
+    *grads, exactness = gradient("reverse", Grid())
+    *true_grads, _ = gradient("store", Grid())
+    assert exactness.mismatches == 0
+    assert exactness.max_difference == 0
+    assert toy.relative_error(grads, true_grads) < 1e-6
+
+
+def test_the_inverse_is_bit_identical():
+    params_L, x = arguments()
+    block = reversible_block(branch, branch, has_aux=True)
+    y, _ = jax.jit(lambda x: chain(block, params_L, x))(x)
+    rebuilt = jax.jit(lambda y: chain_inverse(block, params_L, y))(y)
+    for got, expected in zip(rebuilt, block.grid.snap(x), strict=True):
+        np.testing.assert_array_equal(
+            np.asarray(got).view(np.uint32), np.asarray(expected).view(np.uint32)
+        )
+
+
+def test_wrong_without_the_grid_and_the_check_says_so():
+    *grads, exactness = gradient("reverse", None)
+    *true_grads, _ = gradient("store", None)
+    assert toy.relative_error(grads, true_grads) > 0.01
+    assert exactness.mismatches > 0.9 * 2 * BATCH * SIZE * SIZE * CHANNELS
+    assert exactness.max_difference > 0.01

@@ -1,0 +1,73 @@
+"""What is claimed of memory and arithmetic, read off the compiled program."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from revnet_jax.core import Exactness, Grid, chain, reversible_block
+
+WIDTH, ROWS = 32, 128
+
+
+def branch(params, x, context):
+    return jnp.tanh(x @ params)
+
+
+def compiled_gradient(backprop, depth, *, probe=False, grid=Grid()):
+    block = reversible_block(branch, branch, grid=grid)
+
+    def loss(params_L, x, probe):
+        y, _ = chain(block, params_L, x, backprop=backprop, probe=probe)
+        return jnp.sum(y[0] * y[1])
+
+    params_L = (jax.ShapeDtypeStruct((depth, WIDTH, WIDTH), jnp.float32),) * 2
+    x = (jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32),) * 2
+    probe = jax.eval_shape(Exactness.probe) if probe else None
+    argnums = (0, 2) if probe is not None else 0
+    return jax.jit(jax.grad(loss, argnums=argnums)).lower(params_L, x, probe).compile()
+
+
+def temporary_bytes(*args, **kwargs):
+    """Weights are arguments and their gradients outputs; neither counts."""
+    return compiled_gradient(*args, **kwargs).memory_analysis().temp_size_in_bytes
+
+
+def test_memory_of_reverse_does_not_depend_on_depth():
+    shallow, deep = temporary_bytes("reverse", 4), temporary_bytes("reverse", 64)
+    assert abs(deep - shallow) <= 0.01 * shallow
+
+
+def test_memory_of_store_and_remat_is_linear_in_depth():
+    """remat keeps two streams a layer; store also keeps what each branch computed."""
+    stream_bytes = ROWS * WIDTH * 4
+    for backprop, least_streams in (("store", 4), ("remat", 2)):
+        few, some, many = (temporary_bytes(backprop, depth) for depth in (4, 34, 64))
+        assert many - some == pytest.approx(some - few, rel=0.01)
+        per_layer = (many - few) / 60
+        assert per_layer >= least_streams * stream_bytes
+        if backprop == "remat":
+            assert per_layer == pytest.approx(2 * stream_bytes, rel=0.01)
+
+
+def test_the_exactness_check_keeps_one_chain_input():
+    """Both streams at the input, whatever the depth; here the input is an argument already."""
+    for depth in (4, 64):
+        extra = temporary_bytes("reverse", depth, probe=True) - temporary_bytes("reverse", depth)
+        assert extra <= 2 * ROWS * WIDTH * 4 + 1024
+
+
+@pytest.mark.parametrize(("backprop", "products_per_layer"), [("store", 3), ("reverse", 4)])
+def test_each_branch_is_evaluated_once_in_the_backward_loop(backprop, products_per_layer):
+    """Per product of f: one forward, two backward, and one to recompute and undo together."""
+    text = compiled_gradient(backprop, 8).as_text()
+    # On CPU a product is a `dot` or, where a library takes it over, a custom call.
+    products = re.findall(r"= f32\[[\d,]*\]\S* (?:dot|custom-call)\(", text)
+    assert len(products) == products_per_layer * 2
+
+
+def test_no_loop_is_unrolled_and_nothing_is_compiled_per_layer():
+    few, many = (compiled_gradient("reverse", depth).as_text() for depth in (4, 64))
+    assert few.count("\n") == many.count("\n")
+    assert len(re.findall(r" while\(", many)) == 2

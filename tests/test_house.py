@@ -1,0 +1,55 @@
+"""Imports go one way: core <- models <- training <- scripts; data stands beside them."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import revnet_jax
+
+PACKAGE = pathlib.Path(revnet_jax.__file__).parent
+FORBIDDEN = {
+    "core": {"flax", "optax", "orbax", "absl", "ml_collections", "grain", "numpy", "PIL"},
+    "data": {"jax", "flax", "optax", "orbax", "absl", "ml_collections"},
+    "models": {"optax", "orbax", "absl", "ml_collections", "grain"},
+    "training": set(),
+}
+MAY_IMPORT = {
+    "core": {"core"},
+    "data": {"data"},
+    "models": {"core", "models"},
+    "training": {"core", "models", "data", "training", "config"},
+}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("house", MAY_IMPORT)
+def test_imports_go_one_way(house):
+    for path in (PACKAGE / house).rglob("*.py"):
+        for name in imports(path):
+            top, *rest = name.split(".")
+            assert top not in FORBIDDEN[house], f"{path} imports {name}"
+            if top == "revnet_jax" and rest:
+                assert rest[0] in MAY_IMPORT[house], f"{path} imports {name}"
+            assert top not in {"scripts", "configs", "tests"}, f"{path} imports {name}"
+
+
+def test_core_loads_nothing_but_jax():
+    code = (
+        "import sys, revnet_jax.core\n"
+        "loaded = {m.split('.')[0] for m in sys.modules}\n"
+        "print(*sorted(loaded & {'flax', 'absl', 'optax', 'orbax', 'ml_collections', 'grain'}))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == ""
