@@ -1,0 +1,142 @@
+"""One image file at a time: is it complete, which box to crop, and its pixels."""
+
+import math
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from PIL import Image
+
+from revnet_jax.data.dataset import DataError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+
+# left, top, right, bottom, in pixels of the stored image; fractions are allowed
+Box = tuple[float, float, float, float]
+
+# The last bytes of a complete file: JPEG's end-of-image marker; PNG's last chunk and its checksum.
+_TAILS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xae\x42\x60\x82"}
+
+# A random crop tries ten boxes, each of two numbers (area, aspect ratio), and two place it.
+_CROP_ATTEMPTS = 10
+NUM_CROP_UNIFORMS = 2 * _CROP_ATTEMPTS + 2
+_MIN_ASPECT, _MAX_ASPECT = 3 / 4, 4 / 3
+
+_CHECK_THREADS = 8  # they mostly wait for the disk
+
+
+def random_crop_box(width: int, height: int, uniforms_U: np.ndarray, min_crop_area: float) -> Box:
+    """The crop of Inception (Szegedy et al., 2014, section 6), from 22 uniform numbers.
+
+    The area is uniform in [min_crop_area, 1] of the image and the logarithm of the aspect ratio
+    uniform between those of 3/4 and 4/3. The first of ten such boxes that fits is taken; where
+    none fits, the largest centred box with an allowed aspect ratio.
+    """
+    *shapes, u_left, u_top = uniforms_U.tolist()
+    for u_area, u_aspect in zip(shapes[::2], shapes[1::2], strict=True):
+        area = width * height * (min_crop_area + (1 - min_crop_area) * u_area)
+        aspect = math.exp(math.log(_MIN_ASPECT) + u_aspect * math.log(_MAX_ASPECT / _MIN_ASPECT))
+        box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            left = math.floor(u_left * (width - box_width + 1))
+            top = math.floor(u_top * (height - box_height + 1))
+            return left, top, left + box_width, top + box_height
+    box_width = min(width, max(1, round(height * _MAX_ASPECT)))
+    box_height = min(height, max(1, round(width / _MIN_ASPECT)))
+    left, top = (width - box_width) // 2, (height - box_height) // 2
+    return left, top, left + box_width, top + box_height
+
+
+def centre_crop_box(width: int, height: int, image_size: int) -> Box:
+    """The box that a centre crop keeps once the shorter side is round(image_size * 256 / 224)."""
+    side = min(width, height) * image_size / round(image_size * 256 / 224)
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+def read_image(path: str, choose_box: Callable[[int, int], Box], image_size: int) -> np.ndarray:
+    """Returns the box of the image, resized (bilinear, antialiased) to uint8 [S, S, 3].
+
+    Args:
+      path: the file.
+      choose_box: maps (width, height) of the stored image to the box to keep.
+      image_size: S, in pixels.
+
+    Raises:
+      DataError: the file cannot be decoded, or has more than 8 bits a channel.
+    """
+    try:
+        with Image.open(path) as image:
+            _check_depth(image)
+            width, height = image.size
+            left, top, right, bottom = choose_box(width, height)
+            # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size at a fraction of the cost: ask
+            # for the smallest whose box still has image_size pixels.
+            shrink = min(right - left, bottom - top) / image_size
+            target_size = (math.ceil(width / shrink), math.ceil(height / shrink))
+            drafted = image.draft("RGB", target_size) if shrink > 1 else None
+            scale = drafted[1][2] / width if drafted else 1  # of the decoded over the stored image
+            rgb = image if image.mode == "RGB" else image.convert("RGB")
+            resized = rgb.resize(
+                (image_size, image_size),
+                Image.Resampling.BILINEAR,
+                box=(left * scale, top * scale, right * scale, bottom * scale),
+            )
+            return np.asarray(resized)
+    except Exception as error:  # Pillow's decoders raise many types
+        raise _unreadable(path, error) from error
+
+
+def check_image_files(paths: Iterable[str]) -> None:
+    """Checks that each file is an image and complete, without decoding the usual ones.
+
+    Raises:
+      DataError: names the first file (in the order given) that cannot be used.
+    """
+    with ThreadPoolExecutor(_CHECK_THREADS) as executor:
+        # A chunk a task: one future for every file of ImageNet would weigh more than the checks.
+        paths = list(paths)
+        chunks = [paths[start : start + 256] for start in range(0, len(paths), 256)]
+        try:
+            for _ in executor.map(_check_chunk, chunks):
+                pass
+        except DataError:
+            executor.shutdown(cancel_futures=True)
+            raise
+
+
+def _check_chunk(paths: list[str]) -> None:
+    for path in paths:
+        _check_image_file(path)
+
+
+def _check_image_file(path: str) -> None:
+    try:
+        with open(path, "rb") as file, Image.open(file) as image:
+            _check_depth(image)
+            tail = _TAILS.get(image.format or "")
+            if tail is not None:
+                file.seek(-min(len(tail), os.fstat(file.fileno()).st_size), os.SEEK_END)
+                if file.read() == tail:
+                    return
+        # No mark to look for, or bytes after it, which many sound files have: decode to decide.
+        # Opened anew because Pillow reads on from where the file stands.
+        with Image.open(path) as image:
+            image.load()
+    except Exception as error:
+        raise _unreadable(path, error) from error
+
+
+def _check_depth(image: Image.Image) -> None:
+    # Pillow clips such pixels to 255 when it converts them, which leaves white images.
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"more than 8 bits a channel (Pillow mode {image.mode})")
+
+
+def _unreadable(path: str, error: Exception) -> DataError:
+    return DataError(
+        f"{path}: got a file of {os.path.getsize(path) if os.path.exists(path) else 0} bytes that "
+        f"cannot be read as an image ({type(error).__name__}: {error}); expected a complete 8-bit "
+        "image; replace or remove it"
+    )

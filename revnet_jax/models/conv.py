@@ -1,0 +1,156 @@
+"""A 2-D convolution that trains at a usable speed on CPU, and is XLA's own elsewhere."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# One chunk's columns in the CPU form: small enough to stay in a core's caches, large enough for its
+# matrix product to be worth starting. From 1 to 4 MiB the measured times hardly differ.
+_COLUMN_BYTES = 2 << 20
+
+
+def conv(x_BHWC: jax.Array, kernel: jax.Array, *, stride: int = 1) -> jax.Array:
+    """2-D convolution with "SAME" padding and no bias, as `lax.conv_general_dilated` defines it.
+
+    Args:
+      x_BHWC: images [B, H, W, Cin], float32, bfloat16 or float64.
+      kernel: [kh, kw, Cin, Cout], of the same dtype.
+      stride: step along both H and W.
+
+    Returns:
+      y_BHWC, [B, ceil(H / stride), ceil(W / stride), Cout], in the dtype of `x_BHWC`; products are
+      summed in at least float32 and rounded once.
+
+    Cost: reverse mode keeps exactly `x_BHWC` and `kernel`, and its gradient is two convolutions'
+    worth of arithmetic. GPU and TPU programs get `lax.conv_general_dilated`. On CPU XLA runs the
+    gradient of that 5 to 30 times slower than its arithmetic warrants, so there convolution is
+    matrix products over columns (each output pixel's window, laid out flat), for as many images at
+    a time as fit 2 MiB: about 4 MiB of temporaries in the gradient whatever the batch (or twice one
+    image's columns, where that is more), for kernels larger than 1x1. Forward-mode differentiation
+    is not defined.
+
+    Raises:
+      ValueError: for operands that do not fit together, at trace time.
+    """
+    if x_BHWC.ndim != 4 or kernel.ndim != 4 or x_BHWC.shape[3] != kernel.shape[2]:
+        raise ValueError(
+            f"conv got x {x_BHWC.shape} and kernel {kernel.shape}; expected [B, H, W, Cin] and "
+            "[kh, kw, Cin, Cout] with the same Cin: check the layout (channels come last in x)."
+        )
+    if x_BHWC.dtype != kernel.dtype or not jnp.issubdtype(x_BHWC.dtype, jnp.floating):
+        raise ValueError(
+            f"conv got x of {x_BHWC.dtype} and kernel of {kernel.dtype}; expected one floating "
+            "dtype for both: cast one of them, so that the precision is your choice."
+        )
+    if stride < 1:
+        raise ValueError(f"conv got stride {stride}; expected an integer of at least 1.")
+    return _conv(stride, x_BHWC, kernel)
+
+
+# The rule is written by hand because differentiating `platform_dependent`, a conditional, would
+# keep the residuals of every platform's branch, the CPU's columns (kh * kw times the input) among
+# them. The platform is chosen when a program is lowered: a CPU process also compiles for TPUs.
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _conv(stride, x_BHWC, kernel):
+    return lax.platform_dependent(
+        x_BHWC,
+        kernel,
+        cpu=partial(_columns_conv, stride),
+        default=partial(_xla_conv, stride),
+    )
+
+
+def _conv_fwd(stride, x_BHWC, kernel):
+    return _conv(stride, x_BHWC, kernel), (x_BHWC, kernel)
+
+
+def _conv_bwd(stride, residuals, dy_BHWC):
+    return lax.platform_dependent(
+        *residuals,
+        dy_BHWC,
+        cpu=partial(_columns_grad, stride),
+        default=lambda x, kernel, dy: jax.vjp(partial(_xla_conv, stride), x, kernel)[1](dy),
+    )
+
+
+_conv.defvjp(_conv_fwd, _conv_bwd)
+
+
+def _xla_conv(stride, x_BHWC, kernel):
+    # bfloat16 needs no preferred_element_type: cuDNN and the TPU's matrix unit sum its products in
+    # float32 and round the result, and JAX cannot transpose a convolution of mixed dtypes.
+    dims = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(
+        x_BHWC, kernel, (stride, stride), "SAME", dimension_numbers=dims
+    )
+
+
+def _columns_conv(stride, x_BHWC, kernel):
+    x_mnHWC = _chunked(x_BHWC, kernel, stride)
+    kernel_acc = kernel.astype(_sum_dtype(kernel))
+
+    def chunk_conv(i):
+        x = lax.dynamic_index_in_dim(x_mnHWC, i, axis=1, keepdims=False).astype(kernel_acc.dtype)
+        return _columns_dot(stride, x, kernel_acc).astype(x_BHWC.dtype)
+
+    out = jax.eval_shape(chunk_conv, 0)
+    y_mnHWC = jnp.zeros((out.shape[0], x_mnHWC.shape[1], *out.shape[1:]), out.dtype)
+    y_mnHWC = lax.fori_loop(
+        0,
+        x_mnHWC.shape[1],
+        lambda i, y: lax.dynamic_update_index_in_dim(y, chunk_conv(i), i, axis=1),
+        y_mnHWC,
+    )
+    return y_mnHWC.reshape(-1, *out.shape[1:])
+
+
+def _columns_grad(stride, x_BHWC, kernel, dy_BHWC):
+    x_mnHWC = _chunked(x_BHWC, kernel, stride)
+    dy_mnHWC = dy_BHWC.reshape(*x_mnHWC.shape[:2], *dy_BHWC.shape[1:])
+    kernel_acc = kernel.astype(_sum_dtype(kernel))
+
+    def add_chunk(i, grads):
+        dx_mnHWC, dkernel = grads
+        x, dy = (
+            lax.dynamic_index_in_dim(a, i, axis=1, keepdims=False).astype(kernel_acc.dtype)
+            for a in (x_mnHWC, dy_mnHWC)
+        )
+        dx, dk = jax.vjp(partial(_columns_dot, stride), x, kernel_acc)[1](dy)
+        dx = dx.astype(x_BHWC.dtype)
+        return lax.dynamic_update_index_in_dim(dx_mnHWC, dx, i, axis=1), dkernel + dk
+
+    zeros = jnp.zeros_like(x_mnHWC), jnp.zeros_like(kernel_acc)
+    dx_mnHWC, dkernel = lax.fori_loop(0, x_mnHWC.shape[1], add_chunk, zeros)
+    return dx_mnHWC.reshape(x_BHWC.shape), dkernel.astype(kernel.dtype)
+
+
+def _columns_dot(stride, x_BHWC, kernel):
+    """The convolution of one chunk as one matrix product; its transpose is two."""
+    B, H, W, C = x_BHWC.shape
+    kh, kw, _, Cout = kernel.shape
+    (top, bottom), (left, right) = lax.padtype_to_pads((H, W), (kh, kw), (stride, stride), "SAME")
+    x_BHWC = jnp.pad(x_BHWC, ((0, 0), (top, bottom), (left, right), (0, 0)))
+    h_span, w_span = ((-(-size // stride) - 1) * stride + 1 for size in (H, W))
+    windows = [
+        lax.slice(x_BHWC, (0, i, j, 0), (B, i + h_span, j + w_span, C), (1, stride, stride, 1))
+        for i in range(kh)
+        for j in range(kw)
+    ]
+    return jnp.concatenate(windows, axis=-1) @ kernel.reshape(-1, Cout)
+
+
+def _chunked(x_BHWC, kernel, stride):
+    """x as [m images, n chunks, H, W, C]. Images come first, so that a batch sharded over devices
+    stays sharded within each chunk."""
+    B, H, W, C = x_BHWC.shape
+    taps = kernel.shape[0] * kernel.shape[1]
+    image_bytes = -(-H // stride) * -(-W // stride) * taps * C * _sum_dtype(kernel).itemsize
+    most = B if taps == 1 else max(1, _COLUMN_BYTES // image_bytes)
+    m = max(m for m in range(1, min(B, most) + 1) if B % m == 0)
+    return x_BHWC.reshape(m, B // m, H, W, C)
+
+
+def _sum_dtype(x):
+    return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)

@@ -1,0 +1,241 @@
+"""What a run tells: `metrics.jsonl`, TensorBoard events, a progress line, and the memory it took.
+
+`metrics.jsonl` holds deterministic values only, one JSON object per row, so that the file of a run
+killed and resumed equals, byte for byte, that of a run left alone. Timings go to TensorBoard and to
+the progress line.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+
+Scalar = Any  # a Python, numpy or jax number without axes
+
+
+class MetricsWriter:
+    """Appends rows to `workdir/metrics.jsonl` and to `workdir/tensorboard`. For process 0 alone.
+
+    A row is `{"step": int, name: number, ...}`, one per call of `write`, written in one piece: a
+    SIGKILL loses at most the row being written. Floats are written so that they read back exactly;
+    a value that is not finite is the string "nan", "inf" or "-inf", which `float` reads.
+
+    TensorBoard gets one event file per (re)start; its last seconds may be lost by a SIGKILL.
+
+    Args:
+      workdir: a local directory, created if missing.
+      resume_step: the step of the restored checkpoint: rows up to it are kept, later and incomplete
+        ones removed. None starts afresh.
+      tensorboard: whether to write events too.
+    """
+
+    def __init__(
+        self, workdir: str | os.PathLike[str], *, resume_step: int | None, tensorboard: bool = True
+    ):
+        self.path = Path(workdir) / "metrics.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _trim(self.path, resume_step)
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - close() closes it
+        self._events: Any = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter  # late: evaluation and notebooks do without
+
+            purge_step = None if resume_step is None else resume_step + 1
+            # Event files are named by the second: two starts within one would share a file.
+            suffix = f".{os.getpid()}.{time.time_ns()}"
+            self._events = SummaryWriter(
+                str(self.path.parent / "tensorboard"),
+                purge_step=purge_step,
+                flush_secs=5,
+                filename_suffix=suffix,
+            )
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def write(
+        self,
+        step: int,
+        values: Mapping[str, Scalar],
+        *,
+        timings: Mapping[str, Scalar] | None = None,
+    ) -> None:
+        """Writes one row. `timings`, which differ from run to run, go to TensorBoard alone."""
+        numbers = {name: _python_number(value) for name, value in values.items()}
+        row = {"step": int(step), **{name: _json_value(x) for name, x in numbers.items()}}
+        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+        if self._events is not None:
+            for name, value in {**numbers, **(timings or {})}.items():
+                self._events.add_scalar(name, float(value), int(step))
+
+    def close(self) -> None:
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def _python_number(value: Scalar) -> int | float:
+    number = np.asarray(value).item()  # float32 to float is exact
+    return number if isinstance(number, int | float) else float(number)
+
+
+def _json_value(number: int | float) -> int | float | str:
+    return number if math.isfinite(number) else str(number)
+
+
+def _trim(path: Path, resume_step: int | None) -> None:
+    """Keeps complete rows up to `resume_step`, atomically; the bytes of kept rows do not change."""
+    old = path.read_bytes() if path.exists() else b""
+    kept = b""
+    if resume_step is not None:
+        lines = old.splitlines(keepends=True)
+        kept = b"".join(line for line in lines if _step_of(line) <= resume_step)
+    if kept != old:
+        partial = path.with_name(path.name + ".tmp")
+        partial.write_bytes(kept)
+        os.replace(partial, path)
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a row; infinity for a line that is no complete row."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+class DelayedFetch:
+    """Holds the metrics of a step on the device until a later step was dispatched.
+
+    Reading a step's loss at once makes the host wait, and then the device wait for the host::
+
+        state, metrics = train_step(state, batch)        # returns before it is computed
+        for step_logged, values in fetch.exchange(step, metrics if step % 50 == 0 else None):
+            writer.write(step_logged, values)
+
+    Call `flush` before a checkpoint is saved (else a run killed right after loses the row for good)
+    and at the end.
+    """
+
+    def __init__(self) -> None:
+        self._held: tuple[int, Mapping[str, jax.Array]] | None = None
+
+    def exchange(
+        self, step: int, metrics: Mapping[str, jax.Array] | None = None
+    ) -> list[tuple[int, dict[str, float]]]:
+        """Call once after each dispatched step: holds its metrics, hands out those held before."""
+        before = self.flush()
+        if metrics is not None:
+            for value in metrics.values():
+                value.copy_to_host_async()
+            self._held = (step, metrics)
+        return before
+
+    def flush(self) -> list[tuple[int, dict[str, float]]]:
+        """Hands out what is held, as Python numbers; waits for the device. Empty if nothing is."""
+        held, self._held = self._held, None
+        if held is None:
+            return []
+        step, metrics = held
+        return [(step, {name: _python_number(value) for name, value in metrics.items()})]
+
+
+class Progress:
+    """One line on stderr: step, loss, learning rate, examples per second, time left, memory.
+
+    Rewritten in place on a terminal; elsewhere plain lines, at most one every `every_seconds`, and
+    the last. Speed is measured between calls of `update`, so the first one, which ends with
+    compilation, has none.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        examples_per_step: int,
+        every_seconds: float | None = None,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.total_steps, self.examples_per_step = total_steps, examples_per_step
+        self._stream, self._clock = stream or sys.stderr, clock
+        self._in_place = self._stream.isatty()
+        default_seconds = 0.2 if self._in_place else 5.0
+        self._every_seconds = default_seconds if every_seconds is None else every_seconds
+        self._first: tuple[int, float] | None = None  # (step, seconds) of the first update
+        self._previous: tuple[int, float] | None = None
+        self._shown_at, self._unshown, self._width = -math.inf, "", 0
+
+    def update(self, step: int, *, loss: float, learning_rate: float) -> float | None:
+        """Takes the figures of `step`; returns examples per second since the last call, or None."""
+        now = self._clock()
+        rate = None
+        if self._previous is not None and now > self._previous[1] and step > self._previous[0]:
+            rate = (step - self._previous[0]) * self.examples_per_step / (now - self._previous[1])
+        self._first = self._first or (step, now)
+        self._previous = (step, now)
+        self._unshown = self._line(step, now, loss, learning_rate, rate)
+        if now - self._shown_at >= self._every_seconds:
+            self._show(now)
+        return rate
+
+    def close(self) -> None:
+        """Shows the last line, if it was not, and ends it."""
+        if self._unshown:
+            self._show(self._clock())
+        if self._in_place and self._width:
+            self._stream.write("\n")
+            self._width = 0
+
+    def _line(
+        self, step: int, now: float, loss: float, learning_rate: float, rate: float | None
+    ) -> str:
+        parts = [f"step {step}/{self.total_steps}", f"loss {loss:.4f}", f"lr {learning_rate:.3g}"]
+        if rate is not None:
+            parts.append(f"{rate:,.0f} examples/s")
+        first_step, first_time = self._first or (step, now)
+        if step > first_step:
+            seconds = (now - first_time) / (step - first_step) * (self.total_steps - step)
+            parts.append(f"{_duration(seconds)} left")
+        return "  ".join([*parts, _memory()])
+
+    def _show(self, now: float) -> None:
+        line = self._unshown
+        text = f"\r{line.ljust(self._width)}" if self._in_place else f"{line}\n"
+        self._stream.write(text)
+        self._stream.flush()
+        self._shown_at, self._unshown, self._width = now, "", len(line)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _memory() -> str:
+    device_bytes = peak_memory_bytes()
+    if device_bytes is not None:
+        return f"device {device_bytes / 2**30:.2f} GiB"
+    unit = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts
+    return f"RSS {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB"
+
+
+def peak_memory_bytes() -> int | None:
+    """The most memory any local device has had in use; None where the backend cannot tell (CPU)."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
+    return max(peaks) if peaks else None
