@@ -18,9 +18,9 @@ FORBIDDEN = {
 }
 MAY_IMPORT = {
     "core": {"core"},
-    "data": {"data"},
+    "data": {"data", "errors"},
     "models": {"core", "models"},
-    "training": {"core", "models", "data", "training", "config"},
+    "training": {"core", "models", "data", "training", "config", "errors"},
 }
 
 

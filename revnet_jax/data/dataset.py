@@ -6,8 +6,10 @@ from typing import Protocol
 
 import numpy as np
 
+from revnet_jax.errors import UserError
 
-class DataError(ValueError):
+
+class DataError(UserError, ValueError):
     """Data on disk that cannot be used. The message is one line that names the folder or file."""
 
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# One chunk's columns in the CPU form: small enough to stay in a core's caches, large enough for its
-# matrix product to be worth starting. From 1 to 4 MiB the measured times hardly differ.
+# One chunk's columns in the CPU form: small enough to stay in the caches, large enough to be worth
+# starting a matrix product for. Measured times hardly differ from 1 to 4 MiB.
 _COLUMN_BYTES = 2 << 20
 
 
@@ -23,13 +23,12 @@ def conv(x_BHWC: jax.Array, kernel: jax.Array, *, stride: int = 1) -> jax.Array:
       y_BHWC, [B, ceil(H / stride), ceil(W / stride), Cout], in the dtype of `x_BHWC`; products are
       summed in at least float32 and rounded once.
 
-    Cost: reverse mode keeps exactly `x_BHWC` and `kernel`, and its gradient is two convolutions'
-    worth of arithmetic. GPU and TPU programs get `lax.conv_general_dilated`. On CPU XLA runs the
-    gradient of that 5 to 30 times slower than its arithmetic warrants, so there convolution is
-    matrix products over columns (each output pixel's window, laid out flat), for as many images at
-    a time as fit 2 MiB: about 4 MiB of temporaries in the gradient whatever the batch (or twice one
-    image's columns, where that is more), for kernels larger than 1x1. Forward-mode differentiation
-    is not defined.
+    Cost: reverse mode keeps exactly `x_BHWC` and `kernel`; the gradient is two convolutions' worth
+    of arithmetic. GPU and TPU programs get `lax.conv_general_dilated`. XLA on CPU runs the gradient
+    of that 5 to 30 times slower than need be, so there a convolution is a matrix product over
+    columns (each output pixel's window, laid out flat), a few images at a time, as many as fit in
+    2 MiB. Temporaries of the gradient are then three times that, or three images' columns where
+    one alone is larger, whatever the batch; bfloat16 adds a float32 copy of the result.
 
     Raises:
       ValueError: for operands that do not fit together, at trace time.
@@ -87,23 +86,20 @@ def _xla_conv(stride, x_BHWC, kernel):
     )
 
 
+# Both loops below carry their results in the dtype of the sums and round once, after: XLA on CPU
+# updates a bfloat16 array in place by converting all of it to float32 and back, every time.
 def _columns_conv(stride, x_BHWC, kernel):
     x_mnHWC = _chunked(x_BHWC, kernel, stride)
+    m, n = x_mnHWC.shape[:2]
     kernel_acc = kernel.astype(_sum_dtype(kernel))
 
-    def chunk_conv(i):
-        x = lax.dynamic_index_in_dim(x_mnHWC, i, axis=1, keepdims=False).astype(kernel_acc.dtype)
-        return _columns_dot(stride, x, kernel_acc).astype(x_BHWC.dtype)
+    def put_chunk(i, y_mnHWC):
+        y = _columns_dot(stride, _chunk(x_mnHWC, i), kernel_acc)
+        return lax.dynamic_update_index_in_dim(y_mnHWC, y, i, axis=1)
 
-    out = jax.eval_shape(chunk_conv, 0)
-    y_mnHWC = jnp.zeros((out.shape[0], x_mnHWC.shape[1], *out.shape[1:]), out.dtype)
-    y_mnHWC = lax.fori_loop(
-        0,
-        x_mnHWC.shape[1],
-        lambda i, y: lax.dynamic_update_index_in_dim(y, chunk_conv(i), i, axis=1),
-        y_mnHWC,
-    )
-    return y_mnHWC.reshape(-1, *out.shape[1:])
+    y_HWC = (*(-(-size // stride) for size in x_BHWC.shape[1:3]), kernel.shape[3])
+    y_mnHWC = lax.fori_loop(0, n, put_chunk, jnp.zeros((m, n, *y_HWC), kernel_acc.dtype))
+    return y_mnHWC.reshape(-1, *y_HWC).astype(x_BHWC.dtype)
 
 
 def _columns_grad(stride, x_BHWC, kernel, dy_BHWC):
@@ -111,23 +107,20 @@ def _columns_grad(stride, x_BHWC, kernel, dy_BHWC):
     dy_mnHWC = dy_BHWC.reshape(*x_mnHWC.shape[:2], *dy_BHWC.shape[1:])
     kernel_acc = kernel.astype(_sum_dtype(kernel))
 
-    def add_chunk(i, grads):
+    def put_chunk(i, grads):
         dx_mnHWC, dkernel = grads
-        x, dy = (
-            lax.dynamic_index_in_dim(a, i, axis=1, keepdims=False).astype(kernel_acc.dtype)
-            for a in (x_mnHWC, dy_mnHWC)
-        )
-        dx, dk = jax.vjp(partial(_columns_dot, stride), x, kernel_acc)[1](dy)
-        dx = dx.astype(x_BHWC.dtype)
-        return lax.dynamic_update_index_in_dim(dx_mnHWC, dx, i, axis=1), dkernel + dk
+        _, pull = jax.vjp(partial(_columns_dot, stride), _chunk(x_mnHWC, i), kernel_acc)
+        dx, dkernel_chunk = pull(_chunk(dy_mnHWC, i))
+        dx_mnHWC = lax.dynamic_update_index_in_dim(dx_mnHWC, dx, i, axis=1)
+        return dx_mnHWC, dkernel + dkernel_chunk
 
-    zeros = jnp.zeros_like(x_mnHWC), jnp.zeros_like(kernel_acc)
-    dx_mnHWC, dkernel = lax.fori_loop(0, x_mnHWC.shape[1], add_chunk, zeros)
-    return dx_mnHWC.reshape(x_BHWC.shape), dkernel.astype(kernel.dtype)
+    zeros = jnp.zeros(x_mnHWC.shape, kernel_acc.dtype), jnp.zeros_like(kernel_acc)
+    dx_mnHWC, dkernel = lax.fori_loop(0, x_mnHWC.shape[1], put_chunk, zeros)
+    return dx_mnHWC.reshape(x_BHWC.shape).astype(x_BHWC.dtype), dkernel.astype(kernel.dtype)
 
 
 def _columns_dot(stride, x_BHWC, kernel):
-    """The convolution of one chunk as one matrix product; its transpose is two."""
+    """The convolution of one chunk as one matrix product. Its gradient is two."""
     B, H, W, C = x_BHWC.shape
     kh, kw, _, Cout = kernel.shape
     (top, bottom), (left, right) = lax.padtype_to_pads((H, W), (kh, kw), (stride, stride), "SAME")
@@ -150,6 +143,11 @@ def _chunked(x_BHWC, kernel, stride):
     most = B if taps == 1 else max(1, _COLUMN_BYTES // image_bytes)
     m = max(m for m in range(1, min(B, most) + 1) if B % m == 0)
     return x_BHWC.reshape(m, B // m, H, W, C)
+
+
+def _chunk(a_mnHWC, i):
+    a_mHWC = lax.dynamic_index_in_dim(a_mnHWC, i, axis=1, keepdims=False)
+    return a_mHWC.astype(_sum_dtype(a_mHWC))
 
 
 def _sum_dtype(x):

@@ -34,13 +34,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers as policies
 
+from revnet_jax.errors import UserError
+
 PyTree = Any
 ABSTRACT = jax.ShapeDtypeStruct
 # What a reader may raise although the checkpoint is good: no reason to condemn it.
 NOT_DAMAGE = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint cannot be saved or restored; the message says got, expected and what to do."""
 
 

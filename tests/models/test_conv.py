@@ -47,8 +47,8 @@ def relative_error(got, want):
 @pytest.mark.parametrize("size", [1, 3, 7])
 def test_equals_lax_conv_in_float64(size, stride):
     with jax.enable_x64(True):
-        for (H, W), cin, cout in [((8, 8), 3, 4), ((9, 6), 4, 2), ((2, 1), 1, 3)]:
-            x_BHWC, kernel = operands((6, H, W, cin), (size, size, cin, cout), np.float64)
+        for (H, W), cin, cout in [((9, 6), 3, 4), ((2, 1), 2, 1)][: 1 if size == 7 else 2]:
+            x_BHWC, kernel = operands((3, H, W, cin), (size, size, cin, cout), np.float64)
             got = value_and_grads(lambda x, k: conv(x, k, stride=stride), x_BHWC, kernel)
             want = value_and_grads(lambda x, k: lax_conv(x, k, stride), x_BHWC, kernel)
             for g, w in zip(got, want, strict=True):
@@ -56,8 +56,7 @@ def test_equals_lax_conv_in_float64(size, stride):
                 np.testing.assert_allclose(g, w, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("column_bytes", [1, 4000, 1 << 30])
-@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("column_bytes", "stride"), [(1, 1), (3000, 2), (1 << 30, 1)])
 def test_any_chunking_of_the_batch_gives_the_same(column_bytes, stride, monkeypatch):
     monkeypatch.setattr(conv_module, "_COLUMN_BYTES", column_bytes)
     x_BHWC, kernel = operands((6, 5, 4, 3), (3, 3, 3, 2))
@@ -132,11 +131,10 @@ def test_cpu_temporaries_do_not_grow_with_the_batch():
     assert large < 1.1 * small < 6 * 2**20  # the larger batch alone is 16 MiB
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("dtype", "stride"), [(jnp.float32, 1), (jnp.bfloat16, 2)])
 def test_recompute_gives_the_same_bits(dtype, stride):
     """A forward loop's values equal those computed again in the loop that differentiates."""
-    x_BHWC, kernel_L = operands((50, 8, 8, 16), (3, 3, 3, 16, 16), dtype)
+    x_BHWC, kernel_L = operands((100, 8, 8, 16), (3, 3, 3, 16, 16), dtype)
 
     def f(x_BHWC, kernel):
         return conv(jax.nn.relu(x_BHWC), kernel, stride=stride)

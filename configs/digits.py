@@ -1,0 +1,9 @@
+"""A small RevNet on the digits that come with the package."""
+
+from revnet_jax.config import image_classification, with_arms
+
+
+def get_config(arm: str = ""):
+    config = image_classification()
+    config.data.crop_padding = 1
+    return with_arms(config, arm, {"laptop": {}})

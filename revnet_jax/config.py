@@ -1,0 +1,210 @@
+"""What an experiment can set, and how its file and flags become a config.
+
+Imports nothing heavy: a misspelt flag should cost half a second, not the start of JAX.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from revnet_jax.errors import UserError
+
+
+class ConfigError(UserError, ValueError):
+    """A setting that cannot be used; one line that says got, expected and what to do."""
+
+
+def image_classification() -> ConfigDict:
+    """Every knob of an image classification run, set for the digits that come with the package."""
+    config = ConfigDict()
+    config.seed = 0
+    config.num_steps = 600
+    config.batch_size = 100
+    config.eval_batch_size = 200
+    config.log_every_steps = 20
+    config.eval_every_steps = 200
+    config.checkpoint_every_steps = 200
+
+    config.data = ConfigDict()
+    config.data.name = "digits"  # digits | cifar10 | cifar100 | image_folder
+    config.data.dir = ""  # the folder with the files; digits need none
+    config.data.image_shape = (8, 8, 1)  # height, width, channels
+    config.data.num_classes = 10
+    config.data.crop_padding = 0  # pixels of zeros on each side to crop from
+    config.data.flip = False  # mirror left to right with probability 1/2
+    config.data.min_crop_area = 1.0  # of a random resized crop; image_folder only
+    config.data.verify_images = True  # image_folder: look at every file before training
+    config.data.num_threads = 2
+    config.data.prefetch = 4  # batches
+
+    config.model = ConfigDict()
+    config.model.family = "revnet"  # revnet | resnet
+    config.model.units = (2, 2)  # residual units per stage
+    config.model.channels = (32, 32, 64)  # of the stem, then of each stage
+    config.model.bottleneck = False
+    config.model.stem = "cifar"  # cifar | imagenet
+    config.model.backprop = "reverse"  # store | remat | reverse
+    config.model.compute_dtype = "float32"  # float32 | bfloat16
+    config.model.grid = True  # exact streams; False lets them drift
+    config.model.grid_bits = 12
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "sgd"  # sgd | adamw
+    config.optimizer.momentum = 0.9  # sgd
+    config.optimizer.nesterov = False  # sgd
+    config.optimizer.b1 = 0.9  # adamw
+    config.optimizer.b2 = 0.999  # adamw
+    config.optimizer.weight_decay = 2e-4  # of kernels only; sgd: L2 penalty, adamw: decoupled
+
+    config.schedule = ConfigDict()
+    config.schedule.name = "cosine"  # piecewise | cosine | constant
+    config.schedule.learning_rate = 0.1  # the peak
+    config.schedule.warmup_steps = 0  # linear, from 0
+    config.schedule.boundaries = (0,)  # piecewise: steps at which the rate is multiplied
+    config.schedule.factor = 0.1  # piecewise: by this
+    return config
+
+
+def cifar(num_classes: int = 10) -> ConfigDict:
+    """The CIFAR recipe of the RevNet paper (Gomez et al. 2017, arXiv:1707.04585, section 4)."""
+    config = image_classification()
+    config.num_steps = 80_000
+    config.log_every_steps = 100
+    config.eval_every_steps = 2_000
+    config.checkpoint_every_steps = 1_000
+    config.eval_batch_size = 500
+    config.data.update(
+        {
+            "name": f"cifar{num_classes}",
+            "image_shape": (32, 32, 3),
+            "num_classes": num_classes,
+            "crop_padding": 2,  # to 36x36
+            "flip": True,
+        }
+    )
+    config.schedule.update({"name": "piecewise", "boundaries": (40_000, 60_000)})
+    return config
+
+
+def imagenet() -> ConfigDict:
+    """The ImageNet recipe of the RevNet paper, with random resized crops."""
+    config = image_classification()
+    config.num_steps = 600_000
+    config.batch_size = config.eval_batch_size = 256
+    config.log_every_steps = 100
+    config.eval_every_steps = config.checkpoint_every_steps = 5_000
+    config.data.update(
+        {
+            "name": "image_folder",
+            "image_shape": (224, 224, 3),
+            "num_classes": 1000,
+            "flip": True,
+            "min_crop_area": 0.08,
+            "num_threads": 16,
+        }
+    )
+    config.model.stem = "imagenet"
+    config.optimizer.weight_decay = 1e-4
+    config.schedule.update({"name": "piecewise", "boundaries": (160_000, 320_000, 480_000)})
+    return config
+
+
+def with_arms(config: ConfigDict, arm: str, arms: Mapping[str, Mapping[str, Any]]) -> ConfigDict:
+    """Applies the named variants of a config: `--config=FILE:laptop` or `FILE:cifar100,laptop`.
+
+    arms: for each name, settings by dotted key.
+    """
+    for name in filter(None, arm.split(",")):
+        if name not in arms:
+            raise ConfigError(f"got arm {name!r}, expected one of {', '.join(arms) or 'none'}")
+        config.update_from_flattened_dict(dict(arms[name]))
+    return config
+
+
+def define_config_flag() -> flags.FlagHolder:
+    """`--config=FILE[:arm]`, each of whose keys is a flag too: `--config.model.backprop=store`."""
+    # No default path: it would be read, relative to the current folder, as soon as this is called.
+    return config_flags.DEFINE_config_file("config", None, "FILE[:arm] of the experiment.")
+
+
+def run(main: Callable[[list[str]], Any], *, required: tuple[str, ...]) -> None:
+    """`absl.app.run`, except that what the user can mend is one line on stderr and status 1.
+
+    required: names of flags. A mistake in a flag costs no more than parsing them.
+    """
+
+    def guarded(argv):
+        try:
+            main(argv)
+        except UserError as error:
+            sys.exit(f"error: {error}")
+
+    app.run(guarded, flags_parser=lambda argv: _parse(argv, required))
+
+
+def _parse(argv: list[str], required: tuple[str, ...]) -> list[str]:
+    try:
+        rest = flags.FLAGS(argv)
+    except (flags.Error, UserError) as error:
+        sys.exit("error: " + " ".join(str(error).split()))
+    except (AttributeError, KeyError, TypeError) as error:  # ml_collections, for an unknown key
+        sys.exit("error: " + _explain_key(argv, error))
+    if len(rest) > 1:
+        sys.exit(f"error: got argument {rest[1]!r}, expected flags only: write --name=value")
+    for name in required:
+        if flags.FLAGS[name].value is None:
+            sys.exit(f"error: --{name} is missing: see --help")
+    config = flags.FLAGS["config"].value if "config" in flags.FLAGS else ConfigDict()
+    if not isinstance(config, ConfigDict):  # a stand-in that raises whenever it is used
+        sys.exit(f"error: cannot read the config file of {_config_flag(argv)}: check the path")
+    return rest
+
+
+def _explain_key(argv: list[str], error: Exception) -> str:
+    """Names the flag that no key of the config matches, and the nearest key."""
+    flags.FLAGS.unparse_flags()
+    flags.FLAGS([argv[0], _config_flag(argv)])
+    known = flatten(flags.FLAGS["config"].value)
+    for arg in argv[1:]:
+        key = arg.lstrip("-").split("=")[0].removeprefix("config.")
+        if arg.startswith("--config.") and key not in known:
+            leaf = key.split(".")[-1]
+            close = difflib.get_close_matches(key, known, 1) or [
+                name for name in known if name.split(".")[-1] == leaf
+            ]
+            hint = f"did you mean --config.{close[0]}?" if close else f"one of {', '.join(known)}"
+            return f"got --config.{key}, which is no key of the config: {hint}"
+    return " ".join(str(error).split())
+
+
+def _config_flag(argv: list[str]) -> str:
+    return next((arg for arg in argv if arg.startswith("--config=")), "--config")
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """Settings by dotted key: `{"model.units": (2, 2), ...}`."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat |= {f"{key}.{inner}": leaf for inner, leaf in flatten(value).items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+@contextmanager
+def settings(name: str) -> Iterator[None]:
+    """Turns a ValueError raised while building from `config.<name>` into a ConfigError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"config.{name}: {error}") from error

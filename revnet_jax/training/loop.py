@@ -1,0 +1,184 @@
+"""A run: from a config and a folder to a trained, evaluated, resumable model."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from revnet_jax.config import settings
+from revnet_jax.data import train_batches
+from revnet_jax.errors import UserError
+from revnet_jax.models import num_params
+from revnet_jax.training import workdir as workdirs
+from revnet_jax.training.build import (
+    build_dataset,
+    build_recipe,
+    check_batch_sizes,
+    pipeline_settings,
+)
+from revnet_jax.training.checkpoint import Checkpoints
+from revnet_jax.training.evaluation import evaluate
+from revnet_jax.training.metrics import DelayedFetch, MetricsWriter, Progress, peak_memory_bytes
+from revnet_jax.training.sharding import data_mesh, put_batch, replicated
+from revnet_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
+
+
+class NonFiniteError(UserError):
+    """The loss or the gradient of a step is not finite."""
+
+
+def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Trains, or goes on with, the run in `workdir`; returns what its summary.json holds.
+
+    Everything that can be found wrong with config, data and folder is found before anything is
+    compiled. A run killed at any moment and started again ends with the same metrics.
+
+    Raises UserError (ConfigError, DataError, CheckpointError, NonFiniteError) with one clear line.
+    """
+    started = time.monotonic()
+    network, schedule, optimizer = build_recipe(config)
+    check_batch_sizes(config)
+    dataset = build_dataset(config)
+    mesh = data_mesh()
+    init = jax.jit(
+        lambda: init_state(network, optimizer, config.seed), out_shardings=replicated(mesh)
+    )
+    train_step = jax.jit(make_train_step(network, optimizer, schedule), donate_argnums=0)
+    eval_step = jax.jit(make_eval_step(network))
+
+    def batches_from(step):
+        return contextlib.closing(
+            train_batches(
+                dataset,
+                **pipeline_settings(config),
+                start_step=step,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
+        )
+
+    with settings("data"), batches_from(0):
+        pass  # its arguments are sound
+    workdirs.claim(workdir, config)
+    with open_checkpoints(workdir, config.checkpoint_every_steps) as checkpoints:
+        start, state = checkpoints.restore(jax.eval_shape(init)) or (0, init())
+        with batches_from(start) as batches, Recorder(workdir, config, start) as recorder:
+            for step in range(start + 1, config.num_steps + 1):
+                state, metrics = train_step(state, put_batch(next(batches), mesh))
+                recorder.training(step, metrics)
+                last = step == config.num_steps
+                evaluating = last or step % config.eval_every_steps == 0
+                if evaluating or step % config.checkpoint_every_steps == 0:
+                    recorder.flush()  # stops the run before anything not finite is saved
+                    scores = {}
+                    if evaluating:
+                        scores = evaluate(
+                            eval_step,
+                            state.variables,
+                            dataset,
+                            batch_size=config.eval_batch_size,
+                            mesh=mesh,
+                        )
+                        recorder.evaluation(step, scores)
+                    checkpoints.save(step, state, scores, force=True)
+    summary = summarize(workdir, config, state, recorder.examples_per_second, started)
+    workdirs.write_json(workdir / "summary.json", summary)
+    return summary
+
+
+def open_checkpoints(
+    workdir: Path, save_every_steps: int = 1, *, read_only: bool = False
+) -> Checkpoints:
+    """The checkpoints of a run: the newest two and the one of best `eval_accuracy` are kept."""
+    return Checkpoints(
+        workdir / "checkpoints",
+        save_every_steps=save_every_steps,
+        best_metric="eval_accuracy",
+        best_mode="max",
+        read_only=read_only,
+    )
+
+
+class Recorder:
+    """Writes rows and progress, one step late, and stops the run at a step that is not finite."""
+
+    def __init__(self, workdir: Path, config: ConfigDict, start: int):
+        self._workdir, self._start = workdir, start
+        self._num_steps, self._log_every = config.num_steps, config.log_every_steps
+        self._fetch = DelayedFetch()
+        self._writer = MetricsWriter(workdir, resume_step=start or None)
+        self._progress = Progress(config.num_steps, examples_per_step=config.batch_size)
+        self._rates: list[float] = []
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._progress.close()
+        self._writer.close()
+
+    def training(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Takes the metrics of a step just dispatched; records those of the step before."""
+        self._record(self._fetch.exchange(step, metrics))
+
+    def flush(self) -> None:
+        """Records the metrics still held; waits for the device."""
+        self._record(self._fetch.flush())
+
+    def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
+        self._writer.write(step, scores)
+
+    @property
+    def examples_per_second(self) -> float | None:
+        """The median over the intervals between logged steps; None before there are two."""
+        return statistics.median(self._rates) if self._rates else None
+
+    def _record(self, rows: list[tuple[int, dict[str, float]]]) -> None:
+        for step, values in rows:
+            for name in ("train_loss", "gradient_norm"):
+                if not math.isfinite(values[name]):
+                    raise NonFiniteError(
+                        f"{name} is {values[name]} at step {step}, expected a finite number. The "
+                        f"last good checkpoint is kept in {self._workdir / 'checkpoints'}. Lower "
+                        "the learning rate or warm it up (config.schedule), in another --workdir"
+                    )
+            if step % self._log_every == 0 or step == self._num_steps:
+                rate = self._progress.update(
+                    step, loss=values["train_loss"], learning_rate=values["learning_rate"]
+                )
+                self._rates += [] if rate is None else [rate]
+                timings = {} if rate is None else {"examples_per_second": rate}
+                self._writer.write(step, values, timings=timings)
+
+
+def summarize(
+    workdir: Path,
+    config: ConfigDict,
+    state: TrainState,
+    examples_per_second: float | None,
+    started: float,
+) -> dict[str, Any]:
+    """What summary.json holds. Speed and time are of this process, and null where unknown."""
+    last = workdirs.last_values(workdir)
+    reverses = config.model.backprop == "reverse"
+    device = jax.devices()[0]
+    return {
+        "steps": int(state.step),
+        "train_loss": last["train_loss"],
+        "eval_loss": last["eval_loss"],
+        "eval_accuracy": last["eval_accuracy"],
+        "exact_mismatches": int(state.exact_mismatches) if reverses else None,
+        "num_params": num_params(state.variables),
+        "examples_per_second": examples_per_second,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "wall_seconds": time.monotonic() - started,
+        "devices": f"{jax.device_count()} x {device.device_kind}",
+    }

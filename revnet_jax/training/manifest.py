@@ -1,0 +1,185 @@
+"""What is written beside the arrays of a checkpoint: shape, dtype and checksum of every leaf.
+
+A state is any pytree of arrays. It is stored flat, as `{path: array}`, so restoring needs nothing
+but an abstract state with the same paths; typed PRNG keys are stored as their words.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+PyTree = Any
+ABSTRACT = jax.ShapeDtypeStruct
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be saved or restored; the message says got, expected and what to do."""
+
+
+class Damaged(Exception):
+    """A checkpoint cannot be read back as it was written; an older one may."""
+
+
+def by_path(tree: PyTree) -> dict[str, Any]:
+    """Leaves by path, such as `params/w`, in the tree's own order; numbers become arrays."""
+    leaves: dict[str, Any] = {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        path = jax.tree_util.keystr(keys, simple=True, separator="/") or "."
+        if path in leaves:
+            raise CheckpointError(f"got two leaves of the path {path}: rename a key with a '/'")
+        try:
+            leaves[path] = leaf if isinstance(leaf, ABSTRACT) else jnp.asarray(leaf)
+        except TypeError as error:
+            raise CheckpointError(
+                f"got a {type(leaf).__name__} at {path}, expected an array: "
+                "keep it out of the state"
+            ) from error
+    return leaves
+
+
+def as_abstract(leaf: jax.Array | ABSTRACT) -> ABSTRACT:
+    """Shape, dtype, and the sharding if it was chosen rather than left to the default device."""
+    sharding = leaf.sharding if getattr(leaf, "committed", True) else None
+    return ABSTRACT(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def storable(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """What is stored of these leaves (arrays or abstract): keys as words, nothing of size 0."""
+    return {path: _words(leaf) for path, leaf in leaves.items() if leaf.size}
+
+
+def from_storable(spec: ABSTRACT, words: jax.Array | None, record: dict[str, Any]) -> jax.Array:
+    """The leaf that was stored as `words` and is recorded as `record`, with `spec`'s sharding."""
+    if words is None:
+        return jnp.zeros(spec.shape, spec.dtype, device=spec.sharding)
+    if not _is_key(spec):
+        return words
+    wrap = functools.partial(jax.random.wrap_key_data, impl=record["key_impl"])
+    # Not device_put, which refuses shardings over other processes' devices.
+    return jax.jit(wrap, out_shardings=spec.sharding)(words)
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _words(leaf: Any) -> Any:
+    if not _is_key(leaf):
+        return leaf
+    if isinstance(leaf, ABSTRACT):  # Without a sharding: words have one axis more than their keys.
+        return jax.eval_shape(jax.random.key_data, ABSTRACT(leaf.shape, leaf.dtype))
+    return jax.random.key_data(leaf)
+
+
+def make_manifest(
+    leaves: Mapping[str, jax.Array], metrics: Mapping[str, float] | None
+) -> dict[str, Any]:
+    """The manifest of a checkpoint of these leaves: JSON, with a checksum of its own.
+
+    Metrics that are not finite are left out.
+    """
+    sums = checksums(storable(leaves))
+    records: dict[str, dict[str, Any]] = {}
+    for path, leaf in leaves.items():
+        record = {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "checksum": sums.get(path)}
+        key_impl = {"key_impl": str(jax.random.key_impl(leaf))} if _is_key(leaf) else {}
+        records[path] = record | key_impl
+    floats = {name: float(value) for name, value in (metrics or {}).items()}
+    finite = {name: value for name, value in floats.items() if math.isfinite(value)}
+    return _seal({"format": 1, "leaves": records, "metrics": finite})
+
+
+def _seal(manifest: dict[str, Any]) -> dict[str, Any]:
+    return {**manifest, "crc32": zlib.crc32(json.dumps(manifest, sort_keys=True).encode())}
+
+
+def check_seal(manifest: dict[str, Any]) -> None:
+    """Raises Damaged for a changed manifest, which must not pass for another architecture."""
+    if manifest != _seal({name: value for name, value in manifest.items() if name != "crc32"}):
+        raise Damaged("the manifest does not match its own checksum")
+
+
+def check_same_tree(
+    where: Any, records: Mapping[str, dict[str, Any]], wanted: Mapping[str, Any]
+) -> None:
+    """Raises CheckpointError if a checkpoint holds other leaves than those wanted."""
+    saved = {path: "{dtype}{shape}".format(**record) for path, record in records.items()}
+    expected = {path: _describe(leaf) for path, leaf in wanted.items()}
+    differences = [
+        f"{path}: got {saved.get(path, 'nothing')}, expected {expected.get(path, 'nothing')}"
+        for path in {**expected, **saved}
+        if saved.get(path) != expected.get(path)
+    ]
+    if differences:
+        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise CheckpointError(
+            f"checkpoint {where} was written by another architecture or optimizer: "
+            f"{'; '.join(differences[:3])}{more}. "
+            "Use the config it was saved with, or another workdir."
+        )
+
+
+def _describe(leaf: Any) -> str:
+    return f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def check_arrays(
+    arrays: Mapping[str, jax.Array], specs: Mapping[str, Any], records: Mapping[str, dict[str, Any]]
+) -> None:
+    """Raises Damaged if arrays that were read are not as specified, or not the ones recorded."""
+    for path, checksum in checksums(arrays).items():
+        got, expected = _describe(arrays[path]), _describe(specs[path])
+        if got != expected:
+            raise Damaged(f"array {path} is {got} instead of {expected}")
+        if checksum != records[path]["checksum"]:
+            raise Damaged(f"array {path} has another checksum than when it was saved")
+
+
+def checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
+    """The checksum of every array, whatever its sharding: one call, one small transfer."""
+    if not arrays:
+        return {}
+    meshes = [x.sharding.mesh for x in arrays.values() if isinstance(x.sharding, NamedSharding)]
+    # Replicated, so that every process can read them.
+    out = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
+    sums = jax.jit(_stack_checksums, out_shardings=out)(list(arrays.values()))
+    return {path: int(x) for path, x in zip(arrays, np.asarray(sums), strict=True)}
+
+
+def _stack_checksums(arrays: list[jax.Array]) -> jax.Array:
+    return jnp.stack([checksum(x) for x in arrays])
+
+
+def checksum(x: jax.Array) -> jax.Array:
+    """The sum, modulo 2^32, of the array's words, each scrambled together with its position.
+
+    Scrambling is one-to-one at every position, so a change within one word always changes the sum;
+    any other goes unnoticed with a probability of about 2^-32. (With plain odd weights the top bits
+    of two words, such as two signs, would cancel.)
+    """
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        x = jnp.stack([x.real, x.imag], axis=-1)
+    if x.dtype == jnp.bool_ or (jnp.issubdtype(x.dtype, jnp.integer) and x.dtype.itemsize <= 4):
+        words = x.astype(jnp.uint32)
+    else:
+        word = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+        words = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
+    # The flat position from one iota per axis: flattening would gather an array that is sharded.
+    position, stride = jnp.zeros(words.shape, jnp.uint32), 1
+    for axis in reversed(range(words.ndim)):
+        position += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * np.uint32(stride)
+        stride = stride * words.shape[axis] % 2**32
+    # The finalizer of MurmurHash3: xor-shifts and odd factors.
+    words = (words ^ (position * np.uint32(0x9E3779B1))) * np.uint32(0x85EBCA6B)
+    words = (words ^ (words >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return jnp.sum(words ^ (words >> np.uint32(16)), dtype=jnp.uint32)

@@ -1,0 +1,105 @@
+"""The folder of a run: whose it is, and what it tells about itself."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from revnet_jax.config import ConfigError, flatten, image_classification
+
+# Where the data lie and how fast they are read does not change what is computed.
+MAY_DIFFER = ("data.dir", "data.verify_images", "data.num_threads", "data.prefetch")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def claim(workdir: Path, config: ConfigDict) -> None:
+    """Makes `workdir` this config's: writes config.json, or checks that it holds the same run.
+
+    Raises ConfigError, and changes nothing, where the folder holds another config's run.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        _check_same(path, config)
+    elif (workdir / "checkpoints").exists() or (workdir / "metrics.jsonl").exists():
+        raise ConfigError(
+            f"{workdir} holds a run but no config.json to compare with: choose another --workdir"
+        )
+    else:
+        workdir.mkdir(parents=True, exist_ok=True)
+        record = {
+            "config": config.to_dict(),
+            "git_commit": _git_commit(),
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        }
+        write_json(path, record)
+
+
+def load_config(workdir: Path) -> ConfigDict:
+    """The config that a run was started with. Raises ConfigError where there is none."""
+    config = image_classification()
+    try:
+        saved = json.loads((workdir / "config.json").read_text())["config"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"cannot read {workdir / 'config.json'} ({error}): expected the --workdir of a run"
+        ) from error
+    try:
+        config.update(_tuples(saved))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{workdir / 'config.json'} is of another version: {error}") from error
+    return config
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Replaces a file atomically: a reader sees the old or the new one, whole."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def last_values(workdir: Path) -> dict[str, Any]:
+    """The last value of every metric in metrics.jsonl."""
+    values: dict[str, Any] = {}
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        values |= json.loads(line)
+    return values
+
+
+def _check_same(path: Path, config: ConfigDict) -> None:
+    got, expected = flatten(config), flatten(load_config(path.parent))
+    differing = [
+        f"{key}={got.get(key)!r} (there: {expected.get(key)!r})"
+        for key in sorted(got.keys() | expected.keys())
+        if key not in MAY_DIFFER and got.get(key) != expected.get(key)
+    ]
+    if differing:
+        raise ConfigError(
+            f"{path.parent} holds a run of another config: got {', '.join(differing[:4])}"
+            + (f" and {len(differing) - 4} more" if len(differing) > 4 else "")
+            + "; choose another --workdir, or the config of that run to resume it"
+        )
+
+
+def _tuples(tree: Any) -> Any:
+    """JSON has lists where configs have tuples."""
+    if isinstance(tree, dict):
+        return {key: _tuples(value) for key, value in tree.items()}
+    return tuple(_tuples(value) for value in tree) if isinstance(tree, list) else tree
+
+
+def _git_commit() -> str | None:
+    """The commit this runs from, "-dirty" where files differ from it; None outside git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        folder = Path(__file__).parent
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
