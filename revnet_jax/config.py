@@ -6,12 +6,14 @@ Imports nothing heavy: a misspelt flag should cost half a second, not the start 
 from __future__ import annotations
 
 import difflib
+import itertools
+import runpy
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from revnet_jax.errors import UserError
@@ -116,6 +118,30 @@ def imagenet() -> ConfigDict:
     return config
 
 
+# Arms that several experiments share: settings by dotted key, for `with_arms`.
+CIFAR100 = {"data.name": "cifar100", "data.num_classes": 100}
+CIFAR_LAPTOP = {
+    "num_steps": 300,
+    "log_every_steps": 10,
+    "eval_every_steps": 300,
+    "checkpoint_every_steps": 50,
+    "schedule.name": "cosine",
+    "schedule.warmup_steps": 20,
+}
+IMAGENET_LAPTOP = {
+    "num_steps": 20,
+    "batch_size": 16,
+    "eval_batch_size": 16,
+    "log_every_steps": 1,
+    "eval_every_steps": 20,
+    "checkpoint_every_steps": 10,
+    "data.image_shape": (64, 64, 3),
+    "data.num_threads": 2,
+    "schedule.name": "constant",
+    "schedule.learning_rate": 0.01,
+}
+
+
 def with_arms(config: ConfigDict, arm: str, arms: Mapping[str, Mapping[str, Any]]) -> ConfigDict:
     """Applies the named variants of a config: `--config=FILE:laptop` or `FILE:cifar100,laptop`.
 
@@ -141,6 +167,7 @@ def run(main: Callable[[list[str]], Any], *, required: tuple[str, ...]) -> None:
     """
 
     def guarded(argv):
+        logging.set_verbosity(logging.WARNING)
         try:
             main(argv)
         except UserError as error:
@@ -152,10 +179,11 @@ def run(main: Callable[[list[str]], Any], *, required: tuple[str, ...]) -> None:
 def _parse(argv: list[str], required: tuple[str, ...]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
-    except (flags.Error, UserError) as error:
-        sys.exit("error: " + " ".join(str(error).split()))
-    except (AttributeError, KeyError, TypeError) as error:  # ml_collections, for an unknown key
-        sys.exit("error: " + _explain_key(argv, error))
+    except flags.Error as error:  # where the config file failed, its traceback is in the message
+        last_line = str(error).strip().splitlines()[-1]
+        sys.exit(f"error: {last_line.removeprefix('revnet_jax.config.ConfigError: ')}")
+    except (AttributeError, TypeError) as error:  # from ml_collections, for a key there is not
+        sys.exit(f"error: {_explain_key(argv) or error}")
     if len(rest) > 1:
         sys.exit(f"error: got argument {rest[1]!r}, expected flags only: write --name=value")
     for name in required:
@@ -163,29 +191,30 @@ def _parse(argv: list[str], required: tuple[str, ...]) -> list[str]:
             sys.exit(f"error: --{name} is missing: see --help")
     config = flags.FLAGS["config"].value if "config" in flags.FLAGS else ConfigDict()
     if not isinstance(config, ConfigDict):  # a stand-in that raises whenever it is used
-        sys.exit(f"error: cannot read the config file of {_config_flag(argv)}: check the path")
+        sys.exit(f"error: got {_config_path(argv)!r} as --config, expected a file that exists")
     return rest
 
 
-def _explain_key(argv: list[str], error: Exception) -> str:
-    """Names the flag that no key of the config matches, and the nearest key."""
-    flags.FLAGS.unparse_flags()
-    flags.FLAGS([argv[0], _config_flag(argv)])
-    known = flatten(flags.FLAGS["config"].value)
+def _explain_key(argv: list[str]) -> str | None:
+    """Names the first flag that is no key of the config, and the key that was probably meant."""
+    path, _, arm = _config_path(argv).partition(":")
+    known = flatten(runpy.run_path(path)["get_config"](arm))
     for arg in argv[1:]:
         key = arg.lstrip("-").split("=")[0].removeprefix("config.")
         if arg.startswith("--config.") and key not in known:
-            leaf = key.split(".")[-1]
-            close = difflib.get_close_matches(key, known, 1) or [
-                name for name in known if name.split(".")[-1] == leaf
+            last = key.rpartition(".")[2]
+            near = difflib.get_close_matches(key, known, 1) or [
+                name for name in known if name.rpartition(".")[2] == last
             ]
-            hint = f"did you mean --config.{close[0]}?" if close else f"one of {', '.join(known)}"
+            hint = f"did you mean --config.{near[0]}?" if near else f"one of {', '.join(known)}"
             return f"got --config.{key}, which is no key of the config: {hint}"
-    return " ".join(str(error).split())
+    return None
 
 
-def _config_flag(argv: list[str]) -> str:
-    return next((arg for arg in argv if arg.startswith("--config=")), "--config")
+def _config_path(argv: list[str]) -> str:
+    following = dict(itertools.pairwise(argv)).get("--config", "")
+    joined = [arg.removeprefix("--config=") for arg in argv if arg.startswith("--config=")]
+    return joined[-1] if joined else following
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:

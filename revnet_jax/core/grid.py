@@ -28,6 +28,10 @@ class Grid:
 
     bits: int = DEFAULT_BITS
 
+    def __post_init__(self):
+        if not 0 <= self.bits <= 22:
+            raise ValueError(f"got a grid of {self.bits} bits, expected 0 to 22")
+
     def snap(self, tree: Any) -> Any:
         """Rounds every array to the nearest grid point; the gradient passes straight through.
 

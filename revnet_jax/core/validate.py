@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from revnet_jax.core import trees
 from revnet_jax.core.block import Block, Context, Layer
@@ -79,8 +80,8 @@ def _one_layer(layer, params_L, x, shared, data_L):
     def forward(params, x, shared, data):
         return layer.forward(params, x, Context(shared, data))
 
-    shapes = jax.eval_shape(lambda *args: args, params, x, shared, data)
-    y, _ = jax.eval_shape(forward, *shapes)
+    args = params, x, shared, data
+    program, (y, _) = jax.make_jaxpr(forward, return_shape=True)(*args)
     for i, (before, after) in enumerate(zip(x, y, strict=True)):
         got = [trees.describe(leaf) for leaf in jax.tree.leaves(after)]
         expected = [trees.describe(leaf) for leaf in jax.tree.leaves(before)]
@@ -89,15 +90,15 @@ def _one_layer(layer, params_L, x, shared, data_L):
                 f"the layer maps stream {i} from {', '.join(expected)} to {', '.join(got)}, "
                 "expected a chain's layers to keep shapes and dtypes"
             )
-    _closure(forward, shapes)
-
-
-def _closure(forward, shapes):
-    """A custom gradient cannot see what a branch closes over, so traced floats are refused."""
-    _, closed_over = jax.closure_convert(forward, *shapes)
+    # A custom gradient cannot see what a branch closes over.
+    closed_over = [
+        trees.describe(value)
+        for value in program.consts
+        if isinstance(value, Tracer) and trees.is_inexact(value)
+    ]
     if closed_over:
-        found = ", ".join(trees.describe(value) for value in closed_over)
         raise ValueError(
-            f"a branch closes over traced values ({found}), expected it to close over constants "
-            "only: their gradient would be lost. Pass them through the chain's `shared`"
+            f"a branch closes over traced values ({', '.join(closed_over)}), expected it to close "
+            "over constants only: their gradient would be lost. Pass them through the chain's "
+            "`shared`"
         )

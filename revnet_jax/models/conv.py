@@ -24,11 +24,10 @@ def conv(x_BHWC: jax.Array, kernel: jax.Array, *, stride: int = 1) -> jax.Array:
       summed in at least float32 and rounded once.
 
     Cost: reverse mode keeps exactly `x_BHWC` and `kernel`; the gradient is two convolutions' worth
-    of arithmetic. GPU and TPU programs get `lax.conv_general_dilated`. XLA on CPU runs the gradient
-    of that 5 to 30 times slower than need be, so there a convolution is a matrix product over
-    columns (each output pixel's window, laid out flat), a few images at a time, as many as fit in
-    2 MiB. Temporaries of the gradient are then three times that, or three images' columns where
-    one alone is larger, whatever the batch; bfloat16 adds a float32 copy of the result.
+    of arithmetic. XLA on CPU runs the gradient of a convolution 5 to 30 times slower than need be,
+    so there it is matrix products over columns (each output pixel's window, laid out flat), a few
+    images at a time, as many as fit in 2 MiB. Its temporaries are about three times that, whatever
+    the batch; bfloat16 adds a float32 copy of the result. Everything else is XLA's own.
 
     Raises:
       ValueError: for operands that do not fit together, at trace time.
@@ -48,17 +47,18 @@ def conv(x_BHWC: jax.Array, kernel: jax.Array, *, stride: int = 1) -> jax.Array:
     return _conv(stride, x_BHWC, kernel)
 
 
-# The rule is written by hand because differentiating `platform_dependent`, a conditional, would
-# keep the residuals of every platform's branch, the CPU's columns (kh * kw times the input) among
-# them. The platform is chosen when a program is lowered: a CPU process also compiles for TPUs.
+def _xla_conv(stride, x_BHWC, kernel):
+    # No preferred_element_type for bfloat16: cuDNN and the TPU's matrix unit sum its products in
+    # float32 and round the result anyway, and with one JAX makes the gradient float32 convolutions.
+    dims = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(
+        x_BHWC, kernel, (stride, stride), "SAME", dimension_numbers=dims
+    )
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _conv(stride, x_BHWC, kernel):
-    return lax.platform_dependent(
-        x_BHWC,
-        kernel,
-        cpu=partial(_columns_conv, stride),
-        default=partial(_xla_conv, stride),
-    )
+    return _xla_conv(stride, x_BHWC, kernel)
 
 
 def _conv_fwd(stride, x_BHWC, kernel):
@@ -66,6 +66,7 @@ def _conv_fwd(stride, x_BHWC, kernel):
 
 
 def _conv_bwd(stride, residuals, dy_BHWC):
+    # Chosen when a program is lowered: a process on a CPU also compiles for TPUs.
     return lax.platform_dependent(
         *residuals,
         dy_BHWC,
@@ -77,32 +78,8 @@ def _conv_bwd(stride, residuals, dy_BHWC):
 _conv.defvjp(_conv_fwd, _conv_bwd)
 
 
-def _xla_conv(stride, x_BHWC, kernel):
-    # bfloat16 needs no preferred_element_type: cuDNN and the TPU's matrix unit sum its products in
-    # float32 and round the result, and JAX cannot transpose a convolution of mixed dtypes.
-    dims = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(
-        x_BHWC, kernel, (stride, stride), "SAME", dimension_numbers=dims
-    )
-
-
-# Both loops below carry their results in the dtype of the sums and round once, after: XLA on CPU
-# updates a bfloat16 array in place by converting all of it to float32 and back, every time.
-def _columns_conv(stride, x_BHWC, kernel):
-    x_mnHWC = _chunked(x_BHWC, kernel, stride)
-    m, n = x_mnHWC.shape[:2]
-    kernel_acc = kernel.astype(_sum_dtype(kernel))
-
-    def put_chunk(i, y_mnHWC):
-        y = _columns_dot(stride, _chunk(x_mnHWC, i), kernel_acc)
-        return lax.dynamic_update_index_in_dim(y_mnHWC, y, i, axis=1)
-
-    y_HWC = (*(-(-size // stride) for size in x_BHWC.shape[1:3]), kernel.shape[3])
-    y_mnHWC = lax.fori_loop(0, n, put_chunk, jnp.zeros((m, n, *y_HWC), kernel_acc.dtype))
-    return y_mnHWC.reshape(-1, *y_HWC).astype(x_BHWC.dtype)
-
-
 def _columns_grad(stride, x_BHWC, kernel, dy_BHWC):
+    """Both gradients, by matrix products over columns: the window of each output pixel, flat."""
     x_mnHWC = _chunked(x_BHWC, kernel, stride)
     dy_mnHWC = dy_BHWC.reshape(*x_mnHWC.shape[:2], *dy_BHWC.shape[1:])
     kernel_acc = kernel.astype(_sum_dtype(kernel))
@@ -114,6 +91,8 @@ def _columns_grad(stride, x_BHWC, kernel, dy_BHWC):
         dx_mnHWC = lax.dynamic_update_index_in_dim(dx_mnHWC, dx, i, axis=1)
         return dx_mnHWC, dkernel + dkernel_chunk
 
+    # The loop carries sums, rounded once at the end: XLA on CPU updates a bfloat16 array in place
+    # by converting all of it to float32 and back, every time.
     zeros = jnp.zeros(x_mnHWC.shape, kernel_acc.dtype), jnp.zeros_like(kernel_acc)
     dx_mnHWC, dkernel = lax.fori_loop(0, x_mnHWC.shape[1], put_chunk, zeros)
     return dx_mnHWC.reshape(x_BHWC.shape).astype(x_BHWC.dtype), dkernel.astype(kernel.dtype)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from revnet_jax.core import (
+    STRATEGIES,
     Backprop,
     Exactness,
     Grid,
@@ -135,6 +136,9 @@ class Network:
         compute_dtype: Any = jnp.float32,
         grid: Grid | None = Grid(),
     ):
+        if backprop not in STRATEGIES:
+            known = ", ".join(STRATEGIES)
+            raise ValueError(f"got backprop={backprop!r}, expected one of {known}")
         if backprop == "reverse" and architecture.family == "resnet":
             raise ValueError(
                 "got backprop='reverse' for a resnet, expected 'store' or 'remat': its units have "
@@ -142,6 +146,7 @@ class Network:
             )
         self.architecture = architecture
         self.backprop: Backprop = backprop
+        self.compute_dtype = compute_dtype
         self.grid = grid
         self.sections = sections(architecture)
         bottleneck = architecture.bottleneck
@@ -195,6 +200,15 @@ class Network:
         }
         self._head = PureModule(
             lambda rngs: Head(architecture.channels[-1], architecture.num_classes, rngs=rngs)
+        )
+
+    def with_backprop(self, backprop: Backprop) -> Network:
+        """The same function of the same variables, with a gradient of another cost."""
+        return Network(
+            self.architecture,
+            backprop=backprop,
+            compute_dtype=self.compute_dtype,
+            grid=self.grid,
         )
 
     @property

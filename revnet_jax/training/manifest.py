@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 PyTree = Any
 ABSTRACT = jax.ShapeDtypeStruct
+Record = dict[str, Any]  # shape, dtype, checksum and, of a key, key_impl
 
 
 class CheckpointError(RuntimeError):
@@ -38,17 +39,15 @@ def by_path(tree: PyTree) -> dict[str, Any]:
         if path in leaves:
             raise CheckpointError(f"got two leaves of the path {path}: rename a key with a '/'")
         try:
-            leaves[path] = leaf if isinstance(leaf, ABSTRACT) else jnp.asarray(leaf)
+            leaves[path] = leaf if isinstance(leaf, jax.Array | ABSTRACT) else jnp.asarray(leaf)
         except TypeError as error:
-            raise CheckpointError(
-                f"got a {type(leaf).__name__} at {path}, expected an array: "
-                "keep it out of the state"
-            ) from error
+            message = f"got a {type(leaf).__name__} at {path}, expected an array: keep it elsewhere"
+            raise CheckpointError(message) from error
     return leaves
 
 
 def as_abstract(leaf: jax.Array | ABSTRACT) -> ABSTRACT:
-    """Shape, dtype, and the sharding if it was chosen rather than left to the default device."""
+    """Shape, dtype, and the sharding if it was chosen: not of an uncommitted array."""
     sharding = leaf.sharding if getattr(leaf, "committed", True) else None
     return ABSTRACT(leaf.shape, leaf.dtype, sharding=sharding)
 
@@ -58,15 +57,21 @@ def storable(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return {path: _words(leaf) for path, leaf in leaves.items() if leaf.size}
 
 
-def from_storable(spec: ABSTRACT, words: jax.Array | None, record: dict[str, Any]) -> jax.Array:
-    """The leaf that was stored as `words` and is recorded as `record`, with `spec`'s sharding."""
-    if words is None:
-        return jnp.zeros(spec.shape, spec.dtype, device=spec.sharding)
-    if not _is_key(spec):
-        return words
-    wrap = functools.partial(jax.random.wrap_key_data, impl=record["key_impl"])
-    # Not device_put, which refuses shardings over other processes' devices.
-    return jax.jit(wrap, out_shardings=spec.sharding)(words)
+def from_storable(
+    arrays: Mapping[str, jax.Array], wanted: dict[str, ABSTRACT], records: dict[str, Record]
+) -> list[jax.Array]:
+    """The leaves wanted, in their order, from the arrays that were stored of them."""
+    leaves = []
+    for path, spec in wanted.items():
+        if not spec.size:
+            leaves.append(jnp.zeros(spec.shape, spec.dtype, device=spec.sharding))
+        elif _is_key(spec):
+            wrap = functools.partial(jax.random.wrap_key_data, impl=records[path]["key_impl"])
+            # Not device_put, which refuses shardings over other processes' devices.
+            leaves.append(jax.jit(wrap, out_shardings=spec.sharding)(arrays[path]))
+        else:
+            leaves.append(arrays[path])
+    return leaves
 
 
 def _is_key(leaf: Any) -> bool:
@@ -81,37 +86,33 @@ def _words(leaf: Any) -> Any:
     return jax.random.key_data(leaf)
 
 
-def make_manifest(
-    leaves: Mapping[str, jax.Array], metrics: Mapping[str, float] | None
-) -> dict[str, Any]:
-    """The manifest of a checkpoint of these leaves: JSON, with a checksum of its own.
-
-    Metrics that are not finite are left out.
-    """
+def make(leaves: Mapping[str, jax.Array], metrics: Mapping[str, float]) -> dict[str, Any]:
+    """The sealed manifest of a checkpoint of these leaves: JSON. Only finite metrics enter it."""
     sums = checksums(storable(leaves))
-    records: dict[str, dict[str, Any]] = {}
-    for path, leaf in leaves.items():
-        record = {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "checksum": sums.get(path)}
-        key_impl = {"key_impl": str(jax.random.key_impl(leaf))} if _is_key(leaf) else {}
-        records[path] = record | key_impl
-    floats = {name: float(value) for name, value in (metrics or {}).items()}
-    finite = {name: value for name, value in floats.items() if math.isfinite(value)}
+    records: dict[str, Record] = {}
+    for path, x in leaves.items():
+        records[path] = {"shape": list(x.shape), "dtype": str(x.dtype), "checksum": sums.get(path)}
+        if _is_key(x):
+            records[path]["key_impl"] = str(jax.random.key_impl(x))
+    finite = {name: float(x) for name, x in metrics.items() if math.isfinite(x)}
     return _seal({"format": 1, "leaves": records, "metrics": finite})
 
 
 def _seal(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Adds the manifest's own checksum."""
     return {**manifest, "crc32": zlib.crc32(json.dumps(manifest, sort_keys=True).encode())}
 
 
-def check_seal(manifest: dict[str, Any]) -> None:
-    """Raises Damaged for a changed manifest, which must not pass for another architecture."""
-    if manifest != _seal({name: value for name, value in manifest.items() if name != "crc32"}):
+def check_seal(sealed: Any) -> dict[str, Any]:
+    """The manifest, or Damaged if it was changed, which must not pass for another architecture."""
+    manifest = dict(sealed) if isinstance(sealed, dict) else {}
+    manifest.pop("crc32", None)
+    if sealed != _seal(manifest):
         raise Damaged("the manifest does not match its own checksum")
+    return manifest
 
 
-def check_same_tree(
-    where: Any, records: Mapping[str, dict[str, Any]], wanted: Mapping[str, Any]
-) -> None:
+def check_same_tree(where: Any, records: dict[str, Record], wanted: dict[str, ABSTRACT]) -> None:
     """Raises CheckpointError if a checkpoint holds other leaves than those wanted."""
     saved = {path: "{dtype}{shape}".format(**record) for path, record in records.items()}
     expected = {path: _describe(leaf) for path, leaf in wanted.items()}
@@ -121,10 +122,9 @@ def check_same_tree(
         if saved.get(path) != expected.get(path)
     ]
     if differences:
-        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise CheckpointError(
-            f"checkpoint {where} was written by another architecture or optimizer: "
-            f"{'; '.join(differences[:3])}{more}. "
+            f"checkpoint {where} was written by another architecture or optimizer; leaves that "
+            f"differ: {len(differences)}, such as {'; '.join(differences[:3])}. "
             "Use the config it was saved with, or another workdir."
         )
 
@@ -133,27 +133,21 @@ def _describe(leaf: Any) -> str:
     return f"{leaf.dtype}{list(leaf.shape)}"
 
 
-def check_arrays(
-    arrays: Mapping[str, jax.Array], specs: Mapping[str, Any], records: Mapping[str, dict[str, Any]]
-) -> None:
-    """Raises Damaged if arrays that were read are not as specified, or not the ones recorded."""
-    for path, checksum in checksums(arrays).items():
-        got, expected = _describe(arrays[path]), _describe(specs[path])
-        if got != expected:
-            raise Damaged(f"array {path} is {got} instead of {expected}")
-        if checksum != records[path]["checksum"]:
+def check_arrays(arrays: Mapping[str, jax.Array], records: dict[str, Record]) -> None:
+    """Raises Damaged if the arrays read are not those recorded."""
+    for path, got in checksums(arrays).items():
+        if got != records[path]["checksum"]:
             raise Damaged(f"array {path} has another checksum than when it was saved")
 
 
 def checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
-    """The checksum of every array, whatever its sharding: one call, one small transfer."""
-    if not arrays:
-        return {}
+    """Of every array, whatever its sharding, with its dtype and shape: one call on the devices."""
     meshes = [x.sharding.mesh for x in arrays.values() if isinstance(x.sharding, NamedSharding)]
     # Replicated, so that every process can read them.
     out = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
-    sums = jax.jit(_stack_checksums, out_shardings=out)(list(arrays.values()))
-    return {path: int(x) for path, x in zip(arrays, np.asarray(sums), strict=True)}
+    sums = np.asarray(jax.jit(_stack_checksums, out_shardings=out)(list(arrays.values())))
+    kinds = [zlib.crc32(_describe(x).encode()) for x in arrays.values()]
+    return {path: int(x) ^ kind for path, x, kind in zip(arrays, sums, kinds, strict=True)}
 
 
 def _stack_checksums(arrays: list[jax.Array]) -> jax.Array:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -41,10 +42,13 @@ def make_schedule(
         )
     else:
         raise ValueError(f"got name={name!r}, expected one of piecewise, cosine, constant")
-    if warmup_steps == 0:
-        return schedule
-    warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
-    return lambda step: jax.numpy.where(step < warmup_steps, warmup(step), schedule(step))
+    warmup = optax.linear_schedule(0.0, learning_rate, max(1, warmup_steps))
+
+    def rate(step):
+        step = jnp.asarray(step, jnp.float32)  # optax's schedules divide steps by steps
+        return jnp.where(step < warmup_steps, warmup(step), schedule(step))
+
+    return rate
 
 
 def make_optimizer(

@@ -71,7 +71,7 @@ def make_train_step(
             "train_loss": loss,
             "train_accuracy": accuracy,
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            "gradient_norm": optax.global_norm(grads),
+            "gradient_norm": optax.tree.norm(grads),
         }
         mismatches = state.exact_mismatches
         if exactness is not None:

@@ -1,6 +1,6 @@
 """Checkpoints: what is restored is what was saved, and damage of any kind is noticed."""
 
-import json
+import gc
 import os
 import resource
 import shutil
@@ -9,46 +9,25 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from revnet_jax.training.checkpoint import CheckpointError, Checkpoints, _checksum
+from revnet_jax.training.checkpoint import CheckpointError, Checkpoints
 
 OPTIONS = {"save_every_steps": 1, "best_metric": "accuracy", "best_mode": "max"}
 
-
-class State(NamedTuple):
-    step: Any
-    params: Any
-    opt_state: Any
-    key: Any
-    raw_key: Any
-    nothing: Any
+# Orbax reads and writes arrays concurrently: of several that fail it raises one and abandons the
+# others, which may mutter on stderr until they are collected.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
-def make_state(seed: int = 0) -> State:
-    params = {
-        "w": jax.random.normal(jax.random.key(seed), (64, 48)),
-        "b": jax.random.normal(jax.random.key(seed + 1), (5,), jnp.bfloat16),
-        "a/b": [jnp.arange(3), (jnp.array([True, False]),)],
-        "empty": jnp.zeros((0, 3)),
-        "nan": jnp.array([jnp.nan, -0.0, jnp.inf]),
-    }
-    return State(
-        step=np.int32(seed),
-        params=params,
-        opt_state=optax.adamw(1e-3).init({name: params[name] for name in "wb"}),
-        key=jax.random.split(jax.random.key(seed), 3),
-        raw_key=jax.random.PRNGKey(seed),
-        nothing=None,
-    )
+@pytest.fixture(autouse=True)
+def collect_what_was_abandoned():
+    yield
+    gc.collect()
 
 
 def small_state(seed: int = 0) -> dict[str, jax.Array]:
@@ -70,21 +49,6 @@ def assert_same_bits(got, expected) -> None:
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert as_bytes(x) == as_bytes(y)
-
-
-def test_every_kind_of_leaf_comes_back_bit_for_bit(tmp_path):
-    with Checkpoints(tmp_path / "checkpoints", **OPTIONS) as checkpoints:
-        assert checkpoints.restore(jax.eval_shape(make_state)) is None
-        assert checkpoints.latest_step() is None
-        assert checkpoints.save(7, make_state())
-        assert not checkpoints.save(7, make_state(), force=True)  # exists
-    with Checkpoints(tmp_path / "checkpoints", **OPTIONS) as checkpoints:
-        assert checkpoints.latest_step() == 7
-        step, state = checkpoints.restore(jax.eval_shape(make_state))
-        assert step == 7
-        assert_same_bits(state, make_state())
-        # A state of arrays does for an abstract one.
-        assert_same_bits(checkpoints.restore(make_state(3))[1], make_state())
 
 
 def test_donating_the_state_after_save_does_not_change_what_is_saved(tmp_path):
@@ -165,11 +129,7 @@ DAMAGE = [
     Path.unlink,
 ]
 
-# A thread of orbax's may speak up after a failed read; in a run that is a line on stderr at worst.
-may_mutter = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
-
-@may_mutter
 def test_damage_to_any_file_is_reported_or_harmless(two_saved, tmp_path):
     newest = two_saved / "checkpoints" / "2"
     files = sorted(p.relative_to(newest) for p in newest.rglob("*") if p.is_file())
@@ -191,7 +151,6 @@ def test_damage_to_any_file_is_reported_or_harmless(two_saved, tmp_path):
     assert {"manifest", "state", "state/d", "state/ocdbt.process_0/d"} <= noticed
 
 
-@may_mutter
 def test_a_flipped_bit_that_orbax_loads_silently_is_found_by_the_checksum(two_saved, tmp_path):
     shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
     files = (tmp_path / "checkpoints" / "2" / "state").rglob("*")
@@ -211,7 +170,6 @@ def test_a_changed_digit_in_the_manifest_is_damage_and_no_other_architecture(two
     assert restore_and_save_again(tmp_path)[0] == 1
 
 
-@may_mutter
 def test_lost_directories_fall_back_and_never_overwrite_what_was_set_aside(two_saved, tmp_path):
     shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
     for i, lost in enumerate(["state", "manifest", "."]):
@@ -242,23 +200,6 @@ def test_a_damaged_best_is_reported_and_the_next_best_used(two_saved, tmp_path):
     with Checkpoints(tmp_path / "checkpoints", **OPTIONS, report=reports.append) as checkpoints:
         assert checkpoints.restore_best(small_state())[0] == 1
     assert "step 1 used instead" in reports[0]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"w": jnp.zeros((64, 47))}, r"w: got float32\[64, 48\], expected float32\[64, 47\]"),
-        ({"b": jnp.zeros(6)}, r"b: got bfloat16\[6\], expected float32\[6\]"),
-        ({"more": jnp.zeros(6)}, r"more: got nothing, expected float32\[6\]"),
-        ({"key": jax.random.key(0, impl="rbg")}, r"key: got key<fry>\[\], expected key<rbg>\[\]"),
-    ],
-)
-def test_another_architecture_is_an_error_and_no_damage(two_saved, change, message):
-    before = sorted(two_saved.rglob("*"))
-    checkpoints = Checkpoints(two_saved / "checkpoints", **OPTIONS)
-    with checkpoints, pytest.raises(CheckpointError, match=message):
-        checkpoints.restore(small_state() | change)
-    assert sorted(two_saved.rglob("*")) == before
 
 
 def test_read_only_changes_nothing(two_saved, tmp_path):
@@ -300,32 +241,6 @@ def test_a_failed_asynchronous_save_is_one_error_and_leaves_the_last_good_step(t
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
 
 
-def test_a_leaf_that_is_no_array_is_an_error(tmp_path):
-    checkpoints = Checkpoints(tmp_path / "checkpoints", **OPTIONS)
-    with checkpoints, pytest.raises(CheckpointError, match="got a str at name"):
-        checkpoints.save(1, {"name": "resnet"})
-
-
-def test_a_sharded_state_restores_onto_other_shardings(tmp_path):
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    rows, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
-    plain = {"w": jnp.arange(64.0).reshape(8, 8), "keys": jax.random.split(jax.random.key(0), 4)}
-    sharded = {"w": jax.device_put(plain["w"], rows), "keys": jax.device_put(plain["keys"], rows)}
-    second = jax.sharding.SingleDeviceSharding(jax.devices()[1])
-    with Checkpoints(tmp_path / "checkpoints", **OPTIONS) as checkpoints:
-        checkpoints.save(1, sharded)
-        for sharding in (None, second, whole, NamedSharding(mesh, P(None, "data")), rows):
-            abstract = jax.eval_shape(lambda: plain)
-            w = abstract["w"].update(sharding=sharding)
-            keys_sharding = rows if isinstance(sharding, NamedSharding) else sharding
-            keys = abstract["keys"].update(sharding=keys_sharding)
-            _, state = checkpoints.restore({"w": w, "keys": keys})
-            assert_same_bits(state, plain)
-            if sharding is not None:
-                assert state["w"].sharding == sharding
-                assert state["keys"].sharding == keys_sharding
-
-
 KILLED = """
 import sys, jax, jax.numpy as jnp
 from revnet_jax.training.checkpoint import Checkpoints
@@ -361,27 +276,3 @@ def test_sigkill_during_a_save_leaves_the_one_before(tmp_path):
         assert checkpoints.save(step + 2, state)  # not the step whose save was killed
     assert reports == []
     assert not list(directory.glob("*.orbax-checkpoint-tmp"))
-
-
-def test_any_single_flipped_bit_changes_the_checksum():
-    checksum = jax.jit(jax.vmap(_checksum))
-    for dtype in (np.float32, np.int8, np.uint16, np.int32, jnp.bfloat16, np.complex64):
-        raw = np.random.default_rng(0).integers(0, 256, 48, np.uint8)
-        flips = np.stack([raw] * (1 + 8 * len(raw)))
-        for bit in range(8 * len(raw)):
-            flips[bit + 1, bit // 8] ^= 1 << bit % 8
-        sums = np.asarray(checksum(flips.view(dtype).reshape(len(flips), 2, -1)))
-        assert (sums[1:] != sums[0]).all(), dtype
-    with jax.enable_x64(True):
-        x = np.arange(4.0)
-        signs = [np.array([1.0] * i + [-1.0] * (4 - i)) for i in range(5)]
-        sums = {int(_checksum(jnp.asarray(sign * x))) for sign in signs}
-        assert len(sums) == 5  # one sign more each: pairs of top bits must not cancel
-
-
-def test_the_manifest_is_readable_json(two_saved):
-    text = (two_saved / "checkpoints" / "2" / "manifest" / "metadata").read_text()
-    manifest = json.loads(text)
-    assert manifest["metrics"] == {"accuracy": 0.7}
-    assert manifest["leaves"]["w"]["shape"] == [64, 48]
-    assert manifest["leaves"]["key"]["key_impl"] == "threefry2x32"

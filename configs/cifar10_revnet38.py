@@ -1,0 +1,23 @@
+r"""RevNet-38 on CIFAR-10; arms: cifar100, laptop (a few minutes on a CPU), or both.
+
+    python scripts/train.py --config=configs/cifar10_revnet38.py \
+        --config.data.dir=DIR --workdir=WORKDIR
+
+DIR holds cifar-10-batches-bin or cifar-10-batches-py (cifar-100-...: `--config=FILE:cifar100`).
+Published test error, CIFAR-10 / CIFAR-100: 7.24 / 28.96 % (Gomez et al. 2017, table 3).
+"""
+
+from revnet_jax.config import CIFAR100, CIFAR_LAPTOP, cifar, with_arms
+
+
+def get_config(arm: str = ""):
+    config = cifar()
+    config.model.update(
+        {
+            "family": "revnet",
+            "units": (3, 3, 3),
+            "channels": (32, 32, 64, 112),
+            "bottleneck": False,
+        }
+    )
+    return with_arms(config, arm, {"cifar100": CIFAR100, "laptop": CIFAR_LAPTOP})

@@ -1,0 +1,42 @@
+"""Says what a config would train and what each strategy would keep in memory; trains nothing.
+
+python scripts/describe.py --config=configs/cifar10_revnet110.py --json
+"""
+
+import json
+
+from absl import flags
+
+from revnet_jax import config as configs
+
+CONFIG = configs.define_config_flag()
+JSON = flags.DEFINE_bool("json", False, "Print JSON rather than a table.")
+
+
+def main(argv):
+    del argv
+    from revnet_jax.training.describe import describe
+
+    report = describe(CONFIG.value)
+    print(json.dumps(report, indent=2) if JSON.value else as_text(report))
+
+
+def as_text(report):
+    height, width, channels = report["input_shape"]
+    lines = [
+        f"{report['family']}: {report['num_params']:,} parameters, {report['layers']} units, "
+        f"{height}x{width}x{channels} images, {report['num_classes']} classes",
+        "",
+        "chain       layers  backprop",
+        *(f"{c['name']:10}  {c['layers']:6}  {c['backprop']}" for c in report["chains"]),
+        "",
+        "strategy    activations kept per example",
+    ]
+    for strategy, kept in report["activation_bytes_per_example"].items():
+        amount = "no inverse" if kept is None else f"{kept / 2**20:.2f} MiB"
+        lines.append(f"{strategy:10}  {amount}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    configs.run(main, required=("config",))

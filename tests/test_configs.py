@@ -1,0 +1,114 @@
+"""Every experiment resolves, has every knob, and one of its steps can be traced."""
+
+import pathlib
+import re
+import runpy
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from revnet_jax.config import ConfigError, flatten, image_classification
+from revnet_jax.models import num_params
+from revnet_jax.training.build import build_network
+from revnet_jax.training.describe import describe
+from revnet_jax.training.dry_run import dry_run
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+EXPECTED = {
+    "digits", "cifar10_revnet38", "cifar10_revnet110", "cifar10_revnet164", "cifar10_resnet32",
+    "cifar10_resnet110", "cifar10_resnet164", "imagenet_revnet56", "imagenet_revnet104",
+    "imagenet_resnet50", "imagenet_resnet101",
+}  # fmt: skip
+# Trainable parameters, CIFAR-10 and CIFAR-100 (Gomez et al. 2017, table 1, to the last one).
+NUM_PARAMS = {
+    "cifar10_resnet32": (464_154, 470_004),
+    "cifar10_revnet38": (464_890, 475_060),
+    "cifar10_resnet110": (1_727_962, 1_733_812),
+    "cifar10_revnet110": (1_729_194, 1_740_804),
+    "cifar10_resnet164": (1_703_258, 1_726_388),
+    "cifar10_revnet164": (1_748_778, 1_794_948),
+}
+
+
+def load(name, arm=""):
+    return runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"](arm)
+
+
+def test_all_experiments_are_here():
+    assert {path.stem for path in CONFIGS} == EXPECTED
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_every_arm_resolves_and_has_every_knob(name):
+    for arm in ("", "laptop"):
+        config = load(name, arm)
+        assert flatten(config).keys() == flatten(image_classification()).keys()
+        network = build_network(config)
+        assert jax.eval_shape(network.init, jax.random.key(0))
+    with pytest.raises(ConfigError, match="got arm 'huge', expected one of"):
+        load(name, "huge")
+
+
+@pytest.mark.parametrize("name", NUM_PARAMS)
+def test_parameters_are_the_published_ones(name):
+    for arm, expected in zip(("", "cifar100"), NUM_PARAMS[name], strict=True):
+        network = build_network(load(name, arm))
+        assert num_params(jax.eval_shape(network.init, jax.random.key(0))) == expected
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10_revnet38", "imagenet_resnet50"])
+def test_one_step_can_be_traced(name):
+    report = dry_run(load(name, "laptop"))
+    assert report["config"]["model.units"] == load(name).model.units
+
+
+def test_describe():
+    report = describe(load("cifar10_revnet38"))
+    assert report["num_params"] == 464_890
+    assert report["layers"] == 9
+    assert report["input_shape"] == [32, 32, 3]
+    assert [chain["layers"] for chain in report["chains"]] == [1, 2, 2, 2]
+    assert {chain["backprop"] for chain in report["chains"]} == {"reverse"}
+    kept = report["activation_bytes_per_example"]
+    assert kept["reverse"] < kept["remat"] < kept["store"]
+    # Under reverse a chain keeps its output, under remat every layer's input; the outputs of
+    # stage1_b and stage2_b are kept by the units after them anyway.
+    stage_bytes = [4 * h * h * c for h, c in ((32, 32), (16, 64), (8, 112))]
+    assert kept["remat"] - kept["reverse"] == sum(
+        layers * b for layers, b in zip((2, 2, 1), stage_bytes, strict=True)
+    )
+
+
+def test_describe_of_a_resnet_has_no_reverse():
+    report = describe(load("cifar10_resnet32", "cifar100,laptop"))
+    assert report["num_classes"] == 100
+    assert report["activation_bytes_per_example"]["reverse"] is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config.model.unit=3"], "got --config.model.unit, .*did you mean --config.model.units"),
+        (["--config.units=3"], "did you mean --config.model.units"),
+        (["--confg=3"], "Unknown command line flag 'confg'"),
+        (["lr=3"], "got argument 'lr=3', expected flags only"),
+        (["--config.batch_size=a"], "flag --config.batch_size=a: invalid literal"),
+        (["--config=configs/digits.py:huge"], "got arm 'huge', expected one of"),
+        (["--config=nothing.py"], "got 'nothing.py' as --config, expected a file that exists"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_the_flags_is_one_line_before_jax_is_imported(flags, message):
+    code = (
+        "import sys, runpy\n"
+        "try: runpy.run_path('scripts/train.py', run_name='__main__')\n"
+        "finally: print('jax' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, "--config=configs/digits.py", "--workdir=w", *flags]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stdout == "False\n"
+    (line,) = result.stderr.strip().splitlines()
+    assert re.match(f"error: .*{message}", line)

@@ -1,0 +1,176 @@
+"""A run from config to summary: what it leaves behind, and that it can be interrupted."""
+
+import json
+import math
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from revnet_jax.config import ConfigError
+from revnet_jax.core import STRATEGIES
+from revnet_jax.training.loop import NonFiniteError, train
+from revnet_jax.training.restore import evaluate_run
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_a_run_leaves_behind(tiny_config, tmp_path):
+    summary = train(tiny_config, tmp_path)
+    assert summary == json.loads((tmp_path / "summary.json").read_text())
+    assert summary["steps"] == 12
+    assert summary["exact_mismatches"] == 0
+    assert summary["peak_memory_bytes"] is None
+    assert 0 < summary["eval_accuracy"] <= 1
+    assert summary["examples_per_second"] > 0
+    assert summary["devices"] == "2 x cpu"
+    record = json.loads((tmp_path / "config.json").read_text())
+    assert record["config"]["model"]["units"] == [1, 2]
+    assert record["versions"]["jax"]
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    written = rows(tmp_path)
+    assert [row["step"] for row in written if "train_loss" in row] == list(range(1, 13))
+    assert [row["step"] for row in written if "eval_accuracy" in row] == [6, 12]
+    assert all(0 < row["grid_range_used"] < 0.1 for row in written if "train_loss" in row)
+    # Evaluating the run again gives the same figures, and changes nothing in its folder.
+    before = snapshot(tmp_path)
+    again = evaluate_run(tmp_path)
+    assert again["step"] == 12
+    assert again["eval_loss"] == summary["eval_loss"]
+    assert again["eval_accuracy"] == summary["eval_accuracy"]
+    assert snapshot(tmp_path) == before
+    # Another config may not touch the folder; the same one finds it finished.
+    tiny_config.schedule.learning_rate = 0.01
+    with pytest.raises(
+        ConfigError, match=r"another config: got schedule.learning_rate=0.01 \(there: 0.05\)"
+    ):
+        train(tiny_config, tmp_path)
+    assert snapshot(tmp_path) == before
+    tiny_config.schedule.learning_rate = 0.05
+    finished = train(tiny_config, tmp_path)
+    assert finished["eval_accuracy"] == summary["eval_accuracy"]
+    assert finished["examples_per_second"] is None
+
+
+def test_the_strategies_train_alike(tiny_config, tmp_path):
+    """The first 50 losses agree to 1e-4."""
+    tiny_config.num_steps = 50
+    tiny_config.eval_every_steps = tiny_config.checkpoint_every_steps = 50
+    losses = {}
+    for backprop in STRATEGIES:
+        tiny_config.model.backprop = backprop
+        summary = train(tiny_config, tmp_path / backprop)
+        assert summary["exact_mismatches"] == (0 if backprop == "reverse" else None)
+        losses[backprop] = [r["train_loss"] for r in rows(tmp_path / backprop) if "train_loss" in r]
+    assert losses["store"][-1] < 0.5 * losses["store"][0]
+    np.testing.assert_allclose(losses["remat"], losses["store"], rtol=1e-4)
+    np.testing.assert_allclose(losses["reverse"], losses["store"], rtol=1e-4)
+
+
+def test_killed_at_any_moment_it_ends_the_same(start_program, run_program, tiny_flags, tmp_path):
+    """SIGKILL after 1, 4 and 9 rows: the metrics are bit for bit those of a run left alone."""
+    status, _, stderr = run_program("train", *tiny_flags, f"--workdir={tmp_path / 'alone'}")
+    assert status == 0, stderr
+    workdir = tmp_path / "killed"
+    metrics = workdir / "metrics.jsonl"
+    for num_rows in (1, 4, 9):
+        process = start_program("train", *tiny_flags, f"--workdir={workdir}")
+        deadline = time.monotonic() + 120
+        while not metrics.exists() or metrics.read_bytes().count(b"\n") < num_rows:
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert not (workdir / "summary.json").exists()
+    status, stdout, stderr = run_program("train", *tiny_flags, f"--workdir={workdir}")
+    assert status == 0, stderr
+    assert metrics.read_bytes() == (tmp_path / "alone" / "metrics.jsonl").read_bytes()
+    assert json.loads(stdout)["steps"] == 12
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's threads
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
+    tiny_config, tmp_path, caplog
+):
+    train(tiny_config, tmp_path)
+    expected = (tmp_path / "metrics.jsonl").read_bytes()
+    newest = max((tmp_path / "checkpoints").glob("*"), key=lambda path: int(path.name))
+    assert newest.name == "12"
+    largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    train(tiny_config, tmp_path)
+    assert "checkpoint 12 is damaged" in caplog.text
+    assert (tmp_path / "damaged_checkpoints" / "12").exists()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == expected
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_config, tmp_path):
+    tiny_config.schedule.learning_rate = 1e30
+    tiny_config.schedule.name = "piecewise"
+    tiny_config.schedule.warmup_steps = 0
+    tiny_config.schedule.boundaries = (4,)
+    # Five harmless steps, then a rate that nothing survives.
+    tiny_config.schedule.update({"learning_rate": 1e-3, "factor": 1e35})
+    with pytest.raises(NonFiniteError, match=r"is (nan|inf) at step \d+, .*last good checkpoint"):
+        train(tiny_config, tmp_path)
+    steps = [int(path.name) for path in (tmp_path / "checkpoints").glob("*")]
+    assert max(steps) == 4
+    assert all(math.isfinite(row["train_loss"]) for row in rows(tmp_path) if "train_loss" in row)
+
+
+def test_a_checkpoint_of_another_architecture(tiny_config, tmp_path):
+    from revnet_jax.training.checkpoint import CheckpointError
+
+    train(tiny_config, tmp_path / "a")
+    tiny_config.model.channels = (8, 8, 32)
+    tiny_config.num_steps = 2
+    train(tiny_config, tmp_path / "b")
+    (tmp_path / "a" / "config.json").write_bytes((tmp_path / "b" / "config.json").read_bytes())
+    before = snapshot(tmp_path / "a")
+    with pytest.raises(CheckpointError, match="expected"):
+        train(tiny_config, tmp_path / "a")
+    assert snapshot(tmp_path / "a") == before
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("batch_size", 15, "config.batch_size: got 15 for 2 devices, expected a multiple of 2"),
+        ("batch_size", 2000, "config.data: got batch_size=2000"),
+        ("num_steps", 0, "config.num_steps: got 0, expected at least 1"),
+        ("data.name", "mnist", "config.data: got data set 'mnist'"),
+        ("data.name", "cifar10", "config.data: got no dir for cifar10"),
+        ("data.num_classes", 7, "config.data.num_classes: got 7, expected 10"),
+        ("data.min_crop_area", 0.5, "config.data: got min_crop_area=0.5 for digits"),
+        ("model.backprop", "reverse_all", "config.model: got backprop='reverse_all'"),
+        ("model.family", "densenet", "config.model: got family='densenet'"),
+        ("model.channels", (8, 7, 16), "config.model: got channels="),
+        ("model.compute_dtype", "float16", "config.model: got compute_dtype='float16'"),
+        ("model.grid_bits", 40, "config.model: got a grid of 40 bits"),
+        ("schedule.name", "step", "config.schedule: got name='step'"),
+        ("optimizer.name", "lamb", "config.optimizer: got name='lamb'"),
+    ],
+)
+def test_bad_settings_are_found_before_anything_is_written(
+    key, value, message, tiny_config, tmp_path
+):
+    tiny_config.update_from_flattened_dict({key: value})
+    with pytest.raises(ConfigError) as caught:
+        train(tiny_config, tmp_path / "run")
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_a_run_of_unknown_config(tiny_config, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ConfigError, match=r"holds a run but no config.json"):
+        train(tiny_config, tmp_path)
