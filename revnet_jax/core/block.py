@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from revnet_jax.core import trees
 from revnet_jax.core.couplings import Coupling, additive
@@ -86,7 +87,11 @@ class Block:
         """x -> (y, aux). Each branch is evaluated once."""
         streams, aux = list(x), []
         for step, step_params in zip(self.half_steps, params, strict=True):
-            u, step_aux = step.branch(step_params, *(streams[i] for i in step.reads), context)
+            # The barrier changes nothing here. Where JAX differentiates this (`store`, `remat`), a
+            # branch's cotangents are summed before they join the stream's, in the order of
+            # `rewind`: so all strategies round alike, and give the same gradient bit for bit.
+            reads = lax.optimization_barrier(tuple(streams[i] for i in step.reads))
+            u, step_aux = step.branch(step_params, *reads, context)
             streams[step.updates] = step.coupling.merge(streams[step.updates], u, self.grid)
             aux.append(step_aux)
         return tuple(streams), tuple(aux)

@@ -27,7 +27,7 @@ from revnet_jax.training.build import (
 from revnet_jax.training.checkpoint import Checkpoints
 from revnet_jax.training.evaluation import evaluate
 from revnet_jax.training.metrics import DelayedFetch, MetricsWriter, Progress, peak_memory_bytes
-from revnet_jax.training.sharding import data_mesh, put_batch, replicated
+from revnet_jax.training.sharding import abstract, data_mesh, initialize, put_batch, replicated
 from revnet_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
 
 
@@ -48,9 +48,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     check_batch_sizes(config)
     dataset = build_dataset(config)
     mesh = data_mesh()
-    init = jax.jit(
-        lambda: init_state(network, optimizer, config.seed), out_shardings=replicated(mesh)
-    )
+    placed = replicated(mesh)
+    init = lambda: init_state(network, optimizer, config.seed)
     train_step = jax.jit(make_train_step(network, optimizer, schedule), donate_argnums=0)
     eval_step = jax.jit(make_eval_step(network))
 
@@ -69,7 +68,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         pass  # its arguments are sound
     workdirs.claim(workdir, config)
     with open_checkpoints(workdir, config.checkpoint_every_steps) as checkpoints:
-        start, state = checkpoints.restore(jax.eval_shape(init)) or (0, init())
+        restored = checkpoints.restore(abstract(init, placed))
+        start, state = restored or (0, initialize(init, placed))
         with batches_from(start) as batches, Recorder(workdir, config, start) as recorder:
             for step in range(start + 1, config.num_steps + 1):
                 state, metrics = train_step(state, put_batch(next(batches), mesh))

@@ -11,7 +11,7 @@ from revnet_jax.training.build import build_dataset, build_recipe, check_batch_s
 from revnet_jax.training.checkpoint import CheckpointError
 from revnet_jax.training.evaluation import evaluate
 from revnet_jax.training.loop import open_checkpoints
-from revnet_jax.training.sharding import data_mesh, replicated
+from revnet_jax.training.sharding import abstract, data_mesh, replicated
 from revnet_jax.training.step import init_state, make_eval_step
 from revnet_jax.training.workdir import load_config
 
@@ -32,13 +32,11 @@ def evaluate_run(
     check_batch_sizes(config)
     dataset = build_dataset(config)
     mesh = data_mesh()
-    init = jax.jit(
-        lambda: init_state(network, optimizer, config.seed), out_shardings=replicated(mesh)
-    )
+    init = lambda: init_state(network, optimizer, config.seed)
     if not (workdir / "checkpoints").exists():
         raise CheckpointError(f"{workdir} holds no checkpoints: has its run saved any yet?")
     with open_checkpoints(workdir, read_only=True) as checkpoints:
-        restored = checkpoints.restore(jax.eval_shape(init), which=which)
+        restored = checkpoints.restore(abstract(init, replicated(mesh)), which=which)
     if restored is None:
         raise CheckpointError(f"{workdir / 'checkpoints'} is empty: has its run saved any yet?")
     step, state = restored

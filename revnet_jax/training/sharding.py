@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -15,6 +18,21 @@ def data_mesh() -> Mesh:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+def abstract(init: Callable[[], Any], sharding: NamedSharding) -> Any:
+    """The shapes of what `init` returns, placed: what a checkpoint is restored to."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(init),
+    )
+
+
+def initialize(init: Callable[[], Any], sharding: NamedSharding) -> Any:
+    """Computes `init()` where it is to be."""
+    # On CPU its random numbers take longer to compile well than to compute.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(init, out_shardings=sharding, compiler_options=options)()
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

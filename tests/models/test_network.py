@@ -539,7 +539,7 @@ def test_a_resnet_has_no_inverse():
 
 def temporary_bytes(backprop, depth):
     """Of the compiled gradient; variables are arguments, gradients and new averages outputs."""
-    arch = Architecture("revnet", (depth, depth), (8, 8, 16), False, "cifar", (16, 16, 3), 10)
+    arch = Architecture("revnet", (1, depth), (8, 8, 16), False, "cifar", (16, 16, 3), 10)
     network = Network(arch, backprop=backprop)
     variables = abstract_variables(network)
     image = jax.ShapeDtypeStruct((16, 16, 16, 3), jnp.float32)
@@ -549,16 +549,15 @@ def temporary_bytes(backprop, depth):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-# One stream in each stage, float32: images * height * width * channels.
-STREAM_BYTES = 4 * 16 * (16 * 16 * 4 + 8 * 8 * 8)
+# One stream of the second stage, float32: images * height * width * channels.
+STREAM_BYTES = 4 * 16 * 8 * 8 * 8
 
 
 def test_memory_of_reverse_does_not_depend_on_depth(monkeypatch):
-    """Twelve more units, and not a single stream more."""
+    """Six more units, and not a single stream more."""
     monkeypatch.setattr(residual, "conv", plain_conv)
     shallow, deep = (temporary_bytes("reverse", depth) for depth in (3, 9))
-    assert abs(deep - shallow) <= 0.01 * shallow
-    assert 0.01 * shallow < STREAM_BYTES
+    assert abs(deep - shallow) <= min(0.01 * shallow, STREAM_BYTES)
 
 
 def test_memory_of_store_grows_with_every_unit(monkeypatch):
