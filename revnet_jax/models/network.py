@@ -57,16 +57,23 @@ class Architecture:
                 f"got family={self.family!r} and stem={self.stem!r}, expected one of "
                 f"{', '.join(NUM_STREAMS)} and one of {', '.join(STEMS)}"
             )
-        if len(self.channels) != len(self.units) + 1 or min(self.units, default=0) < 1:
+        sizes = (*self.units, *self.channels, *self.image_shape, self.num_classes)
+        if min(sizes) < 1 or not self.units or len(self.channels) != len(self.units) + 1:
             raise ValueError(
-                f"got units={self.units} and channels={self.channels}, expected at least one unit "
-                "in each stage, and channels of the stem followed by those of each stage"
+                f"got units={self.units}, channels={self.channels}, image_shape={self.image_shape} "
+                f"and num_classes={self.num_classes}, expected positive sizes, and channels of the "
+                "stem followed by those of each stage"
             )
         divisor = NUM_STREAMS[self.family] * (4 if self.bottleneck else 1)
-        if any(c % divisor for c in self.channels[1:]) or self.channels[0] % self.num_streams:
+        if self.channels[0] % self.num_streams or any(c % divisor for c in self.channels[1:]):
             raise ValueError(
-                f"got channels={self.channels}, expected multiples of {divisor} for a {self.family}"
-                + (" with bottlenecks" if self.bottleneck else "")
+                f"got channels={self.channels}, expected a multiple of {self.num_streams} for the "
+                f"stem and of {divisor} for the stages"
+            )
+        if not self.bottleneck and list(self.channels) != sorted(self.channels):
+            raise ValueError(
+                f"got channels={self.channels}, expected them not to decrease: without bottlenecks "
+                "a shortcut can add channels, not take them away"
             )
 
     @property

@@ -18,12 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from revnet_jax.errors import UserError
+
 PyTree = Any
 ABSTRACT = jax.ShapeDtypeStruct
 Record = dict[str, Any]  # shape, dtype, checksum and, of a key, key_impl
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint cannot be saved or restored; the message says got, expected and what to do."""
 
 

@@ -1,11 +1,15 @@
 """A small reversible block that uses everything a branch may use, for the tests of the core."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from revnet_jax.core import Grid, reversible_block
 
 WIDTH, ROWS = 6, 5
+# Values do not depend on how hard the compiler tries, and these tests mostly compile.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def f(params, x, context):

@@ -499,15 +499,24 @@ def test_init():
 ERRORS = {
     "family": ({"family": "densenet"}, "got family='densenet' .*expected one of resnet, revnet"),
     "stem": ({"stem": "mnist"}, "stem='mnist', expected .*one of cifar, imagenet"),
-    "a stage too few": ({"units": (1,)}, r"got units=\(1,\) and channels=\(8, 8, 16\), expected"),
-    "an empty stage": ({"units": (1, 0)}, r"got units=\(1, 0\).*expected at least one unit"),
-    "no stage": ({"units": (), "channels": (8,)}, r"got units=\(\).*expected at least one unit"),
-    "odd channels": ({"channels": (8, 8, 15)}, r"got channels=\(8, 8, 15\), expected multiples of"),
-    "odd stem": ({"channels": (7, 8, 16)}, r"got channels=\(7, 8, 16\), expected multiples of 2"),
+    "a stage too few": ({"units": (1,)}, r"got units=\(1,\), channels=\(8, 8, 16\).*expected"),
+    "an empty stage": ({"units": (1, 0)}, r"got units=\(1, 0\).*expected positive sizes"),
+    "no stage": ({"units": (), "channels": (8,)}, r"got units=\(\).*expected positive sizes"),
+    "no channels": ({"channels": (8, 8, 0)}, r"got .*channels=\(8, 8, 0\).*positive sizes"),
+    "no classes": ({"num_classes": 0}, r"got .*num_classes=0, expected positive sizes"),
+    "odd channels": (
+        {"channels": (8, 8, 15)},
+        r"got channels=\(8, 8, 15\), expected a multiple of",
+    ),
+    "odd stem": (
+        {"channels": (7, 8, 16)},
+        r"got channels=\(7, 8, 16\), .* 2 for the stem and of 2",
+    ),
     "odd bottleneck": (
         {"channels": (8, 12, 16), "bottleneck": True},
-        r"got channels=\(8, 12, 16\), expected multiples of 8 for a revnet with bottlenecks",
+        r"got channels=\(8, 12, 16\), expected a multiple of 2 for the stem and of 8",
     ),
+    "fewer channels": ({"channels": (8, 16, 8)}, r"got channels=\(8, 16, 8\), .*not to decrease"),
 }
 GOOD = {
     "family": "revnet",
