@@ -25,9 +25,10 @@ from revnet_jax.training.build import (
     pipeline_settings,
 )
 from revnet_jax.training.checkpoint import Checkpoints
+from revnet_jax.training.compiler import jit, jit_initialization
 from revnet_jax.training.evaluation import evaluate
 from revnet_jax.training.metrics import DelayedFetch, MetricsWriter, Progress, peak_memory_bytes
-from revnet_jax.training.sharding import abstract, data_mesh, initialize, put_batch, replicated
+from revnet_jax.training.sharding import abstract, data_mesh, put_batch, replicated
 from revnet_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
 
 
@@ -50,8 +51,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     mesh = data_mesh()
     placed = replicated(mesh)
     init = lambda: init_state(network, optimizer, config.seed)
-    train_step = jax.jit(make_train_step(network, optimizer, schedule), donate_argnums=0)
-    eval_step = jax.jit(make_eval_step(network))
+    train_step = jit(make_train_step(network, optimizer, schedule), donate_argnums=0)
+    eval_step = jit(make_eval_step(network))
 
     def batches_from(step):
         return contextlib.closing(
@@ -69,7 +70,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     workdirs.claim(workdir, config)
     with open_checkpoints(workdir, config.checkpoint_every_steps) as checkpoints:
         restored = checkpoints.restore(abstract(init, placed))
-        start, state = restored or (0, initialize(init, placed))
+        start, state = restored or (0, jit_initialization(init, placed)())
         with batches_from(start) as batches, Recorder(workdir, config, start) as recorder:
             for step in range(start + 1, config.num_steps + 1):
                 state, metrics = train_step(state, put_batch(next(batches), mesh))

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-
 from revnet_jax.training.build import build_dataset, build_recipe, check_batch_sizes
 from revnet_jax.training.checkpoint import CheckpointError
+from revnet_jax.training.compiler import jit
 from revnet_jax.training.evaluation import evaluate
 from revnet_jax.training.loop import open_checkpoints
 from revnet_jax.training.sharding import abstract, data_mesh, replicated
@@ -41,7 +40,7 @@ def evaluate_run(
         raise CheckpointError(f"{workdir / 'checkpoints'} is empty: has its run saved any yet?")
     step, state = restored
     scores = evaluate(
-        jax.jit(make_eval_step(network)),
+        jit(make_eval_step(network)),
         state.variables,
         dataset,
         batch_size=config.eval_batch_size,

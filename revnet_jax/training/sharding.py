@@ -28,13 +28,6 @@ def abstract(init: Callable[[], Any], sharding: NamedSharding) -> Any:
     )
 
 
-def initialize(init: Callable[[], Any], sharding: NamedSharding) -> Any:
-    """Computes `init()` where it is to be."""
-    # On CPU its random numbers take longer to compile well than to compute.
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(init, out_shardings=sharding, compiler_options=options)()
-
-
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's part of a global batch, as global arrays split along their first axis."""
     sharding = NamedSharding(mesh, PartitionSpec("data"))
