@@ -12,6 +12,7 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
   echo "error: got $("$python" --version 2>&1), expected Python 3.11 or later: set PYTHON" >&2
   exit 1
 fi
+echo "installing into $PWD/.venv" >&2
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 .venv/bin/python -m pip install --quiet --disable-pip-version-check \
   --constraint constraints.txt --editable ".${extras:+[$extras]}"

@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
 # Sets up .venv and runs scripts/train.py; without arguments, trains the digits RevNet.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-scripts/setup.sh
-if [ $# -eq 0 ]; then set -- --config=configs/digits.py --workdir=runs/digits; fi
-exec .venv/bin/python scripts/train.py "$@"
+root=$(cd "$(dirname "$0")/.." && pwd)
+"$root/scripts/setup.sh"
+if [ $# -eq 0 ]; then
+  cd "$root"
+  set -- --config=configs/digits.py --workdir=runs/digits
+fi
+exec "$root/.venv/bin/python" "$root/scripts/train.py" "$@"

@@ -68,7 +68,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     with settings("data"), batches_from(0):
         pass  # its arguments are sound
     workdirs.claim(workdir, config)
-    with open_checkpoints(workdir, config.checkpoint_every_steps) as checkpoints:
+    with open_checkpoints(workdir) as checkpoints:
         restored = checkpoints.restore(abstract(init, placed))
         start, state = restored or (0, jit_initialization(init, placed)())
         with batches_from(start) as batches, Recorder(workdir, config, start) as recorder:
@@ -89,19 +89,17 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                             mesh=mesh,
                         )
                         recorder.evaluation(step, scores)
-                    checkpoints.save(step, state, scores, force=True)
+                    checkpoints.save(step, state, scores)
     summary = summarize(workdir, config, state, recorder.examples_per_second, started)
     workdirs.write_json(workdir / "summary.json", summary)
     return summary
 
 
-def open_checkpoints(
-    workdir: Path, save_every_steps: int = 1, *, read_only: bool = False
-) -> Checkpoints:
+def open_checkpoints(workdir: Path, *, read_only: bool = False) -> Checkpoints:
     """The checkpoints of a run: the newest two and the one of best `eval_accuracy` are kept."""
     return Checkpoints(
         workdir / "checkpoints",
-        save_every_steps=save_every_steps,
+        save_every_steps=1,  # of those that the loop offers
         best_metric="eval_accuracy",
         best_mode="max",
         read_only=read_only,
@@ -112,7 +110,7 @@ class Recorder:
     """Writes rows and progress, one step late, and stops the run at a step that is not finite."""
 
     def __init__(self, workdir: Path, config: ConfigDict, start: int):
-        self._workdir, self._start = workdir, start
+        self._workdir = workdir
         self._num_steps, self._log_every = config.num_steps, config.log_every_steps
         self._fetch = DelayedFetch()
         self._writer = MetricsWriter(workdir, resume_step=start or None)

@@ -52,7 +52,7 @@ def run_program(start_program):
 
     def run(name, *flags):
         process = start_program(name, *flags)
-        stdout, stderr = process.communicate(timeout=300)
+        stdout, stderr = process.communicate(timeout=600)
         return process.returncode, stdout, stderr
 
     return run
