@@ -56,6 +56,7 @@ def image_classification() -> ConfigDict:
     config.model.compute_dtype = "float32"  # float32 | bfloat16
     config.model.grid = True  # exact streams; False lets them drift
     config.model.grid_bits = 12
+    config.model.check_exactness = True  # at every step; keeps each chain's input
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "sgd"  # sgd | adamw
@@ -69,7 +70,7 @@ def image_classification() -> ConfigDict:
     config.schedule.name = "cosine"  # piecewise | cosine | constant
     config.schedule.learning_rate = 0.1  # the peak
     config.schedule.warmup_steps = 0  # linear, from 0
-    config.schedule.boundaries = (0,)  # piecewise: steps at which the rate is multiplied
+    config.schedule.boundaries = (300, 450)  # piecewise: steps from which it is multiplied
     config.schedule.factor = 0.1  # piecewise: by this
     return config
 
@@ -110,6 +111,7 @@ def imagenet() -> ConfigDict:
             "flip": True,
             "min_crop_area": 0.08,
             "num_threads": 16,
+            "prefetch": 16,
         }
     )
     config.model.stem = "imagenet"

@@ -38,6 +38,8 @@ def test_imports_go_one_way(house):
         for name in imports(path):
             top, *rest = name.split(".")
             assert top not in FORBIDDEN[house], f"{path} imports {name}"
+            if house == "core":
+                assert top in {"jax", "revnet_jax", *sys.stdlib_module_names}, f"imports {name}"
             if top == "revnet_jax" and rest:
                 assert rest[0] in MAY_IMPORT[house], f"{path} imports {name}"
             assert top not in {"scripts", "configs", "tests"}, f"{path} imports {name}"

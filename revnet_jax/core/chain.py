@@ -62,6 +62,7 @@ def chain(
     validate.chain_arguments(layer, params_L, x, shared, data_L)
     if isinstance(layer, Block):
         x = snap(layer.grid, x)
+    data_L = lax.stop_gradient(data_L)
     if backprop == "reverse":
         return _reverse(layer, params_L, x, shared, data_L, probe)
     return _forward(layer, params_L, x, shared, data_L, remat=backprop == "remat")

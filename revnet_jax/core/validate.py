@@ -29,10 +29,8 @@ def strategy(backprop: str, known: tuple[str, ...], layer: Layer) -> None:
 
 def chain_arguments(layer: Layer, params_L: Any, x: Any, shared: Any, data_L: Any) -> None:
     """Raises unless one layer, applied to one slice, maps the streams to streams alike."""
-    if not isinstance(x, tuple):
-        raise TypeError(
-            f"got streams of type {type(x).__name__}, expected a tuple of streams: (x1, x2)"
-        )
+    if type(x) is not tuple:
+        raise TypeError(f"got streams of type {type(x).__name__}, expected a plain tuple: (x1, x2)")
     for leaf in jax.tree.leaves(x):
         if not trees.is_inexact(leaf):
             raise TypeError(f"got a stream {trees.describe(leaf)}, expected floating point")
@@ -48,8 +46,8 @@ def _block(block, params_L, x):
     num_streams = 1 + max(max((s.updates, *s.reads)) for s in block.half_steps)
     if len(x) != num_streams:
         raise ValueError(f"got {len(x)} streams, expected the {num_streams} the block acts on")
-    if not isinstance(params_L, tuple | list) or len(params_L) != len(block.half_steps):
-        got = f"{len(params_L)}" if isinstance(params_L, tuple | list) else type(params_L).__name__
+    if type(params_L) is not tuple or len(params_L) != len(block.half_steps):
+        got = f"{len(params_L)}" if type(params_L) is tuple else f"a {type(params_L).__name__}"
         raise ValueError(
             f"got block parameters {got}, expected a tuple of {len(block.half_steps)}: "
             "one tree for each half-step"

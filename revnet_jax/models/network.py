@@ -58,11 +58,16 @@ class Architecture:
                 f"{', '.join(NUM_STREAMS)} and one of {', '.join(STEMS)}"
             )
         sizes = (*self.units, *self.channels, *self.image_shape, self.num_classes)
-        if min(sizes) < 1 or not self.units or len(self.channels) != len(self.units) + 1:
+        if (
+            min(sizes) < 1
+            or len(self.image_shape) != 3
+            or not self.units
+            or (len(self.channels) != len(self.units) + 1)
+        ):
             raise ValueError(
                 f"got units={self.units}, channels={self.channels}, image_shape={self.image_shape} "
-                f"and num_classes={self.num_classes}, expected positive sizes, and channels of the "
-                "stem followed by those of each stage"
+                f"and num_classes={self.num_classes}, expected positive sizes, image_shape as "
+                "(H, W, C), and channels of the stem followed by those of each stage"
             )
         divisor = NUM_STREAMS[self.family] * (4 if self.bottleneck else 1)
         if self.channels[0] % self.num_streams or any(c % divisor for c in self.channels[1:]):
@@ -133,6 +138,7 @@ class Network:
     backprop: what the gradient of every chain costs: `store`, `remat` or (RevNet) `reverse`.
     compute_dtype: of convolutions; streams, batch statistics and logits are float32.
     grid: where the streams of a RevNet live; None for free floats.
+    check_exactness: whether `probes` has any: the check keeps each chain's input.
     """
 
     def __init__(
@@ -142,6 +148,7 @@ class Network:
         backprop: Backprop = "reverse",
         compute_dtype: Any = jnp.float32,
         grid: Grid | None = Grid(),
+        check_exactness: bool = True,
     ):
         if backprop not in STRATEGIES:
             known = ", ".join(STRATEGIES)
@@ -154,6 +161,7 @@ class Network:
         self.architecture = architecture
         self.backprop: Backprop = backprop
         self.compute_dtype = compute_dtype
+        self.check_exactness = check_exactness
         self.grid = grid
         self.sections = sections(architecture)
         bottleneck = architecture.bottleneck
@@ -216,6 +224,7 @@ class Network:
             backprop=backprop,
             compute_dtype=self.compute_dtype,
             grid=self.grid,
+            check_exactness=self.check_exactness,
         )
 
     @property
@@ -247,8 +256,10 @@ class Network:
         add("head", self._head.init, head_key)
         return Variables(params, stats)
 
-    def probes(self) -> dict[str, Exactness]:
-        """A probe for every chain: differentiate `apply` with respect to them."""
+    def probes(self) -> dict[str, Exactness] | None:
+        """A probe for every chain, to differentiate `apply` by; None where nothing is rebuilt."""
+        if self.backprop != "reverse" or not self.check_exactness:
+            return None
         return {section.name: Exactness.probe() for section in self.chains}
 
     def apply(

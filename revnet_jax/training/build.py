@@ -42,7 +42,7 @@ def build_recipe(config: ConfigDict) -> Recipe:
 def build_network(config: ConfigDict) -> Network:
     model = dict(config.model)
     dtype, grid, bits = (model.pop(name) for name in ("compute_dtype", "grid", "grid_bits"))
-    backprop = model.pop("backprop")
+    backprop, check_exactness = model.pop("backprop"), model.pop("check_exactness")
     with settings("model"):
         if dtype not in COMPUTE_DTYPES:
             known = ", ".join(COMPUTE_DTYPES)
@@ -54,6 +54,7 @@ def build_network(config: ConfigDict) -> Network:
             backprop=backprop,
             compute_dtype=COMPUTE_DTYPES[dtype],
             grid=Grid(bits) if grid else None,
+            check_exactness=check_exactness,
         )
 
 

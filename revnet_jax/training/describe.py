@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from revnet_jax.core import STRATEGIES
-from revnet_jax.models import Network, num_params
+from revnet_jax.models import Network, Variables, num_params
 from revnet_jax.training.build import build_network
 
 
@@ -47,16 +47,17 @@ def activation_bytes_per_example(network: Network) -> int:
 
 
 def _kept_bytes(network, batch_size):
-    def kept(variables, image_BHWC):
-        def loss(params):
-            logits_BV, _ = network.apply(variables._replace(params=params), image_BHWC, train=True)
+    def kept(params, stats, image_BHWC):
+        def loss(params, probes):
+            variables = Variables(params, stats)
+            logits_BV, _ = network.apply(variables, image_BHWC, train=True, probes=probes)
             return jnp.sum(logits_BV)
 
-        _, pullback = jax.vjp(loss, variables.params)
+        _, pullback = jax.vjp(loss, params, network.probes())
         # A pullback is a tree of all it holds on to; an array that two operations need counts once.
         return list({id(leaf): leaf for leaf in jax.tree.leaves(pullback)}.values())
 
     variables = jax.eval_shape(network.init, jax.random.key(0))
     image = jax.ShapeDtypeStruct((batch_size, *network.architecture.image_shape), jnp.float32)
-    leaves = jax.eval_shape(kept, variables, image)
+    leaves = jax.eval_shape(kept, *variables, image)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

@@ -21,16 +21,22 @@ def evaluate(
     *,
     batch_size: int,
     mesh: Mesh,
+    num_threads: int,
+    prefetch: int,
 ) -> dict[str, float]:
     """`eval_loss` (nats) and `eval_accuracy` (0 to 1): means over all test examples.
 
     eval_step: `make_eval_step`'s, jitted.
+    batch_size: a multiple of the number of devices.
+    num_threads, prefetch: of the input pipeline.
     """
     batches = eval_batches(
         dataset,
         batch_size=batch_size,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        num_threads=num_threads,
+        prefetch=prefetch,
     )
     with contextlib.closing(batches):
         sums = [eval_step(variables, put_batch(batch, mesh)) for batch in batches]

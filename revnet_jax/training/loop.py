@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,10 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     with open_checkpoints(workdir) as checkpoints:
         restored = checkpoints.restore(abstract(init, placed))
         start, state = restored or (0, jit_initialization(init, placed)())
+        if start == 0:
+            workdirs.check_fresh(workdir, config.checkpoint_every_steps)
+        if start == config.num_steps and (workdir / "summary.json").exists():
+            return json.loads((workdir / "summary.json").read_text())  # it is finished
         with batches_from(start) as batches, Recorder(workdir, config, start) as recorder:
             for step in range(start + 1, config.num_steps + 1):
                 state, metrics = train_step(state, put_batch(next(batches), mesh))
@@ -87,6 +92,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                             dataset,
                             batch_size=config.eval_batch_size,
                             mesh=mesh,
+                            num_threads=config.data.num_threads,
+                            prefetch=config.data.prefetch,
                         )
                         recorder.evaluation(step, scores)
                     checkpoints.save(step, state, scores)
@@ -133,6 +140,7 @@ class Recorder:
         self._record(self._fetch.flush())
 
     def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
+        self._check_finite(step, scores, scores)
         self._writer.write(step, scores)
 
     @property
@@ -140,15 +148,18 @@ class Recorder:
         """The median over the intervals between logged steps; None before there are two."""
         return statistics.median(self._rates) if self._rates else None
 
+    def _check_finite(self, step: int, values: Mapping[str, float], names: Iterable[str]) -> None:
+        for name in names:
+            if not math.isfinite(values[name]):
+                raise NonFiniteError(
+                    f"{name} is {values[name]} at step {step}, expected a finite number. The last "
+                    f"good checkpoint is kept in {self._workdir / 'checkpoints'}. Lower the "
+                    "learning rate or warm it up (config.schedule), in another --workdir"
+                )
+
     def _record(self, rows: list[tuple[int, dict[str, float]]]) -> None:
         for step, values in rows:
-            for name in ("train_loss", "gradient_norm"):
-                if not math.isfinite(values[name]):
-                    raise NonFiniteError(
-                        f"{name} is {values[name]} at step {step}, expected a finite number. The "
-                        f"last good checkpoint is kept in {self._workdir / 'checkpoints'}. Lower "
-                        "the learning rate or warm it up (config.schedule), in another --workdir"
-                    )
+            self._check_finite(step, values, ("train_loss", "gradient_norm", "variables_norm"))
             if step % self._log_every == 0 or step == self._num_steps:
                 rate = self._progress.update(
                     step, loss=values["train_loss"], learning_rate=values["learning_rate"]
@@ -167,14 +178,14 @@ def summarize(
 ) -> dict[str, Any]:
     """What summary.json holds. Speed and time are of this process, and null where unknown."""
     last = workdirs.last_values(workdir)
-    reverses = config.model.backprop == "reverse"
+    checked = config.model.backprop == "reverse" and config.model.check_exactness
     device = jax.devices()[0]
     return {
         "steps": int(state.step),
         "train_loss": last["train_loss"],
         "eval_loss": last["eval_loss"],
         "eval_accuracy": last["eval_accuracy"],
-        "exact_mismatches": int(state.exact_mismatches) if reverses else None,
+        "exact_mismatches": int(state.exact_mismatches) if checked else None,
         "num_params": num_params(state.variables),
         "examples_per_second": examples_per_second,
         "peak_memory_bytes": peak_memory_bytes(),

@@ -33,10 +33,11 @@ def make_schedule(
         decay = optax.cosine_decay_schedule(learning_rate, num_steps - warmup_steps)
         schedule = lambda step: decay(step - warmup_steps)
     elif name == "piecewise":
-        if list(boundaries) != sorted(set(boundaries)) or not all(
-            isinstance(boundary, int) for boundary in boundaries
-        ):
-            raise ValueError(f"got boundaries={boundaries}, expected increasing whole steps")
+        whole = all(isinstance(boundary, int) and boundary > 0 for boundary in boundaries)
+        if not whole or list(boundaries) != sorted(set(boundaries)):
+            raise ValueError(
+                f"got boundaries={boundaries}, expected increasing whole steps, from 1"
+            )
         schedule = optax.piecewise_constant_schedule(
             learning_rate, {boundary: factor for boundary in boundaries}
         )

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from revnet_jax.training.build import build_dataset, build_recipe, check_batch_sizes
+import jax
+
+from revnet_jax.training.build import build_dataset, build_recipe
 from revnet_jax.training.checkpoint import CheckpointError
 from revnet_jax.training.compiler import jit
 from revnet_jax.training.evaluation import evaluate
@@ -28,7 +30,6 @@ def evaluate_run(
     if data_dir is not None:
         config.data.dir = data_dir
     network, _, optimizer = build_recipe(config)
-    check_batch_sizes(config)
     dataset = build_dataset(config)
     mesh = data_mesh()
     init = lambda: init_state(network, optimizer, config.seed)
@@ -43,7 +44,10 @@ def evaluate_run(
         jit(make_eval_step(network)),
         state.variables,
         dataset,
-        batch_size=config.eval_batch_size,
+        # Batches are padded anyway: rounded up, any number of devices can share them.
+        batch_size=-(-config.eval_batch_size // jax.device_count()) * jax.device_count(),
         mesh=mesh,
+        num_threads=config.data.num_threads,
+        prefetch=config.data.prefetch,
     )
     return {"step": step, "checkpoint": which, **scores}

@@ -18,7 +18,7 @@ class TrainState(NamedTuple):
     """Everything that defines a run, besides its config.
 
     step: updates made so far, int32.
-    key: the run's PRNG key; a step's own is `jax.random.fold_in(key, step)`.
+    key: the run's PRNG key, for networks that draw random numbers in training.
     exact_mismatches: elements of reconstructed chain inputs that ever differed, float32.
     """
 
@@ -47,9 +47,10 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The pure function `(state, batch) -> (state, metrics)`, to be jitted with a donated state.
 
-    Metrics are scalars of the batch before the update. Where chains are reversed, they include the
-    run-time exactness check: `exact_mismatches` (since the start of the run),
-    `exact_max_difference`, and `grid_range_used` (1.0 is where streams stop being exact).
+    Metrics are scalars: of the batch before the update, and the norm of all variables after it.
+    Where chains are reversed and checked, they include the run-time exactness check:
+    `exact_mismatches` (since the start of the run), `exact_max_difference`, and `grid_range_used`
+    (1.0 is where streams stop being exact).
     """
 
     def loss_fn(params, probes, stats, batch):
@@ -61,10 +62,9 @@ def make_train_step(
 
     def train_step(state, batch):
         params, stats = state.variables
-        probes = network.probes() if network.backprop == "reverse" else None
         value_and_grad = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
         (loss, (new_stats, accuracy)), (grads, exactness) = value_and_grad(
-            params, probes, stats, batch
+            params, network.probes(), stats, batch
         )
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
         metrics = {
@@ -82,9 +82,12 @@ def make_train_step(
             if network.grid is not None:
                 limit = network.grid.limit(jnp.float32)
                 metrics["grid_range_used"] = _largest(chain.max_abs for chain in chains) / limit
+        variables = Variables(optax.apply_updates(params, updates), new_stats)
+        # Of everything that the next step or a checkpoint would carry on.
+        metrics["variables_norm"] = optax.tree.norm(variables)
         new_state = TrainState(
             step=state.step + 1,
-            variables=Variables(optax.apply_updates(params, updates), new_stats),
+            variables=variables,
             opt_state=opt_state,
             key=state.key,
             exact_mismatches=mismatches,

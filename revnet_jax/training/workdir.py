@@ -32,13 +32,30 @@ def claim(workdir: Path, config: ConfigDict) -> None:
             f"{workdir} holds a run but no config.json to compare with: choose another --workdir"
         )
     else:
-        workdir.mkdir(parents=True, exist_ok=True)
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--workdir {workdir} cannot be made: {error}") from error
         record = {
             "config": config.to_dict(),
             "git_commit": _git_commit(),
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         }
         write_json(path, record)
+
+
+def check_fresh(workdir: Path, checkpoint_every_steps: int) -> None:
+    """Raises ConfigError where metrics tell of checkpoints that are not there.
+
+    Starting at step 0 would replace those metrics.
+    """
+    path = workdir / "metrics.jsonl"
+    last_step = last_values(workdir).get("step", 0) if path.exists() else 0
+    if last_step > checkpoint_every_steps:
+        raise ConfigError(
+            f"{path} goes to step {last_step}, but there is no checkpoint to go on from: bring "
+            f"{workdir / 'checkpoints'} back, or choose another --workdir"
+        )
 
 
 def load_config(workdir: Path) -> ConfigDict:
@@ -67,8 +84,9 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def last_values(workdir: Path) -> dict[str, Any]:
     """The last value of every metric in metrics.jsonl."""
     values: dict[str, Any] = {}
-    for line in (workdir / "metrics.jsonl").read_text().splitlines():
-        values |= json.loads(line)
+    for line in (workdir / "metrics.jsonl").read_text().splitlines(keepends=True):
+        if line.endswith("\n"):  # a killed run may leave half a row
+            values |= json.loads(line)
     return values
 
 

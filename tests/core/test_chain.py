@@ -170,6 +170,17 @@ def test_three_streams_of_unequal_shape_and_a_merge_that_multiplies():
     jax.tree.map(np.testing.assert_array_equal, rebuilt, block.grid.snap(x))
 
 
+@pytest.mark.parametrize("backprop", STRATEGIES)
+def test_per_layer_data_is_not_differentiated(backprop):
+    params_L, x, shared, data_L = toy.arguments(2)
+
+    def loss(rate):
+        data = {**data_L, "rate": rate}
+        return chain_loss(params_L, x, shared["scale"], shared, data, backprop)
+
+    np.testing.assert_array_equal(toy.jit(jax.grad(loss))(data_L["rate"]), [0.0, 0.0])
+
+
 def test_probe_counts_what_was_not_rebuilt():
     """A branch that answers differently when asked again is caught; a pure one is not accused."""
     params_L, x, shared, data_L = toy.arguments(3)

@@ -23,7 +23,7 @@ def call(**changes):
 
 CASES = {
     "unknown strategy": ({"backprop": "revers"}, ValueError, "got backprop='revers', expected one"),
-    "streams not a tuple": ({"x": jnp.ones(4)}, TypeError, "expected a tuple of streams"),
+    "streams not a tuple": ({"x": jnp.ones(4)}, TypeError, "expected a plain tuple"),
     "integer stream": (
         {"x": (jnp.ones(4), jnp.ones(4, jnp.int32))},
         TypeError,
@@ -35,6 +35,12 @@ CASES = {
         "got a bfloat16 stream, expected float32.*grid=None",
     ),
     "a stream too few": ({"x": (jnp.ones(4),)}, ValueError, "got 1 streams, expected the 2"),
+    "streams a list": ({"x": list(X)}, TypeError, "got streams of type list, expected a plain"),
+    "parameters a list": (
+        {"params_L": list(PARAMS_L)},
+        ValueError,
+        "got block parameters a list, expected a tuple of 2",
+    ),
     "parameters of one branch": ({"params_L": PARAMS_L[:1]}, ValueError, "expected a tuple of 2"),
     "two depths": (
         {"params_L": (jnp.ones(3), jnp.ones(2))},

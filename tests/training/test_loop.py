@@ -54,9 +54,12 @@ def test_what_a_run_leaves_behind(tiny_config, tmp_path):
         train(tiny_config, tmp_path)
     assert snapshot(tmp_path) == before
     tiny_config.schedule.learning_rate = 0.05
-    finished = train(tiny_config, tmp_path)
-    assert finished["eval_accuracy"] == summary["eval_accuracy"]
-    assert finished["examples_per_second"] is None
+    assert train(tiny_config, tmp_path) == summary
+    # Metrics whose checkpoints are gone are not replaced by those of a new start.
+    (tmp_path / "checkpoints").rename(tmp_path / "moved")
+    with pytest.raises(ConfigError, match="goes to step 12, but there is no checkpoint"):
+        train(tiny_config, tmp_path)
+    assert rows(tmp_path) == written
 
 
 def test_the_strategies_train_alike(tiny_config, tmp_path):
@@ -112,17 +115,19 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
     assert (tmp_path / "metrics.jsonl").read_bytes() == expected
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tiny_config, tmp_path):
-    tiny_config.schedule.learning_rate = 1e30
-    tiny_config.schedule.name = "piecewise"
-    tiny_config.schedule.warmup_steps = 0
-    tiny_config.schedule.boundaries = (4,)
-    # Five harmless steps, then a rate that nothing survives.
-    tiny_config.schedule.update({"learning_rate": 1e-3, "factor": 1e35})
-    with pytest.raises(NonFiniteError, match=r"is (nan|inf) at step \d+, .*last good checkpoint"):
+@pytest.mark.parametrize(("harmless_steps", "last_good"), [(4, 4), (5, 4), (11, 10)])
+def test_a_step_that_is_not_finite_stops_the_run(harmless_steps, last_good, tiny_config, tmp_path):
+    """Between checkpoints, at one, and at the end of the run."""
+    # A few harmless steps, then one with a rate that nothing survives.
+    tiny_config.schedule.update({"name": "piecewise", "learning_rate": 1e-3, "factor": 1e38})
+    tiny_config.schedule.boundaries = (harmless_steps,)
+    with pytest.raises(
+        NonFiniteError, match=rf"is (nan|inf) at step {harmless_steps + 1}, .*last good checkpoint"
+    ):
         train(tiny_config, tmp_path)
     steps = [int(path.name) for path in (tmp_path / "checkpoints").glob("*")]
-    assert max(steps) == 4
+    assert max(steps) == last_good
+    assert not (tmp_path / "summary.json").exists()
     assert all(math.isfinite(row["train_loss"]) for row in rows(tmp_path) if "train_loss" in row)
 
 
@@ -154,6 +159,7 @@ def test_a_checkpoint_of_another_architecture(tiny_config, tmp_path):
         ("model.family", "densenet", "config.model: got family='densenet'"),
         ("model.channels", (8, 7, 16), "config.model: got channels="),
         ("model.compute_dtype", "float16", "config.model: got compute_dtype='float16'"),
+        ("data.image_shape", (8, 8), "config.model: got units="),
         ("model.grid_bits", 40, "config.model: got a grid of 40 bits"),
         ("schedule.name", "step", "config.schedule: got name='step'"),
         ("optimizer.name", "lamb", "config.optimizer: got name='lamb'"),

@@ -49,6 +49,7 @@ def test_warmup_rises_from_zero_to_the_peak_and_the_boundaries_stay():
         ({"warmup_steps": 100}, "got warmup_steps=100"),
         ({"boundaries": (60, 40)}, "got boundaries="),
         ({"boundaries": (0.5,)}, "got boundaries="),
+        ({"boundaries": (0, 40)}, "got boundaries="),
     ],
 )
 def test_schedule_errors(changes, message):
