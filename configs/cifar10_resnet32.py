@@ -1,4 +1,4 @@
-r"""ResNet-32 on CIFAR-10; arms: cifar100, laptop (a few minutes on a CPU), or both.
+r"""ResNet-32 on CIFAR-10; arms: cifar100, laptop (half an epoch, for a CPU), or both.
 
     python scripts/train.py --config=configs/cifar10_resnet32.py \
         --config.data.dir=DIR --workdir=WORKDIR

@@ -1,4 +1,4 @@
-r"""RevNet-164 on CIFAR-10; arms: cifar100, laptop (a few minutes on a CPU), or both.
+r"""RevNet-164 on CIFAR-10; arms: cifar100, laptop (half an epoch, for a CPU), or both.
 
     python scripts/train.py --config=configs/cifar10_revnet164.py \
         --config.data.dir=DIR --workdir=WORKDIR

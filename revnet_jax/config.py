@@ -123,12 +123,15 @@ def imagenet() -> ConfigDict:
 # Arms that several experiments share: settings by dotted key, for `with_arms`.
 CIFAR100 = {"data.name": "cifar100", "data.num_classes": 100}
 CIFAR_LAPTOP = {
-    "num_steps": 300,
+    "num_steps": 500,
+    "batch_size": 50,
     "log_every_steps": 10,
-    "eval_every_steps": 300,
-    "checkpoint_every_steps": 50,
+    "eval_every_steps": 500,
+    "checkpoint_every_steps": 100,
+    "data.crop_padding": 0,  # half an epoch needs no augmentation against overfitting
+    "optimizer.nesterov": True,
     "schedule.name": "cosine",
-    "schedule.warmup_steps": 20,
+    "schedule.warmup_steps": 30,
 }
 IMAGENET_LAPTOP = {
     "num_steps": 20,

@@ -33,7 +33,7 @@ class Checkpoints:
 
     Args:
       directory: created if missing, except with `read_only`.
-      save_every_steps: `save` writes at its multiples, and when preemption is announced.
+      save_every_steps: `save` writes at its multiples.
       best_metric: name of the metric that ranks checkpoints; None ranks none.
       best_mode: whether the largest or the smallest value is best.
       keep_newest, keep_best: how many to keep of each kind. None is best without a finite metric.
@@ -117,8 +117,7 @@ class Checkpoints:
         """
         if self._read_only:
             raise CheckpointError(f"got save({step}) on {self.directory}, opened read-only")
-        preempted = self._manager.reached_preemption(step)  # asked at every step, by its protocol
-        due = force or preempted or step % self._save_every_steps == 0
+        due = force or step % self._save_every_steps == 0
         newest = self.latest_step()
         if not due or (newest is not None and step <= newest):
             return False
