@@ -4,7 +4,7 @@ r"""RevNet-110 on CIFAR-10; arms: cifar100, laptop (half an epoch, for a CPU), o
         --config.data.dir=DIR --workdir=WORKDIR
 
 DIR holds cifar-10-batches-bin or cifar-10-batches-py (cifar-100-...: `--config=FILE:cifar100`).
-Published test error, CIFAR-10 / CIFAR-100: 5.76 / 25.40 % (Gomez et al. 2017, table 3).
+Published test error, CIFAR-10 / CIFAR-100: 5.76 / 25.40 % (Gomez et al. 2017).
 """
 
 from revnet_jax.config import CIFAR100, CIFAR_LAPTOP, cifar, with_arms

@@ -4,7 +4,7 @@ r"""ResNet-101 on ImageNet; arm: laptop (the same network on small images, a few
         --config.data.dir=DIR --workdir=WORKDIR
 
 DIR holds train/ and val/, each with one folder of images per class.
-Published top-1 validation error: 23.01 % (Gomez et al. 2017, table 4).
+Published top-1 validation error: 23.01 % (Gomez et al. 2017).
 """
 
 from revnet_jax.config import IMAGENET_LAPTOP, imagenet, with_arms

@@ -76,7 +76,7 @@ def image_classification() -> ConfigDict:
 
 
 def cifar(num_classes: int = 10) -> ConfigDict:
-    """The CIFAR recipe of the RevNet paper (Gomez et al. 2017, arXiv:1707.04585, section 4)."""
+    """The CIFAR recipe of the RevNet paper (Gomez et al. 2017, arXiv:1707.04585)."""
     config = image_classification()
     config.num_steps = 80_000
     config.log_every_steps = 100

@@ -22,7 +22,7 @@ EXPECTED = {
     "cifar10_resnet110", "cifar10_resnet164", "imagenet_revnet56", "imagenet_revnet104",
     "imagenet_resnet50", "imagenet_resnet101",
 }  # fmt: skip
-# Trainable parameters, CIFAR-10 and CIFAR-100 (Gomez et al. 2017, table 1, to the last one).
+# Trainable parameters, CIFAR-10 and CIFAR-100 (the models of Gomez et al. 2017, to the last one).
 NUM_PARAMS = {
     "cifar10_resnet32": (464_154, 470_004),
     "cifar10_revnet38": (464_890, 475_060),
