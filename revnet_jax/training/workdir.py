@@ -47,11 +47,12 @@ def claim(workdir: Path, config: ConfigDict) -> None:
 def check_fresh(workdir: Path, checkpoint_every_steps: int) -> None:
     """Raises ConfigError where metrics tell of checkpoints that are not there.
 
-    Starting at step 0 would replace those metrics.
+    Starting at step 0 would replace those metrics. A checkpoint is written while training goes on,
+    and finished before the next one is begun: a run killed before that has none, and starts anew.
     """
     path = workdir / "metrics.jsonl"
     last_step = last_values(workdir).get("step", 0) if path.exists() else 0
-    if last_step > checkpoint_every_steps:
+    if last_step > 2 * checkpoint_every_steps:
         raise ConfigError(
             f"{path} goes to step {last_step}, but there is no checkpoint to go on from: bring "
             f"{workdir / 'checkpoints'} back, or choose another --workdir"

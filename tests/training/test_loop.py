@@ -107,8 +107,9 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
     expected = (tmp_path / "metrics.jsonl").read_bytes()
     newest = max((tmp_path / "checkpoints").glob("*"), key=lambda path: int(path.name))
     assert newest.name == "12"
-    largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    for path in (newest / "state").rglob("*"):  # some of the files hold what others hold too
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     train(tiny_config, tmp_path)
     assert "checkpoint 12 is damaged" in caplog.text
     assert (tmp_path / "damaged_checkpoints" / "12").exists()
