@@ -2,7 +2,7 @@
 
     python scripts/train.py --config=configs/digits.py --workdir=WORKDIR
 
-On two CPU cores: 99.2 % test accuracy in 51 seconds.
+On two busy CPU cores: 97.2 % test accuracy in 98 seconds.
 """
 
 from revnet_jax.config import image_classification, with_arms
