@@ -164,43 +164,20 @@ class Network:
         self.check_exactness = check_exactness
         self.grid = grid
         self.sections = sections(architecture)
-        bottleneck = architecture.bottleneck
-        image_channels = architecture.image_shape[2]
+        common = {"dtype": compute_dtype}
+        in_unit = {"bottleneck": architecture.bottleneck, **common}
 
         def branch(in_channels, out_channels, stride, activate_first):
-            return PureModule(
-                lambda rngs: ResidualBranch(
-                    in_channels,
-                    out_channels,
-                    stride=stride,
-                    bottleneck=bottleneck,
-                    activate_first=activate_first,
-                    dtype=compute_dtype,
-                    rngs=rngs,
-                )
-            )
+            settings = {"stride": stride, "activate_first": activate_first, **in_unit}
+            return _pure(ResidualBranch, in_channels, out_channels, **settings)
 
         def shortcut(unit):
-            return PureModule(
-                lambda rngs: make_shortcut(
-                    unit.in_channels,
-                    unit.out_channels,
-                    stride=unit.stride,
-                    bottleneck=bottleneck,
-                    dtype=compute_dtype,
-                    rngs=rngs,
-                )
-            )
+            channels = unit.in_channels, unit.out_channels
+            return _pure(make_shortcut, *channels, stride=unit.stride, **in_unit)
 
-        self._stem = PureModule(
-            lambda rngs: Stem(
-                image_channels,
-                architecture.channels[0],
-                kind=architecture.stem,
-                dtype=compute_dtype,
-                rngs=rngs,
-            )
-        )
+        channels = architecture.channels
+        image_channels = architecture.image_shape[2]
+        self._stem = _pure(Stem, image_channels, channels[0], kind=architecture.stem, **common)
         # One module per stream: f alone, or f and g. Only f changes resolution and width.
         self._branches = {
             name: (branch(*unit), branch(unit.out_channels, unit.out_channels, 1, True))[
@@ -213,9 +190,7 @@ class Network:
             for name, unit, _ in self.sections
             if not unit.keeps_shape
         }
-        self._head = PureModule(
-            lambda rngs: Head(architecture.channels[-1], architecture.num_classes, rngs=rngs)
-        )
+        self._head = _pure(Head, channels[-1], architecture.num_classes)
 
     def with_backprop(self, backprop: Backprop) -> Network:
         """The same function of the same variables, with a gradient of another cost."""
@@ -335,6 +310,10 @@ class Network:
 
         run = run if self.backprop == "store" else jax.checkpoint(run)
         return run(params, stats, x)
+
+
+def _pure(make: Any, *args: Any, **kwargs: Any) -> PureModule:
+    return PureModule(lambda rngs: make(*args, rngs=rngs, **kwargs))
 
 
 def num_params(variables: Variables) -> int:
