@@ -1,8 +1,31 @@
 """Reversible layers and chains of them, as pure functions. Imports nothing but jax."""
 
-from revnet_jax.core.block import Block, Context, HalfStep, Layer, PlainLayer, reversible_block
-from revnet_jax.core.chain import STRATEGIES, Backprop, chain, chain_inverse
-from revnet_jax.core.couplings import Coupling, additive
+from revnet_jax.core.block import (
+    Block,
+    Context,
+    HalfStep,
+    Invertible,
+    Layer,
+    PlainLayer,
+    ReversibleLayer,
+)
+from revnet_jax.core.blocks import (
+    bdia_block,
+    momentum_block,
+    multi_stream_block,
+    reversible_block,
+    symplectic_block,
+)
+from revnet_jax.core.chain import (
+    STRATEGIES,
+    Backprop,
+    Section,
+    chain,
+    sequence,
+    sequence_forward,
+    sequence_inverse,
+)
+from revnet_jax.core.couplings import Coupling, additive, affine, bdia, leapfrog, momentum
 from revnet_jax.core.exactness import Exactness
 from revnet_jax.core.grid import Grid
 
@@ -15,10 +38,23 @@ __all__ = [
     "Exactness",
     "Grid",
     "HalfStep",
+    "Invertible",
     "Layer",
     "PlainLayer",
+    "ReversibleLayer",
+    "Section",
     "additive",
+    "affine",
+    "bdia",
+    "bdia_block",
     "chain",
-    "chain_inverse",
+    "leapfrog",
+    "momentum",
+    "momentum_block",
+    "multi_stream_block",
     "reversible_block",
+    "sequence",
+    "sequence_forward",
+    "sequence_inverse",
+    "symplectic_block",
 ]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from revnet_jax.core import trees
-from revnet_jax.core.couplings import Coupling, additive
+from revnet_jax.core.couplings import Coupling
 from revnet_jax.core.grid import Grid
 
 Streams = tuple[Any, ...]  # one tree of arrays per stream
@@ -29,10 +29,14 @@ class Context(NamedTuple):
 
 
 class Layer(Protocol):
-    """What a chain needs to run layers forward."""
+    """What a chain needs to run layers forward: all that `store` and `remat` ask for."""
 
-    def forward(self, params: Any, x: Streams, context: Context) -> tuple[Streams, Any]:
-        """Streams in, (streams of the same shapes and dtypes, auxiliary outputs) out."""
+    def forward(self, params: Any, x: Streams, context: Context) -> tuple[Streams, Any, Any]:
+        """Streams in, (streams, auxiliary outputs, residue) out.
+
+        residue: what an inverse needs besides the streams, packed as small as can be; None where
+          it needs nothing, or there is none.
+        """
         ...
 
 
@@ -46,6 +50,24 @@ class Rewound(NamedTuple):
     dx: Streams
     dparams: Any
     dshared: Any
+
+
+@runtime_checkable
+class ReversibleLayer(Layer, Protocol):
+    """What `reverse` needs besides: `Block` has it, and `Invertible`, and whoever writes both."""
+
+    def inverse(self, params: Any, y: Streams, residue: Any, context: Context) -> Streams:
+        """y -> x, given the residue of the forward pass."""
+        ...
+
+    def rewind(
+        self, params: Any, y: Streams, dy: Streams, daux: Any, residue: Any, context: Context
+    ) -> Rewound:
+        """(y, dy) -> x and all cotangents.
+
+        daux: cotangents of the auxiliary outputs, None at leaves that are not floating point.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -83,39 +105,48 @@ class Block:
     half_steps: tuple[HalfStep, ...]
     grid: Grid | None = Grid()
 
-    def forward(self, params: Any, x: Streams, context: Context) -> tuple[Streams, Any]:
-        """x -> (y, aux). Each branch is evaluated once."""
-        streams, aux = list(x), []
+    def forward(self, params: Any, x: Streams, context: Context) -> tuple[Streams, Any, Any]:
+        """x -> (y, aux, residue). Each branch is evaluated once; a residue for each half-step."""
+        streams, aux, residue = list(x), [], []
         for step, step_params in zip(self.half_steps, params, strict=True):
             # The barrier changes nothing here. Where JAX differentiates this (`store`, `remat`), a
             # branch's cotangents are summed before they join the stream's, in the order of
             # `rewind`: so all strategies round alike, and give the same gradient bit for bit.
             reads = lax.optimization_barrier(tuple(streams[i] for i in step.reads))
             u, step_aux = step.branch(step_params, *reads, context)
-            streams[step.updates] = step.coupling.merge(streams[step.updates], u, self.grid)
+            i = step.updates
+            streams[i], step_residue = step.coupling.merge(streams[i], u, self.grid)
             aux.append(step_aux)
-        return tuple(streams), tuple(aux)
+            residue.append(step_residue)
+        return tuple(streams), tuple(aux), tuple(residue)
 
-    def inverse(self, params: Any, y: Streams, context: Context) -> Streams:
-        """y -> x. Each branch is evaluated once; bit for bit while the grid's range holds."""
+    def inverse(self, params: Any, y: Streams, residue: Any, context: Context) -> Streams:
+        """y -> x. Each branch is evaluated once; bit for bit while the grid's range holds.
+
+        residue: may be None where no coupling leaves one.
+        """
         streams = list(y)
-        for step, step_params in reversed(list(zip(self.half_steps, params, strict=True))):
+        residue = (None,) * len(self.half_steps) if residue is None else residue
+        steps = zip(self.half_steps, params, residue, strict=True)
+        for step, step_params, step_residue in reversed(list(steps)):
             u, _ = step.branch(step_params, *(streams[i] for i in step.reads), context)
-            streams[step.updates] = step.coupling.unmerge(streams[step.updates], u, self.grid)
+            i = step.updates
+            streams[i] = step.coupling.unmerge(streams[i], u, step_residue, self.grid)
         return tuple(streams)
 
-    def rewind(self, params: Any, y: Streams, dy: Streams, daux: Any, context: Context) -> Rewound:
+    def rewind(
+        self, params: Any, y: Streams, dy: Streams, daux: Any, residue: Any, context: Context
+    ) -> Rewound:
         """(y, dy) -> x and all cotangents, with a single evaluation of each branch.
 
         The evaluation that differentiates a branch also yields the update that undoes it, so the
         cost is one recompute and one backward pass: 4/3 of a training step that stores, not 5/3.
-        daux: cotangents of the auxiliary outputs, None at leaves that are not floating point.
         """
         streams, dstreams = list(y), list(dy)
         shared, shared_rest = trees.split(context.shared)
         dparams, dshared = [], jax.tree.map(jnp.zeros_like, shared)
-        steps = zip(self.half_steps, params, daux, strict=True)
-        for step, step_params, step_daux in reversed(list(steps)):
+        steps = zip(self.half_steps, params, daux, residue, strict=True)
+        for step, step_params, step_daux, step_residue in reversed(list(steps)):
             step_params, params_rest = trees.split(step_params)
 
             def branch(params, reads, shared, step=step, params_rest=params_rest):
@@ -126,9 +157,9 @@ class Block:
             reads = tuple(streams[i] for i in step.reads)
             (u, _), pullback = jax.vjp(branch, step_params, reads, shared)
             i = step.updates
-            streams[i] = step.coupling.unmerge(streams[i], u, self.grid)
+            streams[i] = step.coupling.unmerge(streams[i], u, step_residue, self.grid)
             merge = lambda x, u, step=step: step.coupling.merge(x, u, self.grid)
-            _, pullback_merge = jax.vjp(merge, streams[i], u)
+            _, pullback_merge, _ = jax.vjp(merge, streams[i], u, has_aux=True)
             dstreams[i], du = pullback_merge(dstreams[i])
             step_dparams, dreads, step_dshared = pullback((du, step_daux))
             for j, dread in zip(step.reads, dreads, strict=True):
@@ -136,6 +167,50 @@ class Block:
             dparams.append(step_dparams)
             dshared = trees.add(dshared, step_dshared)
         return Rewound(tuple(streams), tuple(dstreams), tuple(reversed(dparams)), dshared)
+
+
+@dataclass(frozen=True)
+class Invertible:
+    """A reversible layer from its function and its inverse, for what half-steps do not express.
+
+    apply: `(params, x, context) -> y`, or `-> (y, aux)` where `has_aux`; x and y are tuples of
+      streams, whose shapes may differ in a layer that stands alone (see `sequence`).
+    undo: `(params, y, context) -> x`. As exact as it is written: a permutation is, and keeps
+      streams on their grid; a matrix and its inverse are not, and leave it.
+
+    Cost of `rewind`: one `undo`, then one evaluation and one backward pass of `apply`.
+    """
+
+    apply: Callable[[Any, Streams, Context], Any]
+    undo: Callable[[Any, Streams, Context], Streams]
+    has_aux: bool = False
+
+    def forward(self, params: Any, x: Streams, context: Context) -> tuple[Streams, Any, Any]:
+        """x -> (y, aux, None)."""
+        if self.has_aux:
+            return *self.apply(params, x, context), None
+        return self.apply(params, x, context), None, None
+
+    def inverse(self, params: Any, y: Streams, residue: Any, context: Context) -> Streams:
+        """y -> x."""
+        return self.undo(params, y, context)
+
+    def rewind(
+        self, params: Any, y: Streams, dy: Streams, daux: Any, residue: Any, context: Context
+    ) -> Rewound:
+        """(y, dy) -> x and all cotangents."""
+        x = self.undo(params, y, context)
+        params, params_rest = trees.split(params)
+        shared, shared_rest = trees.split(context.shared)
+
+        def forward(params, x, shared):
+            full_context = context._replace(shared=trees.join(shared, shared_rest))
+            y, aux, _ = self.forward(trees.join(params, params_rest), x, full_context)
+            return y, trees.split(aux)[0]
+
+        _, pullback = jax.vjp(forward, params, x, shared)
+        dparams, dx, dshared = pullback((dy, daux))
+        return Rewound(x, dx, dparams, dshared)
 
 
 @dataclass(frozen=True)
@@ -147,35 +222,6 @@ class PlainLayer:
 
     apply: Callable[[Any, Streams, Context], tuple[Streams, Any]]
 
-    def forward(self, params: Any, x: Streams, context: Context) -> tuple[Streams, Any]:
-        return self.apply(params, x, context)
-
-
-def reversible_block(
-    f: Callable[..., Any],
-    g: Callable[..., Any],
-    *,
-    has_aux: bool = False,
-    coupling: Coupling | None = None,
-    grid: Grid | None = Grid(),
-) -> Block:
-    """The RevNet block on two streams: `y1 = x1 + f(x2)`, `y2 = x2 + g(y1)`.
-
-    Gomez et al. 2017 (arXiv:1707.04585), eq. 6. Parameters are a pair `(f's, g's)`.
-
-    f, g: pure functions `(params, x, context) -> u`, or `-> (u, aux)` where `has_aux`.
-    coupling: how an update enters its stream; additive by default.
-    grid: where streams live; `Grid(bits)` for another resolution, None for free floats.
-    """
-    coupling = additive() if coupling is None else coupling
-
-    def with_aux(branch):
-        return branch if has_aux else lambda *args: (branch(*args), None)
-
-    return Block(
-        (
-            HalfStep(with_aux(f), updates=0, reads=(1,), coupling=coupling),
-            HalfStep(with_aux(g), updates=1, reads=(0,), coupling=coupling),
-        ),
-        grid,
-    )
+    def forward(self, params: Any, x: Streams, context: Context) -> tuple[Streams, Any, Any]:
+        """x -> (y, aux, None)."""
+        return *self.apply(params, x, context), None

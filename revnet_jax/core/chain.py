@@ -1,29 +1,45 @@
-"""A chain of L equal layers, run by one `lax.scan`, with a choice of what its gradient costs.
+"""Chains of layers, with a choice of what their gradient costs.
 
 | backprop | kept per layer            | extra compute                          |
 |----------|---------------------------|----------------------------------------|
 | store    | all of f's intermediates  | none                                   |
 | remat    | the streams               | one forward, less what is not needed   |
-| reverse  | nothing                   | one forward                            |
+| reverse  | nothing (or a residue)    | one forward                            |
 
 All three compute the same function of the same arguments.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from revnet_jax.core import trees, validate
-from revnet_jax.core.block import Block, Context, Layer, Streams
+from revnet_jax.core.block import Context, Layer, ReversibleLayer, Streams
 from revnet_jax.core.exactness import Exactness, compare, largest
 from revnet_jax.core.grid import snap
 
 Backprop = Literal["store", "remat", "reverse"]
 STRATEGIES: tuple[Backprop, ...] = get_args(Backprop)
+
+
+class Section(NamedTuple):
+    """Equal layers in a row, run by one `lax.scan`; or one layer, which may change shapes.
+
+    layer: a `Block` or another reversible layer, or any `Layer` under `store` and `remat`.
+    params_L: the layers' parameters, stacked: every leaf has a leading axis L. Differentiated.
+    data_L: per-layer data, stacked (PRNG keys, statistics); not differentiated.
+    length: L, where nothing is stacked that would tell.
+    """
+
+    layer: Layer | ReversibleLayer
+    params_L: Any = ()
+    data_L: Any = None
+    length: int | None = None
 
 
 def chain(
@@ -33,16 +49,16 @@ def chain(
     *,
     shared: Any = None,
     data_L: Any = None,
+    length: int | None = None,
     backprop: Backprop = "reverse",
     probe: Exactness | None = None,
 ) -> tuple[Streams, Any]:
-    """Applies L layers in turn: `(y, aux_L)`.
+    """Applies L equal layers in turn: `(y, aux_L)`.
 
-    layer: a `Block` (reversible), or any `Layer` under `store` and `remat`.
-    params_L: the layers' parameters, stacked: every leaf has a leading axis L. Differentiated.
+    layer, params_L, data_L, length: see `Section`. Layers that share their weights have them in
+      `shared`, and say how many they are by `length`.
     x: a tuple of streams. Snapped to the block's grid, where it has one. Differentiated.
     shared: side inputs that every layer sees; differentiated, cotangents summed over layers.
-    data_L: per-layer data, stacked (PRNG keys, statistics); not differentiated.
     backprop: `store`, `remat` or `reverse`.
     probe: `Exactness.probe()`; its cotangent is the run-time exactness check of `reverse`, at the
       price of keeping the chain's input.
@@ -51,107 +67,191 @@ def chain(
 
     Cost of the gradient, in evaluations of the branches: store 1 forward + 2 backward, remat and
     reverse one forward more. Memory besides parameters and their gradients: with reverse the
-    streams, their cotangents and one layer's intermediates, whatever the depth.
+    streams, their cotangents and one layer's intermediates, whatever the depth, and per layer
+    what its couplings cannot undo without (`Coupling`, residue).
     `reverse` has no forward-mode derivative: take `store` for jvp and Hessians.
 
     Raises ValueError or TypeError while tracing for an unknown strategy, leading axes that
     differ, a layer that changes the streams' shapes or dtypes, streams too narrow for the grid, or
     a branch that closes over a traced float (pass it through `shared`).
     """
-    validate.strategy(backprop, STRATEGIES, layer)
-    validate.chain_arguments(layer, params_L, x, shared, data_L)
-    if isinstance(layer, Block):
-        x = snap(layer.grid, x)
-    data_L = lax.stop_gradient(data_L)
-    if backprop == "reverse":
-        return _reverse(layer, params_L, x, shared, data_L, probe)
-    return _forward(layer, params_L, x, shared, data_L, remat=backprop == "remat")
+    section = Section(layer, params_L, data_L, length)
+    y, (aux_L,) = sequence((section,), x, shared=shared, backprop=backprop, probe=probe)
+    return y, aux_L
 
 
-def chain_inverse(
-    block: Block, params_L: Any, y: Streams, *, shared: Any = None, data_L: Any = None
-) -> Streams:
-    """The chain's input from its output: `chain_inverse(block, p, chain(block, p, x)[0]) == x`.
+def sequence(
+    sections: Sequence[Section],
+    x: Streams,
+    *,
+    shared: Any = None,
+    backprop: Backprop = "reverse",
+    probe: Exactness | None = None,
+) -> tuple[Streams, tuple[Any, ...]]:
+    """A chain of different layers, under one gradient: `(y, aux_L of each section)`.
 
-    Bit for bit while the grid's range holds, given an x on the grid. One evaluation of each
-    branch per layer; memory independent of depth.
+    As `chain`, section after section. Under `reverse` nothing is kept between them either. Layers
+    with a grid must have the same one.
     """
-    validate.strategy("reverse", STRATEGIES, block)
-    validate.chain_arguments(block, params_L, y, shared, data_L)
-
-    def body(y, layer_slice):
-        params, data = layer_slice
-        return block.inverse(params, y, Context(shared, data)), None
-
-    x, _ = lax.scan(body, y, (params_L, data_L), reverse=True)
-    return x
-
-
-def _forward(layer, params_L, x, shared, data_L, *, remat=False):
-    def body(x, layer_slice):
-        params, data = layer_slice
-        return layer.forward(params, x, Context(shared, data))
-
-    # prevent_cse is for code outside loops; a scan's body cannot be merged with its recompute.
-    scanned = jax.checkpoint(body, prevent_cse=False) if remat else body
-    return lax.scan(scanned, x, (params_L, data_L))
+    depths = validate.sections(sections, x, shared, backprop, STRATEGIES)
+    x = _on_grid(sections, x)
+    sections = tuple(
+        section._replace(data_L=lax.stop_gradient(section.data_L), length=depth)
+        for section, depth in zip(sections, depths, strict=True)
+    )
+    if backprop == "reverse":
+        return _reverse(sections, x, shared, probe)
+    y, auxes, _ = _forward(sections, x, shared, remat=backprop == "remat")
+    return y, auxes
 
 
-def _reverse(block, params_L, x, shared, data_L, probe):
-    """One custom gradient over the whole chain: a gradient per layer would keep every output."""
-    params_L, params_rest_L = trees.split(params_L)
+def sequence_forward(
+    sections: Sequence[Section], x: Streams, *, shared: Any = None
+) -> tuple[Streams, tuple[Any, ...], tuple[Any, ...]]:
+    """`sequence` with what `sequence_inverse` needs: `(y, auxes, residue_L of each section)`."""
+    depths = validate.sections(sections, x, shared, "reverse", STRATEGIES)
+    sections = [s._replace(length=n) for s, n in zip(sections, depths, strict=True)]
+    return _forward(sections, _on_grid(sections, x), shared)
+
+
+def sequence_inverse(
+    sections: Sequence[Section],
+    y: Streams,
+    residues: Sequence[Any] | None = None,
+    *,
+    shared: Any = None,
+) -> Streams:
+    """The input of a sequence from its output; residues only where couplings leave some.
+
+    `sequence_inverse(sections, y, residues) == x` after `y, _, residues =
+    sequence_forward(sections, x)`: bit for bit while the grid's range holds, given an x on the
+    grid and layers that are exact. One evaluation of each branch; memory independent of depth.
+    """
+    layers = validate.reversible(sections)
+    validate.streams(y)
+    residues = [None] * len(sections) if residues is None else residues
+    steps = zip(layers, sections, residues, strict=True)
+    for layer, section, residue_L in reversed(list(steps)):
+        validate.block(section, y)
+
+        def body(y, layer_slice, layer=layer):
+            params, data, residue = layer_slice
+            return layer.inverse(params, y, residue, Context(shared, data)), None
+
+        xs = section.params_L, section.data_L, residue_L
+        y, _ = _scan(body, y, xs, validate.depth(section), reverse=True)
+    return y
+
+
+def _on_grid(sections, x):
+    grids = [s.layer.grid for s in sections if getattr(s.layer, "grid", None) is not None]
+    return snap(grids[0], x) if grids else x
+
+
+def _scan(body, carry, xs, length, *, reverse=False):
+    """`lax.scan`, except that a single layer, applied as it is, may change the carry's shapes."""
+    if length != 1:
+        return lax.scan(body, carry, xs, length, reverse=reverse)
+    carry, ys = body(carry, jax.tree.map(lambda leaf: leaf[0], xs))
+    return carry, jax.tree.map(lambda leaf: jnp.expand_dims(leaf, 0), ys)
+
+
+def _forward(sections, x, shared, *, remat=False):
+    auxes, residues = [], []
+    for section in sections:
+
+        def body(x, layer_slice, layer=section.layer):
+            params, data = layer_slice
+            y, aux, residue = layer.forward(params, x, Context(shared, data))
+            return y, (aux, residue)
+
+        # In a loop's body nothing is merged with its recompute; outside that must be prevented.
+        run = jax.checkpoint(body, prevent_cse=section.length == 1) if remat else body
+        xs = section.params_L, section.data_L
+        x, (aux_L, residue_L) = _scan(run, x, xs, section.length)
+        auxes.append(aux_L)
+        residues.append(residue_L)
+    return x, tuple(auxes), tuple(residues)
+
+
+def _reverse(sections, x, shared, probe):
+    """One custom gradient over all sections: a gradient per layer would keep every output."""
+    params, params_rest = trees.split([section.params_L for section in sections])
     shared, shared_rest = trees.split(shared)
+    data = [section.data_L for section in sections]
+
+    def joined(params, shared, not_differentiated):
+        params_rest, shared_rest, data = not_differentiated
+        filled = [
+            section._replace(params_L=params_L, data_L=data_L)
+            for section, params_L, data_L in zip(
+                sections, trees.join(params, params_rest), data, strict=True
+            )
+        ]
+        return filled, trees.join(shared, shared_rest)
 
     @jax.custom_vjp
-    def run(params_L, x, shared, probe, not_differentiated):
-        params_rest_L, shared_rest, data_L = not_differentiated
-        params_L, shared = trees.join(params_L, params_rest_L), trees.join(shared, shared_rest)
-        return _forward(block, params_L, x, shared, data_L)
+    def run(params, x, shared, probe, not_differentiated):
+        sections, shared = joined(params, shared, not_differentiated)
+        return _forward(sections, x, shared)[:2]
 
-    def forward(params_L, x, shared, probe, not_differentiated):
-        y, aux_L = run(params_L, x, shared, probe, not_differentiated)
+    def forward(params, x, shared, probe, not_differentiated):
+        sections, full_shared = joined(params, shared, not_differentiated)
+        y, auxes, residues = _forward(sections, x, full_shared)
         true_x = None if probe is None else x
-        return (y, aux_L), (params_L, y, shared, not_differentiated, true_x)
+        return (y, auxes), (params, y, shared, not_differentiated, residues, true_x)
 
     def backward(kept, cotangents):
-        params_L, y, shared, (params_rest_L, shared_rest, data_L), true_x = kept
-        dy, daux_L = cotangents
-        x, dx, dparams_L, dshared, max_abs = sweep(
-            block,
-            trees.join(params_L, params_rest_L),
+        params, y, shared, not_differentiated, residues, true_x = kept
+        dy, dauxes = cotangents
+        sections, shared = joined(params, shared, not_differentiated)
+        swept = sweep(
+            sections,
             y,
             dy,
-            trees.split(daux_L)[0],
-            trees.join(shared, shared_rest),
-            data_L,
+            trees.split(dauxes)[0],
+            residues,
+            shared,
             track_range=true_x is not None,
         )
-        dprobe = None if true_x is None else compare(x, true_x, max_abs)
-        return dparams_L, dx, dshared, dprobe, None
+        dprobe = None if true_x is None else compare(swept.x, true_x, swept.max_abs)
+        return swept.dparams, swept.dx, swept.dshared, dprobe, None
 
     run.defvjp(forward, backward)
-    return run(params_L, x, shared, probe, (params_rest_L, shared_rest, data_L))
+    return run(params, x, shared, probe, (params_rest, shared_rest, data))
 
 
-def sweep(block, params_L, y, dy, daux_L, shared, data_L, *, track_range=False):
-    """The backward sweep: rewinds layer by layer, last to first.
+class Swept(NamedTuple):
+    """What the backward sweep returns; dparams is a list with a tree for each section.
 
-    Returns (x, dx, dparams_L, dshared, the largest |stream| met, or None).
+    max_abs: the largest |stream| met after any layer, or None.
     """
 
-    def body(carry, layer_slice):
-        y, dy, dshared, max_abs = carry
-        params, data, daux = layer_slice
-        if track_range:
-            max_abs = jnp.maximum(max_abs, largest(y))
-        rewound = block.rewind(params, y, dy, daux, Context(shared, data))
-        dshared = trees.add(dshared, rewound.dshared)
-        return (rewound.x, rewound.dx, dshared, max_abs), rewound.dparams
+    x: Streams
+    dx: Streams
+    dparams: Any
+    dshared: Any
+    max_abs: Any
 
+
+def sweep(sections, y, dy, dauxes, residues, shared, *, track_range=False) -> Swept:
+    """The backward sweep: rewinds layer by layer, last to first."""
     dshared = jax.tree.map(jnp.zeros_like, trees.split(shared)[0])
     max_abs = jnp.zeros((), jnp.float32) if track_range else None
-    carry, dparams_L = lax.scan(
-        body, (y, dy, dshared, max_abs), (params_L, data_L, daux_L), reverse=True
-    )
+    carry, dparams = (y, dy, dshared, max_abs), []
+    for section, daux_L, residue_L in reversed(list(zip(sections, dauxes, residues, strict=True))):
+
+        def body(carry, layer_slice, layer=section.layer):
+            y, dy, dshared, max_abs = carry
+            params, data, daux, residue = layer_slice
+            if track_range:
+                max_abs = jnp.maximum(max_abs, largest(y))
+            rewound = layer.rewind(params, y, dy, daux, residue, Context(shared, data))
+            dshared = trees.add(dshared, rewound.dshared)
+            return (rewound.x, rewound.dx, dshared, max_abs), rewound.dparams
+
+        xs = section.params_L, section.data_L, daux_L, residue_L
+        carry, dparams_L = _scan(body, carry, xs, section.length, reverse=True)
+        dparams.insert(0, dparams_L)
     x, dx, dshared, max_abs = carry
-    return x, dx, dparams_L, dshared, max_abs
+    return Swept(x, dx, dparams, dshared, max_abs)

@@ -1,7 +1,17 @@
-"""How a half-step merges its update into a stream, and takes it out again."""
+"""How a half-step merges its update into a stream, and takes it out again.
+
+| coupling | y =                          | residue, bits per element |
+|----------|------------------------------|---------------------------|
+| additive | x + scale * u                | none                      |
+| leapfrog | x + 2 h u                    | none                      |
+| affine   | x * 2**tanh(u1) + u2         | 1                         |
+| momentum | gamma * x + (1 - gamma) * u  | 1                         |
+| bdia     | gamma * x + u, gamma = +-1/2 | 1                         |
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,34 +20,166 @@ import jax.numpy as jnp
 
 from revnet_jax.core import trees
 from revnet_jax.core.grid import Grid, snap
+from revnet_jax.core.scaling import divide, multiply, scale_grid
 
 
 class Coupling(NamedTuple):
-    """A pair of pure functions with `unmerge(merge(x, u, grid), u, grid) == x`.
+    """Two pure functions: `y, residue = merge(x, u, grid)` and `x = unmerge(y, u, residue, grid)`.
 
-    merge(x, u, grid) -> y: stream `x` (a tree of arrays) updated by `u`, what the branch returned
-      (any tree: a coupling says what it expects). Differentiated by JAX, so that no gradient is
-      written by hand. With a grid, exact on it.
-    unmerge(y, u, grid) -> x: undoes it. Never differentiated.
+    x, y: the stream (a tree of arrays). u: what the branch returned (any tree: a coupling says
+      what it expects). grid: where streams live, or None for free floats.
+    residue: what y and u do not tell about x, as small a tree as can be; None where they tell all.
+      Under `reverse` it is stored per layer; it is the only thing that is.
+
+    merge is differentiated by JAX, so that no gradient is written by hand; unmerge never is.
     """
 
-    merge: Callable[[Any, Any, Grid | None], Any]
-    unmerge: Callable[[Any, Any, Grid | None], Any]
+    merge: Callable[[Any, Any, Grid | None], tuple[Any, Any]]
+    unmerge: Callable[[Any, Any, Any, Grid | None], Any]
 
 
-def additive() -> Coupling:
-    """`y = x + u`: NICE (Dinh et al. 2014, arXiv:1410.8516), RevNet (arXiv:1707.04585, eq. 6).
+def additive(scale: float = 1.0) -> Coupling:
+    """`y = x + scale * u`, the coupling of NICE and RevNet.
 
-    `u` has the stream's structure and shapes, in any floating dtype. Exact on a grid.
+    Dinh et al. 2014 (arXiv:1410.8516), Gomez et al. 2017 (arXiv:1707.04585, eq. 6).
+
+    u: the stream's structure and shapes, in any floating dtype. Exact on a grid.
     """
 
-    def merge(x: Any, u: Any, grid: Grid | None) -> Any:
-        return trees.add(x, snap(grid, _like(u, x)))
+    def update(u, x, grid):
+        u = _like(u, x)
+        return snap(grid, u if scale == 1 else jax.tree.map(lambda leaf: scale * leaf, u))
 
-    def unmerge(y: Any, u: Any, grid: Grid | None) -> Any:
-        return jax.tree.map(jnp.subtract, y, snap(grid, _like(u, y)))
+    def merge(x, u, grid):
+        return trees.add(x, update(u, x, grid)), None
+
+    def unmerge(y, u, residue, grid):
+        return jax.tree.map(jnp.subtract, y, update(u, y, grid))
 
     return Coupling(merge, unmerge)
+
+
+def leapfrog(step: float) -> Coupling:
+    """`x[n+1] = x[n-1] + 2 h f(x[n])`, the explicit midpoint rule for dx/dt = f(x).
+
+    Chang et al. 2018 (arXiv:1709.03698, section 3.2). The streams of a two-stream block are
+    x[n-1] and x[n], so that a layer advances time by 2 h.
+
+    step: h. u: as for `additive`. Exact on a grid.
+    """
+    return additive(2 * step)
+
+
+def affine(bound: float = 2.0) -> Coupling:
+    """`y = x * s + t`, with `s = bound ** tanh(u[0])` and `t = u[1]`.
+
+    RealNVP (Dinh et al. 2016, arXiv:1605.08803, eq. 7), its scale bounded on both sides.
+
+    bound: largest scale, in (1, 2]; the smallest is 1 / bound.
+    u: a pair, each with the stream's structure and shapes, in any floating dtype.
+
+    Exact on a grid with a residue of one bit per element, scales being multiples of 2**-12. Scales
+    above 1 that multiply along a chain use up the grid's range. Without a grid every layer
+    loses an ulp or so, and what was lost is multiplied by up to `bound` a layer on the way back.
+    """
+    if not 1 < bound <= 2:
+        raise ValueError(f"got bound={bound}, expected more than 1 and at most 2")
+
+    def scale_and_shift(x, u, grid):
+        if not isinstance(u, tuple) or len(u) != 2:
+            raise ValueError(
+                f"a branch returned a {type(u).__name__}, expected a pair (raw scale, shift): an "
+                "affine update needs both"
+            )
+        raw, shift = _like(u[0], x), _like(u[1], x)
+        scale = jax.tree.map(lambda leaf: jnp.exp2(math.log2(bound) * jnp.tanh(leaf)), raw)
+        return (scale if grid is None else scale_grid().snap(scale)), snap(grid, shift)
+
+    def merge(x, u, grid):
+        scale, shift = scale_and_shift(x, u, grid)
+        y, residue = _multiply(x, scale, grid)
+        return trees.add(y, shift), residue
+
+    def unmerge(y, u, residue, grid):
+        scale, shift = scale_and_shift(y, u, grid)
+        return _divide(jax.tree.map(jnp.subtract, y, shift), residue, scale, grid)
+
+    return Coupling(merge, unmerge)
+
+
+def momentum(gamma: float = 0.9) -> Coupling:
+    """`v' = gamma * v + (1 - gamma) * u`, the velocity's half of a Momentum ResNet's layer.
+
+    Sander et al. 2021 (arXiv:2102.07870, eq. 3); `momentum_block` is the whole of it.
+
+    gamma: in [1/2, 1), rounded to a multiple of 2**-12.
+    u: as for `additive`.
+
+    Exact on a grid with a residue of one bit per element; log2(1 / gamma) bits are what is truly
+    lost (0.15 at 0.9). Without a grid each layer divides by gamma what rounding lost.
+    """
+    if not 0.5 <= gamma < 1:
+        raise ValueError(f"got gamma={gamma}, expected at least 0.5 and less than 1")
+    gamma = round(gamma * 2 ** scale_grid().bits) / 2 ** scale_grid().bits
+    push = additive(1 - gamma)
+
+    def merge(x, u, grid):
+        y, residue = _multiply(x, _full(x, gamma), grid)
+        return push.merge(y, u, grid)[0], residue
+
+    def unmerge(y, u, residue, grid):
+        return _divide(push.unmerge(y, u, None, grid), residue, _full(y, gamma), grid)
+
+    return Coupling(merge, unmerge)
+
+
+def bdia() -> Coupling:
+    """`y = gamma * x + u`, gamma = +-1/2 drawn per example and layer (see `bdia_block`).
+
+    Bidirectional integration approximation, Zhang et al. 2024 (arXiv:2407.09093, eq. 10).
+
+    u: a pair (gamma, update): gamma of a shape that broadcasts to every leaf of the stream,
+      holding 1/2, -1/2, or, for inference, which has no inverse, 0; update as for `additive`.
+
+    Exact on a grid with a residue of one bit per element: whether x is an odd grid point.
+    """
+    add = additive()
+
+    def merge(x, u, grid):
+        gamma, update = u
+        y, residue = _multiply(x, _full(x, jnp.abs(gamma)), grid)
+        y = jax.tree.map(lambda leaf: leaf * jnp.sign(gamma).astype(leaf.dtype), y)
+        return add.merge(y, update, grid)[0], residue
+
+    def unmerge(y, u, residue, grid):
+        gamma, update = u
+        y = add.unmerge(y, update, None, grid)
+        y = jax.tree.map(lambda leaf: leaf * jnp.sign(gamma).astype(leaf.dtype), y)
+        return _divide(y, residue, _full(y, jnp.abs(gamma)), grid)
+
+    return Coupling(merge, unmerge)
+
+
+def _multiply(x: Any, scale: Any, grid: Grid | None) -> tuple[Any, Any]:
+    leaves, treedef = jax.tree.flatten(x)
+    pairs = [multiply(*args, grid) for args in zip(leaves, jax.tree.leaves(scale), strict=True)]
+    return treedef.unflatten([y for y, _ in pairs]), tuple(residue for _, residue in pairs)
+
+
+def _divide(y: Any, residue: Any, scale: Any, grid: Grid | None) -> Any:
+    if residue is None:
+        raise ValueError(
+            "got no residue, expected what the forward pass left: this coupling multiplies, and "
+            "cannot be undone without. Take it from `sequence_forward`"
+        )
+    leaves, treedef = jax.tree.flatten(y)
+    args = zip(leaves, residue, jax.tree.leaves(scale), strict=True)
+    return treedef.unflatten([divide(*leaf_args, grid) for leaf_args in args])
+
+
+def _full(x: Any, value: Any) -> Any:
+    """`value`, cast and broadcast to every leaf of x."""
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(value, leaf.shape).astype(leaf.dtype), x)
 
 
 def _like(u: Any, x: Any) -> Any:
@@ -50,6 +192,6 @@ def _like(u: Any, x: Any) -> Any:
     if jax.tree.structure(u) != jax.tree.structure(x) or not same_shapes:
         raise ValueError(
             f"a branch returned {', '.join(got) or type(u).__name__}, expected the shape of the "
-            f"stream it updates, {', '.join(expected)}: an additive update changes no shape"
+            f"stream it updates, {', '.join(expected)}: an update changes no shape"
         )
     return jax.tree.map(lambda a, b: a.astype(trees.dtype_of(b)), u, x)

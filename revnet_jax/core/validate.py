@@ -1,11 +1,12 @@
 """One clear line (got, expected, what to do) for arguments that a chain cannot use.
 
 Everything here runs while JAX traces, before anything is compiled, and costs one abstract
-evaluation of a layer.
+evaluation of a layer for each section.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,34 +14,81 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from revnet_jax.core import trees
-from revnet_jax.core.block import Block, Context, Layer
+from revnet_jax.core.block import Block, Context, ReversibleLayer
 
 
-def strategy(backprop: str, known: tuple[str, ...], layer: Layer) -> None:
-    """Raises for a strategy that does not exist, or that the layer has no inverse for."""
+def sections(
+    sections: Sequence[Any], x: Any, shared: Any, backprop: str, known: tuple[str, ...]
+) -> list[int]:
+    """Raises unless each layer maps streams to streams as a chain needs; returns the depths."""
     if backprop not in known:
         raise ValueError(f"got backprop={backprop!r}, expected one of {', '.join(known)}")
-    if backprop == "reverse" and not hasattr(layer, "rewind"):
+    if not sections:
+        raise ValueError("got no sections, expected at least one")
+    if backprop == "reverse":
+        reversible(sections)
+    streams(x)
+    depths = []
+    for section in sections:
+        block(section, x)
+        depths.append(depth(section))
+        x = _one_layer(section, x, shared, depths[-1])
+    return depths
+
+
+def reversible(sections: Sequence[Any]) -> list[ReversibleLayer]:
+    """The layers; raises for one without an inverse, and for grids that differ."""
+    for section in sections:
+        if not isinstance(section.layer, ReversibleLayer):
+            raise ValueError(
+                f"got backprop='reverse' for a {type(section.layer).__name__}, expected a layer "
+                "with an inverse: build it from half-steps (a Block), or take 'store' or 'remat'"
+            )
+    grids = {section.layer.grid for section in sections if isinstance(section.layer, Block)}
+    if len(grids) > 1:
         raise ValueError(
-            f"got backprop='reverse' for a {type(layer).__name__}, expected a layer with an "
-            "inverse: build it from half-steps (a Block), or take 'store' or 'remat'"
+            f"got blocks with {' and '.join(map(str, grids))} in one sequence, expected one grid: "
+            "streams of a finer one are not exact on a coarser"
         )
+    return [section.layer for section in sections]
 
 
-def chain_arguments(layer: Layer, params_L: Any, x: Any, shared: Any, data_L: Any) -> None:
-    """Raises unless one layer, applied to one slice, maps the streams to streams alike."""
+def streams(x: Any) -> None:
+    """Raises unless x is a tuple of trees of floats."""
     if type(x) is not tuple:
         raise TypeError(f"got streams of type {type(x).__name__}, expected a plain tuple: (x1, x2)")
     for leaf in jax.tree.leaves(x):
         if not trees.is_inexact(leaf):
             raise TypeError(f"got a stream {trees.describe(leaf)}, expected floating point")
-    if isinstance(layer, Block):
-        _block(layer, params_L, x)
-    _depth(params_L, data_L)
-    _one_layer(layer, params_L, x, shared, data_L)
 
 
-def _block(block, params_L, x):
+def depth(section: Any) -> int:
+    """L: the common leading axis of all that is stacked, or the section's `length`."""
+    depths = {} if section.length is None else {section.length: "length"}
+    for name, tree in (("params_L", section.params_L), ("data_L", section.data_L)):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            shape = jnp.shape(leaf)
+            depths.setdefault(shape[0] if shape else None, name + jax.tree_util.keystr(path))
+    if None in depths:
+        raise ValueError(f"{depths[None]} is a scalar, expected a leading axis of one per layer")
+    if not depths:
+        raise ValueError("got no arrays in params_L and data_L, expected `length` to say how many")
+    if len(depths) != 1:
+        got = ", ".join(f"{depth} in {path}" for depth, path in depths.items())
+        raise ValueError(
+            f"got leading axes {got}, expected one depth L shared by all of params_L and data_L"
+        )
+    (result,) = depths
+    if result < 1:
+        raise ValueError(f"got a chain of {result} layers, expected at least one")
+    return result
+
+
+def block(section: Any, x: Any) -> None:
+    """Raises unless a block gets as many streams and parameters as it has half-steps for."""
+    block, params_L = section.layer, section.params_L
+    if not isinstance(block, Block):
+        return
     if block.grid is not None:
         block.grid.check(x)
     num_streams = 1 + max(max((s.updates, *s.reads)) for s in block.half_steps)
@@ -54,40 +102,25 @@ def _block(block, params_L, x):
         )
 
 
-def _depth(params_L, data_L):
-    """The common leading axis L of all stacked leaves."""
-    depths = {}
-    for name, tree in (("params_L", params_L), ("data_L", data_L)):
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            shape = jnp.shape(leaf)
-            depths.setdefault(shape[0] if shape else None, name + jax.tree_util.keystr(path))
-    if None in depths:
-        raise ValueError(f"{depths[None]} is a scalar, expected a leading axis of one per layer")
-    if len(depths) != 1:
-        got = ", ".join(f"{depth} in {path}" for depth, path in depths.items()) or "no arrays"
-        raise ValueError(
-            f"got leading axes {got}, expected one depth L shared by all of params_L and data_L"
-        )
-
-
-def _one_layer(layer, params_L, x, shared, data_L):
-    params, data = jax.eval_shape(
-        lambda tree: jax.tree.map(lambda leaf: leaf[0], tree), (params_L, data_L)
-    )
+def _one_layer(section, x, shared, depth):
+    """Evaluates one layer abstractly, and returns what its streams become."""
+    layer, stacked = section.layer, (section.params_L, section.data_L)
+    params, data = jax.eval_shape(lambda tree: jax.tree.map(lambda leaf: leaf[0], tree), stacked)
 
     def forward(params, x, shared, data):
-        return layer.forward(params, x, Context(shared, data))
+        return layer.forward(params, x, Context(shared, data))[0]
 
-    args = params, x, shared, data
-    program, (y, _) = jax.make_jaxpr(forward, return_shape=True)(*args)
-    for i, (before, after) in enumerate(zip(x, y, strict=True)):
-        got = [trees.describe(leaf) for leaf in jax.tree.leaves(after)]
-        expected = [trees.describe(leaf) for leaf in jax.tree.leaves(before)]
-        if got != expected or jax.tree.structure(before) != jax.tree.structure(after):
-            raise ValueError(
-                f"the layer maps stream {i} from {', '.join(expected)} to {', '.join(got)}, "
-                "expected a chain's layers to keep shapes and dtypes"
-            )
+    program, y = jax.make_jaxpr(forward, return_shape=True)(params, x, shared, data)
+    if depth > 1:
+        for i, (before, after) in enumerate(zip(x, y, strict=True)):
+            got = [trees.describe(leaf) for leaf in jax.tree.leaves(after)]
+            expected = [trees.describe(leaf) for leaf in jax.tree.leaves(before)]
+            if got != expected or jax.tree.structure(before) != jax.tree.structure(after):
+                raise ValueError(
+                    f"the layer maps stream {i} from {', '.join(expected)} to {', '.join(got)}, "
+                    "expected the layers of a chain to keep shapes and dtypes: put one that "
+                    "changes them into a section of its own"
+                )
     # A custom gradient cannot see what a branch closes over.
     closed_over = [
         trees.describe(value)
@@ -100,3 +133,4 @@ def _one_layer(layer, params_L, x, shared, data_L):
             "over constants only: their gradient would be lost. Pass them through the chain's "
             "`shared`"
         )
+    return y

@@ -13,10 +13,11 @@ from revnet_jax.core import (
     Grid,
     HalfStep,
     PlainLayer,
+    Section,
     additive,
     chain,
-    chain_inverse,
     reversible_block,
+    sequence_inverse,
 )
 from tests.core import toy
 
@@ -81,7 +82,7 @@ def test_inverse_undoes_forward_bit_for_bit(depth):
     block = toy.block()
     params_L, x, shared, data_L = toy.arguments(depth)
     y, _ = toy.jit(lambda x: chain(block, params_L, x, shared=shared, data_L=data_L))(x)
-    inverse = lambda y: chain_inverse(block, params_L, y, shared=shared, data_L=data_L)
+    inverse = lambda y: sequence_inverse([Section(block, params_L, data_L)], y, shared=shared)
     for rebuilt, true in zip(toy.jit(inverse)(y), block.grid.snap(x), strict=True):
         np.testing.assert_array_equal(
             np.asarray(rebuilt).view(np.uint32), np.asarray(true).view(np.uint32)
@@ -145,7 +146,8 @@ def test_three_streams_of_unequal_shape_and_a_merge_that_multiplies():
     from revnet_jax.core.grid import snap
 
     flip = Coupling(
-        merge=lambda x, u, grid: snap(grid, u) - x, unmerge=lambda y, u, grid: snap(grid, u) - y
+        merge=lambda x, u, grid: (snap(grid, u) - x, None),
+        unmerge=lambda y, u, residue, grid: snap(grid, u) - y,
     )
     block = Block(
         (
@@ -166,7 +168,7 @@ def test_three_streams_of_unequal_shape_and_a_merge_that_multiplies():
     for backprop in ("remat", "reverse"):
         assert toy.relative_error(grads[backprop], grads["store"]) < 1e-5
     y, _ = chain(block, params_L, x)
-    rebuilt = chain_inverse(block, params_L, y)
+    rebuilt = sequence_inverse([Section(block, params_L)], y)
     jax.tree.map(np.testing.assert_array_equal, rebuilt, block.grid.snap(x))
 
 

@@ -4,7 +4,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from revnet_jax.core import Grid, HalfStep, additive, chain, chain_inverse, reversible_block
+from revnet_jax.core import (
+    Grid,
+    HalfStep,
+    Section,
+    additive,
+    chain,
+    reversible_block,
+    sequence_inverse,
+)
 
 
 def double(params, x, context):
@@ -57,7 +65,11 @@ CASES = {
         ValueError,
         r"params_L\[0\] is a scalar, expected a leading axis",
     ),
-    "nothing stacked": ({"params_L": ((), ())}, ValueError, "got leading axes no arrays"),
+    "nothing stacked": (
+        {"params_L": ((), ())},
+        ValueError,
+        "got no arrays in params_L and data_L, expected `length`",
+    ),
     "update of another shape": (
         {"layer": reversible_block(lambda p, x, c: x[:2] * p, double)},
         ValueError,
@@ -113,7 +125,7 @@ def test_a_half_step_cannot_read_what_it_updates():
 
 def test_inverse_checks_its_arguments_too():
     with pytest.raises(ValueError, match="got 1 streams, expected the 2"):
-        chain_inverse(BLOCK, PARAMS_L, X[:1])
+        sequence_inverse([Section(BLOCK, PARAMS_L)], X[:1])
 
 
 def test_free_streams_may_be_narrow():

@@ -1,0 +1,154 @@
+"""Reversible blocks of the literature, each as half-steps.
+
+Branches are pure functions `(params, *streams read, context) -> u`, or `-> (u, aux)` where
+`has_aux`. A block's parameters are a tuple with a tree for each half-step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+
+from revnet_jax.core.block import Block, Context, HalfStep
+from revnet_jax.core.couplings import Coupling, additive, bdia, momentum
+from revnet_jax.core.grid import Grid
+
+Branch = Callable[..., Any]
+
+
+def reversible_block(
+    f: Branch,
+    g: Branch,
+    *,
+    has_aux: bool = False,
+    coupling: Coupling | None = None,
+    grid: Grid | None = Grid(),
+) -> Block:
+    """Two streams that update each other: `y1 = x1 + f(x2)`, `y2 = x2 + g(y1)`.
+
+    RevNet (Gomez et al. 2017, arXiv:1707.04585, eq. 6). Parameters are a pair `(f's, g's)`.
+
+    coupling: how an update enters its stream; additive by default.
+    grid: where streams live; `Grid(bits)` for another resolution, None for free floats.
+    """
+    return multi_stream_block((f, g), has_aux=has_aux, coupling=coupling, grid=grid)
+
+
+def multi_stream_block(
+    branches: Sequence[Branch],
+    *,
+    reads: Literal["others", "next"] = "others",
+    has_aux: bool = False,
+    coupling: Coupling | None = None,
+    grid: Grid | None = Grid(),
+) -> Block:
+    """As many streams as branches; branch i updates stream i, one after the other.
+
+    reads: "others": a branch sees all streams but its own, in order; "next" (round-robin): it sees
+      stream i + 1, the last one's being the first.
+
+    Streams may differ in shape: then a branch must return what its own stream takes.
+    """
+    n = len(branches)
+    if n < 2 or reads not in ("others", "next"):
+        raise ValueError(
+            f"got {n} branches and reads={reads!r}, expected two or more, and 'others' or 'next'"
+        )
+    coupling = additive() if coupling is None else coupling
+    steps = []
+    for i, branch in enumerate(branches):
+        seen = tuple(j for j in range(n) if j != i) if reads == "others" else ((i + 1) % n,)
+        steps.append(HalfStep(_with_aux(branch, has_aux), i, seen, coupling))
+    return Block(tuple(steps), grid)
+
+
+def symplectic_block(
+    kinetic: Branch, potential: Branch, *, step: float, grid: Grid | None = Grid()
+) -> Block:
+    """Hamiltonian dynamics: position and momentum updated in turn by gradients of energies.
+
+    `q' = q + h dT/dp(p)`, `p' = p - h dV/dq(q')`: the symplectic Euler method for H = T(p) + V(q)
+    (Chang et al. 2018, arXiv:1709.03698, section 3.2, whose energies are one layer of a network
+    each). Streams are (q, p), alike in shape.
+
+    kinetic, potential: `(params, stream, context) -> energy`, a scalar.
+    Parameters are a pair (kinetic's, potential's). Cost: a branch is the gradient of an energy,
+    so a layer costs about three times its energies.
+    """
+
+    def force(energy):
+        # A branch must not close over the key or the shared inputs: they come with the context.
+        return lambda params, x, context: jax.grad(lambda x: energy(params, x, context))(x)
+
+    return Block(
+        (
+            HalfStep(_with_aux(force(kinetic)), 0, (1,), additive(step)),
+            HalfStep(_with_aux(force(potential)), 1, (0,), additive(-step)),
+        ),
+        grid,
+    )
+
+
+def momentum_block(
+    f: Branch, *, gamma: float = 0.9, has_aux: bool = False, grid: Grid | None = Grid()
+) -> Block:
+    """`v' = gamma * v + (1 - gamma) * f(x)`, `x' = x + v'`.
+
+    Momentum ResNets (Sander et al. 2021, arXiv:2102.07870, eq. 3): a residual network of the
+    ordinary kind, with a velocity. Streams are (x, v), alike in shape. Parameters are a pair
+    `(f's, ())`. Stores one bit per element of v per layer.
+    """
+    return Block(
+        (
+            HalfStep(_with_aux(f, has_aux), 1, (0,), momentum(gamma)),
+            HalfStep(lambda params, v, context: (v, None), 0, (1,), additive()),
+        ),
+        grid,
+    )
+
+
+def bdia_block(
+    f: Branch,
+    g: Branch,
+    *,
+    gamma: Callable[[Context], tuple[jax.Array, jax.Array]] = lambda context: context.data["gamma"],
+    has_aux: bool = False,
+    grid: Grid | None = Grid(),
+) -> Block:
+    """Two layers of a residual network, trained as a random average of ODE integrators.
+
+    `x[n+1] = gamma x[n-1] + (1 - gamma) x[n] + (1 + gamma) h(x[n])`: Zhang et al. 2024
+    (arXiv:2407.09093, eq. 10). h is f, then g; streams are (x[n-1], x[n]), alike in shape, and
+    (x[n+1], x[n+2]) after the layer. With gamma = 0, its mean, this is x[n] + h(x[n]): the
+    ordinary network, for inference.
+
+    gamma: says where in a layer's context the pair of gammas is, for f's and g's half-step; by
+      default `data["gamma"]`, indexed by half-step. Each is 1/2 or -1/2 (or 0 for inference),
+      drawn per example and layer: of a shape like [2, B, 1, 1, 1] for images.
+
+    Stores one bit per element per half-step.
+    """
+
+    def branch(h, i):
+        def run(params, x, context):
+            u, aux = _with_aux(h, has_aux)(params, x, context)
+            gamma_i = gamma(context)[i]
+
+            def update(x, u):
+                c = gamma_i.astype(x.dtype)
+                return (1 - c) * x + (1 + c) * u.astype(x.dtype)
+
+            return (gamma_i, jax.tree.map(update, x, u)), aux
+
+        return run
+
+    coupling = bdia()
+    return Block(
+        (HalfStep(branch(f, 0), 0, (1,), coupling), HalfStep(branch(g, 1), 1, (0,), coupling)), grid
+    )
+
+
+def _with_aux(branch: Branch, has_aux: bool = False) -> Branch:
+    return branch if has_aux else lambda *args: (branch(*args), None)
