@@ -25,6 +25,7 @@ from revnet_jax.core.chain import (
     sequence_forward,
     sequence_inverse,
 )
+from revnet_jax.core.check import check_reversible
 from revnet_jax.core.couplings import Coupling, additive, affine, bdia, leapfrog, momentum
 from revnet_jax.core.exactness import Exactness
 from revnet_jax.core.grid import Grid
@@ -48,6 +49,7 @@ __all__ = [
     "bdia",
     "bdia_block",
     "chain",
+    "check_reversible",
     "leapfrog",
     "momentum",
     "momentum_block",

@@ -1,0 +1,286 @@
+"""What to run on a new block: is it undone exactly, is its gradient right, is memory flat?"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from revnet_jax.core import trees, validate
+from revnet_jax.core.block import Block, Context, ReversibleLayer, Streams
+from revnet_jax.core.chain import (
+    STRATEGIES,
+    Section,
+    chain,
+    sequence_forward,
+    sequence_inverse,
+)
+from revnet_jax.core.exactness import Exactness, compare
+from revnet_jax.core.grid import snap
+
+# Largest relative error (L2) against `store`. On exact streams only rounding is left, in the
+# order of sums (float32) and where the compiler keeps more digits than bfloat16 has.
+TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-2, "float64": 1e-10}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of a report.
+
+    passed: None where it is no matter of passing.
+    advice: what to do unless it passed.
+    """
+
+    law: str
+    passed: bool | None
+    measured: str
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check_reversible` found; prints as a table."""
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether no law failed."""
+        return all(finding.passed is not False for finding in self.findings)
+
+    def __str__(self) -> str:
+        width = max(len(finding.law) for finding in self.findings)
+        words = {True: "ok", False: "FAIL", None: "-"}
+        lines = []
+        for finding in self.findings:
+            word = words[finding.passed]
+            lines.append(f"{finding.law:{width}}  {word:4}  {finding.measured}".rstrip())
+            if finding.advice and finding.measured and not finding.passed:
+                lines.append(f"{'':{width}}        -> {finding.advice}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def check_reversible(
+    layer: ReversibleLayer,
+    params: Any,
+    x: Streams,
+    *,
+    shared: Any = None,
+    data: Any = None,
+    depth: int = 8,
+) -> Report:
+    """Tries a layer against every law of a reversible one: `print(check_reversible(...))`.
+
+    layer: a `Block`, `Invertible` or other reversible layer that keeps its streams' shapes.
+    params, data: of a single layer; a chain of `depth` copies is what is tested.
+    x, shared: as for `chain`; float32 arrays, of a size that a few evaluations can be afforded of.
+
+    It compiles about a dozen small programs: seconds on a CPU. Never raises for what is wrong with
+    the layer; says it, and what to do, in the report.
+    """
+    try:
+        one = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (params, data))
+        section = Section(layer, *_repeat(one, depth), length=depth)
+        validate.sections([section], x, shared, "reverse", STRATEGIES)
+    except Exception as error:
+        return Report((Finding("maps streams to streams", False, _line(error), "as it says"),))
+    x = snap(getattr(layer, "grid", None), x)
+    findings = [
+        Finding("maps streams to streams", True, f"{len(x)} streams, shapes and dtypes kept"),
+        _closed_over(layer, params, x, shared, data),
+        _randomness(layer, params, x, shared, data),
+        *_round_trips(section, x, shared),
+    ]
+    for dtype in TOLERANCES:
+        findings.extend(_gradients(section, x, shared, dtype))
+    return Report((*findings, *_memory(section, x, shared)))
+
+
+def _repeat(tree: Any, depth: int) -> Any:
+    return jax.tree.map(lambda leaf: jnp.repeat(leaf, depth, axis=0), tree)
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+
+
+def _closed_over(layer, params, x, shared, data) -> Finding:
+    forward = lambda *args: layer.forward(*args[:2], Context(*args[2:]))[0]
+    consts = jax.make_jaxpr(forward)(params, x, shared, data).consts
+    arrays = [trees.describe(c) for c in consts if trees.is_inexact(c) and jnp.ndim(c)]
+    law = "closes over no arrays"
+    return Finding(
+        law,
+        None if arrays else True,
+        ", ".join(arrays),
+        "fine for constants; what is trained must come through params or shared",
+    )
+
+
+def _randomness(layer, params, x, shared, data) -> Finding:
+    """Randomness that is not drawn from a key is drawn anew whenever a branch is traced."""
+
+    def trace_and_run():
+        return jax.jit(lambda *args: layer.forward(*args[:2], Context(*args[2:]))[0])(
+            params, x, shared, data
+        )
+
+    differ = int(compare(trace_and_run(), trace_and_run(), jnp.float32(0)).mismatches)
+    return Finding(
+        "same bits when asked again",
+        not differ,
+        f"{differ} elements differ",
+        "hidden randomness or state: draw it from a key in the context's data",
+    )
+
+
+def _round_trips(section, x, shared) -> Iterator[Finding]:
+    @jax.jit
+    def both_ways(x):
+        y, _, residues = sequence_forward([section], x, shared=shared)
+        rebuilt_x = sequence_inverse([section], y, residues, shared=shared)
+        if jax.tree.leaves(residues):  # only a y that comes from an x has a residue
+            before, true_y = rebuilt_x, y
+        else:
+            before, true_y = sequence_inverse([section], x, shared=shared), x
+        rebuilt_y = sequence_forward([section], before, shared=shared)[0]
+        zero = jnp.float32(0)
+        return compare(rebuilt_x, x, zero), compare(rebuilt_y, true_y, zero)
+
+    for name, found in zip(("inverse of forward", "forward of inverse"), both_ways(x), strict=True):
+        yield Finding(
+            name,
+            not found.mismatches,
+            f"{int(found.mismatches)} elements differ, by up to {float(found.max_difference):.2g}",
+            _exactness_advice(section.layer),
+        )
+
+
+def _exactness_advice(layer) -> str:
+    if not isinstance(layer, Block):
+        return "`undo` is not the exact inverse of `apply`: compare them on one stream at a time"
+    if layer.grid is None:
+        return "streams are free floats: give the block a Grid()"
+    return (
+        "merge and unmerge do not undo each other on the grid: snap what is added, keep a residue"
+    )
+
+
+def _gradients(section, x, shared, dtype) -> Iterator[Finding]:
+    law = f"gradient = store, {dtype}"
+    try:
+        with jax.enable_x64(dtype == "float64"):
+            error, exactness = _gradient_error(section, x, shared, jnp.dtype(dtype))
+    except Exception as error:
+        yield Finding(law, None, f"could not be run: {_line(error)}")
+        return
+    mismatches = int(exactness.mismatches)
+    yield Finding(
+        law,
+        error <= TOLERANCES[dtype],
+        f"relative error {error:.2g}, {mismatches} elements of the input not rebuilt",
+        "see the first law that fails above; if there is none, compare with fewer layers",
+    )
+    grid = getattr(section.layer, "grid", None)
+    if dtype == "float32" and grid is not None:
+        largest, limit = float(exactness.max_abs), grid.limit(jnp.float32)
+        yield Finding(
+            "range of the grid",
+            largest < limit / 2,
+            f"|x| up to {largest:.3g} of {limit:g} after {section.length} layers",
+            "normalise the branches' outputs, or take a grid of fewer bits",
+        )
+
+
+def _gradient_error(section, x, shared, dtype) -> tuple[float, Exactness]:
+    wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
+    layer, arguments = section.layer, (section.params_L, x, shared, section.data_L)
+    if dtype == jnp.float64:
+        arguments = _cast(arguments, wide)
+    elif dtype == jnp.bfloat16 and isinstance(layer, Block):
+        steps = [
+            dataclasses.replace(step, branch=_computed_in(dtype, step.branch))
+            for step in layer.half_steps
+        ]
+        layer = dataclasses.replace(layer, half_steps=tuple(steps))
+    elif dtype == jnp.bfloat16:
+        raise TypeError("only a Block's branches can be computed in another dtype")
+
+    def gradient(backprop):
+        loss = _loss(layer, backprop, length=section.length)
+        gradient = jax.grad(loss, argnums=(0, 1, 2, 4), allow_int=True)
+        return jax.jit(gradient)(*arguments, Exactness.probe())
+
+    *got, exactness = gradient("reverse")
+    *expected, _ = gradient("store")
+    got, expected = (jax.tree.leaves(trees.split(tree)[0]) for tree in (got, expected))
+    norm = lambda leaves: sum(float(jnp.sum(jnp.abs(leaf).astype(wide) ** 2)) for leaf in leaves)
+    difference = norm([a - b for a, b in zip(got, expected, strict=True)])
+    return (difference / max(norm(expected), 1e-300)) ** 0.5, exactness
+
+
+def _loss(layer, backprop, *, length=None, with_aux=True) -> Callable[..., jax.Array]:
+    def loss(params_L, x, shared, data_L, probe):
+        y, aux_L = chain(
+            layer,
+            params_L,
+            x,
+            shared=shared,
+            data_L=data_L,
+            length=length,
+            backprop=backprop,
+            probe=probe,
+        )
+        leaves = jax.tree.leaves((y, trees.split(aux_L)[0] if with_aux else None))
+        wide = trees.dtype_of(jax.tree.leaves(y)[0])
+        return sum(jnp.mean(jnp.sin(leaf.astype(wide) * (i + 1))) for i, leaf in enumerate(leaves))
+
+    return loss
+
+
+def _cast(tree: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if trees.is_inexact(leaf) else leaf, tree)
+
+
+def _computed_in(dtype, branch):
+    return lambda *args: branch(*_cast(args, dtype))
+
+
+def _memory(section, x, shared) -> Iterator[Finding]:
+    depth = section.length
+
+    def temporary_bytes(backprop, times):
+        params_L, data_L = _repeat((section.params_L, section.data_L), times)
+        arguments = params_L, x, shared, data_L, None
+        # What a layer puts out besides its streams is kept by any strategy.
+        loss = _loss(section.layer, backprop, length=depth * times, with_aux=False)
+        gradient = jax.grad(loss, argnums=(0, 1), allow_int=True)
+        program: Any = jax.jit(gradient).lower(*arguments).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    try:
+        growth = {
+            backprop: (temporary_bytes(backprop, 9) - temporary_bytes(backprop, 1)) / (8 * depth)
+            for backprop in ("reverse", "store")
+        }
+    except Exception as error:
+        yield Finding("memory flat in depth", None, f"could not be measured: {_line(error)}")
+        return
+    residues = jax.eval_shape(lambda x: sequence_forward([section], x, shared=shared)[2], x)
+    residue = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(residues)) / depth
+    elements = sum(leaf.size for leaf in jax.tree.leaves(x))
+    yield Finding(
+        "memory flat in depth",
+        growth["reverse"] - residue <= 0.01 * growth["store"],
+        f"{growth['reverse']:,.0f} bytes a layer under reverse, {growth['store']:,.0f} under store",
+        "the layer keeps something besides its residue: does it have its own gradient?",
+    )
+    yield Finding(
+        "residue", None, f"{8 * residue / elements:.2f} bits per element of the streams per layer"
+    )

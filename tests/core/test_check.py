@@ -1,0 +1,117 @@
+"""The report on a new block: silent about a good one, and plain about each way to be wrong."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from revnet_jax.core import (
+    Grid,
+    Invertible,
+    check_reversible,
+    momentum_block,
+    reversible_block,
+)
+
+WIDTH, ROWS = 8, 16
+
+
+def dense(params, x, context):
+    return jnp.tanh(x @ params)
+
+
+@pytest.fixture(scope="module")
+def arguments():
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = tuple(jax.random.normal(key, (WIDTH, WIDTH)) for key in keys[:2])
+    return params, tuple(jax.random.normal(key, (ROWS, WIDTH)) for key in keys[2:])
+
+
+def failed(report):
+    return {finding.law: finding for finding in report.findings if finding.passed is False}
+
+
+def test_a_good_block(arguments):
+    params, x = arguments
+    report = check_reversible(momentum_block(dense), (params[0], ()), x)
+    assert report.ok, report
+    laws = {finding.law: finding for finding in report.findings}
+    assert laws["residue"].measured.startswith("0.50 bits per element")
+    assert all(laws[f"gradient = store, {d}"].passed for d in ("float32", "bfloat16", "float64"))
+    assert str(report).count("\n") >= len(report.findings) - 1
+
+
+def test_free_streams(arguments):
+    report = check_reversible(reversible_block(dense, dense, grid=None), *arguments)
+    wrong = failed(report)
+    assert {"inverse of forward", "forward of inverse"} <= set(wrong)
+    assert "give the block a Grid()" in wrong["inverse of forward"].advice
+    assert "gradient = store, float64" not in wrong  # it drifts by an ulp of float64
+
+
+def test_hidden_randomness(arguments):
+    rng = np.random.default_rng(0)
+    noisy = lambda params, x, context: x * jnp.float32(rng.uniform())
+    wrong = failed(check_reversible(reversible_block(noisy, dense), *arguments, depth=2))
+    assert "draw it from a key" in wrong["same bits when asked again"].advice
+    assert "gradient = store, float32" in wrong
+
+
+def test_an_inverse_that_is_none(arguments):
+    params, x = arguments
+    layer = Invertible(
+        lambda params, x, context: (x[1], x[0] + 1), lambda params, y, context: (y[1], y[0])
+    )
+    wrong = failed(check_reversible(layer, params, x, depth=3))
+    assert "not the exact inverse" in wrong["inverse of forward"].advice
+
+
+def test_a_range_that_is_used_up(arguments):
+    params, x = arguments
+    grow = lambda params, x, context: 8 * x
+    wrong = failed(check_reversible(reversible_block(grow, grow, grid=Grid(20)), params, x))
+    assert "grid of fewer bits" in wrong["range of the grid"].advice
+
+
+def test_a_layer_that_changes_a_stream(arguments):
+    params, x = arguments
+    report = check_reversible(reversible_block(lambda p, x, c: x[:2], dense), params, x)
+    (finding,) = report.findings
+    assert not report.ok
+    assert "expected the shape of the stream" in finding.measured
+
+
+def test_closing_over_what_is_differentiated(arguments):
+    params, x = arguments
+
+    def loss(weight):
+        closing = lambda params, x, context: x * weight
+        report = check_reversible(reversible_block(closing, dense), params, x)
+        assert "closes over traced values" in report.findings[0].measured
+        return weight
+
+    jax.grad(loss)(2.0)
+
+
+def test_closing_over_an_array_is_mentioned(arguments):
+    params, x = arguments
+    weight = jnp.ones((WIDTH, WIDTH)) / 8
+    closing = lambda params, x, context: jnp.tanh(x @ weight)
+    report = check_reversible(reversible_block(closing, dense), params, x, depth=2)
+    assert report.ok
+    assert "must come through params or shared" in str(report)
+
+
+def test_a_layer_with_a_gradient_of_its_own_that_is_wrong(arguments):
+    """What a hand-written gradient gets wrong is not found by undoing alone."""
+    params, x = arguments
+
+    class Wrong(Invertible):
+        def rewind(self, *args):
+            rewound = super().rewind(*args)
+            return rewound._replace(dx=tuple(2 * dx for dx in rewound.dx))
+
+    swap = Wrong(lambda params, x, context: (x[1], x[0]), lambda params, y, context: (y[1], y[0]))
+    wrong = failed(check_reversible(swap, params, x, depth=2))
+    assert "gradient = store, float32" in wrong
+    assert "inverse of forward" not in wrong
