@@ -1,8 +1,9 @@
-"""ResNets and RevNets for images: stem, stages of residual units, head.
+"""ResNets, RevNets and i-RevNets for images: stem, stages of residual units, head.
 
-The two families differ in the number of streams alone. A unit that changes width or resolution is
-computed outside the chains and, unless `backprop` is `store`, keeps nothing but its input; all
-other units of a stage are one chain.
+ResNets and RevNets differ in the number of streams alone. A unit that changes width or resolution
+is computed outside the chains and, unless `backprop` is `store`, keeps nothing but its input; all
+other units of a stage are one chain. An i-RevNet changes resolution by an invertible rearrangement
+instead, so that its whole body is one sequence, and can be inverted down to the image.
 """
 
 from __future__ import annotations
@@ -21,25 +22,31 @@ from revnet_jax.core import (
     Grid,
     Layer,
     PlainLayer,
-    chain,
+    Section,
     reversible_block,
+    sequence,
+    sequence_inverse,
 )
 from revnet_jax.models.bridge import PureModule
+from revnet_jax.models.invertible import PadStem, squeeze
 from revnet_jax.models.residual import Head, ResidualBranch, Stem, make_shortcut
 
-NUM_STREAMS = {"resnet": 1, "revnet": 2}
-STEMS = ("cifar", "imagenet")
+NUM_STREAMS = {"resnet": 1, "revnet": 2, "irevnet": 2}
+STEMS = ("cifar", "imagenet", "pad")
 
 
 @dataclass(frozen=True)
 class Architecture:
     """What a network is; how it is trained is said elsewhere.
 
-    family: "resnet" (one stream, a unit is `x + f(x)`) or "revnet" (two streams, f and g).
+    family: "resnet" (one stream, a unit is `x + f(x)`), "revnet" (two streams, f and g), or
+      "irevnet" (a RevNet whose stages are joined by space-to-depth: Jacobsen et al. 2018,
+      arXiv:1802.07088).
     units: residual units per stage.
-    channels: of the stem, then of each stage; a RevNet's streams have half of them each.
+    channels: of the stem, then of each stage; two streams have half of them each. An i-RevNet's
+      first stage has the stem's, and every further one four times as many as the one before.
     bottleneck: three convolutions a branch instead of two.
-    stem: "cifar" or "imagenet".
+    stem: "cifar", "imagenet" (see `Stem`), or "pad" (channels of zeros: nothing is lost).
     image_shape: (H, W, C).
     """
 
@@ -81,6 +88,21 @@ class Architecture:
                 "a shortcut can add channels, not take them away"
             )
 
+        if self.family == "irevnet":
+            stages = range(len(self.units))
+            expected = (self.channels[0], *(self.channels[0] * 4**i for i in stages))
+            if self.channels != expected or any(n % 2 ** stages[-1] for n in self.image_shape[:2]):
+                raise ValueError(
+                    f"got channels={self.channels} and image_shape={self.image_shape}, expected "
+                    f"{expected} and a height and width divisible by {2 ** stages[-1]}: every "
+                    "stage after the first halves the resolution and loses nothing"
+                )
+        if self.stem == "pad" and self.channels[0] < self.image_shape[2]:
+            raise ValueError(
+                f"got channels={self.channels} for images of {self.image_shape[2]} channels, "
+                "expected a stem that adds channels: it cannot take any away"
+            )
+
     @property
     def num_streams(self) -> int:
         return NUM_STREAMS[self.family]
@@ -99,22 +121,30 @@ class Unit(NamedTuple):
         return self.in_channels == self.out_channels and self.stride == 1
 
 
-class Section(NamedTuple):
-    """`depth` equal units in a row: a chain, or a single unit that changes the streams' shape."""
+class Group(NamedTuple):
+    """`depth` equal units in a row, or a single unit that changes the streams' shape.
+
+    unit: None for an i-RevNet's change of resolution, which has no parameters.
+    """
 
     name: str
-    unit: Unit
+    unit: Unit | None
     depth: int
+
+    @property
+    def is_transition(self) -> bool:
+        """Whether it has no inverse, and so is no part of a sequence."""
+        return self.unit is not None and not self.unit.keeps_shape
 
 
 class Variables(NamedTuple):
-    """Trees by section: trainable parameters, and the running averages of batch statistics."""
+    """Trees by group: trainable parameters, and the running averages of batch statistics."""
 
     params: Any
     stats: Any
 
 
-def sections(architecture: Architecture) -> list[Section]:
+def groups(architecture: Architecture) -> list[Group]:
     """The units of each stage, equal neighbours joined."""
     result = []
     stem_channels, *stage_channels = (c // architecture.num_streams for c in architecture.channels)
@@ -123,19 +153,22 @@ def sections(architecture: Architecture) -> list[Section]:
         zip(architecture.units, stage_channels, strict=True)
     ):
         units = []
+        if stage and architecture.family == "irevnet":
+            result.append(Group(f"stage{stage + 1}_squeeze", None, 1))
+            channels = out_channels
         for i in range(depth):
-            stride = 2 if i == 0 and stage > 0 else 1
+            stride = 2 if i == 0 and stage > 0 and architecture.family != "irevnet" else 1
             units.append(Unit(channels, out_channels, stride, activate_first=bool(stage or i)))
             channels = out_channels
         for i, (unit, group) in enumerate(itertools.groupby(units)):
-            result.append(Section(f"stage{stage + 1}_{'ab'[i]}", unit, len(list(group))))
+            result.append(Group(f"stage{stage + 1}_{'ab'[i]}", unit, len(list(group))))
     return result
 
 
 class Network:
     """An image classifier as pure functions: `init(key)` and `apply(variables, image, ...)`.
 
-    backprop: what the gradient of every chain costs: `store`, `remat` or (RevNet) `reverse`.
+    backprop: what the gradient of every chain costs: `store`, `remat`, or (two streams) `reverse`.
     compute_dtype: of convolutions; streams, batch statistics and logits are float32.
     grid: where the streams of a RevNet live; None for free floats.
     check_exactness: whether `probes` has any: the check keeps each chain's input.
@@ -163,7 +196,7 @@ class Network:
         self.compute_dtype = compute_dtype
         self.check_exactness = check_exactness
         self.grid = grid
-        self.sections = sections(architecture)
+        self.groups = groups(architecture)
         common = {"dtype": compute_dtype}
         in_unit = {"bottleneck": architecture.bottleneck, **common}
 
@@ -177,18 +210,22 @@ class Network:
 
         channels = architecture.channels
         image_channels = architecture.image_shape[2]
-        self._stem = _pure(Stem, image_channels, channels[0], kind=architecture.stem, **common)
+        if architecture.stem == "pad":
+            self._stem = _pure(PadStem, image_channels, channels[0])
+        else:
+            self._stem = _pure(Stem, image_channels, channels[0], kind=architecture.stem, **common)
         # One module per stream: f alone, or f and g. Only f changes resolution and width.
         self._branches = {
             name: (branch(*unit), branch(unit.out_channels, unit.out_channels, 1, True))[
                 : architecture.num_streams
             ]
-            for name, unit, _ in self.sections
+            for name, unit, _ in self.groups
+            if unit
         }
         self._shortcuts = {
             name: (shortcut(unit),) * architecture.num_streams
-            for name, unit, _ in self.sections
-            if not unit.keeps_shape
+            for name, unit, _ in self.groups
+            if unit and not unit.keeps_shape
         }
         self._head = _pure(Head, channels[-1], architecture.num_classes)
 
@@ -203,9 +240,11 @@ class Network:
         )
 
     @property
-    def chains(self) -> list[Section]:
-        """The sections that are chains."""
-        return [section for section in self.sections if section.unit.keeps_shape]
+    def chains(self) -> dict[str, list[Group]]:
+        """Neighbouring groups between transitions, each chain under the name of its first."""
+        runs = itertools.groupby(self.groups, key=lambda group: group.is_transition)
+        chains = [list(run) for is_transition, run in runs if not is_transition]
+        return {chain[0].name: chain for chain in chains}
 
     def init(self, key: jax.Array) -> Variables:
         """Fresh variables; a chain's have a leading axis of one per layer."""
@@ -214,9 +253,11 @@ class Network:
         def add(name, init, key):
             params[name], stats[name] = init(key)
 
-        stem_key, head_key, *section_keys = jax.random.split(key, 2 + len(self.sections))
+        stem_key, head_key, *group_keys = jax.random.split(key, 2 + len(self.groups))
         add("stem", self._stem.init, stem_key)
-        for (name, unit, depth), section_key in zip(self.sections, section_keys, strict=True):
+        for (name, unit, depth), group_key in zip(self.groups, group_keys, strict=True):
+            if unit is None:
+                continue
             modules = self._branches[name] + self._shortcuts.get(name, ())
 
             def init_unit(key, modules=modules):
@@ -225,9 +266,9 @@ class Network:
                 return tuple(zip(*pairs, strict=True))
 
             if unit.keeps_shape:
-                add(name, jax.vmap(init_unit), jax.random.split(section_key, depth))
+                add(name, jax.vmap(init_unit), jax.random.split(group_key, depth))
             else:
-                add(name, init_unit, section_key)
+                add(name, init_unit, group_key)
         add("head", self._head.init, head_key)
         return Variables(params, stats)
 
@@ -235,7 +276,7 @@ class Network:
         """A probe for every chain, to differentiate `apply` by; None where nothing is rebuilt."""
         if self.backprop != "reverse" or not self.check_exactness:
             return None
-        return {section.name: Exactness.probe() for section in self.chains}
+        return {name: Exactness.probe() for name in self.chains}
 
     def apply(
         self,
@@ -250,28 +291,69 @@ class Network:
         train: normalise by the batch's statistics and update the running averages, once, whatever
           the strategy; otherwise normalise by the running averages.
         """
+        x_BHWC, new_stats = self.features(variables, image_BHWC, train=train, probes=probes)
+        logits_BV, new_stats["head"] = self._head.apply(
+            variables.params["head"], variables.stats["head"], x_BHWC, train=train
+        )
+        return logits_BV, new_stats
+
+    def features(
+        self,
+        variables: Variables,
+        image_BHWC: jax.Array,
+        *,
+        train: bool,
+        probes: dict[str, Exactness] | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """(what the head sees: the streams joined, [B, H', W', channels[-1]]; running averages)."""
         params, stats = variables
         new_stats = {}
         x_BHWC, new_stats["stem"] = self._stem.apply(
             params["stem"], stats["stem"], image_BHWC, train=train
         )
         x = tuple(jnp.split(x_BHWC, self.architecture.num_streams, axis=-1))
-        for name, unit, _ in self.sections:
-            if unit.keeps_shape:
-                x, new_stats[name] = chain(
-                    self._layer(name, train),
-                    params[name],
+        chains = self.chains
+        for name, _, _ in self.groups:
+            if name in chains:
+                x, auxes = sequence(
+                    self._sections(chains[name], variables, train),
                     x,
-                    data_L=stats[name],
                     backprop=self.backprop,
                     probe=None if probes is None else probes[name],
                 )
-            else:
+                new_stats |= {
+                    group.name: aux_L
+                    for group, aux_L in zip(chains[name], auxes, strict=True)
+                    if group.unit
+                }
+            elif name in self._shortcuts:
                 x, new_stats[name] = self._transition(name, params[name], stats[name], x, train)
-        logits_BV, new_stats["head"] = self._head.apply(
-            params["head"], stats["head"], jnp.concatenate(x, axis=-1), train=train
-        )
-        return logits_BV, new_stats
+        return jnp.concatenate(x, axis=-1), new_stats
+
+    def inverse(self, variables: Variables, x_BHWC: jax.Array, *, train: bool) -> jax.Array:
+        """The image from its features, bit for bit as it entered: snapped to the grid.
+
+        Cost: one evaluation of each branch; memory independent of depth. Raises ValueError unless
+        the network is an i-RevNet with stem "pad": any other loses something.
+        """
+        architecture = self.architecture
+        if architecture.family != "irevnet" or architecture.stem != "pad":
+            raise ValueError(
+                f"got family={architecture.family!r} and stem={architecture.stem!r}, expected "
+                "'irevnet' and 'pad': any other has no inverse down to the image"
+            )
+        (chain,) = self.chains.values()
+        y = tuple(jnp.split(x_BHWC, architecture.num_streams, axis=-1))
+        x = sequence_inverse(self._sections(chain, variables, train), y)
+        return jnp.concatenate(x, axis=-1)[..., : architecture.image_shape[2]]
+
+    def _sections(self, chain: list[Group], variables: Variables, train: bool) -> list[Section]:
+        return [
+            Section(self._layer(name, train), variables.params[name], variables.stats[name])
+            if unit
+            else Section(squeeze(), length=1)
+            for name, unit, _ in chain
+        ]
 
     def _layer(self, name: str, train: bool) -> Layer:
         """A chain's layer; its running averages are per-layer data in and auxiliary outputs out."""

@@ -33,8 +33,12 @@ def describe(config: ConfigDict) -> dict[str, Any]:
         "input_shape": list(network.architecture.image_shape),
         "num_classes": network.architecture.num_classes,
         "chains": [
-            {"name": name, "layers": depth, "backprop": network.backprop}
-            for name, _, depth in network.chains
+            {
+                "name": name,
+                "layers": sum(g.depth for g in groups if g.unit),
+                "backprop": network.backprop,
+            }
+            for name, groups in network.chains.items()
         ],
         "activation_bytes_per_example": kept,
     }

@@ -13,7 +13,7 @@ from jax import lax
 from revnet_jax.core import STRATEGIES, Exactness, Grid
 from revnet_jax.models import network as network_module
 from revnet_jax.models import residual
-from revnet_jax.models.network import Architecture, Network, Variables, num_params, sections
+from revnet_jax.models.network import Architecture, Network, Variables, groups, num_params
 
 # The same optimised program, translated with less effort: compiling is what these tests pay for.
 COMPILE_FAST = {"xla_backend_optimization_level": 0}
@@ -447,19 +447,22 @@ def test_streams_and_logits_are_float32(name, monkeypatch):
 def test_chains_of_revnet_110():
     network = Network(architecture("revnet110"))
     names = ["stage1_a", "stage1_b", "stage2_a", "stage2_b", "stage3_a", "stage3_b"]
-    assert [section.name for section in network.sections] == names
-    assert [section.depth for section in network.sections] == [1, 8, 1, 8, 1, 8]
-    chains = ["stage1_a", "stage1_b", "stage2_b", "stage3_b"]
-    assert [section.name for section in network.chains] == chains
-    assert set(network.probes()) == set(chains)
-    widths = [(s.unit.in_channels, s.unit.out_channels, s.unit.stride) for s in network.sections]
+    assert [group.name for group in network.groups] == names
+    assert [group.depth for group in network.groups] == [1, 8, 1, 8, 1, 8]
+    assert {name: [group.name for group in chain] for name, chain in network.chains.items()} == {
+        "stage1_a": ["stage1_a", "stage1_b"],
+        "stage2_b": ["stage2_b"],
+        "stage3_b": ["stage3_b"],
+    }
+    assert set(network.probes()) == set(network.chains)
+    widths = [(g.unit.in_channels, g.unit.out_channels, g.unit.stride) for g in network.groups]
     stage1, stage2, stage3 = (16, 16, 1), (32, 32, 1), (64, 64, 1)
     assert widths == [stage1, stage1, (16, 32, 2), stage2, (32, 64, 2), stage3]
 
 
 def test_bottlenecks_change_width_in_the_first_unit():
     """Stage 1 too has a transition then, of stride 1."""
-    found = sections(architecture("revnet104"))
+    found = groups(architecture("revnet104"))
     assert [s.depth for s in found] == [1, 1, 1, 1, 1, 10, 1, 1]
     assert [s.unit.stride for s in found] == [1, 1, 2, 1, 2, 1, 2, 1]
     assert [s.name for s in found if s.unit.keeps_shape] == [f"stage{i}_b" for i in (1, 2, 3, 4)]
@@ -470,10 +473,10 @@ def test_only_the_first_f_skips_its_leading_normalisation(name):
     arch = architecture(name)
     params = abstract_variables(Network(arch, backprop=default_backprop(arch))).params
     convs = 3 if arch.bottleneck else 2
-    for section in sections(arch):
-        modules = params[section.name][: arch.num_streams]
+    for group in groups(arch):
+        modules = params[group.name][: arch.num_streams]
         assert [len(m["convs"]) for m in modules] == [convs] * arch.num_streams
-        f_norms = convs - 1 if section.name == "stage1_a" else convs
+        f_norms = convs - 1 if group.name == "stage1_a" else convs
         assert [len(m["norms"]) for m in modules] == [f_norms, convs][: arch.num_streams]
 
 

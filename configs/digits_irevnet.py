@@ -1,0 +1,17 @@
+"""A fully invertible RevNet on the digits; arm: laptop (the same).
+
+    python scripts/train.py --config=configs/digits_irevnet.py --workdir=WORKDIR
+
+From the image to the features nothing is stored and nothing is lost.
+"""
+
+from revnet_jax.config import image_classification, with_arms
+
+
+def get_config(arm: str = ""):
+    config = image_classification()
+    config.data.crop_padding = 1
+    config.model.update(
+        {"family": "irevnet", "stem": "pad", "units": (2, 2), "channels": (16, 16, 64)}
+    )
+    return with_arms(config, arm, {"laptop": {}})

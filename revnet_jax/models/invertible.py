@@ -1,0 +1,45 @@
+"""What lets a whole network be inverted: resolution and channels changed without losing a bit."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from revnet_jax.core import Invertible
+
+
+def space_to_depth(x_BHWC: jax.Array) -> jax.Array:
+    """[B, H, W, C] -> [B, H/2, W/2, 4C]: every 2x2 square of pixels becomes one of 4C channels.
+
+    Dinh et al. 2016 (arXiv:1605.08803, section 3.6, the squeeze); i-RevNet (Jacobsen et al. 2018,
+    arXiv:1802.07088, section 3.1).
+    """
+    B, H, W, C = x_BHWC.shape
+    x = x_BHWC.reshape(B, H // 2, 2, W // 2, 2, C)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, H // 2, W // 2, 4 * C)
+
+
+def depth_to_space(x_BHWC: jax.Array) -> jax.Array:
+    """Undoes `space_to_depth`."""
+    B, H, W, C = x_BHWC.shape
+    x = x_BHWC.reshape(B, H, W, 2, 2, C // 4)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, 2 * H, 2 * W, C // 4)
+
+
+def squeeze() -> Invertible:
+    """Halves the resolution of every stream, reversibly. No parameters; exact."""
+    return Invertible(
+        apply=lambda params, x, context: tuple(map(space_to_depth, x)),
+        undo=lambda params, y, context: tuple(map(depth_to_space, y)),
+    )
+
+
+class PadStem(nnx.Module):
+    """Image -> features by adding channels of zeros: a stem undone by dropping them."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, rngs: nnx.Rngs):
+        self.added = out_channels - in_channels
+
+    def __call__(self, image_BHWC: jax.Array, *, train: bool) -> jax.Array:
+        return jnp.pad(image_BHWC, ((0, 0), (0, 0), (0, 0), (0, self.added)))
