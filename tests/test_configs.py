@@ -77,10 +77,10 @@ def test_describe():
     unchecked.model.check_exactness = False
     kept = describe(unchecked)["activation_bytes_per_example"]
     # Under reverse a chain keeps its output, under remat every layer's input; the outputs of
-    # stage1_b and stage2_b are kept by the units after them anyway.
+    # stages 1 and 2 are kept by the units after them anyway.
     stage_bytes = [4 * h * h * c for h, c in ((32, 32), (16, 64), (8, 112))]
     assert kept["remat"] - kept["reverse"] == sum(
-        layers * b for layers, b in zip((2, 2, 1), stage_bytes, strict=True)
+        layers * b for layers, b in zip((3, 2, 1), stage_bytes, strict=True)
     )
     # The exactness check keeps the inputs of the three chains.
     assert checked["reverse"] - kept["reverse"] == sum(stage_bytes)

@@ -1,5 +1,26 @@
-"""Image networks as pure functions over trees of arrays."""
+"""Image networks as pure functions over trees of arrays; flax modules as branches of blocks."""
 
+from revnet_jax.models.bridge import (
+    Branch,
+    BranchData,
+    init_layers,
+    linen_branch,
+    nnx_branch,
+    with_keys,
+    with_stats,
+)
 from revnet_jax.models.network import Architecture, Network, Variables, num_params
 
-__all__ = ["Architecture", "Network", "Variables", "num_params"]
+__all__ = [
+    "Architecture",
+    "Branch",
+    "BranchData",
+    "Network",
+    "Variables",
+    "init_layers",
+    "linen_branch",
+    "nnx_branch",
+    "num_params",
+    "with_keys",
+    "with_stats",
+]

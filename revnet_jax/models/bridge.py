@@ -1,12 +1,15 @@
-"""From a flax nnx module to pure functions over plain dictionaries of arrays."""
+"""From flax modules, nnx or linen, to pure functions and to branches of reversible blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
-from flax import nnx
+import jax.numpy as jnp
+from flax import linen, nnx
+
+_STATE = (nnx.Param, nnx.BatchStat, nnx.RngState)
 
 
 class PureModule:
@@ -15,23 +18,141 @@ class PureModule:
     make: builds the module from its random streams: `lambda rngs: nnx.Linear(3, 4, rngs=rngs)`.
 
     `jax.vmap(module.init)(keys)` gives every leaf a leading layer axis: the parameters of a chain.
-    A module whose `apply` is a branch must keep no state but `nnx.BatchStat`.
+    Raises ValueError for a module with other state, which would be lost between calls.
     """
 
     def __init__(self, make: Callable[[nnx.Rngs], nnx.Module]):
+        if isinstance(make, nnx.Module | linen.Module):
+            raise ValueError(
+                "got a module, expected a function: `lambda rngs: MLP(rngs=rngs)` (nnx)"
+            )
         self._make = make
         module = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
-        self._graphdef, _, _ = nnx.split(module, nnx.Param, nnx.BatchStat)
+        if not isinstance(module, nnx.Module):
+            raise ValueError(f"got {module!r} from make, expected an nnx module: return it")
+        self._graphdef, _, _, streams, other = nnx.split(module, *_STATE, ...)
+        self._streams = nnx.to_pure_dict(streams)
+        if other:
+            got = ", ".join(sorted({type(leaf).__name__ for _, leaf in nnx.to_flat_state(other)}))
+            raise ValueError(
+                f"got a module with state {got}, expected parameters, running averages and random "
+                "streams only: keep it outside, and pass it in as data or `shared`"
+            )
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         """(params, stats): trainable parameters and running averages, fresh."""
-        _, params, stats = nnx.split(self._make(nnx.Rngs(key)), nnx.Param, nnx.BatchStat)
+        _, params, stats, _ = nnx.split(self._make(nnx.Rngs(key)), *_STATE)
         return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
 
-    def apply(self, params: Any, stats: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """(the module's output, its running averages after the call)."""
-        module = nnx.merge(self._graphdef, params, stats)
+    def apply(
+        self, params: Any, stats: Any, *args: Any, key: jax.Array | None = None, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """(the module's output, its running averages after the call).
+
+        key: of all that it draws. Raises ValueError where a module that keeps streams gets none.
+        """
+        if self._streams and key is None:
+            raise ValueError("got key=None, expected a key: the module keeps random streams")
+        # Streams start anew at every call, so that the same key draws the same again.
+        leaves, treedef = jax.tree.flatten(self._streams)
+        streams = treedef.unflatten(_restarted(leaf, key, i) for i, leaf in enumerate(leaves))
+        module = nnx.merge(self._graphdef, params, stats, streams)
         output = module(*args, **kwargs)
         new_stats = nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
         # Averages over past batches are a record, not a path for gradients.
         return output, jax.lax.stop_gradient(new_stats)
+
+
+def _restarted(leaf, key, i):
+    """A stream's counter, at zero; or its key, a different one for every i."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.split(jax.random.fold_in(key, i), leaf.shape)
+    return jnp.zeros(leaf.shape, leaf.dtype)
+
+
+class BranchData(NamedTuple):
+    """A layer's data for one branch: running averages, and the key of all that it draws."""
+
+    stats: Any
+    key: jax.Array
+
+
+class Branch(PureModule):
+    """A module as a branch of a block with `has_aux=True`: see `nnx_branch` and `linen_branch`.
+
+    name: where its `BranchData` is in `context.data`.
+    kwargs: for every call of the module; `functools.partial(branch, train=False)` has others.
+    """
+
+    def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], name: str, kwargs: dict[str, Any]):
+        super().__init__(make)
+        self.name, self._kwargs = name, kwargs
+
+    def __call__(self, params: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """`(params, *inputs, context) -> (u, {name: running averages after this batch})`."""
+        *inputs, context = args
+        data = context.data.get(self.name) if isinstance(context.data, Mapping) else None
+        if not isinstance(data, BranchData):
+            raise ValueError(
+                f"got layer data without {self.name!r}, expected a BranchData there: pass what "
+                "init_layers returns to the chain as data_L"
+            )
+        kwargs = self._kwargs | kwargs
+        u, stats = self.apply(params, data.stats, *inputs, key=data.key, **kwargs)
+        return u, {self.name: stats}
+
+
+def nnx_branch(make: Callable[[nnx.Rngs], nnx.Module], name: str, /, **kwargs: Any) -> Branch:
+    """`nnx_branch(lambda rngs: MLP(rngs=rngs), "f")`; see `Branch`, and `PureModule` for errors.
+
+    Other flags make another branch: `lambda rngs: nnx.view(MLP(rngs=rngs), deterministic=True)`.
+    """
+    return Branch(make, name, kwargs)
+
+
+def linen_branch(module: linen.Module, name: str, /, *example: Any, **kwargs: Any) -> Branch:
+    """`linen_branch(MLP(), "g", x1, train=True)`; see `Branch`, and `PureModule` for errors.
+
+    example: the module's inputs; `init` evaluates it on them, and gives linen's own trees.
+    """
+    if not isinstance(module, linen.Module):
+        raise ValueError(f"got {module!r}, expected a linen module: build it, or take nnx_branch")
+    make = lambda rngs: nnx.bridge.ToNNX(module, rngs=rngs).lazy_init(*example, **kwargs)
+    return Branch(make, name, {"mutable": ["batch_stats"], **kwargs})
+
+
+def init_layers(branches: Sequence[Branch], key: jax.Array, depth: int) -> tuple[Any, Any]:
+    """(params_L, data_L) of `depth` layers: a tree for each branch, and `{name: BranchData}`."""
+    names = [branch.name for branch in branches]
+    if len(set(names)) < len(names):
+        raise ValueError(f"got branches {', '.join(names)}, expected distinct names: rename one")
+    params_L, data_L = [], {}
+    for branch, keys in zip(branches, jax.random.split(key, (len(names), 2, depth)), strict=True):
+        # Compiled, because linen's `init` evaluates the module, for nothing but its shapes.
+        params, stats = jax.jit(jax.vmap(branch.init))(keys[0])
+        params_L.append(params)
+        data_L[branch.name] = BranchData(stats, keys[1])
+    return tuple(params_L), data_L
+
+
+def with_keys(data_L: Mapping[str, Any], key: jax.Array) -> dict[str, Any]:
+    """data_L with fresh keys for every branch and layer; entries other than BranchData stay."""
+    fresh = {}
+    for i, name in enumerate(_names(data_L)):
+        keys = jax.random.split(jax.random.fold_in(key, i), len(data_L[name].key))
+        fresh[name] = data_L[name]._replace(key=keys)
+    return {**data_L, **fresh}
+
+
+def with_stats(data_L: Mapping[str, Any], aux_L: Sequence[Any]) -> dict[str, Any]:
+    """data_L with the running averages in `aux_L`, the auxiliary outputs of its chain."""
+    stats = {name: s for aux in aux_L if isinstance(aux, Mapping) for name, s in aux.items()}
+    missing = [name for name in _names(data_L) if name not in stats]
+    if missing:
+        raise ValueError(f"got no averages for {missing}, expected the chain's: pass its aux_L")
+    return {**data_L, **{n: data_L[n]._replace(stats=stats[n]) for n in _names(data_L)}}
+
+
+def _names(data_L):
+    """In the order that jit gives a dictionary: keys are the same inside it and outside."""
+    return sorted(name for name, data in data_L.items() if isinstance(data, BranchData))
