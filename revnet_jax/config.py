@@ -30,6 +30,7 @@ def image_classification() -> ConfigDict:
     config.num_steps = 600
     config.batch_size = 100
     config.eval_batch_size = 200
+    config.label_smoothing = 0.0  # share of the target spread over all classes, in training
     config.log_every_steps = 20
     config.eval_every_steps = 200
     config.checkpoint_every_steps = 200

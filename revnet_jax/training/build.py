@@ -32,6 +32,10 @@ def build_recipe(config: ConfigDict) -> Recipe:
         _at_least_one(name, config[name])
     _at_least_one("eval_every_steps", config.eval_every_steps)
     _at_least_one("checkpoint_every_steps", config.checkpoint_every_steps)
+    if not 0 <= config.label_smoothing < 1:
+        raise ConfigError(
+            f"config.label_smoothing: got {config.label_smoothing}, expected a share in [0, 1)"
+        )
     with settings("schedule"):
         schedule = make_schedule(num_steps=config.num_steps, **config.schedule)
     with settings("optimizer"):

@@ -27,6 +27,9 @@ def dry_run(config: ConfigDict) -> dict[str, Any]:
         "label": jax.ShapeDtypeStruct(images[:1], jnp.int32),
         "weight": jax.ShapeDtypeStruct(images[:1], jnp.float32),
     }
-    jax.eval_shape(make_train_step(network, optimizer, schedule), state, batch)
+    train_step = make_train_step(
+        network, optimizer, schedule, label_smoothing=config.label_smoothing
+    )
+    jax.eval_shape(train_step, state, batch)
     jax.eval_shape(make_eval_step(network), state.variables, batch)
     return {"config": flatten(config), "num_params": num_params(state.variables)}

@@ -52,7 +52,10 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     mesh = data_mesh()
     placed = replicated(mesh)
     init = lambda: init_state(network, optimizer, config.seed)
-    train_step = jit(make_train_step(network, optimizer, schedule), donate_argnums=0)
+    train_step = make_train_step(
+        network, optimizer, schedule, label_smoothing=config.label_smoothing
+    )
+    train_step = jit(train_step, donate_argnums=0)
     eval_step = jit(make_eval_step(network))
 
     def batches_from(step):

@@ -43,7 +43,11 @@ def init_state(network: Network, optimizer: optax.GradientTransformation, seed: 
 
 
 def make_train_step(
-    network: Network, optimizer: optax.GradientTransformation, schedule: optax.Schedule
+    network: Network,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    label_smoothing: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The pure function `(state, batch) -> (state, metrics)`, to be jitted with a donated state.
 
@@ -57,7 +61,7 @@ def make_train_step(
         logits_BV, new_stats = network.apply(
             Variables(params, stats), batch["image"], train=True, probes=probes
         )
-        losses_B = cross_entropy(logits_BV, batch["label"])
+        losses_B = cross_entropy(logits_BV, batch["label"], label_smoothing)
         return jnp.mean(losses_B), (new_stats, jnp.mean(is_correct(logits_BV, batch["label"])))
 
     def train_step(state, batch):
@@ -112,9 +116,18 @@ def make_eval_step(network: Network) -> Callable[[Variables, Batch], dict[str, j
     return eval_step
 
 
-def cross_entropy(logits_BV: jax.Array, label_B: jax.Array) -> jax.Array:
-    """Negative log-likelihood in nats, [B]."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits_BV, label_B)
+def cross_entropy(
+    logits_BV: jax.Array, label_B: jax.Array, label_smoothing: float = 0.0
+) -> jax.Array:
+    """Negative log-likelihood in nats, [B].
+
+    label_smoothing: share of the target spread over all classes (Szegedy et al. 2016,
+      arXiv:1512.00567, section 7).
+    """
+    if label_smoothing == 0:
+        return optax.softmax_cross_entropy_with_integer_labels(logits_BV, label_B)
+    target_BV = jax.nn.one_hot(label_B, logits_BV.shape[-1], dtype=logits_BV.dtype)
+    return optax.softmax_cross_entropy(logits_BV, optax.smooth_labels(target_BV, label_smoothing))
 
 
 def is_correct(logits_BV: jax.Array, label_B: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 from revnet_jax.data import train_batches
 from revnet_jax.training.build import build_dataset, build_recipe, pipeline_settings
 from revnet_jax.training.sharding import put_batch, replicated
-from revnet_jax.training.step import init_state, make_train_step
+from revnet_jax.training.step import cross_entropy, init_state, make_train_step
 
 
 def test_one_device_and_two_make_the_same_update(tiny_config):
@@ -33,3 +33,14 @@ def test_one_device_and_two_make_the_same_update(tiny_config):
     one, two = updates
     # Sums in another order, which ReLUs and the grid turn into a few other decisions.
     assert np.linalg.norm(one - two) < 1e-4 * np.linalg.norm(one)
+
+
+def test_label_smoothing():
+    logits = jax.random.normal(jax.random.key(0), (3, 4))
+    label = np.asarray([0, 3, 2])
+    log_p = np.asarray(jax.nn.log_softmax(logits))
+    target = np.full((3, 4), 0.2 / 4) + 0.8 * np.eye(4)[label]
+    np.testing.assert_allclose(
+        cross_entropy(logits, label, 0.2), -np.sum(target * log_p, axis=-1), rtol=1e-6
+    )
+    np.testing.assert_allclose(cross_entropy(logits, label), -log_p[np.arange(3), label], rtol=1e-6)
