@@ -22,14 +22,14 @@ class PureModule:
     """
 
     def __init__(self, make: Callable[[nnx.Rngs], nnx.Module]):
-        if isinstance(make, nnx.Module | linen.Module):
-            raise ValueError(
-                "got a module, expected a function: `lambda rngs: MLP(rngs=rngs)` (nnx)"
-            )
         self._make = make
-        module = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
-        if not isinstance(module, nnx.Module):
-            raise ValueError(f"got {module!r} from make, expected an nnx module: return it")
+        is_built = isinstance(make, nnx.Module | linen.Module)
+        module = make if is_built else nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+        if is_built or not isinstance(module, nnx.Module):
+            raise ValueError(
+                f"got {type(module).__name__}, expected a function that returns an nnx module: "
+                "pass `lambda rngs: MLP(rngs=rngs)`"
+            )
         self._graphdef, _, _, streams, other = nnx.split(module, *_STATE, ...)
         self._streams = nnx.to_pure_dict(streams)
         if other:
@@ -54,8 +54,8 @@ class PureModule:
         if self._streams and key is None:
             raise ValueError("got key=None, expected a key: the module keeps random streams")
         # Streams start anew at every call, so that the same key draws the same again.
-        leaves, treedef = jax.tree.flatten(self._streams)
-        streams = treedef.unflatten(_restarted(leaf, key, i) for i, leaf in enumerate(leaves))
+        draw = nnx.Rngs(key)
+        streams = jax.tree.map(lambda leaf: _restarted(leaf, draw), self._streams)
         module = nnx.merge(self._graphdef, params, stats, streams)
         output = module(*args, **kwargs)
         new_stats = nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
@@ -63,11 +63,10 @@ class PureModule:
         return output, jax.lax.stop_gradient(new_stats)
 
 
-def _restarted(leaf, key, i):
-    """A stream's counter, at zero; or its key, a different one for every i."""
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.random.split(jax.random.fold_in(key, i), leaf.shape)
-    return jnp.zeros(leaf.shape, leaf.dtype)
+def _restarted(leaf, draw):
+    """A stream's key, newly drawn, or its counter at zero."""
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.random.split(draw(), leaf.shape) if is_key else jnp.zeros(leaf.shape, leaf.dtype)
 
 
 class BranchData(NamedTuple):
@@ -89,7 +88,10 @@ class Branch(PureModule):
         self.name, self._kwargs = name, kwargs
 
     def __call__(self, params: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        """`(params, *inputs, context) -> (u, {name: running averages after this batch})`."""
+        """`(params, *inputs, context) -> (u, {name: running averages after this batch})`.
+
+        One evaluation. Raises ValueError where `context.data` has nothing for this branch.
+        """
         *inputs, context = args
         data = context.data.get(self.name) if isinstance(context.data, Mapping) else None
         if not isinstance(data, BranchData):
@@ -113,7 +115,7 @@ def nnx_branch(make: Callable[[nnx.Rngs], nnx.Module], name: str, /, **kwargs: A
 def linen_branch(module: linen.Module, name: str, /, *example: Any, **kwargs: Any) -> Branch:
     """`linen_branch(MLP(), "g", x1, train=True)`; see `Branch`, and `PureModule` for errors.
 
-    example: the module's inputs; `init` evaluates it on them, and gives linen's own trees.
+    example: arrays like the module's inputs; `init` evaluates it on them, and gives linen's trees.
     """
     if not isinstance(module, linen.Module):
         raise ValueError(f"got {module!r}, expected a linen module: build it, or take nnx_branch")
@@ -122,13 +124,16 @@ def linen_branch(module: linen.Module, name: str, /, *example: Any, **kwargs: An
 
 
 def init_layers(branches: Sequence[Branch], key: jax.Array, depth: int) -> tuple[Any, Any]:
-    """(params_L, data_L) of `depth` layers: a tree for each branch, and `{name: BranchData}`."""
+    """(params_L, data_L) of `depth` layers: a tree for each branch, and `{name: BranchData}`.
+
+    Raises ValueError for branches of the same name.
+    """
     names = [branch.name for branch in branches]
     if len(set(names)) < len(names):
         raise ValueError(f"got branches {', '.join(names)}, expected distinct names: rename one")
     params_L, data_L = [], {}
     for branch, keys in zip(branches, jax.random.split(key, (len(names), 2, depth)), strict=True):
-        # Compiled, because linen's `init` evaluates the module, for nothing but its shapes.
+        # Compiled, which drops the evaluation that linen's `init` makes only for its shapes.
         params, stats = jax.jit(jax.vmap(branch.init))(keys[0])
         params_L.append(params)
         data_L[branch.name] = BranchData(stats, keys[1])
@@ -145,7 +150,7 @@ def with_keys(data_L: Mapping[str, Any], key: jax.Array) -> dict[str, Any]:
 
 
 def with_stats(data_L: Mapping[str, Any], aux_L: Sequence[Any]) -> dict[str, Any]:
-    """data_L with the running averages in `aux_L`, the auxiliary outputs of its chain."""
+    """data_L with the running averages in its chain's `aux_L`; ValueError where any is missing."""
     stats = {name: s for aux in aux_L if isinstance(aux, Mapping) for name, s in aux.items()}
     missing = [name for name in _names(data_L) if name not in stats]
     if missing:

@@ -33,7 +33,6 @@ class Checkpoints:
 
     Args:
       directory: created if missing, except with `read_only`.
-      save_every_steps: `save` writes at its multiples.
       best_metric: name of the metric that ranks checkpoints; None ranks none.
       best_mode: whether the largest or the smallest value is best.
       keep_newest, keep_best: how many to keep of each kind. None is best without a finite metric.
@@ -45,7 +44,6 @@ class Checkpoints:
         self,
         directory: str | os.PathLike[str],
         *,
-        save_every_steps: int,
         best_metric: str | None,
         best_mode: Literal["max", "min"],
         keep_newest: int = 2,
@@ -55,14 +53,12 @@ class Checkpoints:
     ):
         if best_mode not in ("max", "min"):
             raise ValueError(f"got best_mode={best_mode!r}, expected 'max' or 'min'")
-        if save_every_steps < 1 or keep_newest < 1 or keep_best < 0:
-            got = f"{save_every_steps=}, {keep_newest=}, {keep_best=}"
-            raise ValueError(f"got {got}, expected at least 1, 1, 0")
+        if keep_newest < 1 or keep_best < 0:
+            raise ValueError(f"got {keep_newest=}, {keep_best=}, expected at least 1, 0")
         # Orbax logs dozens of lines a save; its failures also come back as exceptions.
         logging.get_absl_logger().addFilter(_not_from_orbax)
         path = epath.Path(directory)
         self.directory = path if "://" in str(path) else path.resolve()
-        self._save_every_steps = save_every_steps
         self._best_metric, self._sign = best_metric, 1.0 if best_mode == "max" else -1.0
         self._report, self._read_only = report, read_only
         self._scores: dict[int, float] = {}
@@ -96,18 +92,10 @@ class Checkpoints:
         self.wait()
         self._manager.close()
 
-    def save(
-        self,
-        step: int,
-        state: PyTree,
-        metrics: Mapping[str, float] | None = None,
-        *,
-        force: bool = False,
-    ) -> bool:
+    def save(self, step: int, state: PyTree, metrics: Mapping[str, float] | None = None) -> bool:
         """Starts to save `state` and returns whether it did; never at or before the newest step.
 
-        The state's buffers may be donated or deleted as soon as this returns. `force` saves off the
-        interval too (the last step of a run).
+        The state's buffers may be donated or deleted as soon as this returns.
 
         Cost: one pass over the state on the devices, a copy to the host, and the wait for both and
         for the previous save; files are written in the background.
@@ -117,9 +105,8 @@ class Checkpoints:
         """
         if self._read_only:
             raise CheckpointError(f"got save({step}) on {self.directory}, opened read-only")
-        due = force or step % self._save_every_steps == 0
         newest = self.latest_step()
-        if not due or (newest is not None and step <= newest):
+        if newest is not None and step <= newest:
             return False
         self.wait()
         leaves = manifest.by_path(state)
@@ -176,10 +163,6 @@ class Checkpoints:
             f"all checkpoints in {self.directory} are damaged ({whats_wrong}); nothing was moved. "
             "Bring the files back from a copy, or start from step 0 in another workdir."
         )
-
-    def restore_best(self, abstract_state: PyTree) -> tuple[int, PyTree] | None:
-        """`restore` of the best checkpoint; of the newest, with a report, when none has a score."""
-        return self.restore(abstract_state, which="best")
 
     def _best_first(self, newest_first: list[int]) -> list[int]:
         ranks = dict.fromkeys(newest_first, math.inf)

@@ -109,7 +109,6 @@ def open_checkpoints(workdir: Path, *, read_only: bool = False) -> Checkpoints:
     """The checkpoints of a run: the newest two and the one of best `eval_accuracy` are kept."""
     return Checkpoints(
         workdir / "checkpoints",
-        save_every_steps=1,  # of those that the loop offers
         best_metric="eval_accuracy",
         best_mode="max",
         read_only=read_only,

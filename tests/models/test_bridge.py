@@ -248,7 +248,10 @@ def test_init_layers_draws_every_layer_anew():
     assert kernels.shape == (2 * DEPTH, WIDTH, WIDTH)
     assert len(np.unique(kernels)) == kernels.size
     assert np.std(kernels) == pytest.approx(WIDTH**-0.5, rel=0.2)
-    assert all(data.key.shape == (DEPTH,) for data in data_L.values())
+    for data in data_L.values():
+        assert data.key.shape == (DEPTH,)
+        np.testing.assert_array_equal(data.stats["norm"]["mean"], np.zeros((DEPTH, WIDTH)))
+        np.testing.assert_array_equal(data.stats["norm"]["var"], np.ones((DEPTH, WIDTH)))
     again = init_layers((F, G), jax.random.key(0), DEPTH)[0]
     jax.tree.map(np.testing.assert_array_equal, again, params_L)
 
@@ -286,8 +289,12 @@ class LinenCounting(linen.Module):
     [
         (lambda: nnx_branch(Counting, "f"), "state Counter, expected parameters"),
         (lambda: linen_branch(LinenCounting(), "f", x1), "state memory, expected parameters"),
-        (lambda: nnx_branch(MLP(nnx.Rngs(0)), "f"), "got a module, expected a function"),
-        (lambda: nnx_branch(lambda rngs: MLP(rngs).eval(), "f"), "got None from make"),
+        (lambda: nnx_branch(MLP(nnx.Rngs(0)), "f"), "got MLP, expected a function"),
+        (
+            lambda: nnx_branch(lambda rngs: MLP(rngs).eval(), "f"),
+            "got NoneType, expected a function",
+        ),
+        (lambda: nnx_branch(LinenMLP(), "f"), "got LinenMLP, expected a function"),
         (lambda: linen_branch(LinenMLP, "f", x1), "expected a linen module"),
         (lambda: init_layers((F, F), jax.random.key(0), 2), "got branches f, f"),
         (lambda: chain(BLOCK, layers()[0], X12), "layer data without 'f'"),

@@ -17,7 +17,7 @@ import pytest
 
 from revnet_jax.training.checkpoint import CheckpointError, Checkpoints
 
-OPTIONS = {"save_every_steps": 1, "best_metric": "accuracy", "best_mode": "max"}
+OPTIONS = {"best_metric": "accuracy", "best_mode": "max"}
 
 # Orbax reads and writes arrays concurrently: of several that fail it raises one and abandons the
 # others, which may mutter on stderr until they are collected.
@@ -74,7 +74,7 @@ def test_the_newest_and_the_best_are_kept_also_across_restarts(tmp_path, mode, b
     steps = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert steps == [str(best), "5", "6"]
     with Checkpoints(tmp_path / "checkpoints", **options) as checkpoints:
-        step, state = checkpoints.restore_best(small_state())
+        step, state = checkpoints.restore(small_state(), which="best")
         assert step == best
         assert_same_bits(state, small_state(best))
         assert checkpoints.restore(small_state())[0] == 6
@@ -85,15 +85,8 @@ def test_best_without_any_score_is_the_newest_and_says_so(tmp_path):
     with Checkpoints(tmp_path / "checkpoints", **OPTIONS, report=reports.append) as checkpoints:
         checkpoints.save(1, small_state(1))
         checkpoints.save(2, small_state(2))
-        assert checkpoints.restore_best(small_state())[0] == 2
+        assert checkpoints.restore(small_state(), which="best")[0] == 2
     assert "accuracy" in reports[0]
-
-
-def test_saves_come_at_the_interval_or_by_force(tmp_path):
-    options = OPTIONS | {"save_every_steps": 10}
-    with Checkpoints(tmp_path / "checkpoints", **options) as checkpoints:
-        saved = [s for s in range(1, 24) if checkpoints.save(s, small_state(), force=s == 23)]
-    assert saved == [10, 20, 23]
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +191,7 @@ def test_a_damaged_best_is_reported_and_the_next_best_used(two_saved, tmp_path):
     (tmp_path / "checkpoints" / "2" / "manifest" / "metadata").write_text("{")
     reports = []
     with Checkpoints(tmp_path / "checkpoints", **OPTIONS, report=reports.append) as checkpoints:
-        assert checkpoints.restore_best(small_state())[0] == 1
+        assert checkpoints.restore(small_state(), which="best")[0] == 1
     assert "step 1 used instead" in reports[0]
 
 
@@ -245,7 +238,7 @@ KILLED = """
 import sys, jax, jax.numpy as jnp
 from revnet_jax.training.checkpoint import Checkpoints
 state = {"w": jax.random.normal(jax.random.key(0), (2000, 4000))}
-with Checkpoints(sys.argv[1], save_every_steps=1, best_metric=None, best_mode="max") as checkpoints:
+with Checkpoints(sys.argv[1], best_metric=None, best_mode="max") as checkpoints:
     for step in range(1, 1000):
         checkpoints.save(step, {"w": state["w"] * step})
 """

@@ -49,7 +49,7 @@ def test_every_kind_of_leaf_comes_back_bit_for_bit(tmp_path):
         assert checkpoints.restore(jax.eval_shape(make_state)) is None
         assert checkpoints.latest_step() is None
         assert checkpoints.save(7, make_state())
-        assert not checkpoints.save(7, make_state(), force=True)  # exists
+        assert not checkpoints.save(7, make_state())  # exists
     with Checkpoints(tmp_path / "checkpoints", **OPTIONS) as checkpoints:
         assert checkpoints.latest_step() == 7
         step, state = checkpoints.restore(jax.eval_shape(make_state))
