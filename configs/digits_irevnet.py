@@ -5,12 +5,11 @@
 From the image to the features nothing is stored and nothing is lost.
 """
 
-from revnet_jax.config import image_classification, with_arms
+from revnet_jax.config import digits, with_arms
 
 
 def get_config(arm: str = ""):
-    config = image_classification()
-    config.data.crop_padding = 1
+    config = digits()
     config.model.update(
         {"family": "irevnet", "stem": "pad", "units": (2, 2), "channels": (16, 16, 64)}
     )

@@ -26,10 +26,8 @@ class PureModule:
         is_built = isinstance(make, nnx.Module | linen.Module)
         module = make if is_built else nnx.eval_shape(lambda: make(nnx.Rngs(0)))
         if is_built or not isinstance(module, nnx.Module):
-            raise ValueError(
-                f"got {type(module).__name__}, expected a function that returns an nnx module: "
-                "pass `lambda rngs: MLP(rngs=rngs)`"
-            )
+            got = type(module).__name__
+            raise ValueError(f"got {got}, expected what builds it: `lambda rngs: MLP(rngs=rngs)`")
         self._graphdef, _, _, streams, other = nnx.split(module, *_STATE, ...)
         self._streams = nnx.to_pure_dict(streams)
         if other:
@@ -96,8 +94,7 @@ class Branch(PureModule):
         data = context.data.get(self.name) if isinstance(context.data, Mapping) else None
         if not isinstance(data, BranchData):
             raise ValueError(
-                f"got layer data without {self.name!r}, expected a BranchData there: pass what "
-                "init_layers returns to the chain as data_L"
+                f"got no data for {self.name!r}, expected init_layers' data_L: pass it"
             )
         kwargs = self._kwargs | kwargs
         u, stats = self.apply(params, data.stats, *inputs, key=data.key, **kwargs)
