@@ -28,7 +28,7 @@ from revnet_jax.core.chain import (
 from revnet_jax.core.check import check_reversible
 from revnet_jax.core.couplings import Coupling, additive, affine, bdia, leapfrog, momentum
 from revnet_jax.core.exactness import Exactness
-from revnet_jax.core.grid import Grid
+from revnet_jax.core.grid import Grid, snap
 
 __all__ = [
     "STRATEGIES",
@@ -58,5 +58,6 @@ __all__ = [
     "sequence",
     "sequence_forward",
     "sequence_inverse",
+    "snap",
     "symplectic_block",
 ]

@@ -218,7 +218,15 @@ def _reverse(sections, x, shared, probe):
         return swept.dparams, swept.dx, swept.dshared, dprobe, None
 
     run.defvjp(forward, backward)
-    return run(params, x, shared, probe, (params_rest, shared_rest, data))
+    try:
+        return run(params, x, shared, probe, (params_rest, shared_rest, data))
+    except TypeError as error:  # JAX's; inside jit it is raised later, where nothing can be added
+        if "forward-mode" not in str(error):
+            raise
+        raise TypeError(
+            "got forward-mode differentiation (jvp) of a chain under backprop='reverse', expected "
+            "reverse mode: take 'store', which has both"
+        ) from error
 
 
 class Swept(NamedTuple):

@@ -75,5 +75,5 @@ def _snap_jvp(bits, primals, tangents):
 
 
 def snap(grid: Grid | None, tree: Any) -> Any:
-    """`grid.snap(tree)`, or `tree` itself where the grid is switched off."""
+    """`grid.snap(tree)`, or `tree` itself where there is no grid: what a coupling calls."""
     return tree if grid is None else grid.snap(tree)
