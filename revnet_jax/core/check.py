@@ -83,8 +83,8 @@ def check_reversible(
     dtypes: of the branches, to compare gradients in: "float32", "bfloat16", "float64".
     x, shared: as for `chain`; float32 arrays, of a size that a few evaluations can be afforded of.
 
-    It compiles about a dozen programs, two for each dtype: seconds to a minute on a CPU. Never raises for what is wrong with
-    the layer; says it, and what to do, in the report.
+    It compiles about a dozen programs, two for each dtype: seconds to a minute on a CPU. Never
+    raises for what is wrong with the layer; says it, and what to do, in the report.
     """
     try:
         one = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (params, data))
