@@ -13,6 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from revnet_jax.core import trees
 
@@ -58,20 +61,29 @@ class Grid:
                 )
 
 
-def _snap_value(x: jax.Array, bits: int) -> jax.Array:
+def _snap(x: jax.Array, bits: int) -> jax.Array:
+    constant_x = lax.stop_gradient(x)
     scale = jnp.asarray(2.0**bits, x.dtype)
-    snapped = jnp.round(x * scale) / scale
-    return jnp.where(snapped == 0, jnp.zeros_like(x), snapped)
+    snapped = jnp.round(constant_x * scale) / scale
+    return straight_through(x, jnp.where(snapped == 0, jnp.zeros_like(snapped), snapped))
 
 
-# custom_jvp rather than custom_vjp: forward mode and Hessians keep working under `store`.
-_snap = jax.custom_jvp(_snap_value, nondiff_argnums=(1,))
+def straight_through(x: jax.Array, value: jax.Array) -> jax.Array:
+    """`value`, with the derivatives of `x`, of any order; arrays alike in shape and dtype."""
+    return _straight_through_p.bind(x, value)
 
 
-@_snap.defjvp
-def _snap_jvp(bits, primals, tangents):
-    (x,), (dx,) = primals, tangents
-    return _snap(x, bits), dx
+# A primitive rather than a custom_jvp: where `lax.scan` is differentiated twice, JAX forgets custom
+# rules in between, and rounding would then have the derivative 0. Nothing of it is compiled.
+_straight_through_p = Primitive("straight_through")
+_straight_through_p.def_impl(lambda x, value: value)
+_straight_through_p.def_abstract_eval(lambda x, value: x)
+mlir.register_lowering(_straight_through_p, lambda context, x, value: [value])
+ad.primitive_jvps[_straight_through_p] = lambda primals, tangents: (
+    _straight_through_p.bind(*primals),
+    tangents[0],
+)
+batching.defbroadcasting(_straight_through_p)
 
 
 def snap(grid: Grid | None, tree: Any) -> Any:

@@ -13,8 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from revnet_jax.core.grid import Grid
+from revnet_jax.core.grid import Grid, straight_through
 
 SCALE_BITS = 12
 _ONE = 2**SCALE_BITS  # the denominator of every scale
@@ -38,11 +39,14 @@ def multiply(x: jax.Array, scale: jax.Array, grid: Grid | None) -> tuple[jax.Arr
     if grid is None:
         return x * scale, None
     scale = jnp.broadcast_to(scale, x.shape)
-    y = _multiply(x, scale, grid.bits)
-    x_value, y_value, scale = jax.lax.stop_gradient((x, y, scale))
-    first = _first_preimage(_to_integer(y_value, grid.bits), _to_integer(scale, SCALE_BITS))
-    is_second = _in_range(x_value, grid) & (_to_integer(x_value, grid.bits) != first)
-    return y, pack(is_second)
+    product = x * scale
+    in_range = jnp.abs(x) < grid.limit(x.dtype)
+    n, p = _to_integer(x, grid.bits), _to_integer(scale, SCALE_BITS)
+    # round(n * p / 2**12), taking n apart so that no product leaves the integers' range.
+    m = (n >> SCALE_BITS) * p + (((n & (_ONE - 1)) * p + _HALF) >> SCALE_BITS)
+    rounded = jnp.where(in_range, _to_float(m, x.dtype, grid.bits), lax.stop_gradient(product))
+    is_second = in_range & (n != _first_preimage(m, p))
+    return straight_through(product, rounded), pack(is_second)
 
 
 def divide(y: jax.Array, residue: Any, scale: jax.Array, grid: Grid | None) -> jax.Array:
@@ -52,7 +56,8 @@ def divide(y: jax.Array, residue: Any, scale: jax.Array, grid: Grid | None) -> j
     scale = jnp.broadcast_to(scale, y.shape)
     first = _first_preimage(_to_integer(y, grid.bits), _to_integer(scale, SCALE_BITS))
     x = _to_float(first + unpack(residue, y.shape).astype(first.dtype), y.dtype, grid.bits)
-    return jnp.where(_in_range(x, grid), x, y / scale)
+    # Larger quotients belong to no x in range, and their integers may have overflowed.
+    return jnp.where(jnp.abs(y / scale) <= grid.limit(y.dtype), x, y / scale)
 
 
 def pack(bits: jax.Array) -> jax.Array:
@@ -72,36 +77,16 @@ def unpack(packed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.unpackbits(packed, axis=-1, count=row).reshape(shape)
 
 
-def _multiply_value(x, scale, bits):
-    n, p = _to_integer(x, bits), _to_integer(scale, SCALE_BITS)
-    # round(n * p / 2**12), taking n apart so that no product leaves the integers' range.
-    rounded = (n >> SCALE_BITS) * p + (((n & (_ONE - 1)) * p + _HALF) >> SCALE_BITS)
-    return jnp.where(_in_range(x, Grid(bits)), _to_float(rounded, x.dtype, bits), x * scale)
-
-
-_multiply = jax.custom_jvp(_multiply_value, nondiff_argnums=(2,))
-
-
-@_multiply.defjvp
-def _multiply_jvp(bits, primals, tangents):
-    (x, scale), (dx, dscale) = primals, tangents
-    return _multiply(x, scale, bits), scale * dx + x * dscale
-
-
 def _first_preimage(m, p):
     """The smallest integer n with round(n * p / 2**12) == m, where there is one: a ceiling."""
     p = jnp.maximum(p, 1)
     return (m // p) * _ONE + ((m % p) * _ONE - _HALF + p - 1) // p
 
 
-def _in_range(x, grid):
-    return jnp.abs(x) < grid.limit(x.dtype)
-
-
 def _to_integer(x, bits):
     """Grid points to integers; int32 holds all of float32's range, int64 of float64's."""
     integer = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
-    return (x * jnp.asarray(2.0**bits, x.dtype)).astype(integer)
+    return (lax.stop_gradient(x) * jnp.asarray(2.0**bits, x.dtype)).astype(integer)
 
 
 def _to_float(n, dtype, bits):
