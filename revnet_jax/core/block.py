@@ -105,6 +105,10 @@ class Block:
     half_steps: tuple[HalfStep, ...]
     grid: Grid | None = Grid()
 
+    def __post_init__(self):
+        if not self.half_steps:
+            raise ValueError("got a block of no half-steps, expected at least one")
+
     def forward(self, params: Any, x: Streams, context: Context) -> tuple[Streams, Any, Any]:
         """x -> (y, aux, residue). Each branch is evaluated once; a residue for each half-step."""
         streams, aux, residue = list(x), [], []

@@ -70,7 +70,7 @@ def symplectic_block(
     """Hamiltonian dynamics: position and momentum updated in turn by gradients of energies.
 
     `q' = q + h dT/dp(p)`, `p' = p - h dV/dq(q')`: the symplectic Euler method for H = T(p) + V(q)
-    (Chang et al. 2018, arXiv:1709.03698, section 3.2, whose energies are one layer of a network
+    (Chang et al. 2018, arXiv:1709.03698, whose energies are one layer of a network
     each). Streams are (q, p), alike in shape.
 
     kinetic, potential: `(params, stream, context) -> energy`, a scalar.
@@ -96,7 +96,7 @@ def momentum_block(
 ) -> Block:
     """`v' = gamma * v + (1 - gamma) * f(x)`, `x' = x + v'`.
 
-    Momentum ResNets (Sander et al. 2021, arXiv:2102.07870, eq. 3): a residual network of the
+    Momentum ResNets (Sander et al. 2021, arXiv:2102.07870): a residual network of the
     ordinary kind, with a velocity. Streams are (x, v), alike in shape. Parameters are a pair
     `(f's, ())`. Stores one bit per element of v per layer.
     """
@@ -113,14 +113,14 @@ def bdia_block(
     f: Branch,
     g: Branch,
     *,
-    gamma: Callable[[Context], tuple[jax.Array, jax.Array]] = lambda context: context.data["gamma"],
+    gamma: Callable[[Context], Any] | None = None,
     has_aux: bool = False,
     grid: Grid | None = Grid(),
 ) -> Block:
     """Two layers of a residual network, trained as a random average of ODE integrators.
 
     `x[n+1] = gamma x[n-1] + (1 - gamma) x[n] + (1 + gamma) h(x[n])`: Zhang et al. 2024
-    (arXiv:2407.09093, eq. 10). h is f, then g; streams are (x[n-1], x[n]), alike in shape, and
+    (arXiv:2407.09093). h is f, then g; streams are (x[n-1], x[n]), alike in shape, and
     (x[n+1], x[n+2]) after the layer. With gamma = 0, its mean, this is x[n] + h(x[n]): the
     ordinary network, for inference.
 
@@ -131,10 +131,18 @@ def bdia_block(
     Stores one bit per element per half-step.
     """
 
+    def from_data(context):
+        if not isinstance(context.data, dict) or "gamma" not in context.data:
+            raise ValueError(
+                "got layer data without gamma, expected data_L={'gamma': array [L, 2, ...]}: "
+                "1/2 or -1/2 for each example, layer and half-step"
+            )
+        return context.data["gamma"]
+
     def branch(h, i):
         def run(params, x, context):
+            gamma_i = (gamma or from_data)(context)[i]
             u, aux = _with_aux(h, has_aux)(params, x, context)
-            gamma_i = gamma(context)[i]
 
             def update(x, u):
                 c = gamma_i.astype(x.dtype)

@@ -93,7 +93,7 @@ def sequence(
     As `chain`, section after section. Under `reverse` nothing is kept between them either. Layers
     with a grid must have the same one.
     """
-    depths = validate.sections(sections, x, shared, backprop, STRATEGIES)
+    depths = validate.check_sections(sections, x, shared, backprop, STRATEGIES)
     x = _on_grid(sections, x)
     sections = tuple(
         section._replace(data_L=lax.stop_gradient(section.data_L), length=depth)
@@ -109,7 +109,7 @@ def sequence_forward(
     sections: Sequence[Section], x: Streams, *, shared: Any = None
 ) -> tuple[Streams, tuple[Any, ...], tuple[Any, ...]]:
     """`sequence` with what `sequence_inverse` needs: `(y, auxes, residue_L of each section)`."""
-    depths = validate.sections(sections, x, shared, "reverse", STRATEGIES)
+    depths = validate.check_sections(sections, x, shared, "reverse", STRATEGIES)
     sections = [s._replace(length=n) for s, n in zip(sections, depths, strict=True)]
     return _forward(sections, _on_grid(sections, x), shared)
 
@@ -127,12 +127,13 @@ def sequence_inverse(
     sequence_forward(sections, x)`: bit for bit while the grid's range holds, given an x on the
     grid and layers that are exact. One evaluation of each branch; memory independent of depth.
     """
-    layers = validate.reversible(sections)
-    validate.streams(y)
+    layers = validate.check_reversible(sections)
+    validate.common_grid(sections)
+    validate.check_streams(y)
     residues = [None] * len(sections) if residues is None else residues
     steps = zip(layers, sections, residues, strict=True)
     for layer, section, residue_L in reversed(list(steps)):
-        validate.block(section, y)
+        validate.check_block(section, y)
 
         def body(y, layer_slice, layer=layer):
             params, data, residue = layer_slice
@@ -144,8 +145,7 @@ def sequence_inverse(
 
 
 def _on_grid(sections, x):
-    grids = [s.layer.grid for s in sections if getattr(s.layer, "grid", None) is not None]
-    return snap(grids[0], x) if grids else x
+    return snap(validate.common_grid(sections), x)
 
 
 def _scan(body, carry, xs, length, *, reverse=False):
@@ -232,7 +232,7 @@ def _reverse(sections, x, shared, probe):
 class Swept(NamedTuple):
     """What the backward sweep returns; dparams is a list with a tree for each section.
 
-    max_abs: the largest |stream| met after any layer, or None.
+    max_abs: the largest |stream| met between layers, or None.
     """
 
     x: Streams
@@ -245,16 +245,16 @@ class Swept(NamedTuple):
 def sweep(sections, y, dy, dauxes, residues, shared, *, track_range=False) -> Swept:
     """The backward sweep: rewinds layer by layer, last to first."""
     dshared = jax.tree.map(jnp.zeros_like, trees.split(shared)[0])
-    max_abs = jnp.zeros((), jnp.float32) if track_range else None
+    max_abs = largest(y) if track_range else None
     carry, dparams = (y, dy, dshared, max_abs), []
     for section, daux_L, residue_L in reversed(list(zip(sections, dauxes, residues, strict=True))):
 
         def body(carry, layer_slice, layer=section.layer):
             y, dy, dshared, max_abs = carry
             params, data, daux, residue = layer_slice
-            if track_range:
-                max_abs = jnp.maximum(max_abs, largest(y))
             rewound = layer.rewind(params, y, dy, daux, residue, Context(shared, data))
+            if track_range:
+                max_abs = jnp.maximum(max_abs, largest(rewound.x))
             dshared = trees.add(dshared, rewound.dshared)
             return (rewound.x, rewound.dx, dshared, max_abs), rewound.dparams
 

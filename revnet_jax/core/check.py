@@ -89,7 +89,7 @@ def check_reversible(
     try:
         one = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (params, data))
         section = Section(layer, *_repeat(one, depth), length=depth)
-        validate.sections([section], x, shared, "reverse", STRATEGIES)
+        validate.check_sections([section], x, shared, "reverse", STRATEGIES)
     except Exception as error:
         return Report((Finding("maps streams to streams", False, _line(error), "as it says"),))
     x = snap(getattr(layer, "grid", None), x)
@@ -100,7 +100,10 @@ def check_reversible(
     ]
     if not findings[-1].passed:  # nothing else can be right, or be found out
         return Report(tuple(findings))
-    findings.extend(_round_trips(section, x, shared))
+    try:
+        findings.extend(_round_trips(section, x, shared))
+    except Exception as error:
+        return Report((*findings, Finding("inverse of forward", False, _line(error), "as it says")))
     for dtype in dtypes:
         findings.extend(_gradients(section, x, shared, dtype))
     return Report((*findings, *_memory(section, x, shared)))
@@ -111,7 +114,8 @@ def _repeat(tree: Any, depth: int) -> Any:
 
 
 def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first_line}"
 
 
 def _closed_over(layer, params, x, shared, data) -> Finding:

@@ -4,7 +4,7 @@
 |----------|------------------------------|---------------------------|
 | additive | x + scale * u                | none                      |
 | leapfrog | x + 2 h u                    | none                      |
-| affine   | x * 2**tanh(u1) + u2         | 1                         |
+| affine   | x * bound**tanh(u[0]) + u[1] | 1                         |
 | momentum | gamma * x + (1 - gamma) * u  | 1                         |
 | bdia     | gamma * x + u, gamma = +-1/2 | 1                         |
 """
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from revnet_jax.core import trees
 from revnet_jax.core.grid import Grid, snap
-from revnet_jax.core.scaling import divide, multiply, scale_grid
+from revnet_jax.core.scaling import SCALE_BITS, divide, multiply
 
 
 class Coupling(NamedTuple):
@@ -31,7 +31,8 @@ class Coupling(NamedTuple):
     residue: what y and u do not tell about x, as small a tree as can be; None where they tell all.
       Under `reverse` it is stored per layer; it is the only thing that is.
 
-    merge is differentiated by JAX, so that no gradient is written by hand; unmerge never is.
+    Both are differentiated by JAX, so that no gradient is written by hand: merge in every backward
+    pass, unmerge in second derivatives and in the derivatives of an inverse.
     """
 
     merge: Callable[[Any, Any, Grid | None], tuple[Any, Any]]
@@ -60,10 +61,10 @@ def additive(scale: float = 1.0) -> Coupling:
 
 
 def leapfrog(step: float) -> Coupling:
-    """`x[n+1] = x[n-1] + 2 h f(x[n])`, the explicit midpoint rule for dx/dt = f(x).
+    """`x[n+1] = x[n-1] + 2 h f(x[n])`, the leapfrog or explicit midpoint rule for dx/dt = f(x).
 
-    Chang et al. 2018 (arXiv:1709.03698, section 3.2). The streams of a two-stream block are
-    x[n-1] and x[n], so that a layer advances time by 2 h.
+    Chang et al. 2018 (arXiv:1709.03698) call it the midpoint network. The streams of a
+    two-stream block are x[n-1] and x[n], so that a layer advances time by 2 h.
 
     step: h. u: as for `additive`. Exact on a grid.
     """
@@ -73,14 +74,14 @@ def leapfrog(step: float) -> Coupling:
 def affine(bound: float = 2.0) -> Coupling:
     """`y = x * s + t`, with `s = bound ** tanh(u[0])` and `t = u[1]`.
 
-    RealNVP (Dinh et al. 2016, arXiv:1605.08803, eq. 7), its scale bounded on both sides.
+    RealNVP (Dinh et al. 2016, arXiv:1605.08803), its scale bounded on both sides.
 
     bound: largest scale, in (1, 2]; the smallest is 1 / bound.
     u: a pair, each with the stream's structure and shapes, in any floating dtype.
 
-    Exact on a grid with a residue of one bit per element, scales being multiples of 2**-12. Scales
-    above 1 that multiply along a chain use up the grid's range. Without a grid every layer
-    loses an ulp or so, and what was lost is multiplied by up to `bound` a layer on the way back.
+    Exact on a grid with a residue of one bit per element, scales being multiples of 2**-12, while
+    x * s too is in the grid's range: scales above 1 that multiply along a chain use it up. Without
+    a grid every layer loses an ulp or so, multiplied by up to `bound` a layer on the way back.
     """
     if not 1 < bound <= 2:
         raise ValueError(f"got bound={bound}, expected more than 1 and at most 2")
@@ -93,7 +94,7 @@ def affine(bound: float = 2.0) -> Coupling:
             )
         raw, shift = _like(u[0], x), _like(u[1], x)
         scale = jax.tree.map(lambda leaf: jnp.exp2(math.log2(bound) * jnp.tanh(leaf)), raw)
-        return (scale if grid is None else scale_grid().snap(scale)), snap(grid, shift)
+        return (scale if grid is None else Grid(SCALE_BITS).snap(scale)), snap(grid, shift)
 
     def merge(x, u, grid):
         scale, shift = scale_and_shift(x, u, grid)
@@ -110,7 +111,7 @@ def affine(bound: float = 2.0) -> Coupling:
 def momentum(gamma: float = 0.9) -> Coupling:
     """`v' = gamma * v + (1 - gamma) * u`, the velocity's half of a Momentum ResNet's layer.
 
-    Sander et al. 2021 (arXiv:2102.07870, eq. 3); `momentum_block` is the whole of it.
+    Sander et al. 2021 (arXiv:2102.07870); `momentum_block` is the whole of it.
 
     gamma: in [1/2, 1), rounded to a multiple of 2**-12.
     u: as for `additive`.
@@ -118,10 +119,10 @@ def momentum(gamma: float = 0.9) -> Coupling:
     Exact on a grid with a residue of one bit per element; log2(1 / gamma) bits are what is truly
     lost (0.15 at 0.9). Without a grid each layer divides by gamma what rounding lost.
     """
-    if not 0.5 <= gamma < 1:
+    rounded = round(gamma * 2**SCALE_BITS) / 2**SCALE_BITS
+    if not 0.5 <= rounded < 1:
         raise ValueError(f"got gamma={gamma}, expected at least 0.5 and less than 1")
-    gamma = round(gamma * 2 ** scale_grid().bits) / 2 ** scale_grid().bits
-    push = additive(1 - gamma)
+    gamma, push = rounded, additive(1 - rounded)
 
     def merge(x, u, grid):
         y, residue = _multiply(x, _full(x, gamma), grid)
@@ -136,7 +137,7 @@ def momentum(gamma: float = 0.9) -> Coupling:
 def bdia() -> Coupling:
     """`y = gamma * x + u`, gamma = +-1/2 drawn per example and layer (see `bdia_block`).
 
-    Bidirectional integration approximation, Zhang et al. 2024 (arXiv:2407.09093, eq. 10).
+    Bidirectional integration approximation, Zhang et al. 2024 (arXiv:2407.09093).
 
     u: a pair (gamma, update): gamma of a shape that broadcasts to every leaf of the stream,
       holding 1/2, -1/2, or, for inference, which has no inverse, 0; update as for `additive`.
@@ -167,12 +168,13 @@ def _multiply(x: Any, scale: Any, grid: Grid | None) -> tuple[Any, Any]:
 
 
 def _divide(y: Any, residue: Any, scale: Any, grid: Grid | None) -> Any:
-    if residue is None:
+    if residue is None and grid is not None:
         raise ValueError(
             "got no residue, expected what the forward pass left: this coupling multiplies, and "
             "cannot be undone without. Take it from `sequence_forward`"
         )
     leaves, treedef = jax.tree.flatten(y)
+    residue = (None,) * len(leaves) if residue is None else residue
     args = zip(leaves, residue, jax.tree.leaves(scale), strict=True)
     return treedef.unflatten([divide(*leaf_args, grid) for leaf_args in args])
 

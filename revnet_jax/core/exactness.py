@@ -24,7 +24,7 @@ class Exactness(NamedTuple):
     mismatches: elements of the reconstructed chain input that differ from the true one (NaNs
       count; exact up to 2**24, rounded above, never rounded to 0).
     max_difference: the largest absolute difference among them.
-    max_abs: the largest |x| of any stream after any layer, to be held against `Grid.limit`.
+    max_abs: the largest |x| of any stream between layers, to be held against `Grid.limit`.
 
     All are 0 where nothing was reconstructed (`store`, `remat`).
     """

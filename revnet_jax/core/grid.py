@@ -65,7 +65,9 @@ def _snap(x: jax.Array, bits: int) -> jax.Array:
     constant_x = lax.stop_gradient(x)
     scale = jnp.asarray(2.0**bits, x.dtype)
     snapped = jnp.round(constant_x * scale) / scale
-    return straight_through(x, jnp.where(snapped == 0, jnp.zeros_like(snapped), snapped))
+    snapped = jnp.where(snapped == 0, jnp.zeros_like(snapped), snapped)
+    # Products that overflow were of numbers without digits finer than the grid.
+    return straight_through(x, jnp.where(jnp.isinf(snapped), constant_x, snapped))
 
 
 def straight_through(x: jax.Array, value: jax.Array) -> jax.Array:
@@ -83,7 +85,19 @@ ad.primitive_jvps[_straight_through_p] = lambda primals, tangents: (
     _straight_through_p.bind(*primals),
     tangents[0],
 )
-batching.defbroadcasting(_straight_through_p)
+
+
+def _batch_straight_through(arrays, axes):
+    pairs = list(zip(arrays, axes, strict=True))
+    (size,) = {a.shape[i] for a, i in pairs if i is not None}
+    x, value = (
+        jnp.broadcast_to(a, (size, *a.shape)) if i is None else jnp.moveaxis(a, i, 0)
+        for a, i in pairs
+    )
+    return _straight_through_p.bind(x, value), 0
+
+
+batching.primitive_batchers[_straight_through_p] = _batch_straight_through
 
 
 def snap(grid: Grid | None, tree: Any) -> Any:

@@ -22,11 +22,6 @@ _ONE = 2**SCALE_BITS  # the denominator of every scale
 _HALF = _ONE // 2
 
 
-def scale_grid() -> Grid:
-    """The grid of the scales themselves: multiples of 2**-12."""
-    return Grid(SCALE_BITS)
-
-
 def multiply(x: jax.Array, scale: jax.Array, grid: Grid | None) -> tuple[jax.Array, Any]:
     """`scale * x`, rounded to the grid: (y, residue).
 
@@ -40,7 +35,7 @@ def multiply(x: jax.Array, scale: jax.Array, grid: Grid | None) -> tuple[jax.Arr
         return x * scale, None
     scale = jnp.broadcast_to(scale, x.shape)
     product = x * scale
-    in_range = jnp.abs(x) < grid.limit(x.dtype)
+    in_range = (jnp.abs(x) < grid.limit(x.dtype)) & ~jnp.isnan(scale)  # integers know no NaN
     n, p = _to_integer(x, grid.bits), _to_integer(scale, SCALE_BITS)
     # round(n * p / 2**12), taking n apart so that no product leaves the integers' range.
     m = (n >> SCALE_BITS) * p + (((n & (_ONE - 1)) * p + _HALF) >> SCALE_BITS)
@@ -50,14 +45,16 @@ def multiply(x: jax.Array, scale: jax.Array, grid: Grid | None) -> tuple[jax.Arr
 
 
 def divide(y: jax.Array, residue: Any, scale: jax.Array, grid: Grid | None) -> jax.Array:
-    """Undoes `multiply`, bit for bit while |x| is below the grid's limit."""
+    """Undoes `multiply`, bit for bit while |x| and |y| are below the grid's limit."""
     if grid is None:
         return y / scale
     scale = jnp.broadcast_to(scale, y.shape)
     first = _first_preimage(_to_integer(y, grid.bits), _to_integer(scale, SCALE_BITS))
     x = _to_float(first + unpack(residue, y.shape).astype(first.dtype), y.dtype, grid.bits)
-    # Larger quotients belong to no x in range, and their integers may have overflowed.
-    return jnp.where(jnp.abs(y / scale) <= grid.limit(y.dtype), x, y / scale)
+    quotient = y / scale
+    # Larger ones belong to no x in range, and their integers may have overflowed.
+    in_range = jnp.abs(quotient) <= grid.limit(y.dtype)
+    return straight_through(quotient, jnp.where(in_range, x, lax.stop_gradient(quotient)))
 
 
 def pack(bits: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from revnet_jax.core import trees
 from revnet_jax.core.block import Block, Context, ReversibleLayer
 
 
-def sections(
+def check_sections(
     sections: Sequence[Any], x: Any, shared: Any, backprop: str, known: tuple[str, ...]
 ) -> list[int]:
     """Raises unless each layer maps streams to streams as a chain needs; returns the depths."""
@@ -26,40 +26,48 @@ def sections(
     if not sections:
         raise ValueError("got no sections, expected at least one")
     if backprop == "reverse":
-        reversible(sections)
-    streams(x)
+        check_reversible(sections)
+    common_grid(sections)
+    check_streams(x)
     depths = []
     for section in sections:
-        block(section, x)
+        check_block(section, x)
         depths.append(depth(section))
         x = _one_layer(section, x, shared, depths[-1])
     return depths
 
 
-def reversible(sections: Sequence[Any]) -> list[ReversibleLayer]:
-    """The layers; raises for one without an inverse, and for grids that differ."""
+def check_reversible(sections: Sequence[Any]) -> list[ReversibleLayer]:
+    """The layers; raises for one without an inverse."""
     for section in sections:
         if not isinstance(section.layer, ReversibleLayer):
             raise ValueError(
-                f"got backprop='reverse' for a {type(section.layer).__name__}, expected a layer "
-                "with an inverse: build it from half-steps (a Block), or take 'store' or 'remat'"
+                f"got a {type(section.layer).__name__} to be reversed, expected a layer with an "
+                "inverse: build it from half-steps (a Block), or take backprop='store' or 'remat'"
             )
-    grids = {section.layer.grid for section in sections if isinstance(section.layer, Block)}
+    return [section.layer for section in sections]
+
+
+def common_grid(sections: Sequence[Any]) -> Any:
+    """The grid of all layers that have one, or None; raises where they differ."""
+    grids = {section.layer.grid for section in sections if hasattr(section.layer, "grid")}
     if len(grids) > 1:
         raise ValueError(
             f"got blocks with {' and '.join(map(str, grids))} in one sequence, expected one grid: "
             "streams of a finer one are not exact on a coarser"
         )
-    return [section.layer for section in sections]
+    return grids.pop() if grids else None
 
 
-def streams(x: Any) -> None:
+def check_streams(x: Any, who: str = "got") -> None:
     """Raises unless x is a tuple of trees of floats."""
     if type(x) is not tuple:
-        raise TypeError(f"got streams of type {type(x).__name__}, expected a plain tuple: (x1, x2)")
+        raise TypeError(
+            f"{who} streams of type {type(x).__name__}, expected a plain tuple: (x1, x2)"
+        )
     for leaf in jax.tree.leaves(x):
         if not trees.is_inexact(leaf):
-            raise TypeError(f"got a stream {trees.describe(leaf)}, expected floating point")
+            raise TypeError(f"{who} a stream {trees.describe(leaf)}, expected floating point")
 
 
 def depth(section: Any) -> int:
@@ -84,7 +92,7 @@ def depth(section: Any) -> int:
     return result
 
 
-def block(section: Any, x: Any) -> None:
+def check_block(section: Any, x: Any) -> None:
     """Raises unless a block gets as many streams and parameters as it has half-steps for."""
     block, params_L = section.layer, section.params_L
     if not isinstance(block, Block):
@@ -111,7 +119,10 @@ def _one_layer(section, x, shared, depth):
         return layer.forward(params, x, Context(shared, data))[0]
 
     program, y = jax.make_jaxpr(forward, return_shape=True)(params, x, shared, data)
+    check_streams(y, f"the {type(layer).__name__} returned")
     if depth > 1:
+        if len(y) != len(x):
+            raise ValueError(f"the layer maps {len(x)} streams to {len(y)}, expected as many")
         for i, (before, after) in enumerate(zip(x, y, strict=True)):
             got = [trees.describe(leaf) for leaf in jax.tree.leaves(after)]
             expected = [trees.describe(leaf) for leaf in jax.tree.leaves(before)]

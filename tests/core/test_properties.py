@@ -136,8 +136,7 @@ def as_stream(array):
 
 
 @st.composite
-def networks(draw):
-    coupling = draw(st.sampled_from(sorted(ROOM)))
+def networks(draw, coupling):
     number = {
         "additive": st.just(1.0),
         "leapfrog": st.floats(0.05, 0.5),
@@ -175,9 +174,14 @@ def network_loss(params_L, x, shared, probe, section, network, backprop):
     return sum((jnp.sum(jnp.sin(leaf * (i + 1))) for i, leaf in enumerate(leaves)), start=0.0)
 
 
-@hypothesis.given(network=networks())
-@examples(15)
-def test_the_inverse_of_forward_is_the_input_bit_for_bit(network):
+every_coupling = pytest.mark.parametrize("coupling", ROOM)
+
+
+@every_coupling
+@hypothesis.given(data=st.data())
+@examples(4)
+def test_the_inverse_of_forward_is_the_input_bit_for_bit(coupling, data):
+    network = data.draw(networks(coupling))
     with jax.enable_x64(True):
         section, x = network.section(), network.input()
         shared = jnp.asarray(0.75, network.dtype)
@@ -194,10 +198,12 @@ def test_the_inverse_of_forward_is_the_input_bit_for_bit(network):
         assert 0 < largest < network.grid.limit(network.dtype)
 
 
-@hypothesis.given(network=networks())
-@examples(15)
-def test_the_gradient_of_reverse_is_that_of_store(network):
+@every_coupling
+@hypothesis.given(data=st.data())
+@examples(3)
+def test_the_gradient_of_reverse_is_that_of_store(coupling, data):
     """In float64, with branches of any dtype; what it rebuilds on the way is the input."""
+    network = data.draw(networks(coupling))
     network = network._replace(dtype=jnp.float64, most=1024.0)  # float16 has cotangents to hold
     with jax.enable_x64(True):
         section, x = network.section(), network.input()
@@ -322,8 +328,16 @@ def test_beyond_the_limit_a_product_is_undone_as_ordinary_floats_are(bits, dtype
         np.testing.assert_allclose(rebuilt_x, x, rtol=2 * jnp.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("coupling", ["additive", "affine"])
-def test_second_derivatives_of_store_are_those_of_free_streams(coupling):
+@pytest.mark.parametrize(
+    ("coupling", "backprop"),
+    [
+        ("additive", "store"),
+        ("affine", "store"),
+        ("additive", "reverse"),
+        ("affine", "reverse"),
+    ],
+)
+def test_second_derivatives_are_those_of_free_streams(coupling, backprop):
     """But for the rounding of the streams themselves; forward over reverse, and reverse twice."""
     with jax.enable_x64(True):
         shift = lambda params, x, context: jnp.sin(x * params)
@@ -333,7 +347,7 @@ def test_second_derivatives_of_store_are_those_of_free_streams(coupling):
 
         def loss(x, grid):
             block = multi_stream_block((f, f), coupling=merge, grid=grid)
-            (y1, y2), _ = chain(block, params_L, (x, jnp.cos(x)), backprop="store")
+            (y1, y2), _ = chain(block, params_L, (x, jnp.cos(x)), backprop=backprop)
             return jnp.sin(y1) * y2
 
         def second(x):

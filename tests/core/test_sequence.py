@@ -280,7 +280,7 @@ ERRORS = {
     ),
     "a layer without an inverse": (
         [Section(BLOCK, PARAMS_L), Section(PLAIN, length=1)],
-        "got backprop='reverse' for a PlainLayer, expected a layer with an inverse.*'remat'",
+        "got a PlainLayer to be reversed, expected a layer with an inverse.*'remat'",
     ),
     "a later section with parameters of one branch": (
         [Section(BLOCK, PARAMS_L), Section(BLOCK, PARAMS_L[:1])],

@@ -418,16 +418,16 @@ def test_streams_and_logits_are_float32(name, monkeypatch):
     network = Network(arch, backprop=default_backprop(arch), compute_dtype=jnp.bfloat16)
     seen, convolved = [], []
 
-    def chain(layer, params_L, x, **kwargs):
+    def sequence(sections, x, **kwargs):
         seen.extend(leaf.dtype for leaf in x)
-        return network_module_chain(layer, params_L, x, **kwargs)
+        return network_module_sequence(sections, x, **kwargs)
 
     def conv(x_BHWC, kernel, **kwargs):
         convolved.append((x_BHWC.dtype, kernel.dtype))
         return plain_conv(x_BHWC, kernel, **kwargs)
 
-    network_module_chain = network_module.chain
-    monkeypatch.setattr(network_module, "chain", chain)
+    network_module_sequence = network_module.sequence
+    monkeypatch.setattr(network_module, "sequence", sequence)
     monkeypatch.setattr(residual, "conv", conv)
     variables = abstract_variables(network)
     logits, stats = jax.eval_shape(

@@ -11,6 +11,7 @@ from revnet_jax.config import image_classification
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = {
     "num_steps": 12,
+    "schedule.warmup_steps": 0,
     "batch_size": 16,
     "eval_batch_size": 120,
     "log_every_steps": 1,
