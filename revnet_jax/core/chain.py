@@ -152,7 +152,22 @@ def _scan(body, carry, xs, length, *, reverse=False):
     """`lax.scan`, except that a single layer, applied as it is, may change the carry's shapes."""
     if length != 1:
         return lax.scan(body, carry, xs, length, reverse=reverse)
-    carry, ys = body(carry, jax.tree.map(lambda leaf: leaf[0], xs))
+    run = lambda carry, xs: body(carry, jax.tree.map(lambda leaf: leaf[0], xs))
+    # A loop's edges keep the compiler from rewriting a layer together with its neighbours, which
+    # are others on the way back, and from summing in another order then. Here it is a condition
+    # that does so; it always holds, except for streams that are not numbers any more.
+    not_a_number = lambda leaf: jnp.full(
+        leaf.shape, jnp.nan if trees.is_inexact(leaf) else 0, leaf.dtype
+    )
+    outputs = jax.eval_shape(run, carry, xs)
+    stream = jnp.ravel(jax.tree.leaves(carry)[0])
+    carry, ys = lax.cond(
+        jnp.all(stream[:1] <= jnp.inf),
+        run,
+        lambda carry, xs: jax.tree.map(not_a_number, outputs),
+        carry,
+        xs,
+    )
     return carry, jax.tree.map(lambda leaf: jnp.expand_dims(leaf, 0), ys)
 
 

@@ -238,14 +238,14 @@ def temporary_bytes(num_sections, depth, *, one_sequence):
 @pytest.mark.parametrize("depth", [1, 4])
 def test_memory_of_a_sequence_does_not_depend_on_how_many_sections_it_has(depth):
     """But for the counters of their loops."""
-    few, many = (temporary_bytes(n, depth, one_sequence=True) for n in (2, 6))
+    few, many = (temporary_bytes(n, depth, one_sequence=True) for n in (3, 7))
     assert abs(many - few) <= 0.01 * few
 
 
 @pytest.mark.parametrize("depth", [1, 4])
 def test_chains_one_after_the_other_keep_a_pair_of_streams_each(depth):
     """The reason for `sequence`; a chain of one layer keeps what its branches computed as well."""
-    few, many = (temporary_bytes(n, depth, one_sequence=False) for n in (2, 6))
+    few, many = (temporary_bytes(n, depth, one_sequence=False) for n in (3, 7))
     per_chain = (many - few) / 4
     assert per_chain >= 2 * STREAM_BYTES
     if depth > 1:
