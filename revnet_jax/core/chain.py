@@ -69,7 +69,8 @@ def chain(
     reverse one forward more. Memory besides parameters and their gradients: with reverse the
     streams, their cotangents and one layer's intermediates, whatever the depth, and per layer
     what its couplings cannot undo without (`Coupling`, residue).
-    `reverse` has no forward-mode derivative: take `store` for jvp and Hessians.
+    `reverse` has no forward-mode derivative: take `store` for a jvp. Second derivatives are right
+    under all three.
 
     Raises ValueError or TypeError while tracing for an unknown strategy, leading axes that
     differ, a layer that changes the streams' shapes or dtypes, streams too narrow for the grid, or
