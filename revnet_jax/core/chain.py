@@ -132,6 +132,11 @@ def sequence_inverse(
     validate.common_grid(sections)
     validate.check_streams(y)
     residues = [None] * len(sections) if residues is None else residues
+    if len(residues) != len(sections):
+        raise ValueError(
+            f"got residues of {len(residues)} sections, expected {len(sections)}: all that "
+            "`sequence_forward` returned"
+        )
     steps = zip(layers, sections, residues, strict=True)
     for layer, section, residue_L in reversed(list(steps)):
         validate.check_block(section, y)

@@ -25,6 +25,10 @@ def check_sections(
         raise ValueError(f"got backprop={backprop!r}, expected one of {', '.join(known)}")
     if not sections:
         raise ValueError("got no sections, expected at least one")
+    for section in sections:
+        if not hasattr(section, "layer"):
+            got = type(section).__name__
+            raise TypeError(f"got a {got} in a sequence, expected Section(layer, params_L)")
     if backprop == "reverse":
         check_reversible(sections)
     common_grid(sections)
@@ -72,7 +76,10 @@ def check_streams(x: Any, who: str = "got") -> None:
 
 def depth(section: Any) -> int:
     """L: the common leading axis of all that is stacked, or the section's `length`."""
-    depths = {} if section.length is None else {section.length: "length"}
+    length = section.length
+    if not isinstance(length, int | None):
+        raise TypeError(f"got length={length!r}, expected a whole number of layers")
+    depths = {} if length is None else {length: "length"}
     for name, tree in (("params_L", section.params_L), ("data_L", section.data_L)):
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             shape = jnp.shape(leaf)

@@ -1,5 +1,6 @@
 """Image networks as pure functions over trees of arrays; flax modules as branches of blocks."""
 
+from revnet_jax.models.architecture import Architecture
 from revnet_jax.models.bridge import (
     Branch,
     BranchData,
@@ -9,7 +10,7 @@ from revnet_jax.models.bridge import (
     with_keys,
     with_stats,
 )
-from revnet_jax.models.network import Architecture, Network, Variables, num_params
+from revnet_jax.models.network import Network, Variables, num_params
 
 __all__ = [
     "Architecture",

@@ -9,7 +9,6 @@ instead, so that its whole body is one sequence, and can be inverted down to the
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -27,114 +26,10 @@ from revnet_jax.core import (
     sequence,
     sequence_inverse,
 )
+from revnet_jax.models.architecture import Architecture, Group, groups
 from revnet_jax.models.bridge import PureModule
 from revnet_jax.models.invertible import PadStem, squeeze
 from revnet_jax.models.residual import Head, ResidualBranch, Stem, make_shortcut
-
-NUM_STREAMS = {"resnet": 1, "revnet": 2, "irevnet": 2}
-STEMS = ("cifar", "imagenet", "pad")
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What a network is; how it is trained is said elsewhere.
-
-    family: "resnet" (one stream, a unit is `x + f(x)`), "revnet" (two streams, f and g), or
-      "irevnet" (a RevNet whose stages are joined by space-to-depth: Jacobsen et al. 2018,
-      arXiv:1802.07088).
-    units: residual units per stage.
-    channels: of the stem, then of each stage; two streams have half of them each. An i-RevNet's
-      first stage has the stem's, and every further one four times as many as the one before.
-    bottleneck: three convolutions a branch instead of two.
-    stem: "cifar", "imagenet" (see `Stem`), or "pad" (channels of zeros: nothing is lost).
-    image_shape: (H, W, C).
-    """
-
-    family: str
-    units: tuple[int, ...]
-    channels: tuple[int, ...]
-    bottleneck: bool
-    stem: str
-    image_shape: tuple[int, int, int]
-    num_classes: int
-
-    def __post_init__(self):
-        if self.family not in NUM_STREAMS or self.stem not in STEMS:
-            raise ValueError(
-                f"got family={self.family!r} and stem={self.stem!r}, expected one of "
-                f"{', '.join(NUM_STREAMS)} and one of {', '.join(STEMS)}"
-            )
-        sizes = (*self.units, *self.channels, *self.image_shape, self.num_classes)
-        if (
-            min(sizes) < 1
-            or len(self.image_shape) != 3
-            or not self.units
-            or (len(self.channels) != len(self.units) + 1)
-        ):
-            raise ValueError(
-                f"got units={self.units}, channels={self.channels}, image_shape={self.image_shape} "
-                f"and num_classes={self.num_classes}, expected positive sizes, image_shape as "
-                "(H, W, C), and channels of the stem followed by those of each stage"
-            )
-        divisor = NUM_STREAMS[self.family] * (4 if self.bottleneck else 1)
-        if self.channels[0] % self.num_streams or any(c % divisor for c in self.channels[1:]):
-            raise ValueError(
-                f"got channels={self.channels}, expected a multiple of {self.num_streams} for the "
-                f"stem and of {divisor} for the stages"
-            )
-        if not self.bottleneck and list(self.channels) != sorted(self.channels):
-            raise ValueError(
-                f"got channels={self.channels}, expected them not to decrease: without bottlenecks "
-                "a shortcut can add channels, not take them away"
-            )
-
-        if self.family == "irevnet":
-            stages = range(len(self.units))
-            expected = (self.channels[0], *(self.channels[0] * 4**i for i in stages))
-            if self.channels != expected or any(n % 2 ** stages[-1] for n in self.image_shape[:2]):
-                raise ValueError(
-                    f"got channels={self.channels} and image_shape={self.image_shape}, expected "
-                    f"{expected} and a height and width divisible by {2 ** stages[-1]}: every "
-                    "stage after the first halves the resolution and loses nothing"
-                )
-        if self.stem == "pad" and self.channels[0] < self.image_shape[2]:
-            raise ValueError(
-                f"got channels={self.channels} for images of {self.image_shape[2]} channels, "
-                "expected a stem that adds channels: it cannot take any away"
-            )
-
-    @property
-    def num_streams(self) -> int:
-        return NUM_STREAMS[self.family]
-
-
-class Unit(NamedTuple):
-    """One residual unit; channels are a single stream's."""
-
-    in_channels: int
-    out_channels: int
-    stride: int
-    activate_first: bool
-
-    @property
-    def keeps_shape(self) -> bool:
-        return self.in_channels == self.out_channels and self.stride == 1
-
-
-class Group(NamedTuple):
-    """`depth` equal units in a row, or a single unit that changes the streams' shape.
-
-    unit: None for an i-RevNet's change of resolution, which has no parameters.
-    """
-
-    name: str
-    unit: Unit | None
-    depth: int
-
-    @property
-    def is_transition(self) -> bool:
-        """Whether it has no inverse, and so is no part of a sequence."""
-        return self.unit is not None and not self.unit.keeps_shape
 
 
 class Variables(NamedTuple):
@@ -142,27 +37,6 @@ class Variables(NamedTuple):
 
     params: Any
     stats: Any
-
-
-def groups(architecture: Architecture) -> list[Group]:
-    """The units of each stage, equal neighbours joined."""
-    result = []
-    stem_channels, *stage_channels = (c // architecture.num_streams for c in architecture.channels)
-    channels = stem_channels
-    for stage, (depth, out_channels) in enumerate(
-        zip(architecture.units, stage_channels, strict=True)
-    ):
-        units = []
-        if stage and architecture.family == "irevnet":
-            result.append(Group(f"stage{stage + 1}_squeeze", None, 1))
-            channels = out_channels
-        for i in range(depth):
-            stride = 2 if i == 0 and stage > 0 and architecture.family != "irevnet" else 1
-            units.append(Unit(channels, out_channels, stride, activate_first=bool(stage or i)))
-            channels = out_channels
-        for i, (unit, group) in enumerate(itertools.groupby(units)):
-            result.append(Group(f"stage{stage + 1}_{'ab'[i]}", unit, len(list(group))))
-    return result
 
 
 class Network:

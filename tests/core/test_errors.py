@@ -11,6 +11,7 @@ from revnet_jax.core import (
     additive,
     chain,
     reversible_block,
+    sequence,
     sequence_inverse,
 )
 
@@ -70,6 +71,7 @@ CASES = {
         ValueError,
         "got no arrays in params_L and data_L, expected `length`",
     ),
+    "length not whole": ({"length": 3.0}, TypeError, "got length=3.0, expected a whole number"),
     "update of another shape": (
         {"layer": reversible_block(lambda p, x, c: x[:2] * p, double)},
         ValueError,
@@ -126,6 +128,13 @@ def test_a_half_step_cannot_read_what_it_updates():
 def test_inverse_checks_its_arguments_too():
     with pytest.raises(ValueError, match="got 1 streams, expected the 2"):
         sequence_inverse([Section(BLOCK, PARAMS_L)], X[:1])
+
+
+def test_a_sequence_takes_sections():
+    with pytest.raises(TypeError, match="got a Block in a sequence, expected Section"):
+        sequence([BLOCK], X)
+    with pytest.raises(ValueError, match="got residues of 2 sections, expected 1"):
+        sequence_inverse([Section(BLOCK, PARAMS_L)], X, (None, None))
 
 
 def test_free_streams_may_be_narrow():

@@ -13,7 +13,8 @@ from jax import lax
 from revnet_jax.core import STRATEGIES, Exactness, Grid
 from revnet_jax.models import network as network_module
 from revnet_jax.models import residual
-from revnet_jax.models.network import Architecture, Network, Variables, groups, num_params
+from revnet_jax.models.architecture import Architecture, groups
+from revnet_jax.models.network import Network, Variables, num_params
 
 # The same optimised program, translated with less effort: compiling is what these tests pay for.
 COMPILE_FAST = {"xla_backend_optimization_level": 0}
