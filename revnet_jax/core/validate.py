@@ -79,7 +79,7 @@ def depth(section: Any) -> int:
     length = section.length
     if not isinstance(length, int | None):
         raise TypeError(f"got length={length!r}, expected a whole number of layers")
-    depths: dict[int | None, str] = {} if length is None else {length: "length"}
+    depths: dict[Any, str] = {} if length is None else {length: "length"}
     for name, tree in (("params_L", section.params_L), ("data_L", section.data_L)):
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             shape = jnp.shape(leaf)
