@@ -1,4 +1,4 @@
-"""Imports go one way: core <- models <- training <- scripts; data stands beside them."""
+"""Imports go one way: core <- models <- training <- memory, scripts; data stands beside them."""
 
 import ast
 import pathlib
@@ -15,12 +15,14 @@ FORBIDDEN = {
     "data": {"jax", "flax", "optax", "orbax", "absl", "ml_collections"},
     "models": {"optax", "orbax", "absl", "ml_collections", "grain"},
     "training": set(),
+    "memory": set(),
 }
 MAY_IMPORT = {
     "core": {"core"},
     "data": {"data", "errors"},
     "models": {"core", "models"},
     "training": {"core", "models", "data", "training", "config", "errors"},
+    "memory": {"core", "models", "training", "memory", "config", "errors"},
 }
 
 

@@ -1,0 +1,81 @@
+"""What chips can do, from their makers' pages; and the least time that work takes on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+GIB = 2**30
+_TPU_PAGES = "https://cloud.google.com/tpu/docs/"
+_NVIDIA_PAGES = "https://www.nvidia.com/en-us/data-center/"
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One device as JAX counts them, which is a chip, or half of a tpu7x.
+
+    device_kind: how JAX names it; a GPU's name begins with it.
+    peak_flops: of bfloat16 matrix products, FLOP/s. On a TPU float32 ones are made of these.
+    hbm_bytes: what a program may fill: on TPUs as their compiler says, on GPUs all there is.
+    hbm_bandwidth: bytes/s.
+    link_bandwidth: bytes/s that it can send to the others, all links together: half of what is
+      published as bidirectional.
+    source: of the published figures.
+    """
+
+    device_kind: str
+    peak_flops: float
+    hbm_bytes: int
+    hbm_bandwidth: float
+    link_bandwidth: float
+    source: str
+
+
+CHIPS = {
+    "v4": Chip("TPU v4", 275e12, int(30.75 * GIB), 1228e9, 300e9, f"{_TPU_PAGES}v4"),
+    "v5e": Chip("TPU v5 lite", 197e12, int(15.75 * GIB), 819e9, 200e9, f"{_TPU_PAGES}v5e"),
+    "v5p": Chip("TPU v5", 459e12, int(95.74 * GIB), 2765e9, 600e9, f"{_TPU_PAGES}v5p"),
+    "v6e": Chip("TPU v6 lite", 918e12, int(31.25 * GIB), 1638e9, 400e9, f"{_TPU_PAGES}v6e"),
+    # Two devices a chip: each has half of 2307 TFLOP/s, 7380 GB/s and 1200 GB/s.
+    "tpu7x": Chip("TPU7x", 1153.5e12, int(94.75 * GIB), 3690e9, 300e9, f"{_TPU_PAGES}tpu7x"),
+    # The SXM modules; peaks without sparsity.
+    "a100": Chip("NVIDIA A100", 312e12, 80 * GIB, 2039e9, 300e9, f"{_NVIDIA_PAGES}a100"),
+    "h100": Chip("NVIDIA H100", 989e12, 80 * GIB, 3350e9, 450e9, f"{_NVIDIA_PAGES}h100"),
+    "h200": Chip("NVIDIA H200", 989e12, 141 * 10**9, 4800e9, 450e9, f"{_NVIDIA_PAGES}h200"),
+}
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that `device.device_kind` names; None for one that is not in the table."""
+    exact = [chip for chip in CHIPS.values() if chip.device_kind == device_kind]
+    gpus = [
+        chip
+        for chip in CHIPS.values()
+        if chip.device_kind.startswith("NVIDIA") and device_kind.startswith(chip.device_kind)
+    ]
+    return (exact or gpus or [None])[0]
+
+
+def least_seconds(
+    chip: Chip,
+    *,
+    flops: float,
+    hbm_bytes: float,
+    collectives: Mapping[str, float],
+    num_devices: int,
+) -> float:
+    """The roofline: a lower bound on the time of one step, which nothing real quite reaches.
+
+    Arithmetic and memory overlap perfectly, and links not at all. Arguments are of one device;
+    collectives: bytes by kind, as `traffic` counts them.
+    """
+    return max(flops / chip.peak_flops, hbm_bytes / chip.hbm_bandwidth) + sum(
+        _passes(kind, num_devices) * num_bytes / chip.link_bandwidth
+        for kind, num_bytes in collectives.items()
+    )
+
+
+def _passes(kind, n):
+    """How often each device sends the bytes of a collective, done the cheapest way."""
+    # A reduction that all devices learn is a reduce-scatter and an all-gather.
+    return {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1}.get(kind, (n - 1) / n)

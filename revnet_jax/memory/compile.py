@@ -1,0 +1,129 @@
+"""Training steps compiled by processes of their own, two at a time, with progress."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from revnet_jax.memory.topology import Topology
+
+PROCESSES = 2  # a compiler takes one core for minutes, and up to two GiB
+DEFAULT_CACHE_DIR = Path("~/.cache/revnet_jax/compiled")
+
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """What a compiler says of one training step; of one of its devices unless said otherwise.
+
+    limit_bytes: memory of the device, None where unknown.
+    needed_bytes: what must fit into it, arguments and results included; None where the compiler
+      ran out of memory and did not say how much it asked for.
+    out_of_memory: whether it refused to compile.
+    argument_bytes, hbm_bytes (moved), collectives: None if it refused.
+    flops: of all devices together. params_bytes are trained, weights_bytes also count running
+      averages; sizes of arrays, before a TPU pads them.
+    cached: whether the compiler was asked by an earlier run.
+    """
+
+    num_devices: int
+    device_kind: str
+    limit_bytes: int | None
+    needed_bytes: int | None
+    out_of_memory: bool
+    argument_bytes: int | None
+    hbm_bytes: int | None
+    collectives: dict[str, int] | None
+    flops: int
+    params_bytes: int
+    weights_bytes: int
+    optimizer_bytes: int
+    batch_bytes: int
+    compile_seconds: float
+    cached: bool
+
+    @property
+    def fits(self) -> bool:
+        if self.out_of_memory:
+            return False
+        return self.limit_bytes is None or self.needed_bytes <= self.limit_bytes
+
+
+@dataclass(frozen=True)
+class NotCompiled:
+    """Why there is no such step, in one line: settings that do not go together, or a crash."""
+
+    error: str
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """Compiles steps for a topology; what was compiled before is read from `cache_dir`.
+
+    report: takes a line whenever one is done.
+    """
+
+    topology: Topology
+    cache_dir: Path
+    report: Callable[[str], None]
+
+    def steps(
+        self, settings: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, CompiledStep | NotCompiled]:
+        """A step for each named config, which is given as settings by dotted key."""
+        results: dict[str, CompiledStep | NotCompiled] = {}
+        with ThreadPoolExecutor(PROCESSES) as threads:
+            names = {threads.submit(self._step, each): name for name, each in settings.items()}
+            try:
+                for future in as_completed(names):
+                    name, (result, seconds) = names[future], future.result()
+                    results[name] = result
+                    outcome = _outcome(result)
+                    self.report(f"[{len(results)}/{len(names)}] {name}: {outcome}, {seconds:.0f} s")
+            except BaseException:
+                threads.shutdown(cancel_futures=True)
+                raise
+        return {name: results[name] for name in settings}
+
+    def _step(self, settings):
+        request = {
+            "config": dict(settings),
+            "topology": self.topology.name,
+            "cache_dir": str(self.cache_dir),
+        }
+        # Executables from JAX's own cache are not asked: those of a topology cannot be loaded.
+        environment = {"JAX_ENABLE_COMPILATION_CACHE": "false", **self.topology.environment}
+        started = time.monotonic()
+        process = subprocess.run(
+            [sys.executable, "-m", "revnet_jax.memory.worker"],
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            env={**os.environ, **environment},
+        )
+        return _result(process), time.monotonic() - started
+
+
+def _result(process):
+    lines = process.stdout.splitlines()
+    if process.returncode == 0 and lines:
+        answer = json.loads(lines[-1])
+        if "step" in answer:
+            return CompiledStep(**answer["step"])
+        return NotCompiled(answer["error"])
+    said = [line for line in process.stderr.splitlines() if line.strip()] or ["nothing said"]
+    return NotCompiled(f"the compiling process ended with status {process.returncode}: {said[-1]}")
+
+
+def _outcome(result):
+    if isinstance(result, NotCompiled):
+        return result.error
+    found = "from the cache" if result.cached else "compiled"
+    return f"{found}, out of memory" if result.out_of_memory else found

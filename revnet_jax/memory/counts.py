@@ -1,0 +1,82 @@
+"""The arithmetic of a program, counted before any compiler sees it."""
+
+from __future__ import annotations
+
+import math
+
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxprs_in_params
+from jax.interpreters.partial_eval import dce_jaxpr
+
+
+def arithmetic(jaxpr: ClosedJaxpr, *, platform: str) -> int:
+    """FLOPs of a program's matrix products and convolutions, 2 per multiply-add.
+
+    jaxpr: `jax.jit(function).trace(*args).jaxpr`.
+    platform: "cpu", "tpu" or "cuda": whose branch of a `lax.platform_dependent` counts.
+
+    A loop's body counts as often as it runs (once where that is unknown until then), of a
+    condition's branches the dearest, and nothing whose result is not used. Products with the
+    zeros that pad or dilate a convolution are left out, as XLA's own cost analysis does; unlike
+    that, which counts every loop once, this knows how long they are.
+    """
+    needed, _ = dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.out_avals))
+    return _count(needed, platform)
+
+
+def _count(jaxpr: Jaxpr | ClosedJaxpr, platform: str) -> int:
+    jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+    return sum(_count_equation(equation, platform) for equation in jaxpr.eqns)
+
+
+def _count_equation(equation, platform):
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        return _dot(equation)
+    if name == "conv_general_dilated":
+        return _convolution(equation)
+    if name == "scan":
+        return params["length"] * _count(params["jaxpr"], platform)
+    if name == "cond":
+        counts = [_count(branch, platform) for branch in params["branches"]]
+        platforms = params.get("branches_platforms")
+        return max(counts) if platforms is None else counts[_chosen(platforms, platform)]
+    return sum(_count(inner, platform) for inner in jaxprs_in_params(params))
+
+
+def _chosen(platforms, platform):
+    """The index of the branch for `platform`; None stands for all that have none of their own."""
+    own = [i for i, names in enumerate(platforms) if names is not None and platform in names]
+    return own[0] if own else platforms.index(None)
+
+
+def _dot(equation):
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    lhs, (out,) = equation.invars[0].aval, equation.outvars
+    return 2 * math.prod(out.aval.shape) * math.prod(lhs.shape[i] for i in contracted)
+
+
+def _convolution(equation):
+    params = equation.params
+    numbers = params["dimension_numbers"]
+    lhs, rhs, out = (var.aval.shape for var in (*equation.invars, *equation.outvars))
+    taps = 1
+    for i, padding in enumerate(params["padding"]):
+        taps *= _valid_taps(
+            lhs[numbers.lhs_spec[2 + i]],
+            rhs[numbers.rhs_spec[2 + i]],
+            out[numbers.out_spec[2 + i]],
+            padding_low=padding[0],
+            stride=params["window_strides"][i],
+            lhs_dilation=params["lhs_dilation"][i],
+            rhs_dilation=params["rhs_dilation"][i],
+        )
+    batch, out_channels = (out[numbers.out_spec[i]] for i in (0, 1))
+    return 2 * batch * out_channels * rhs[numbers.rhs_spec[1]] * taps
+
+
+def _valid_taps(size, kernel, out, *, padding_low, stride, lhs_dilation, rhs_dilation):
+    """Pairs of output position and kernel element, along one axis, that meet an input element."""
+    positions = (
+        stride * o + rhs_dilation * k - padding_low for o in range(out) for k in range(kernel)
+    )
+    return sum(0 <= p <= (size - 1) * lhs_dilation and p % lhs_dilation == 0 for p in positions)

@@ -1,0 +1,162 @@
+"""Compiled programs as text, parsed: computations, instructions, and the bytes of their arrays.
+
+Only what `traffic.py` needs of the format that `compiled.as_text()` prints.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
+_NAME = re.compile(r"%([\w.\-]+)")
+_CALLEES = re.compile(r"\b(calls|body|to_apply|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)")
+_BRANCHES = re.compile(r"\b(?:true|false)_computation=%([\w.\-]+)")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+
+
+class Array(NamedTuple):
+    """One array of an instruction's result.
+
+    num_bytes: as laid out: the tiles of a TPU pad the two innermost axes, often to 8 x 128.
+    space: where it lives: 0 is HBM (on CPU: RAM); others are on chip, or the host's.
+    """
+
+    num_bytes: int
+    space: int
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """`name = result opcode(operands), attributes`; operands by name."""
+
+    name: str
+    opcode: str
+    result: tuple[Array, ...]
+    operands: tuple[str, ...]
+    arguments: str
+    attributes: str
+
+    @cached_property
+    def callees(self) -> tuple[str, ...]:
+        """Names of the computations it runs; for a loop the body, not the condition."""
+        # What a reduction applies to each element is no computation of its own.
+        found = [
+            match[2]
+            for match in _CALLEES.finditer(self.attributes)
+            if match[1] != "to_apply" or self.opcode == "call"
+        ]
+        names = [name.strip(" %") for group in found for name in group.strip("{}").split(",")]
+        return tuple(names + _BRANCHES.findall(self.attributes))
+
+
+@dataclass(frozen=True)
+class Computation:
+    """Instructions in the order in which they run; the last one is the result."""
+
+    instructions: dict[str, Instruction]
+    root: str
+
+    @cached_property
+    def parameters(self) -> list[Instruction]:
+        found = [i for i in self.instructions.values() if i.opcode == "parameter"]
+        return sorted(found, key=lambda parameter: int(parameter.arguments))
+
+    @cached_property
+    def users(self) -> dict[str, list[Instruction]]:
+        users: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
+        for instruction in self.instructions.values():
+            for name in set(instruction.operands):
+                users[name].append(instruction)
+        return users
+
+
+@dataclass(frozen=True)
+class Module:
+    computations: dict[str, Computation]
+    entry: str
+
+
+def parse(text: str) -> Module:
+    """Raises ValueError for a text in which no entry computation is found."""
+    computations, entry, name = {}, None, None
+    instructions: dict[str, Instruction] = {}
+    root = ""
+    for line in text.splitlines():
+        if header := _COMPUTATION.match(line):
+            name, instructions, root = header[2], {}, ""
+            entry = name if header[1] else entry
+        elif line.startswith("}") and name:
+            computations[name] = Computation(instructions, root)
+            name = None
+        elif name and " = " in line:
+            instruction = _instruction(line)
+            instructions[instruction.name] = instruction
+            if line.lstrip().startswith("ROOT "):
+                root = instruction.name
+    if entry is None:
+        raise ValueError(f"got {text[:80]!r}, expected the text of a compiled program")
+    return Module(computations, entry)
+
+
+def trip_count(module: Module, loop: Instruction) -> int:
+    """How often a while loop runs: as the compiler notes, or the bound of its condition; else 1."""
+    if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
+        return int(noted[1])
+    # A TPU's compiler notes nothing; the loops of a scan count from 0 up to a constant.
+    (name,) = re.findall(r"\bcondition=%?([\w.\-]+)", loop.attributes)
+    condition = module.computations[name]
+    test = condition.instructions[condition.root]
+    if test.opcode != "compare" or "direction=LT" not in test.attributes:
+        return 1
+    bound = condition.instructions[test.operands[1]]
+    return int(bound.arguments) if bound.opcode == "constant" else 1
+
+
+def _instruction(line):
+    left, _, right = re.sub(r"/\*.*?\*/", "", line).partition(" = ")
+    result, rest = _cut(right, 0) if right.startswith("(") else right.split(" ", 1)
+    opening = rest.index("(")
+    opcode = rest[:opening].strip()
+    arguments, attributes = _cut(rest, opening)
+    return Instruction(
+        name=_NAME.search(left if "%" in left else f"%{left.split()[-1]}")[1],
+        opcode=opcode,
+        result=tuple(_array(*match.groups()) for match in _ARRAY.finditer(result)),
+        operands=tuple(_NAME.findall(arguments)),
+        arguments=arguments[1:-1],
+        attributes=attributes,
+    )
+
+
+def _cut(text, opening):
+    """The parenthesis that opens at `opening`, with its contents, and what follows it."""
+    depth = 0
+    for i in range(opening, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[i], 0)
+        if depth == 0:
+            return text[opening : i + 1], text[i + 1 :]
+    raise ValueError(f"got {text[:80]!r}, expected as many closing parentheses as opening ones")
+
+
+def _array(dtype, dims, layout):
+    sizes = [int(n) for n in dims.split(",") if n]
+    order, _, rest = (layout or "").partition(":")
+    minor_to_major = [int(n) for n in order.split(",") if n]
+    sizes = [sizes[i] for i in reversed(minor_to_major)] if minor_to_major else sizes
+    if tile := re.search(r"T\(([\d,]+)\)", rest):
+        tile = [int(n) for n in tile[1].split(",")]
+        sizes = [1] * (len(tile) - len(sizes)) + sizes
+        for i, n in enumerate(tile, start=len(sizes) - len(tile)):
+            sizes[i] = -(-sizes[i] // n) * n
+    space = re.search(r"S\((\d+)\)", rest)
+    return Array(math.ceil(math.prod(sizes) * _bits(dtype) / 8), int(space[1]) if space else 0)
+
+
+def _bits(dtype):
+    """Of one element; 0 for tokens."""
+    bits = re.search(r"\d+", dtype)
+    return 8 if dtype == "pred" else int(bits[0]) if bits else 0

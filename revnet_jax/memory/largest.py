@@ -1,0 +1,71 @@
+"""The largest size that fits, in few compilations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Largest(NamedTuple):
+    """size: the largest that was compiled and fits; None where even the smallest does not.
+
+    needed_bytes: at that size.
+    exact: whether the next size up was compiled too, and does not fit.
+    """
+
+    size: int | None
+    needed_bytes: int | None
+    exact: bool
+
+
+def largest_that_fits(
+    needed_bytes: Callable[[int], int | None],
+    start: int,
+    *,
+    limit_bytes: int,
+    step: int = 1,
+    most: int,
+    most_compiled: int = 6,
+) -> Largest:
+    """Memory is close to affine in size: a line through two sizes, checked, and drawn again.
+
+    needed_bytes: of a size; None where a compiler refused and did not say how much it asked for.
+    start: a size, to begin with; every size is a multiple of `step`, and at most `most`.
+    most_compiled: calls of `needed_bytes`.
+    """
+    tried = {size: needed_bytes(size) for size in (start, min(2 * start, most))}
+    while len(tried) < most_compiled:
+        fitting, failing = _split(tried, limit_bytes)
+        low, high = max(fitting, default=0), min(failing, default=most + step)
+        guess = min(max(_guess(tried, limit_bytes, low, high, step), low + step), high - step)
+        if guess < step or guess in tried:
+            break
+        tried[guess] = needed_bytes(guess)
+    fitting, failing = _split(tried, limit_bytes)
+    if not fitting:
+        return Largest(None, None, exact=step in failing)
+    size = max(fitting)
+    return Largest(size, tried[size], exact=size + step in failing)
+
+
+def _split(tried, limit_bytes):
+    fitting = [
+        size for size, needed in tried.items() if needed is not None and needed <= limit_bytes
+    ]
+    return fitting, [size for size in tried if size not in fitting]
+
+
+def _guess(tried, limit_bytes, low, high, step):
+    """Where the line through the two sizes nearest to the limit meets it; else halfway."""
+    known = sorted(
+        (abs(needed - limit_bytes), size, needed)
+        for size, needed in tried.items()
+        if needed is not None
+    )
+    if len(known) < 2:
+        return (low + high) // 2 // step * step
+    (_, size1, needed1), (_, size2, needed2) = known[:2]
+    slope = (needed2 - needed1) / (size2 - size1)
+    if slope <= 0:
+        return high - step
+    return int(size1 + (limit_bytes - needed1) / slope) // step * step

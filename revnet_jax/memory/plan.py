@@ -1,0 +1,182 @@
+"""What each way to train a config costs on given devices, and which one to take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from revnet_jax.errors import UserError
+from revnet_jax.memory.chips import Chip, chip_of, least_seconds
+from revnet_jax.memory.compile import CompiledStep, Compiler, NotCompiled
+from revnet_jax.memory.largest import largest_that_fits
+from revnet_jax.memory.variants import chosen, variants
+
+MOST_TIMES = 4096  # sizes that no limit stops are not searched beyond so many times the config's
+
+Row = dict[str, Any]
+
+
+def plan(
+    config: Mapping[str, Any],
+    compiler: Compiler,
+    *,
+    strategies: Sequence[str] | None = None,
+    largest: bool = False,
+) -> dict[str, Any]:
+    """Compiles the config's training step in every variant, and compares what compilers say.
+
+    config: settings by dotted key.
+    strategies: names of variants; all that the network has by default.
+    largest: also search, for each, the largest batch and the largest depth that fit: about five
+      further compilations of each.
+
+    Returns settings of the plan, a list of rows, and a recommendation. Sizes are bytes of one
+    device; `least_ms` and `utilization` are null for devices that are not in `CHIPS`.
+
+    Raises UserError for a strategy there is not, and where nothing could be compiled.
+    """
+    overrides = chosen(list(strategies) if strategies else None, variants(config))
+    steps = compiler.steps({name: {**config, **each} for name, each in overrides.items()})
+    compiled = {name: step for name, step in steps.items() if isinstance(step, CompiledStep)}
+    if not compiled:
+        raise UserError(next(iter(steps.values())).error)
+    any_step = next(iter(compiled.values()))
+    chip = chip_of(any_step.device_kind)
+    stored = compiled.get("store")
+    rows = [
+        _failed(name, step)
+        if isinstance(step, NotCompiled)
+        else _row(name, step, chip, stored and stored.flops)
+        for name, step in steps.items()
+    ]
+    if largest:
+        for row in rows:
+            if row["error"] is None:
+                row |= _largest({**config, **overrides[row["strategy"]]}, compiler, any_step)
+    return {
+        "topology": compiler.topology.name,
+        "devices": any_step.num_devices,
+        "device_kind": any_step.device_kind,
+        "limit_bytes": any_step.limit_bytes,
+        "batch_size": config["batch_size"],
+        "layers": sum(config["model.units"]),
+        "rows": rows,
+        "recommendation": recommend(rows, any_step.limit_bytes),
+    }
+
+
+def recommend(rows: Sequence[Row], limit_bytes: int | None) -> dict[str, str | None]:
+    """The strategy that costs least of those that fit, and why, in one sentence."""
+    known = [row for row in rows if row["error"] is None]
+    fitting = [row for row in known if row["fits"]]
+    if not fitting:
+        said = [row for row in known if row["needed_bytes"] is not None]
+        least = min(said, key=lambda row: row["needed_bytes"], default=None)
+        asks = f" ({least['strategy']} asks for {size(least['needed_bytes'])})" if least else ""
+        reason = f"none fits into {size(limit_bytes)}{asks}: smaller batches or more devices might"
+        return {"strategy": None, "reason": reason}
+    # Where no time is predicted, arithmetic decides, and then memory.
+    cost = lambda row: (row["least_ms"] or 0, row["flops"], row["needed_bytes"])
+    best = min(fitting, key=cost)
+    needs = f"{size(best['needed_bytes'])} of {size(limit_bytes)}"
+    refused = [row["strategy"] for row in known if not row["fits"]]
+    others = f", which {', '.join(refused)} would not" if refused else ""
+    by = "fastest by roofline" if best["least_ms"] else "least arithmetic"
+    return {
+        "strategy": best["strategy"],
+        "reason": f"{by} of those that fit: it needs {needs}{others}",
+    }
+
+
+def size(num_bytes: float) -> str:
+    """'1.50 GiB', '12.3 MiB' or '4.5 KiB'."""
+    if num_bytes >= 2**30:
+        return f"{num_bytes / 2**30:.2f} GiB"
+    return f"{num_bytes / 2**20:.1f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:.1f} KiB"
+
+
+def _failed(name, step):
+    return {"strategy": name, "error": step.error, "fits": None}
+
+
+def _row(name: str, step: CompiledStep, chip: Chip | None, model_flops: int | None) -> Row:
+    seconds = utilization = None
+    if chip and not step.out_of_memory:
+        seconds = least_seconds(
+            chip,
+            flops=step.flops / step.num_devices,
+            hbm_bytes=step.hbm_bytes,
+            collectives=step.collectives,
+            num_devices=step.num_devices,
+        )
+        if model_flops is not None:
+            utilization = model_flops / (seconds * chip.peak_flops * step.num_devices)
+    return {
+        "strategy": name,
+        "error": None,
+        "fits": step.fits,
+        "needed_bytes": step.needed_bytes,
+        **_parts(step),
+        "flops": step.flops // step.num_devices,
+        "hbm_bytes": step.hbm_bytes,
+        "collectives": step.collectives,
+        "least_ms": None if seconds is None else 1000 * seconds,
+        "utilization": utilization,
+        "compile_seconds": step.compile_seconds,
+    }
+
+
+def _parts(step: CompiledStep) -> dict[str, int | None]:
+    """What the memory holds; null where it is not known how much was asked for.
+
+    Gradients are taken to be as large as the parameters, unless there is no room for them;
+    activations are all the rest.
+    """
+    if step.needed_bytes is None:
+        return dict.fromkeys(
+            ("weights_bytes", "optimizer_bytes", "gradient_bytes", "activation_bytes")
+        )
+    # Arguments are known as laid out, padding included, where a program compiled.
+    kept = step.weights_bytes + step.optimizer_bytes
+    padding = 1.0
+    if step.argument_bytes is not None:
+        padding = max(1.0, (step.argument_bytes - step.batch_bytes) / kept)
+    weights, optimizer = (int(padding * n) for n in (step.weights_bytes, step.optimizer_bytes))
+    rest = max(0, step.needed_bytes - weights - optimizer)
+    gradient = min(int(padding * step.params_bytes), rest)
+    return {
+        "weights_bytes": weights,
+        "optimizer_bytes": optimizer,
+        "gradient_bytes": gradient,
+        "activation_bytes": rest - gradient,
+    }
+
+
+def _largest(settings, compiler, step):
+    """The largest batch, and the largest depth, that fit; nothing where memory is not known."""
+    if step.limit_bytes is None:
+        return {}
+
+    def needed_bytes(key, value):
+        name = f"{settings['model.backprop']}, {key} {value}"
+        (result,) = compiler.steps({name: {**settings, key: value}}).values()
+        return None if isinstance(result, NotCompiled) else result.needed_bytes
+
+    batch_size, units = settings["batch_size"], settings["model.units"]
+    batch = largest_that_fits(
+        lambda n: needed_bytes("batch_size", n),
+        batch_size,
+        limit_bytes=step.limit_bytes,
+        step=step.num_devices,
+        most=MOST_TIMES * batch_size,
+    )
+    times = largest_that_fits(
+        lambda n: needed_bytes("model.units", tuple(n * unit for unit in units)),
+        1,
+        limit_bytes=step.limit_bytes,
+        most=MOST_TIMES,
+    )
+    return {
+        "largest_batch": batch._asdict(),
+        "largest_depth": times._replace(size=times.size and times.size * sum(units))._asdict(),
+    }

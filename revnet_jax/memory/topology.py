@@ -1,0 +1,73 @@
+"""Names of the devices that a program is compiled for: v5e:2x4, or local."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any, NamedTuple
+
+from revnet_jax.errors import UserError
+
+LOCAL = "local"
+_SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
+# What libtpu knows of each, as tried by compiling; larger pods are several of these.
+TOPOLOGIES = {"v4": _CUBES, "v5e": _SQUARES, "v5p": _CUBES, "v6e": _SQUARES, "tpu7x": _CUBES}
+
+
+class TopologyError(UserError, ValueError):
+    """A topology that there is not, or that needs what is not installed; says which there are."""
+
+
+class Topology(NamedTuple):
+    """name: as the user gave it; chip: a name in `CHIPS`, or None for this machine's devices."""
+
+    name: str
+    chip: str | None
+    shape: str
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of the process that compiles for it, to be set before JAX is imported."""
+        if self.chip is None:
+            return {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        return {
+            "JAX_PLATFORMS": "cpu",
+            # libtpu looks for neither a TPU nor other processes that use it.
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        }
+
+
+def parse_topology(name: str) -> Topology:
+    """Raises TopologyError, at once, for what cannot be compiled for here."""
+    if name == LOCAL:
+        return Topology(name, None, "")
+    chip, _, shape = name.partition(":")
+    if shape not in TOPOLOGIES.get(chip, ()):
+        known = "; ".join(f"{chip}:{{{', '.join(names)}}}" for chip, names in TOPOLOGIES.items())
+        raise TopologyError(f"got topology {name!r}, expected one of {LOCAL}; {known}")
+    if importlib.util.find_spec("libtpu") is None:
+        raise TopologyError(
+            f"got topology {name!r}, but the TPU compiler is not installed: run "
+            f"scripts/setup.sh tpu, or take --topology={LOCAL}"
+        )
+    return Topology(name, chip, shape)
+
+
+def devices(topology: Topology) -> list[Any]:
+    """Its devices, which for a TPU need not exist. Imports JAX; see `Topology.environment`."""
+    import jax
+    from jax.experimental import topologies
+
+    if topology.chip is None:
+        return jax.devices()
+    settings: dict[str, Any] = {}
+    if set(topology.shape) <= set("1x"):
+        settings["chips_per_host_bounds"] = (1, 1, 1)
+    if topology.chip == "v4":
+        settings["chip_config_name"] = "megacore"  # two cores as one device
+    return topologies.get_topology_desc(
+        platform="tpu", topology_name=topology.name, **settings
+    ).devices

@@ -1,0 +1,160 @@
+"""Compiles one training step and says what it needs: a process of its own, which may crash.
+
+Reads a request, JSON, from stdin: {"config": settings by dotted key, "topology": name,
+"cache_dir": folder}. Writes to stdout one line of JSON: {"step": ...} with the fields of
+`CompiledStep`, or {"error": a line for the user}.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from revnet_jax.errors import UserError
+from revnet_jax.memory import hlo, traffic
+from revnet_jax.memory.chips import chip_of
+from revnet_jax.memory.counts import arithmetic
+from revnet_jax.memory.topology import Topology, devices, parse_topology
+from revnet_jax.training.program import StepProgram, step_program
+
+UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def main() -> None:
+    request = json.loads(sys.stdin.read())
+    try:
+        topology = parse_topology(request["topology"])
+        step = measure(as_config(request["config"]), topology, Path(request["cache_dir"]))
+        print(json.dumps({"step": step}))
+    except UserError as error:
+        print(json.dumps({"error": str(error)}))
+
+
+def measure(config: ConfigDict, topology: Topology, cache_dir: Path) -> dict[str, Any]:
+    """The fields of `CompiledStep`; what the compiler said is looked up if it was asked before."""
+    targets = devices(topology)
+    platform = targets[0].platform
+    program = step_program(config, targets)
+    traced = program.step.trace(program.state, program.batch)
+    lowered = traced.lower()
+    path = cache_dir / f"{_digest(lowered.as_text(), topology, targets)}.json"
+    cached = path.exists()
+    if not cached:
+        compiled = json.dumps(_compile(lowered, platform))
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(compiled)
+        temporary.replace(path)  # at once: another process may read it
+    return {
+        "num_devices": len(targets),
+        "device_kind": targets[0].device_kind,
+        "limit_bytes": _limit_bytes(targets),
+        "flops": arithmetic(traced.jaxpr, platform=platform),
+        "cached": cached,
+        **_sizes(program),
+        **json.loads(path.read_text()),
+    }
+
+
+def as_config(settings: Mapping[str, Any]) -> ConfigDict:
+    """A config from settings by dotted key, its tuples restored from JSON's lists."""
+    config = ConfigDict()
+    for key, value in settings.items():
+        *groups, name = key.split(".")
+        node = config
+        for group in groups:
+            if group not in node:
+                node[group] = ConfigDict()
+            node = node[group]
+        node[name] = tuple(value) if isinstance(value, list) else value
+    return config
+
+
+def asked_bytes(message: str) -> int | None:
+    """What a program needed, from the error of a compiler that had not so much; None if unsaid."""
+    found = re.search(r"\(([\d.]+)([BKMGT])\) exceeds", message) or re.search(
+        r"Used ([\d.]+)([BKMGT]) of", message
+    )
+    return round(float(found[1]) * UNITS[found[2]]) if found else None
+
+
+def _compile(lowered, platform):
+    started = time.monotonic()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        found = {"out_of_memory": True, "needed_bytes": asked_bytes(str(error))}
+        found |= {"argument_bytes": None, "hbm_bytes": None, "collectives": None}
+    else:
+        stats = compiled.memory_analysis()
+        moved = traffic.traffic(compiled.as_text())
+        found = {
+            "out_of_memory": False,
+            "needed_bytes": _needed_bytes(stats, platform),
+            "argument_bytes": stats.argument_size_in_bytes,
+            "hbm_bytes": moved.hbm_bytes,
+            "collectives": moved.collectives,
+        }
+    return {**found, "compile_seconds": time.monotonic() - started}
+
+
+def _needed_bytes(stats, platform):
+    """Of one device's memory, arguments and results included."""
+    if platform == "tpu":
+        # Its temporaries include, for some programs, the arguments and results: their sum was
+        # seen to exceed by 1.9 GiB the memory of a chip that the compiler accepted it for. This
+        # is what its out-of-memory error counts.
+        return stats.peak_memory_in_bytes
+    return (
+        stats.argument_size_in_bytes
+        + stats.output_size_in_bytes
+        - stats.alias_size_in_bytes
+        + stats.temp_size_in_bytes
+    )
+
+
+def _digest(text: str, topology: Topology, targets: list[Any]) -> str:
+    """Of everything that decides what is found: program, devices, compiler, and who reads it."""
+    versions = [jax.__version__, targets[0].client.platform_version, targets[0].device_kind]
+    readers = [Path(module.__file__).read_text() for module in (hlo, traffic)]
+    readers.append(Path(__file__).read_text())
+    parts = [text, topology.name, str(len(targets)), *versions, *readers]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _limit_bytes(targets):
+    """Memory of one device, as far as it is known."""
+    device = targets[0]
+    if device.platform == "cpu":  # whose devices share the machine's
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(targets)
+    stats = device.memory_stats() if device in jax.devices() else None
+    chip = chip_of(device.device_kind)
+    return stats["bytes_limit"] if stats else chip.hbm_bytes if chip else None
+
+
+def _sizes(program: StepProgram) -> dict[str, int]:
+    """Bytes of what one device holds from step to step, and of its part of a batch."""
+    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    num_devices = program.batch["label"].sharding.num_devices
+    return {
+        "params_bytes": size(program.state.variables.params),
+        "weights_bytes": size(program.state.variables),
+        "optimizer_bytes": size(program.state.opt_state),
+        "batch_bytes": size(program.batch) // num_devices,
+    }
+
+
+if __name__ == "__main__":
+    main()

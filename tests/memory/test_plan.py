@@ -1,0 +1,218 @@
+"""Plans: from what compilers say to a table and a recommendation."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from revnet_jax.config import flatten
+from revnet_jax.errors import UserError
+from revnet_jax.memory.compile import CompiledStep, Compiler, NotCompiled
+from revnet_jax.memory.largest import Largest, largest_that_fits
+from revnet_jax.memory.plan import plan, recommend, size
+from revnet_jax.memory.topology import TopologyError, parse_topology
+from revnet_jax.memory.worker import as_config, asked_bytes, measure
+
+GIB = 2**30
+LOCAL = parse_topology("local")
+STEP = CompiledStep(
+    num_devices=4,
+    device_kind="TPU v5 lite",
+    limit_bytes=16 * GIB,
+    needed_bytes=9 * GIB,
+    out_of_memory=False,
+    argument_bytes=6 * GIB,
+    hbm_bytes=819_000_000,
+    collectives={},
+    flops=4 * 197_000_000_000,
+    params_bytes=1 * GIB,
+    weights_bytes=1 * GIB,
+    optimizer_bytes=2 * GIB,
+    batch_bytes=0,
+    compile_seconds=1.0,
+    cached=False,
+)
+
+
+class FakeCompiler:
+    """Says what it is told to, by strategy and batch size."""
+
+    topology = LOCAL
+
+    def __init__(self, say):
+        self._say = say
+        self.asked = []
+
+    def steps(self, settings):
+        self.asked += settings.values()
+        return {name: self._say(each) for name, each in settings.items()}
+
+
+def say(settings):
+    """store does not fit; reverse does more arithmetic; remat cannot be compiled."""
+    changes = {
+        "store": {"needed_bytes": 22 * GIB, "out_of_memory": True, "argument_bytes": None},
+        "reverse": {"flops": 5 * 197_000_000_000},
+    }
+    if settings["model.backprop"] == "remat":
+        return NotCompiled("the compiling process ended with status -6: Check failed")
+    return CompiledStep(**{**vars(STEP), **changes[settings["model.backprop"]]})
+
+
+def test_rows_say_what_fits_and_what_it_is_made_of(tiny_config):
+    report = plan(flatten(tiny_config), FakeCompiler(say))
+    store, remat, reverse = report["rows"]
+    assert (store["fits"], reverse["fits"]) == (False, True)
+    assert "status -6" in remat["error"]
+    parts = [reverse[f"{name}_bytes"] for name in ("weights", "optimizer", "gradient")]
+    assert parts == [2 * GIB, 4 * GIB, 2 * GIB]  # tiles pad arguments to twice their size
+    assert reverse["activation_bytes"] == 1 * GIB
+    assert store["activation_bytes"] == (22 - 1 - 2 - 1) * GIB
+    assert reverse["least_ms"] == pytest.approx(1.25)
+    assert reverse["utilization"] == pytest.approx(0.8)  # of 5 operations one is recomputed
+    assert store["least_ms"] is None
+    assert report["recommendation"]["strategy"] == "reverse"
+    assert "which store would not" in report["recommendation"]["reason"]
+    json.dumps(report)
+
+
+def test_a_resnet_is_not_reversed(tiny_config):
+    tiny_config.model.family = "resnet"
+    report = plan(flatten(tiny_config), FakeCompiler(lambda settings: STEP))
+    assert [row["strategy"] for row in report["rows"]] == ["store", "remat"]
+
+
+def test_of_equal_times_the_least_memory_is_taken():
+    rows = [
+        {"strategy": name, "error": None, "fits": True, "least_ms": 1.0, "flops": 1}
+        | {"needed_bytes": needed}
+        for name, needed in (("store", 9), ("remat", 8))
+    ]
+    assert recommend(rows, 10)["strategy"] == "remat"
+
+
+def test_where_nothing_fits_the_least_demand_is_named():
+    row = {"strategy": "store", "error": None, "fits": False, "needed_bytes": 22 * GIB}
+    found = recommend([row, {**row, "strategy": "remat", "needed_bytes": None}], 16 * GIB)
+    assert found["strategy"] is None
+    assert "16.00 GiB (store asks for 22.00 GiB)" in found["reason"]
+
+
+def test_a_strategy_there_is_not(tiny_config):
+    with pytest.raises(UserError, match="got strategy 'revers', expected some of store, remat"):
+        plan(flatten(tiny_config), FakeCompiler(say), strategies=["revers"])
+
+
+def test_the_largest_sizes_are_searched(tiny_config):
+    def say(settings):
+        layers = sum(settings["model.units"])
+        needed = (settings["batch_size"] + 10 * layers) * GIB // 64
+        return CompiledStep(**{**vars(STEP), "needed_bytes": needed})
+
+    compiler = FakeCompiler(say)
+    (row,) = plan(flatten(tiny_config), compiler, strategies=["store"], largest=True)["rows"]
+    # 64 * 16 GiB in all: 4 layers take 40 of them, and a batch of 16 leaves 1,008.
+    assert row["largest_batch"] == {"size": 984, "needed_bytes": 16 * GIB, "exact": True}
+    assert row["largest_depth"]["size"] == 100
+    assert row["largest_depth"]["exact"]
+    assert len(compiler.asked) <= 9
+
+
+@pytest.mark.parametrize("limit", [95, 1000, 1003, 123_456])
+@pytest.mark.parametrize("silent", [False, True])
+def test_affine_memory_is_solved_in_few_compilations(limit, silent):
+    asked = []
+
+    def needed(size):
+        asked.append(size)
+        bytes_ = 15 + 10 * size
+        return None if silent and bytes_ > limit else bytes_
+
+    found = largest_that_fits(needed, 4, limit_bytes=limit, step=4, most=10**6)
+    assert found.size == (limit - 15) // 10 // 4 * 4
+    assert found.exact
+    assert len(set(asked)) == len(asked) <= 5
+
+
+def test_what_never_fits_and_what_always_does():
+    assert largest_that_fits(lambda n: 100, 1, limit_bytes=10, most=64).size is None
+    assert largest_that_fits(lambda n: 5, 1, limit_bytes=10, most=64) == Largest(64, 5, False)
+
+
+@pytest.mark.parametrize(
+    ("message", "num_bytes"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (16.50G) exceeds available HBM (15.75G).",
+            16.5 * GIB,
+        ),
+        ("Ran out of memory in memory space hbm. Used 512.00M of 15.75G hbm.", GIB // 2),
+        ("RESOURCE_EXHAUSTED: out of memory", None),
+    ],
+)
+def test_a_refusal_says_how_much_was_asked_for(message, num_bytes):
+    assert asked_bytes(message) == num_bytes
+
+
+def test_topologies_there_are_not(monkeypatch):
+    with pytest.raises(TopologyError, match=r"got topology 'v5e:3x3', expected one of local; v4:"):
+        parse_topology("v5e:3x3")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(TopologyError, match=r"run scripts/setup\.sh tpu"):
+        parse_topology("v5e:2x2")
+
+
+def test_sizes_read_well():
+    assert [size(n) for n in (2**40, 3 * GIB // 2, 2**20, 512)] == [
+        "1024.00 GiB",
+        "1.50 GiB",
+        "1.0 MiB",
+        "0.5 KiB",
+    ]
+
+
+def test_a_step_is_compiled_once(tiny_config, tmp_path):
+    """In this process; what is said of memory is what the compiler says."""
+    tiny_config.update_from_flattened_dict({"model.units": (1,), "model.channels": (2, 2)})
+    tiny_config.model.backprop = "store"
+    config = as_config(json.loads(json.dumps(flatten(tiny_config))))
+    assert config == tiny_config
+    first, again = (measure(config, LOCAL, tmp_path) for _ in range(2))
+    assert (first["cached"], again["cached"]) == (False, True)
+    assert {**first, "cached": True} == again
+    step = CompiledStep(**first)
+    assert step.num_devices == jax.device_count()
+    assert step.fits
+    assert step.needed_bytes > step.argument_bytes > step.weights_bytes + step.optimizer_bytes
+    assert step.collectives["all-reduce"] >= step.params_bytes  # the gradient, at least
+
+
+def test_settings_that_do_not_go_together_are_a_line(tiny_config, tmp_path):
+    settings = flatten(tiny_config) | {"model.backprop": "backwards"}
+    lines = []
+    compiler = Compiler(LOCAL, tmp_path, lines.append)
+    (step,) = compiler.steps({"wrong": settings}).values()
+    assert step.error.startswith("config.model: got backprop='backwards', expected one of")
+    assert lines[0].startswith("[1/1] wrong: config.model: got backprop='backwards'")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra tpu")
+def test_a_program_for_a_tpu_that_is_not_here():
+    code = (
+        "import jax; from revnet_jax.memory.topology import devices, parse_topology\n"
+        "found = devices(parse_topology('v5e:1x1')); print(len(found), found[0].device_kind)"
+    )
+    environment = parse_topology("v5e:1x1").environment
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.split("\n")[0] == "1 TPU v5 lite"

@@ -1,0 +1,127 @@
+"""Bytes moved by compiled programs, worked out by hand: of a TPU's text, and of real ones here."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from revnet_jax.memory import hlo
+from revnet_jax.memory.traffic import traffic
+
+MIB = 2**20
+
+# What libtpu prints, shortened: a scan over 16 weights; the carry stays on the chip, S(1).
+SCAN = """HloModule jit_g, is_scheduled=true
+
+%fused (p0: f32[16,1024,1024], p1: s32[]) -> f32[1,1024,1024] {
+  %p0 = f32[16,1024,1024]{2,1,0:T(8,128)} parameter(0)
+  %p1 = s32[]{:T(128)} parameter(1)
+  ROOT %slice = f32[1,1024,1024]{2,1,0:T(8,128)} dynamic-slice(%p0, %p1), dynamic_slice_sizes={1}
+}
+
+%update (q0: f32[16,4096,1024], q1: f32[4096,1024], q2: s32[]) -> f32[16,4096,1024] {
+  %q0 = f32[16,4096,1024]{2,1,0:T(8,128)} parameter(0)
+  %q1 = f32[4096,1024]{1,0:T(8,128)} parameter(1)
+  %q2 = s32[]{:T(128)} parameter(2)
+  %cast = f32[1,4096,1024]{2,1,0:T(8,128)} bitcast(%q1)
+  ROOT %put = f32[16,4096,1024]{2,1,0:T(8,128)} dynamic-update-slice(%q0, %cast, %q2)
+}
+
+%body (arg: (s32[], f32[4096,1024], f32[16,4096,1024], /*index=3*/f32[16,1024,1024])) -> (s32[]) {
+  %arg = (s32[]{:T(128)}, f32[4096,1024]{1,0:T(8,128)S(1)}, /*index=2*/f32[16]{0}) parameter(0)
+  %i = s32[]{:T(128)S(6)} get-tuple-element(%arg), index=0
+  %x = f32[4096,1024]{1,0:T(8,128)S(1)} get-tuple-element(%arg), index=1
+  %xs = f32[16,4096,1024]{2,1,0:T(8,128)} get-tuple-element(%arg), index=2
+  %ws = f32[16,1024,1024]{2,1,0:T(8,128)} get-tuple-element(%arg), index=3
+  %w = f32[1,1024,1024]{2,1,0:T(8,128)S(1)} fusion(%ws, %i), kind=kLoop, calls=%fused
+  %y = f32[4096,1024]{1,0:T(8,128)S(1)} custom-call(%x, %w), custom_call_target="product"
+  %ys = f32[16,4096,1024]{2,1,0:T(8,128)} fusion(%xs, %y, %i), kind=kLoop, calls=%update
+  %sum = f32[1024]{0:T(1024)} all-reduce(%small), to_apply=%add
+  %small = f32[1024]{0:T(1024)S(1)} copy(%i)
+  ROOT %out = (s32[]{:T(128)}, f32[4096,1024]{1,0:T(8,128)S(1)}) tuple(%i, %y, %ys, %ws)
+}
+
+%condition (arg.1: (s32[], f32[4096,1024])) -> pred[] {
+  %n = s32[]{:T(128)} constant(16)
+  %arg.1 = (s32[]{:T(128)}, f32[4096,1024]{1,0:T(8,128)S(1)}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%arg.1), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i.1, %n), direction=LT
+}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[]{:T(128)} parameter(0)
+  %b = f32[]{:T(128)} parameter(1)
+  ROOT %c = f32[]{:T(128)} add(%a, %b)
+}
+
+ENTRY %main (x.1: f32[4096,1024]) -> f32[] {
+  %x.1 = f32[4096,1024]{1,0:T(8,128)} parameter(0)
+  %start = (f32[4096,1024]{1,0:T(8,128)S(1)}, f32[4096,1024]{1,0}, u32[]{:S(2)}) copy-start(%x.1)
+  %done = f32[4096,1024]{1,0:T(8,128)S(1)} copy-done(%start)
+  %init = (f32[4096,1024]{1,0:T(8,128)S(1)}) tuple(%done)
+  ROOT %loop = (s32[]{:T(128)}) while(%init), condition=%condition, body=%body
+}
+"""
+
+
+def test_a_loop_reads_slices_and_what_is_on_the_chip_is_free():
+    moved = traffic(SCAN)
+    # x once; and sixteen times a weight, a row of what is kept, and a sum of 4 KiB.
+    assert moved.hbm_bytes == 16 * MIB + 16 * (4 * MIB + 16 * MIB + 4096)
+    assert moved.collectives == {"all-reduce": 16 * 4096}
+
+
+def array_bytes(text):
+    module = hlo.parse(f"ENTRY %e (p: f32[]) -> f32[] {{\n  ROOT %p = {text} parameter(0)\n}}\n")
+    (array,) = module.computations["e"].instructions["p"].result
+    return array.num_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [
+        ("f32[100,8,8,24]{3,2,1,0}", 100 * 8 * 8 * 24 * 4),
+        ("f32[100,8,8,24]{0,3,2,1:T(8,128)}", 8 * 8 * 24 * 128 * 4),  # batches are innermost
+        ("bf16[3,3,24,20]{3,2,1,0:T(8,128)(2,1)}", 9 * 24 * 128 * 2),
+        ("f32[]{:T(128)}", 128 * 4),
+        ("pred[10]{0}", 10),
+        ("f8e4m3fn[10]{0}", 10),
+        ("token[]", 0),
+    ],
+)
+def test_arrays_count_as_laid_out(text, num_bytes):
+    assert array_bytes(text) == num_bytes
+
+
+def test_what_is_no_program_is_refused():
+    with pytest.raises(ValueError, match="expected the text of a compiled program"):
+        hlo.parse("nothing")
+
+
+def compiled_text(function, *args):
+    return jax.jit(function).lower(*args).compile().as_text()
+
+
+def test_a_fused_program_reads_and_writes_once():
+    x = jax.ShapeDtypeStruct((256, 1024), jnp.float32)
+    moved = traffic(compiled_text(lambda x: jnp.tanh(x) * 2 + 1, x))
+    assert moved.hbm_bytes == 2 * MIB
+
+
+def test_loops_are_counted_whatever_their_length():
+    def run(x, n):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x * w), None), x, jnp.ones(n))[0]
+
+    x = jax.ShapeDtypeStruct((256, 1024), jnp.float32)
+    few, many = (traffic(compiled_text(lambda x, n=n: run(x, n), x)).hbm_bytes for n in (10, 30))
+    assert many - few == pytest.approx(20 * 2 * MIB, rel=0.01)
+
+
+def test_what_devices_exchange_is_counted():
+    mesh = Mesh(jax.devices(), ("data",))
+    x = jax.ShapeDtypeStruct(
+        (8, 1024), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("data"))
+    )
+    assert traffic(compiled_text(lambda x: jnp.sum(x, axis=0), x)).collectives == {
+        "all-reduce": 4096
+    }
