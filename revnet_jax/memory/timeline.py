@@ -1,0 +1,150 @@
+"""Memory through a forward and a backward pass, under each strategy, drawn from the program."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from revnet_jax.core import STRATEGIES
+from revnet_jax.errors import UserError
+from revnet_jax.memory.buffers import assignment
+from revnet_jax.memory.liveness import liveness
+from revnet_jax.models import Network, Variables
+from revnet_jax.training.build import build_network
+from revnet_jax.training.step import cross_entropy
+
+MIB = 2**20
+
+
+class Timeline(NamedTuple):
+    """Of one strategy; bytes of temporary memory, at every instruction that is executed.
+
+    live_bytes: what holds something that is yet to be read. allocated_bytes: the same with arrays
+      that loops fill or empty slice by slice counted whole, as the compiler allocates them.
+    turn: the instruction at which the backward pass through the chains starts.
+    compiled_bytes: the compiler's own figure, `memory_analysis().temp_size_in_bytes`.
+    """
+
+    backprop: str
+    live_bytes: np.ndarray
+    allocated_bytes: np.ndarray
+    turn: int
+    compiled_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of what is drawn: the highest point of `live_bytes`."""
+        return int(max(self.live_bytes))
+
+
+def timeline(config: ConfigDict, backprop: str) -> Timeline:
+    """Compiles the gradient of the config's training loss and follows it; runs nothing.
+
+    Raises ConfigError for settings that cannot be used, ValueError for a compiler that does not
+    tell its buffers, or where no chain is left a loop to follow.
+    """
+    config = config.copy_and_resolve_references()
+    config.model.backprop = backprop
+    compiled = compiled_gradient(build_network(config), config.batch_size)
+    found = liveness(assignment(compiled))
+    memory: Any = compiled.memory_analysis()
+    return Timeline(backprop, *found, memory.temp_size_in_bytes)
+
+
+def timelines(config: ConfigDict, layers: int, strategies: Sequence[str] = ()) -> list[Timeline]:
+    """One for each strategy, all that the network has by default, with equally deep chains.
+
+    Cost: a compilation each. Raises ConfigError for settings that cannot be used, UserError for a
+    strategy that there is not.
+    """
+    config = with_layers(config, layers)
+    for name in strategies:
+        if name not in STRATEGIES:
+            raise UserError(f"got strategy {name!r}, expected some of {', '.join(STRATEGIES)}")
+    known = ["store", "remat"] + ["reverse"] * (config.model.family != "resnet")
+    return [timeline(config, name) for name in strategies or known]
+
+
+def with_layers(config: ConfigDict, layers: int) -> ConfigDict:
+    """The config with `layers` layers, three or more, in the chain of each of its stages.
+
+    A unit that changes width or resolution is no layer of a chain, and comes on top.
+    """
+    if layers < 3:
+        raise UserError(f"got {layers} layers, expected 3 or more: fewer may make no loop")
+    config = config.copy_and_resolve_references()
+    config.model.units = (1,) * len(config.model.units)
+    first_units = [group for group in build_network(config).groups if group.unit]
+    config.model.units = tuple(layers + group.is_transition for group in first_units)
+    return config
+
+
+def compiled_gradient(network: Network, batch: int) -> jax.stages.Compiled:
+    """The gradient of the mean cross entropy by all parameters, as a training step takes it."""
+
+    def loss_fn(params, probes, stats, image_BHWC, label_B):
+        variables = Variables(params, stats)
+        logits_BV, new_stats = network.apply(variables, image_BHWC, train=True, probes=probes)
+        return jnp.mean(cross_entropy(logits_BV, label_B)), new_stats
+
+    variables = jax.eval_shape(network.init, jax.random.key(0))
+    image = jax.ShapeDtypeStruct((batch, *network.architecture.image_shape), jnp.float32)
+    label = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    gradient = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
+    on_cpu = jax.default_backend() == "cpu"
+    # As a training step is compiled, except that machine code, never run, need not be good.
+    options: dict[str, Any] = {"xla_cpu_experimental_ynn_fusion_type": ""}
+    options["xla_backend_optimization_level"] = 0
+    program = jax.jit(gradient, compiler_options=options if on_cpu else None)
+    probes = jax.eval_shape(network.probes)
+    return program.lower(variables.params, probes, variables.stats, image, label).compile()
+
+
+def as_table(lines: Sequence[Timeline]) -> str:
+    """Markdown: the peak of what is drawn beside the compiler's figure."""
+    rows = [
+        "| backprop | peak drawn, MiB | compiler, MiB | drawn / compiler |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for line in lines:
+        peak, compiled = line.peak_bytes / MIB, line.compiled_bytes / MIB
+        rows.append(f"| {line.backprop} | {peak:,.2f} | {compiled:,.2f} | {peak / compiled:.3f} |")
+    return "\n".join(rows)
+
+
+def as_report(lines: Sequence[Timeline]) -> list[dict[str, Any]]:
+    """The same figures, for JSON."""
+    return [
+        {
+            "backprop": line.backprop,
+            "peak_bytes": line.peak_bytes,
+            "compiled_bytes": line.compiled_bytes,
+            "instructions": len(line.live_bytes),
+            "backward_starts_at": line.turn,
+        }
+        for line in lines
+    ]
+
+
+def draw(lines: Sequence[Timeline], title: str, figure_class: Any) -> Any:
+    """A panel for each strategy, all with one scale of bytes."""
+    figure = figure_class(figsize=(3.1 * len(lines), 3.2), layout="constrained")
+    axes = figure.subplots(1, len(lines), sharey=True, squeeze=False)[0]
+    for axis, line in zip(axes, lines, strict=True):
+        time = np.arange(len(line.live_bytes))
+        axis.fill_between(time, line.live_bytes / MIB, step="post", alpha=0.7, label="live")
+        axis.step(time, line.allocated_bytes / MIB, where="post", color="0.6", linewidth=0.6)
+        axis.axvline(line.turn, color="black", linewidth=0.8, linestyle=":")
+        axis.set(title=f"{line.backprop}: {line.peak_bytes / MIB:,.1f} MiB", xlabel="instruction")
+        axis.margins(x=0)
+        axis.set_ylim(bottom=0)
+    axes[0].set_ylabel("temporary memory, MiB")
+    figure.suptitle(
+        f"{title}\nblue: live; grey: as allocated; dotted: the backward pass starts", fontsize=9
+    )
+    return figure
