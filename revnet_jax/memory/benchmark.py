@@ -1,0 +1,195 @@
+"""Time, memory and exactness of a training step under every strategy, side by side.
+
+Strategies take turns, step by step, in one process: whatever else the machine does slows all of
+them alike, and what is reported is the median of ratios within a turn.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from revnet_jax.memory.benchmark_models import Model, Program, parse_strategy
+from revnet_jax.memory.counts import arithmetic
+from revnet_jax.training.compiler import jit_initialization
+from revnet_jax.training.metrics import peak_memory_bytes
+
+_PLATFORMS = {"gpu": "cuda"}  # as JAX names them when it lowers
+BASELINES = ("store", "remat")  # what ratios are of
+
+
+class Setting(NamedTuple):
+    """A size of a model to measure.
+
+    strategies: see `parse_strategy`.
+    seconds: how long they take turns, three times at least; 0 compiles them only.
+    """
+
+    model: Model
+    layers: int
+    batch: int
+    strategies: tuple[str, ...]
+    seconds: float
+
+
+class Entrant:
+    """One strategy at one size: its compiled step, its state, and what was measured so far."""
+
+    def __init__(self, strategy: str, program: Program):
+        self.strategy, self.program = strategy, program
+        self.traced = program.step.trace(*jax.eval_shape(program.init))
+        self.compiled: Any = None
+        self.state: Any = None
+        self.batch: Any = None
+        self.metrics: dict[str, jax.Array] = {}
+        self.gradient: Any = None  # of the first step
+        self.compile_seconds = 0.0
+        self.rss_bytes: int | None = None
+        self.device_bytes: int | None = None
+        self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
+
+    def compile(self) -> None:
+        started = time.perf_counter()
+        self.compiled = self.traced.lower().compile()
+        self.compile_seconds = time.perf_counter() - started
+
+    def start(self) -> None:
+        """A fresh state, and the first step: it is not timed, its memory and gradient are kept."""
+        before = peak_memory_bytes() or 0
+        self.state, self.batch = jit_initialization(self.program.init, None)()
+        jax.block_until_ready(self.state)
+        rss = _reset_peak_rss()
+        self._advance()
+        self.rss_bytes = None if rss is None else _memory_bytes("VmHWM") - rss
+        after = peak_memory_bytes() or 0
+        self.device_bytes = after if after > before else None
+        self.gradient = jax.tree.map(jnp.copy, self.program.gradient(self.state))
+
+    def take_turn(self) -> None:
+        started, cpu_started = time.perf_counter(), time.process_time()
+        self._advance()
+        self.seconds.append(time.perf_counter() - started)
+        self.cpu_seconds.append(time.process_time() - cpu_started)
+
+    def step_bytes(self) -> int:
+        """What the step needs at once, as the compiler says."""
+        memory = self.compiled.memory_analysis()
+        results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
+
+    def _advance(self):
+        results = self.compiled(self.state, self.batch)
+        self.state, self.metrics = jax.block_until_ready(results)
+
+
+def compare(setting: Setting) -> Iterator[dict[str, Any]]:
+    """A row for each strategy at this size. Cost: each compiled once, then `setting.seconds`.
+
+    Raises UserError for a strategy that there is not, or that stores more layers than there are.
+    """
+    model, layers, batch, strategies, seconds = setting
+    for name in strategies:
+        parse_strategy(name, layers)
+    entrants = [Entrant(name, model.program(name, layers, batch)) for name in strategies]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(Entrant.compile, entrants))
+    if seconds:
+        # The one that takes least comes first, since a device's peak never goes down again.
+        for entrant in sorted(entrants, key=Entrant.step_bytes):
+            entrant.start()
+        take_turns(entrants, seconds)
+    for entrant in entrants:
+        yield describe(setting, entrant, {e.strategy: e for e in entrants})
+
+
+def take_turns(entrants: Sequence[Entrant], seconds: float, least: int = 3) -> None:
+    """Steps one after the other, another one first in every turn."""
+    ends, turn = time.monotonic() + seconds, 0
+    while turn < least or time.monotonic() < ends:
+        first = turn % len(entrants)
+        for entrant in (*entrants[first:], *entrants[:first]):
+            entrant.take_turn()
+        turn += 1
+
+
+def describe(setting: Setting, entrant: Entrant, others: dict[str, Entrant]) -> dict[str, Any]:
+    """A row: milliseconds, ratios, bytes, error. What was not measured is None.
+
+    flops: of matrix products and convolutions, counted before compilation.
+    step_bytes, temporary_bytes: the compiler's figures, with and without what goes in and out.
+    rss_bytes: by how much the process grew during the first step (Linux).
+    device_bytes: the device's peak after it, where the device tells; None also where something
+      before it had taken more.
+    gradient_error: of the first step, relative L2 distance to that of `store`.
+    time_vs_store, cpu_vs_store, ...: medians of ratios within turns; cpu is processor time, of all
+      threads.
+    """
+    model, layers, batch = setting[:3]
+    backend = jax.default_backend()
+    row: dict[str, Any] = {
+        "model": model.name,
+        "strategy": entrant.strategy,
+        "layers": layers,
+        "batch": batch,
+        "compile_seconds": round(entrant.compile_seconds, 2),
+        "flops": arithmetic(entrant.traced.jaxpr, platform=_PLATFORMS.get(backend, backend)),
+        "step_bytes": entrant.step_bytes(),
+        "temporary_bytes": entrant.compiled.memory_analysis().temp_size_in_bytes,
+        "rss_bytes": entrant.rss_bytes,
+        "device_bytes": entrant.device_bytes,
+        "turns": len(entrant.seconds),
+    }
+    if not entrant.seconds:
+        return row
+    seconds = statistics.median(entrant.seconds)
+    row |= {
+        "step_ms": 1e3 * seconds,
+        "cpu_ms": 1e3 * statistics.median(entrant.cpu_seconds),
+        "examples_per_second": model.examples(batch) / seconds,
+        "unit": model.unit,
+    }
+    for name in BASELINES:
+        if name in others:
+            other = others[name]
+            row[f"time_vs_{name}"] = _median_ratio(entrant.seconds, other.seconds)
+            row[f"cpu_vs_{name}"] = _median_ratio(entrant.cpu_seconds, other.cpu_seconds)
+    if "store" in others:
+        row["gradient_error"] = relative_l2(entrant.gradient, others["store"].gradient)
+    if "exact_mismatches" in entrant.metrics:
+        row["mismatches"] = int(entrant.metrics["exact_mismatches"])
+    return row
+
+
+def relative_l2(tree: Any, reference: Any) -> float:
+    """|tree - reference| / |reference|, over all leaves."""
+    difference = jax.tree.map(jnp.subtract, tree, reference)
+    return float(optax.tree.norm(difference) / optax.tree.norm(reference))
+
+
+def _median_ratio(values, others):
+    return statistics.median(a / b for a, b in zip(values, others, strict=True))
+
+
+def _reset_peak_rss():
+    """Makes the kernel forget the peak; returns the present size, or None where it cannot."""
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+        return _memory_bytes("VmRSS")
+    except OSError:
+        return None
+
+
+def _memory_bytes(name):
+    with open("/proc/self/status") as file:
+        (line,) = (line for line in file if line.startswith(f"{name}:"))
+    return 1024 * int(line.split()[1])

@@ -1,0 +1,239 @@
+"""What the benchmark trains: two chains and a network, each as one compiled training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from revnet_jax.core import STRATEGIES, Block, Exactness, chain, reversible_block
+from revnet_jax.errors import UserError
+from revnet_jax.training.build import build_recipe
+from revnet_jax.training.compiler import jit
+from revnet_jax.training.step import init_state, make_train_step
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+LEARNING_RATE = 1e-3  # small: what is measured does not depend on it, and nothing may overflow
+
+
+class Program(NamedTuple):
+    """A training step and what it needs.
+
+    step: `(state, batch) -> (state, metrics)`, jitted, its state donated. Metrics hold the loss,
+      and under `reverse` `exact_mismatches`.
+    init: `() -> (state, batch)`.
+    gradient: the gradient of the first step, found in the state after it: what momentum holds.
+    """
+
+    step: Any
+    init: Callable[[], tuple[Any, Any]]
+    gradient: Callable[[Any], Any]
+
+
+def parse_strategy(name: str, layers: int) -> tuple[Any, int]:
+    """(backprop, stored_layers) of "reverse", or of "reverse+8": its last 8 layers store.
+
+    layers: of the model. Raises UserError for what is no strategy, or stores more layers.
+    """
+    backprop, plus, stored = name.partition("+")
+    if backprop not in STRATEGIES or bool(plus) != stored.isdecimal():
+        known = ", ".join(STRATEGIES)
+        raise UserError(f"got strategy {name!r}, expected one of {known}, or one of them with +m")
+    if int(stored or 0) > layers:
+        raise UserError(f"got strategy {name!r} for {layers} layers, expected +0 to +{layers}")
+    return backprop, int(stored or 0)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Equal two-stream layers, trained to bring the mean square of the streams to 0.
+
+    width: of each stream. dtype: of what branches compute; streams and parameters are float32.
+    """
+
+    width: int
+    dtype: str = "float32"
+    name: ClassVar[str]
+    unit: ClassVar[str]
+
+    def block(self) -> Block:
+        raise NotImplementedError
+
+    def init_layer(self, key: jax.Array) -> Any:
+        raise NotImplementedError
+
+    def stream_shape(self, batch: int) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def examples(self, batch: int) -> int:
+        """How many of `unit` a batch holds."""
+        return batch
+
+    def program(self, strategy: str, layers: int, batch: int) -> Program:
+        """The training step: value and gradient, SGD with momentum, and the exactness check."""
+        optimizer, block = optax.sgd(LEARNING_RATE, momentum=0.9), self.block()
+        backprop, stored_layers = parse_strategy(strategy, layers)
+        settings: dict[str, Any] = {"backprop": backprop, "stored_layers": stored_layers}
+
+        def loss_fn(params_L, probe, x):
+            y, _ = chain(block, params_L, x, probe=probe, **settings)
+            return sum(jnp.mean(jnp.square(stream)) for stream in y)
+
+        def step(state, x):
+            params_L, opt_state = state
+            value_and_grad = jax.value_and_grad(loss_fn, argnums=(0, 1))
+            loss, (grads, exactness) = value_and_grad(params_L, Exactness.probe(), x)
+            updates, opt_state = optimizer.update(grads, opt_state)
+            metrics = {"loss": loss, "exact_mismatches": exactness.mismatches}
+            return (optax.apply_updates(params_L, updates), opt_state), metrics
+
+        def init():
+            params_key, *keys = jax.random.split(jax.random.key(0), 3)
+            params_L = jax.vmap(self.init_layer)(jax.random.split(params_key, layers))
+            x = tuple(jax.random.normal(key, self.stream_shape(batch)) for key in keys)
+            return (params_L, optimizer.init(params_L)), x
+
+        return Program(jit(step, donate_argnums=0), jax.jit(init), _momentum)
+
+
+@dataclass(frozen=True)
+class Mlp(Chain):
+    """f and g: normalise, Linear, ReLU (f) or GELU (g), Linear; all of the streams' width."""
+
+    width: int = 512
+    name = "mlp"
+    unit = "rows"
+
+    def block(self) -> Block:
+        def branch(activation):
+            def run(params, x, context):
+                hidden = activation(linear(params[0], normalise(x).astype(DTYPES[self.dtype])))
+                return linear(params[1], hidden)
+
+            return run
+
+        return reversible_block(branch(jax.nn.relu), branch(jax.nn.gelu))
+
+    def init_layer(self, key: jax.Array) -> Any:
+        keys = jax.random.split(key, 4)
+        first, second, third, fourth = (init_linear(k, self.width, self.width) for k in keys)
+        return (first, second), (third, fourth)
+
+    def stream_shape(self, batch: int) -> tuple[int, ...]:
+        return batch, self.width
+
+
+@dataclass(frozen=True)
+class Transformer(Chain):
+    """f: causal attention with several heads; g: Linear to four times the width, GELU, Linear.
+
+    Both normalise what they read. tokens: in each sequence. head_size: the heads are as many as
+    fit the width.
+    """
+
+    width: int = 256
+    tokens: int = 512
+    head_size: int = 64
+    name = "transformer"
+    unit = "tokens"
+
+    def block(self) -> Block:
+        def attention(params, x_BTD, context):
+            qkv = linear(params[0], normalise(x_BTD).astype(DTYPES[self.dtype]))
+            heads = self.width // self.head_size
+            q, k, v = jnp.split(qkv.reshape(*qkv.shape[:2], 3 * heads, self.head_size), 3, axis=2)
+            mixed_BTNK = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+            return linear(params[1], mixed_BTNK.reshape(x_BTD.shape))
+
+        def feed_forward(params, x_BTD, context):
+            x_BTD = normalise(x_BTD).astype(DTYPES[self.dtype])
+            return linear(params[1], jax.nn.gelu(linear(params[0], x_BTD)))
+
+        return reversible_block(attention, feed_forward)
+
+    def init_layer(self, key: jax.Array) -> Any:
+        keys, D = jax.random.split(key, 4), self.width
+        attention = init_linear(keys[0], D, 3 * D), init_linear(keys[1], D, D)
+        feed_forward = init_linear(keys[2], D, 4 * D), init_linear(keys[3], 4 * D, D)
+        return attention, feed_forward
+
+    def stream_shape(self, batch: int) -> tuple[int, ...]:
+        return batch, self.tokens, self.width
+
+    def examples(self, batch: int) -> int:
+        return batch * self.tokens
+
+
+@dataclass(frozen=True)
+class ImageNetwork:
+    """The network of a config with three stages alike, as `scripts/train.py` trains it.
+
+    config: its batch size and units per stage are replaced.
+    """
+
+    config: ConfigDict
+    name: str = "revnet"
+    unit = "images"
+
+    def examples(self, batch: int) -> int:
+        return batch
+
+    def program(self, strategy: str, layers: int, batch: int) -> Program:
+        """The training step of the package on random images. layers: units in all stages."""
+        config = self.config.copy_and_resolve_references()
+        stages = len(config.model.units)
+        config.model.units = (layers // stages,) * stages
+        config.model.backprop, stored_layers = parse_strategy(strategy, layers)
+        if stored_layers:
+            config.model.stored_layers = str(stored_layers)
+        network, schedule, optimizer = build_recipe(config)
+        train_step = make_train_step(
+            network, optimizer, schedule, label_smoothing=config.label_smoothing
+        )
+
+        def step(state, images):
+            state, metrics = train_step(state, images)
+            kept = {"loss": metrics["train_loss"]}
+            if "exact_mismatches" in metrics:
+                kept["exact_mismatches"] = metrics["exact_mismatches"]
+            return state, kept
+
+        def init():
+            image_key, label_key = jax.random.split(jax.random.key(1))
+            shape = (batch, *config.data.image_shape)
+            images = {
+                "image": jax.random.normal(image_key, shape),
+                "label": jax.random.randint(label_key, (batch,), 0, config.data.num_classes),
+            }
+            return init_state(network, optimizer, config.seed), images
+
+        gradient = lambda state: _momentum((None, state.opt_state))
+        return Program(jit(step, donate_argnums=0), jax.jit(init), gradient)
+
+
+Model = Chain | ImageNetwork
+
+
+def linear(params: Any, x: jax.Array) -> jax.Array:
+    """x @ kernel + bias, in the dtype of x."""
+    kernel, bias = (leaf.astype(x.dtype) for leaf in params)
+    return x @ kernel + jnp.expand_dims(bias, tuple(range(x.ndim - 1)))
+
+
+def init_linear(key: jax.Array, inputs: int, outputs: int) -> tuple[jax.Array, jax.Array]:
+    """(kernel, bias), float32."""
+    return jax.random.normal(key, (inputs, outputs)) / inputs**0.5, jnp.zeros(outputs)
+
+
+def normalise(x: jax.Array) -> jax.Array:
+    """Mean 0 and variance 1 along the last axis."""
+    return jax.nn.standardize(x, epsilon=1e-5)
+
+
+def _momentum(state: Any) -> Any:
+    return optax.tree.get(state[1], "trace")

@@ -1,0 +1,133 @@
+"""The benchmark's rows as Markdown tables, and as a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+MIB, GIB = 2**20, 2**30
+Row = dict[str, Any]
+NOTES = """\
+time, cpu: wall and processor time of a step, medians of ratios within a turn; flops: of matrix
+products and convolutions; step: arguments, results and temporaries as compiled; temporaries: of \
+these;
+RSS: growth of the process in the first step; device: the device's peak; gradient error: relative \
+L2,
+first step; mismatches: elements of the rebuilt input that differ, all steps"""
+
+
+def as_tables(rows: Sequence[Row]) -> str:
+    """Markdown: the comparison, then the limits, where there are any."""
+    compared = [row for row in rows if "axis" not in row]
+    limits = [row for row in rows if "axis" in row]
+    parts = []
+    if compared:
+        parts += [_table(COLUMNS, compared, _baselines(compared)), NOTES]
+    if limits:
+        parts.append(_table(LIMIT_COLUMNS, limits, {}))
+    return "\n\n".join(parts)
+
+
+def draw(rows: Sequence[Row], figure_class: Any) -> Any:
+    """Time beside memory, a group of bars for each model and size; limits below, on a log scale."""
+    compared = [row for row in rows if "axis" not in row]
+    limits = [row for row in rows if "axis" in row]
+    figure = figure_class(figsize=(9, 3.2 + (2.8 if limits else 0)), layout="constrained")
+    axes = figure.subplots(2 if limits else 1, 2, squeeze=False)
+    timed = [row for row in compared if row.get("step_ms")]
+    _bars(axes[0, 0], timed, lambda row: row.get("time_vs_store"), "time of a step, store = 1")
+    _bars(axes[0, 1], compared, lambda row: row["temporary_bytes"] / MIB, "temporaries, MiB")
+    axes[0, 1].set_yscale("log")
+    if limits:
+        label = "largest that fits"
+        _bars(axes[1, 0], limits, lambda row: row["largest"], label, ("model", "axis"))
+        axes[1, 0].set_yscale("log")
+        speed = lambda row: row["examples_per_second"]
+        _bars(axes[1, 1], limits, speed, "a second, at the limit", ("model", "axis"))
+        axes[1, 1].set_yscale("log")
+    handles, labels = axes[0, 1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=len(labels))
+    return figure
+
+
+def _bars(axis, rows, value, label, keys=("model", "layers", "batch")):
+    groups = list(dict.fromkeys(tuple(row[key] for key in keys) for row in rows))
+    strategies = list(dict.fromkeys(row["strategy"] for row in rows))
+    width = 0.8 / max(1, len(strategies))
+    for i, strategy in enumerate(strategies):
+        mine = [row for row in rows if row["strategy"] == strategy]
+        places = [groups.index(tuple(row[key] for key in keys)) + i * width for row in mine]
+        axis.bar(places, [value(row) or 0 for row in mine], width, label=strategy)
+    middle = 0.4 - width / 2
+    names = ["\n".join([group[0], " x ".join(map(str, group[1:]))]) for group in groups]
+    axis.set_xticks([i + middle for i in range(len(groups))], names, fontsize=8)
+    axis.set_ylabel(label)
+    axis.grid(axis="y", alpha=0.3)
+
+
+def _baselines(rows):
+    """The row of `store` at each size."""
+    return {_size(row): row for row in rows if row["strategy"] == "store"}
+
+
+def _size(row):
+    return row["model"], row["layers"], row["batch"]
+
+
+def _number(key, form, scale=1.0):
+    def cell(row, store):
+        value = row.get(key)
+        return "-" if value is None else form.format(value / scale)
+
+    return cell
+
+
+def _flops(row, store):
+    return "-" if store is None else f"{row['flops'] / store['flops']:.3f}"
+
+
+def _text(key):
+    return lambda row, store: str(row[key])
+
+
+COLUMNS = {
+    "model": _text("model"),
+    "layers": _text("layers"),
+    "batch": _text("batch"),
+    "strategy": _text("strategy"),
+    "ms / step": _number("step_ms", "{:.1f}"),
+    "time / store": _number("time_vs_store", "{:.3f}"),
+    "time / remat": _number("time_vs_remat", "{:.3f}"),
+    "cpu / store": _number("cpu_vs_store", "{:.3f}"),
+    "flops / store": _flops,
+    "step, MiB": _number("step_bytes", "{:,.1f}", MIB),
+    "temporaries, MiB": _number("temporary_bytes", "{:,.1f}", MIB),
+    "RSS, MiB": _number("rss_bytes", "{:,.0f}", MIB),
+    "device, MiB": _number("device_bytes", "{:,.0f}", MIB),
+    "gradient error": _number("gradient_error", "{:.1e}"),
+    "mismatches": _number("mismatches", "{:.0f}"),
+    "turns": _text("turns"),
+}
+LIMIT_COLUMNS = {
+    "model": _text("model"),
+    "axis": _text("axis"),
+    "strategy": _text("strategy"),
+    "largest": _number("largest", "{:,.0f}"),
+    "layers": _text("layers"),
+    "batch": _text("batch"),
+    "step, GiB": _number("step_bytes", "{:.2f}", GIB),
+    "of, GiB": _number("limit_bytes", "{:.2f}", GIB),
+    "a second": lambda row, store: (
+        _number("examples_per_second", "{:,.1f}")(row, store) + " " + row["unit"]
+    ),
+}
+
+
+def _table(columns, rows, baselines):
+    lines = [[name for name in columns]]
+    lines.append(["---" if name in ("model", "strategy", "axis") else "---:" for name in columns])
+    lines += [[cell(row, baselines.get(_size(row))) for cell in columns.values()] for row in rows]
+    # A column in which nothing was measured is left out.
+    kept = [i for i in range(len(columns)) if any(line[i] != "-" for line in lines[2:])]
+    widths = {i: max(len(line[i]) for line in lines) for i in kept}
+    return "\n".join(f"| {' | '.join(line[i].ljust(widths[i]) for i in kept)} |" for line in lines)

@@ -1,0 +1,127 @@
+"""What the benchmark measures where: a laptop's suite, and that of a large GPU."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from revnet_jax.errors import UserError
+from revnet_jax.memory.benchmark import Setting, compare
+from revnet_jax.memory.benchmark_limits import Axis, device_limit_bytes, find_limit
+from revnet_jax.memory.benchmark_models import ImageNetwork, Mlp, Transformer
+
+BASIC = ("store", "remat", "reverse")
+
+
+class Search(NamedTuple):
+    """A limit to find: see `find_limit`."""
+
+    model: Any
+    axis: Axis
+    layers: int
+    batch: int
+    strategies: tuple[str, ...]
+
+
+class Suite(NamedTuple):
+    settings: tuple[Setting, ...]
+    searches: tuple[Search, ...] = ()
+
+
+def suites(config: ConfigDict) -> dict[str, Suite]:
+    """By name. config: of the RevNet that is measured, with three stages alike."""
+    half = config.copy_and_resolve_references()
+    half.model.compute_dtype = "bfloat16"
+    return {"laptop": laptop(ImageNetwork(config)), "gpu": gpu(ImageNetwork(half))}
+
+
+def laptop(revnet: ImageNetwork) -> Suite:
+    """Two cores, under ten minutes; what is not timed is compiled only, for its memory."""
+    mlp, transformer = Mlp(), Transformer()
+    some = ("store", "remat_dots", "remat", "reverse")
+    mixed = (*some, "reverse+8", "reverse+16", "reverse+24")
+    return Suite(
+        (
+            Setting(mlp, layers=32, batch=1024, strategies=mixed, seconds=120),
+            Setting(mlp, layers=64, batch=1024, strategies=some, seconds=0),
+            Setting(transformer, layers=12, batch=8, strategies=some, seconds=80),
+            Setting(transformer, layers=24, batch=8, strategies=some, seconds=0),
+            Setting(revnet, layers=27, batch=10, strategies=BASIC, seconds=90),
+        )
+    )
+
+
+def gpu(revnet: ImageNetwork) -> Suite:
+    """One GPU of 80 GB or more, under eight minutes."""
+    transformer = Transformer(width=1024, tokens=1024, head_size=128, dtype="bfloat16")
+    mlp = Mlp(width=2048, dtype="bfloat16")
+    most = (*BASIC, "remat_dots", "offload")
+    return Suite(
+        (
+            Setting(mlp, layers=32, batch=8192, strategies=most, seconds=10),
+            Setting(transformer, layers=24, batch=8, strategies=(*most, "reverse+8"), seconds=15),
+            Setting(revnet, layers=27, batch=512, strategies=BASIC, seconds=10),
+        ),
+        (
+            Search(transformer, "batch", layers=24, batch=4, strategies=most),
+            Search(transformer, "layers", layers=12, batch=16, strategies=most),
+            Search(mlp, "layers", layers=16, batch=32768, strategies=most),
+            Search(revnet, "batch", layers=27, batch=512, strategies=BASIC),
+        ),
+    )
+
+
+def select(
+    suite: Suite,
+    *,
+    models: Sequence[str] | None = None,
+    strategies: Sequence[str] | None = None,
+    layers: Sequence[int] | None = None,
+    batch: Sequence[int] | None = None,
+    seconds: float | None = None,
+) -> Suite:
+    """A part of a suite, or other sizes; None leaves as it is. UserError for unknown models.
+
+    layers, batch: each of these with each of those, for every model, in place of the suite's.
+    """
+    known = dict.fromkeys(setting.model.name for setting in suite.settings)
+    names = list(known) if models is None else list(models)
+    for name in names:
+        if name not in known:
+            raise UserError(f"got model {name!r}, expected some of {', '.join(known)}")
+    settings = [setting for setting in suite.settings if setting.model.name in names]
+    if layers or batch:
+        timed = [setting for setting in settings if setting.seconds]
+        settings = [
+            setting._replace(layers=n, batch=b)
+            for setting in timed
+            for n, b in itertools.product(layers or [setting.layers], batch or [setting.batch])
+        ]
+    if seconds is not None:
+        settings = [s._replace(seconds=seconds if s.seconds else 0) for s in settings]
+    searches = tuple(search for search in suite.searches if search.model.name in names)
+    if strategies is not None:
+        settings = [setting._replace(strategies=tuple(strategies)) for setting in settings]
+        searches = tuple(search._replace(strategies=tuple(strategies)) for search in searches)
+    return Suite(tuple(settings), searches)
+
+
+def run(suite: Suite, *, limit_bytes: int | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a suite, as they are measured; what is under way goes to stderr.
+
+    limit_bytes: where searches end; by default what the device says it has.
+    """
+    say = lambda *words: print(*words, file=sys.stderr, flush=True)
+    bytes_there = (limit_bytes or device_limit_bytes()) if suite.searches else 0
+    for setting in suite.settings:
+        say(f"{setting.model.name}, {setting.layers} layers, batch {setting.batch}")
+        yield from compare(setting)
+    for search in suite.searches:
+        for strategy in search.strategies:
+            say(f"{search.model.name}, the largest {search.axis} under {strategy}")
+            sizes = {"layers": search.layers, "batch": search.batch, "limit_bytes": bytes_there}
+            yield find_limit(search.model, strategy, search.axis, **sizes)

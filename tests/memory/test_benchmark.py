@@ -1,0 +1,193 @@
+"""The benchmark: real steps, ratios within turns, limits found, tables and a plot. No speeds."""
+
+import json
+import math
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from revnet_jax.errors import UserError
+from revnet_jax.memory.benchmark import Setting, compare
+from revnet_jax.memory.benchmark_limits import find_limit
+from revnet_jax.memory.benchmark_models import ImageNetwork, Mlp, Transformer, parse_strategy
+from revnet_jax.memory.benchmark_report import as_tables, draw
+from revnet_jax.memory.benchmark_suites import select, suites
+
+MLP = Mlp(width=16)
+BASIC = ("store", "remat", "reverse")
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def quick_jit(function, **kwargs):
+    """The package's `jit`, but compiled quickly rather than well."""
+    options = {"xla_cpu_experimental_ynn_fusion_type": "", "xla_backend_optimization_level": 0}
+    return jax.jit(function, compiler_options=options, **kwargs)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_quickly():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("revnet_jax.memory.benchmark_models.jit", quick_jit)
+        yield
+
+
+def run_benchmark(*flags):
+    """(status, stdout, stderr)."""
+    command = [sys.executable, "scripts/benchmark.py", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return list(compare(Setting(MLP, layers=4, batch=32, strategies=BASIC, seconds=0.01)))
+
+
+def test_every_strategy_is_measured_and_has_the_same_gradient(rows):
+    assert [row["strategy"] for row in rows] == list(BASIC)
+    for row in rows:
+        assert row["gradient_error"] == row["mismatches"] == 0
+        assert row["step_ms"] > 0
+        assert row["turns"] >= 3
+        assert row["temporary_bytes"] < row["step_bytes"]
+    assert rows[0]["time_vs_store"] == rows[0]["cpu_vs_store"] == rows[1]["time_vs_remat"] == 1
+    assert json.loads(json.dumps(rows)) == rows
+
+
+def test_operations_are_those_of_the_products(rows):
+    """A branch has 2 products: 2 forward, 4 backward. remat repeats all but the last one of g."""
+    product = 2 * 32 * 16 * 16
+    assert [row["flops"] / (4 * product) for row in rows] == [12, 15, 16]
+
+
+def test_operations_fall_and_memory_rises_with_stored_layers():
+    strategies = ("reverse", "reverse+2", "reverse+5")
+    sizes = {"layers": 8, "batch": 64, "strategies": strategies}
+    rows = list(compare(Setting(MLP, **sizes, seconds=0)))
+    flops = [row["flops"] for row in rows]
+    temporary = [row["temporary_bytes"] for row in rows]
+    assert flops == sorted(flops, reverse=True)
+    assert temporary == sorted(temporary)
+    assert len(set(flops)) == len(set(temporary)) == len(rows)
+
+
+@pytest.mark.parametrize("model", [Mlp(), Transformer()])
+def test_the_chains_are_those_that_are_described(model):
+    """Abstractly: the sizes that the suite measures."""
+    program = model.program("reverse", 2, 8)
+    (params_L, _), x = jax.eval_shape(program.init)
+    assert {stream.shape for stream in x} == {model.stream_shape(8)}
+    width = model.width
+    per_layer = {"mlp": 4 * width * (width + 1), "transformer": 12 * width**2 + 9 * width}
+    assert sum(leaf.size for leaf in jax.tree.leaves(params_L)) == 2 * per_layer[model.name]
+    state, metrics = jax.eval_shape(program.step, *jax.eval_shape(program.init))
+    assert set(metrics) == {"loss", "exact_mismatches"}
+    assert jax.tree.structure(program.gradient(state)) == jax.tree.structure(params_L)
+
+
+def test_attention_is_causal():
+    model = Transformer(width=16, tokens=8, head_size=8)
+    f = model.block().half_steps[0].branch
+    params = model.init_layer(jax.random.key(0))[0]
+    x_BTD = jax.random.normal(jax.random.key(1), model.stream_shape(1))
+    branch = jax.jit(lambda x_BTD: f(params, x_BTD, None)[0])
+    u, changed = branch(x_BTD), branch(x_BTD.at[:, 5:].set(0))
+    assert (u[:, :5] == changed[:, :5]).all()
+    assert (u[:, 5:] != changed[:, 5:]).any(axis=-1).all()
+
+
+def test_the_network_is_the_one_that_is_trained(tiny_config):
+    """Abstractly: its units are set, and momentum holds a gradient for every parameter."""
+    model = ImageNetwork(tiny_config)
+    program = model.program("reverse", 4, 3)
+    state, batch = jax.eval_shape(program.init)
+    assert batch["image"].shape == (3, 8, 8, 1)
+    new_state, metrics = jax.eval_shape(program.step, state, batch)
+    assert set(metrics) == {"loss", "exact_mismatches"}
+    params = jax.tree.structure(state.variables.params)
+    assert jax.tree.structure(program.gradient(new_state)) == params
+
+
+def test_limits_are_within_the_memory_given_and_found_by_every_strategy():
+    sizes = {"layers": 4, "batch": 256, "limit_bytes": 2 * 2**20}
+    find = lambda strategy: find_limit(MLP, strategy, "layers", **sizes, most_compiled=3)
+    store, reverse = find("store"), find("reverse")
+    for row in (store, reverse):
+        assert row["largest"] == row["layers"]
+        assert row["largest"] % 4 == 0
+        assert row["step_bytes"] <= row["limit_bytes"]
+        assert row["examples_per_second"] > 0
+    assert 4 <= store["largest"] < reverse["largest"]
+
+
+def test_what_does_not_fit_at_all_has_the_limit_0():
+    row = find_limit(MLP, "store", "batch", layers=4, batch=256, limit_bytes=1000)
+    assert row["largest"] == row["batch"] == 0
+    assert row["examples_per_second"] is None
+    assert "| 0 " in as_tables([row])
+
+
+def test_tables_leave_out_what_was_not_measured(rows):
+    table = as_tables(rows)
+    assert "device, MiB" not in table
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in lines}) == 1
+    assert [line.split()[1] for line in lines[2:]] == ["mlp"] * 3
+    store = dict(zip(lines[0].split("|"), lines[2].split("|"), strict=True))
+    assert {name.strip(): cell.strip() for name, cell in store.items()}["flops / store"] == "1.000"
+
+
+def test_the_plot_is_small(rows, tmp_path):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    limit = {"model": "mlp", "axis": "batch", "largest": 8, "examples_per_second": 3.5}
+    limits = [{**limit, "strategy": name} for name in BASIC]
+    draw(rows + limits, figure).savefig(tmp_path / "plot.png", dpi=100)
+    assert 5_000 < (tmp_path / "plot.png").stat().st_size < 150_000
+
+
+def test_suites_can_be_narrowed(tiny_config):
+    both = suites(tiny_config)
+    assert {setting.model.name for setting in both["laptop"].settings} == {
+        "mlp",
+        "transformer",
+        "revnet",
+    }
+    sizes = {"layers": [2, 4], "batch": [8], "seconds": 1.0, "strategies": ["store"]}
+    chosen = select(both["gpu"], models=["mlp"], **sizes)
+    assert [setting[1:] for setting in chosen.settings] == [
+        (2, 8, ("store",), 1.0),
+        (4, 8, ("store",), 1.0),
+    ]
+    assert [search.strategies for search in chosen.searches] == [("store",)]
+    with pytest.raises(UserError, match="got model 'mpl', expected some of mlp, transformer"):
+        select(both["laptop"], models=["mpl"])
+
+
+@pytest.mark.parametrize("name", ["revers", "reverse+", "reverse8", "reverse+-1", "store+1+1"])
+def test_strategies_that_there_are_not(name):
+    with pytest.raises(UserError, match="expected one of store, "):
+        parse_strategy(name, 8)
+
+
+def test_no_more_layers_can_be_stored_than_there_are():
+    assert parse_strategy("reverse+8", 8) == ("reverse", 8)
+    with pytest.raises(UserError, match=r"got strategy 'reverse\+9' for 8 layers, expected \+0"):
+        parse_strategy("reverse+9", 8)
+
+
+def test_the_script_prints_json_lines():
+    sizes = "--models=mlp", "--layers=2", "--batch=2", "--seconds=0.01"
+    status, stdout, _ = run_benchmark(*sizes, "--strategies=store", "--json")
+    (row,) = map(json.loads, stdout.splitlines())
+    assert (status, row["layers"], row["batch"]) == (0, 2, 2)
+    assert math.isfinite(row["step_ms"])
+    assert row["command"].startswith("scripts/benchmark.py --models=mlp")
+
+
+def test_the_script_says_what_is_wrong():
+    status, stdout, stderr = run_benchmark("--layers=2,x")
+    assert (status, stdout) == (1, "")
+    assert stderr.strip() == "error: got --layers=2,x, expected numbers from 1"
