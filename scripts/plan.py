@@ -15,8 +15,8 @@ from absl import flags
 
 from revnet_jax import config as configs
 from revnet_jax.memory.compile import DEFAULT_CACHE_DIR, Compiler
-from revnet_jax.memory.plan import plan, size
 from revnet_jax.memory.topology import parse_topology
+from revnet_jax.memory.units import size
 
 CONFIG = configs.define_config_flag()
 TOPOLOGY = flags.DEFINE_string("topology", "local", "What to compile for: local, v5e:2x4, ...")
@@ -37,6 +37,8 @@ PARTS = {
 
 def main(argv):
     del argv
+    from revnet_jax.memory.plan import plan
+
     topology = parse_topology(TOPOLOGY.value)
     figure_class = load_matplotlib(PLOT.value) if PLOT.value else None
     cache_dir = Path(CACHE_DIR.value).expanduser()

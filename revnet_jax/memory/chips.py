@@ -20,6 +20,7 @@ class Chip:
     hbm_bandwidth: bytes/s.
     link_bandwidth: bytes/s that it can send to the others, all links together: half of what is
       published as bidirectional.
+    host_bandwidth: bytes/s from the host's memory, or to it: PCI Express, by generation.
     source: of the published figures.
     """
 
@@ -28,20 +29,21 @@ class Chip:
     hbm_bytes: int
     hbm_bandwidth: float
     link_bandwidth: float
+    host_bandwidth: float
     source: str
 
 
 CHIPS = {
-    "v4": Chip("TPU v4", 275e12, int(30.75 * GIB), 1228e9, 300e9, f"{_TPU_PAGES}v4"),
-    "v5e": Chip("TPU v5 lite", 197e12, int(15.75 * GIB), 819e9, 200e9, f"{_TPU_PAGES}v5e"),
-    "v5p": Chip("TPU v5", 459e12, int(95.74 * GIB), 2765e9, 600e9, f"{_TPU_PAGES}v5p"),
-    "v6e": Chip("TPU v6 lite", 918e12, int(31.25 * GIB), 1638e9, 400e9, f"{_TPU_PAGES}v6e"),
+    "v4": Chip("TPU v4", 275e12, int(30.75 * GIB), 1228e9, 300e9, 16e9, f"{_TPU_PAGES}v4"),
+    "v5e": Chip("TPU v5 lite", 197e12, int(15.75 * GIB), 819e9, 200e9, 16e9, f"{_TPU_PAGES}v5e"),
+    "v5p": Chip("TPU v5", 459e12, int(95.74 * GIB), 2765e9, 600e9, 16e9, f"{_TPU_PAGES}v5p"),
+    "v6e": Chip("TPU v6 lite", 918e12, int(31.25 * GIB), 1638e9, 400e9, 32e9, f"{_TPU_PAGES}v6e"),
     # Two devices a chip: each has half of 2307 TFLOP/s, 7380 GB/s and 1200 GB/s.
-    "tpu7x": Chip("TPU7x", 1153.5e12, int(94.75 * GIB), 3690e9, 300e9, f"{_TPU_PAGES}tpu7x"),
+    "tpu7x": Chip("TPU7x", 1153.5e12, int(94.75 * GIB), 3690e9, 300e9, 32e9, f"{_TPU_PAGES}tpu7x"),
     # The SXM modules; peaks without sparsity.
-    "a100": Chip("NVIDIA A100", 312e12, 80 * GIB, 2039e9, 300e9, f"{_NVIDIA_PAGES}a100"),
-    "h100": Chip("NVIDIA H100", 989e12, 80 * GIB, 3350e9, 450e9, f"{_NVIDIA_PAGES}h100"),
-    "h200": Chip("NVIDIA H200", 989e12, 141 * 10**9, 4800e9, 450e9, f"{_NVIDIA_PAGES}h200"),
+    "a100": Chip("NVIDIA A100", 312e12, 80 * GIB, 2039e9, 300e9, 32e9, f"{_NVIDIA_PAGES}a100"),
+    "h100": Chip("NVIDIA H100", 989e12, 80 * GIB, 3350e9, 450e9, 64e9, f"{_NVIDIA_PAGES}h100"),
+    "h200": Chip("NVIDIA H200", 989e12, 141 * 10**9, 4800e9, 450e9, 64e9, f"{_NVIDIA_PAGES}h200"),
 }
 
 
@@ -61,15 +63,21 @@ def least_seconds(
     *,
     flops: float,
     hbm_bytes: float,
+    host_bytes: float,
     collectives: Mapping[str, float],
     num_devices: int,
 ) -> float:
     """The roofline: a lower bound on the time of one step, which nothing real quite reaches.
 
-    Arithmetic and memory overlap perfectly, and links not at all. Arguments are of one device;
-    collectives: bytes by kind, as `traffic` counts them.
+    Arithmetic and both memories overlap perfectly, and links not at all. Arguments are of one
+    device, as `traffic` counts them.
     """
-    return max(flops / chip.peak_flops, hbm_bytes / chip.hbm_bandwidth) + sum(
+    busiest = max(
+        flops / chip.peak_flops,
+        hbm_bytes / chip.hbm_bandwidth,
+        host_bytes / chip.host_bandwidth,
+    )
+    return busiest + sum(
         _passes(kind, num_devices) * num_bytes / chip.link_bandwidth
         for kind, num_bytes in collectives.items()
     )

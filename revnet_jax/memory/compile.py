@@ -27,9 +27,10 @@ class CompiledStep:
     needed_bytes: what must fit into it, arguments and results included; None where the compiler
       ran out of memory and did not say how much it asked for.
     out_of_memory: whether it refused to compile.
-    argument_bytes, hbm_bytes (moved), collectives: None if it refused.
-    flops: of all devices together. params_bytes are trained, weights_bytes also count running
-      averages; sizes of arrays, before a TPU pads them.
+    argument_bytes, traffic (as `Traffic` has it): None if it refused.
+    flops: of all devices together.
+    weights_bytes, gradient_bytes, optimizer_bytes, batch_bytes: of arrays, before a TPU pads them;
+      running averages count as weights, and gradients are those that exist together.
     cached: whether the compiler was asked by an earlier run.
     """
 
@@ -39,11 +40,10 @@ class CompiledStep:
     needed_bytes: int | None
     out_of_memory: bool
     argument_bytes: int | None
-    hbm_bytes: int | None
-    collectives: dict[str, int] | None
+    traffic: dict[str, Any] | None
     flops: int
-    params_bytes: int
     weights_bytes: int
+    gradient_bytes: int
     optimizer_bytes: int
     batch_bytes: int
     compile_seconds: float

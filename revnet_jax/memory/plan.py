@@ -9,6 +9,8 @@ from revnet_jax.errors import UserError
 from revnet_jax.memory.chips import Chip, chip_of, least_seconds
 from revnet_jax.memory.compile import CompiledStep, Compiler, NotCompiled
 from revnet_jax.memory.largest import largest_that_fits
+from revnet_jax.memory.traffic import Traffic
+from revnet_jax.memory.units import size
 from revnet_jax.memory.variants import chosen, variants
 
 MOST_TIMES = 4096  # sizes that no limit stops are not searched beyond so many times the config's
@@ -52,7 +54,8 @@ def plan(
     if largest:
         for row in rows:
             if row["error"] is None:
-                row |= _largest({**config, **overrides[row["strategy"]]}, compiler, any_step)
+                name = row["strategy"]
+                row |= _largest(name, {**config, **overrides[name]}, compiler, any_step)
     return {
         "topology": compiler.topology.name,
         "devices": any_step.num_devices,
@@ -88,13 +91,6 @@ def recommend(rows: Sequence[Row], limit_bytes: int | None) -> dict[str, str | N
     }
 
 
-def size(num_bytes: float) -> str:
-    """'1.50 GiB', '12.3 MiB' or '4.5 KiB'."""
-    if num_bytes >= 2**30:
-        return f"{num_bytes / 2**30:.2f} GiB"
-    return f"{num_bytes / 2**20:.1f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:.1f} KiB"
-
-
 def _failed(name, step):
     return {"strategy": name, "error": step.error, "fits": None}
 
@@ -105,8 +101,7 @@ def _row(name: str, step: CompiledStep, chip: Chip | None, model_flops: int | No
         seconds = least_seconds(
             chip,
             flops=step.flops / step.num_devices,
-            hbm_bytes=step.hbm_bytes,
-            collectives=step.collectives,
+            **step.traffic,
             num_devices=step.num_devices,
         )
         if model_flops is not None:
@@ -118,8 +113,7 @@ def _row(name: str, step: CompiledStep, chip: Chip | None, model_flops: int | No
         "needed_bytes": step.needed_bytes,
         **_parts(step),
         "flops": step.flops // step.num_devices,
-        "hbm_bytes": step.hbm_bytes,
-        "collectives": step.collectives,
+        **(step.traffic or dict.fromkeys(Traffic._fields)),
         "least_ms": None if seconds is None else 1000 * seconds,
         "utilization": utilization,
         "compile_seconds": step.compile_seconds,
@@ -129,8 +123,8 @@ def _row(name: str, step: CompiledStep, chip: Chip | None, model_flops: int | No
 def _parts(step: CompiledStep) -> dict[str, int | None]:
     """What the memory holds; null where it is not known how much was asked for.
 
-    Gradients are taken to be as large as the parameters, unless there is no room for them;
-    activations are all the rest.
+    Gradients are all that exist together, as far as there is room for them: a compiler may use
+    one up before it makes the next. Activations are the rest.
     """
     if step.needed_bytes is None:
         return dict.fromkeys(
@@ -143,7 +137,7 @@ def _parts(step: CompiledStep) -> dict[str, int | None]:
         padding = max(1.0, (step.argument_bytes - step.batch_bytes) / kept)
     weights, optimizer = (int(padding * n) for n in (step.weights_bytes, step.optimizer_bytes))
     rest = max(0, step.needed_bytes - weights - optimizer)
-    gradient = min(int(padding * step.params_bytes), rest)
+    gradient = min(int(padding * step.gradient_bytes), rest)
     return {
         "weights_bytes": weights,
         "optimizer_bytes": optimizer,
@@ -152,13 +146,13 @@ def _parts(step: CompiledStep) -> dict[str, int | None]:
     }
 
 
-def _largest(settings, compiler, step):
+def _largest(strategy, settings, compiler, step):
     """The largest batch, and the largest depth, that fit; nothing where memory is not known."""
     if step.limit_bytes is None:
         return {}
 
     def needed_bytes(key, value):
-        name = f"{settings['model.backprop']}, {key} {value}"
+        name = f"{strategy}, {key} {value}"
         (result,) = compiler.steps({name: {**settings, key: value}}).values()
         return None if isinstance(result, NotCompiled) else result.needed_bytes
 
@@ -167,7 +161,7 @@ def _largest(settings, compiler, step):
         lambda n: needed_bytes("batch_size", n),
         batch_size,
         limit_bytes=step.limit_bytes,
-        step=step.num_devices,
+        step=step.num_devices * settings["microbatches"],
         most=MOST_TIMES * batch_size,
     )
     times = largest_that_fits(

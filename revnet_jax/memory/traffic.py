@@ -27,6 +27,7 @@ _FREE = {
     "partition-id",
     "replica-id",
 }
+_HBM, _HOST = 0, 5  # memory spaces, as compilers number them
 _FREE_CUSTOM_CALLS = ('"AllocateBuffer"', '"ConcatBitcast"')
 
 
@@ -34,10 +35,12 @@ class Traffic(NamedTuple):
     """Of one device, in one run of a program.
 
     hbm_bytes: read from and written to its memory; what stays on the chip does not count.
+    host_bytes: the same of the host's memory, of what is kept there for the device.
     collectives: bytes that enter collective operations (all-gather: that leave), by their kind.
     """
 
     hbm_bytes: int
+    host_bytes: int
     collectives: dict[str, int]
 
 
@@ -72,17 +75,15 @@ class _Counter:
         if opcode == "while":
             (body,) = inner
             n = trip_count(self._module, instruction)
-            return Traffic(n * body.hbm_bytes, {k: n * v for k, v in body.collectives.items()})
+            return _total([body], times=n)
         if opcode == "conditional":
-            return max(
-                inner, key=lambda branch: (branch.hbm_bytes, sum(branch.collectives.values()))
-            )
+            return max(inner, key=lambda branch: branch.hbm_bytes)
         if opcode in ("call", "async-start"):
             return _total(inner)
         if opcode in _FREE or opcode.endswith("-done") or opcode == "async-update":
-            return Traffic(0, {})
+            return _NOTHING
         if opcode == "custom-call" and any(t in instruction.attributes for t in _FREE_CUSTOM_CALLS):
-            return Traffic(0, {})
+            return _NOTHING
         operands = [computation.instructions[name].result for name in instruction.operands]
         collectives = _total(inner).collectives  # of a fusion with a collective inside
         kind = opcode.removesuffix("-start")
@@ -91,28 +92,31 @@ class _Counter:
             if kind == "all-gather":  # by what it makes; an asynchronous one returns both
                 payload = _bytes(instruction.result) - (payload if opcode != kind else 0)
             collectives = {kind: payload}
-        return Traffic(self._moved(instruction, operands), collectives)
+        hbm_bytes, host_bytes = (
+            self._moved(instruction, operands, space) for space in (_HBM, _HOST)
+        )
+        return Traffic(hbm_bytes, host_bytes, collectives)
 
-    def _moved(self, instruction, operands):
-        """Bytes through HBM of an instruction that is neither control flow nor free."""
+    def _moved(self, instruction, operands, space):
+        """Bytes through a memory, for an instruction that is neither control flow nor free."""
         opcode, result = instruction.opcode, instruction.result
         if opcode == "fusion":
             body = self._module.computations[instruction.callees[0]]
             read = sum(
-                min(_hbm(arrays), self._read(body, parameter.name))
+                min(_bytes(arrays, space), self._read(body, parameter.name))
                 for arrays, parameter in zip(operands, body.parameters, strict=True)
             )
-            return read + min(_hbm(result), self._written(body, body.root))
+            return read + min(_bytes(result, space), self._written(body, body.root))
         if opcode in ("dynamic-slice", "slice"):
-            return _through(operands[0], result[0].num_bytes) + _hbm(result)
+            return _through(operands[0], space, _bytes(result)) + _bytes(result, space)
         if opcode in ("dynamic-slice-start", "slice-start"):
-            moved = result[1]
-            return _through(operands[0], moved.num_bytes) + _hbm([moved])
-        if opcode == "dynamic-update-slice":
-            return _hbm(operands[1]) + _through(result, _bytes(operands[1]))
+            moved = result[len(operands) : len(operands) + 1]  # after the operands themselves
+            return _through(operands[0], space, _bytes(moved)) + _bytes(moved, space)
+        if opcode in ("dynamic-update-slice", "dynamic-update-slice-start"):
+            return _bytes(operands[1], space) + _through(operands[0], space, _bytes(operands[1]))
         if opcode == "copy-start":  # its result is the copy, the original, and a context
-            return _hbm(operands[0]) + _hbm(result[:1])
-        return sum(map(_hbm, operands)) + _hbm(result)
+            return _bytes(operands[0], space) + _bytes(result[:1], space)
+        return sum(_bytes(arrays, space) for arrays in operands) + _bytes(result, space)
 
     def _read(self, body: Computation, name: str) -> int:
         """Bytes of `name` that a fused computation reads."""
@@ -146,22 +150,23 @@ class _Counter:
         return _bytes(instruction.result)
 
 
-def _total(parts: Iterable[Traffic]) -> Traffic:
-    hbm_bytes, collectives = 0, Counter()
+def _total(parts: Iterable[Traffic], times: int = 1) -> Traffic:
+    hbm_bytes, host_bytes, collectives = 0, 0, Counter()
     for part in parts:
-        hbm_bytes += part.hbm_bytes
-        collectives.update(part.collectives)
-    return Traffic(hbm_bytes, dict(collectives))
+        hbm_bytes += times * part.hbm_bytes
+        host_bytes += times * part.host_bytes
+        collectives.update({kind: times * n for kind, n in part.collectives.items()})
+    return Traffic(hbm_bytes, host_bytes, dict(collectives))
 
 
-def _bytes(arrays: Iterable[Array]) -> int:
-    return sum(array.num_bytes for array in arrays)
+_NOTHING = _total([])
 
 
-def _hbm(arrays: Iterable[Array]) -> int:
-    return sum(array.num_bytes for array in arrays if array.space == 0)
+def _bytes(arrays: Iterable[Array], space: int | None = None) -> int:
+    """Of those in one memory, or of all."""
+    return sum(array.num_bytes for array in arrays if space in (None, array.space))
 
 
-def _through(arrays: Iterable[Array], num_bytes: int) -> int:
-    """`num_bytes` of arrays that lie in HBM, or nothing."""
-    return num_bytes if any(array.space == 0 for array in arrays) else 0
+def _through(arrays: Iterable[Array], space: int, num_bytes: int) -> int:
+    """`num_bytes` of arrays that lie in this memory, or nothing."""
+    return num_bytes if any(array.space == space for array in arrays) else 0

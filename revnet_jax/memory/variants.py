@@ -5,20 +5,46 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from revnet_jax.config import settings
 from revnet_jax.errors import UserError
+from revnet_jax.models.architecture import Architecture, chains, groups
 
-Settings = Mapping[str, Any]
 
-
-def variants(config: Settings) -> dict[str, dict[str, Any]]:
-    """Those that the network can be trained in; a ResNet has no inverse.
+def variants(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Those that the network can be trained in, by name; a ResNet has no inverse.
 
     config: settings by dotted key, as all in this package.
+
+    `reverse+3` stores the last 3 layers of the chains and reverses the others; `remat/lockstep`
+    updates each layer in the backward sweep. All else is the config's.
     """
-    backprops = ["store", "remat"]
+    found = {name: (name, 0) for name in ("store", "remat_dots", "remat", "offload")}
     if config["model.family"] != "resnet":
-        backprops.append("reverse")
-    return {name: {"model.backprop": name} for name in backprops}
+        found["reverse"] = ("reverse", 0)
+        layers = layers_in_chains(config)
+        for stored in sorted({layers // 4, layers // 2, 3 * layers // 4} - {0, layers}):
+            found[f"reverse+{stored}"] = ("reverse", stored)
+    return {
+        name + suffix: {
+            "model.backprop": backprop,
+            "model.stored_layers": str(stored),
+            "optimizer.lockstep": lockstep,
+        }
+        for suffix, lockstep in (("", False), ("/lockstep", True))
+        for name, (backprop, stored) in found.items()
+    }
+
+
+def layers_in_chains(config: Mapping[str, Any]) -> int:
+    """Those that are no transitions, which change the streams' shape and are not reversed."""
+    names = ("family", "units", "channels", "bottleneck", "stem")
+    with settings("model"):
+        architecture = Architecture(
+            image_shape=config["data.image_shape"],
+            num_classes=config["data.num_classes"],
+            **{name: config[f"model.{name}"] for name in names},
+        )
+    return sum(group.depth for chain in chains(groups(architecture)).values() for group in chain)
 
 
 def chosen(names: list[str] | None, known: Mapping[str, Any]) -> dict[str, Any]:

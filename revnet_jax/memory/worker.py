@@ -20,14 +20,14 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from revnet_jax.config import ConfigError
 from revnet_jax.errors import UserError
 from revnet_jax.memory import hlo, traffic
 from revnet_jax.memory.chips import chip_of
 from revnet_jax.memory.counts import arithmetic
 from revnet_jax.memory.topology import Topology, devices, parse_topology
+from revnet_jax.memory.units import parse_size
 from revnet_jax.training.program import StepProgram, step_program
-
-UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def main() -> None:
@@ -44,6 +44,10 @@ def measure(config: ConfigDict, topology: Topology, cache_dir: Path) -> dict[str
     """The fields of `CompiledStep`; what the compiler said is looked up if it was asked before."""
     targets = devices(topology)
     platform = targets[0].platform
+    if platform == "cpu" and "offload" in config.model.backprop:
+        raise ConfigError(
+            "config.model.backprop: got offload on a CPU, expected a device with memory of its own"
+        )
     program = step_program(config, targets)
     traced = program.step.trace(program.state, program.batch)
     lowered = traced.lower()
@@ -61,7 +65,7 @@ def measure(config: ConfigDict, topology: Topology, cache_dir: Path) -> dict[str
         "limit_bytes": _limit_bytes(targets),
         "flops": arithmetic(traced.jaxpr, platform=platform),
         "cached": cached,
-        **_sizes(program),
+        **_sizes(program, config),
         **json.loads(path.read_text()),
     }
 
@@ -85,7 +89,7 @@ def asked_bytes(message: str) -> int | None:
     found = re.search(r"\(([\d.]+)([BKMGT])\) exceeds", message) or re.search(
         r"Used ([\d.]+)([BKMGT]) of", message
     )
-    return round(float(found[1]) * UNITS[found[2]]) if found else None
+    return parse_size(found[1], found[2]) if found else None
 
 
 def _compile(lowered, platform):
@@ -96,16 +100,14 @@ def _compile(lowered, platform):
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         found = {"out_of_memory": True, "needed_bytes": asked_bytes(str(error))}
-        found |= {"argument_bytes": None, "hbm_bytes": None, "collectives": None}
+        found |= {"argument_bytes": None, "traffic": None}
     else:
         stats = compiled.memory_analysis()
-        moved = traffic.traffic(compiled.as_text())
         found = {
             "out_of_memory": False,
             "needed_bytes": _needed_bytes(stats, platform),
             "argument_bytes": stats.argument_size_in_bytes,
-            "hbm_bytes": moved.hbm_bytes,
-            "collectives": moved.collectives,
+            "traffic": traffic.traffic(compiled.as_text())._asdict(),
         }
     return {**found, "compile_seconds": time.monotonic() - started}
 
@@ -144,16 +146,30 @@ def _limit_bytes(targets):
     return stats["bytes_limit"] if stats else chip.hbm_bytes if chip else None
 
 
-def _sizes(program: StepProgram) -> dict[str, int]:
+def _sizes(program: StepProgram, config: ConfigDict) -> dict[str, int]:
     """Bytes of what one device holds from step to step, and of its part of a batch."""
-    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
     num_devices = program.batch["label"].sharding.num_devices
     return {
-        "params_bytes": size(program.state.variables.params),
         "weights_bytes": size(program.state.variables),
+        "gradient_bytes": _gradient_bytes(program, config),
         "optimizer_bytes": size(program.state.opt_state),
         "batch_bytes": size(program.batch) // num_devices,
     }
+
+
+def _gradient_bytes(program: StepProgram, config: ConfigDict) -> int:
+    """Of the gradients that exist together: lockstep has one layer's of all that are in chains."""
+    params, in_chains = program.state.variables.params, program.network.stacked
+    if config.optimizer.lockstep:
+        layer = lambda name: size(params[name]) // jax.tree.leaves(params[name])[0].shape[0]
+        outside = size([tree for name, tree in params.items() if name not in in_chains])
+        return outside + max(map(layer, in_chains), default=0)
+    return size(params) * (2 if config.microbatches > 1 else 1)  # a part's, and the sum
+
+
+def size(tree: Any) -> int:
+    """Bytes of all arrays of a tree; their shapes suffice."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,13 @@ def step_program(config: ConfigDict, devices: Sequence[jax.Device]) -> StepProgr
             f"multiple of {len(devices)}, so that each gets an equal part"
         )
     mesh = Mesh(devices, ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    step = make_train_step(network, optimizer, schedule, label_smoothing=config.label_smoothing)
+    step = make_train_step(
+        network,
+        optimizer,
+        schedule,
+        label_smoothing=config.label_smoothing,
+        microbatches=config.microbatches,
+    )
     # What `jit` asks of the compiler on CPU, other compilers do not know.
     compiled_by = jit if devices[0].platform == "cpu" else jax.jit
     split = NamedSharding(mesh, PartitionSpec("data"))

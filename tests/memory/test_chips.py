@@ -24,11 +24,12 @@ def test_figures_are_of_the_right_size(chip):
     assert chip.source.startswith("https://")
 
 
-def seconds(flops=0, hbm_bytes=0, collectives=None, num_devices=4):
+def seconds(flops=0, hbm_bytes=0, host_bytes=0, collectives=None, num_devices=4):
     return least_seconds(
         V5E,
         flops=flops,
         hbm_bytes=hbm_bytes,
+        host_bytes=host_bytes,
         collectives=collectives or {},
         num_devices=num_devices,
     )
@@ -37,6 +38,7 @@ def seconds(flops=0, hbm_bytes=0, collectives=None, num_devices=4):
 def test_the_slower_of_arithmetic_and_memory_decides():
     assert seconds(flops=197e12, hbm_bytes=1e9) == 1
     assert seconds(flops=1e12, hbm_bytes=2 * 819e9) == 2
+    assert seconds(flops=1e12, host_bytes=3 * 16e9) == 3
 
 
 def test_collectives_come_on_top():

@@ -13,8 +13,10 @@ from revnet_jax.config import flatten
 from revnet_jax.errors import UserError
 from revnet_jax.memory.compile import CompiledStep, Compiler, NotCompiled
 from revnet_jax.memory.largest import Largest, largest_that_fits
-from revnet_jax.memory.plan import plan, recommend, size
+from revnet_jax.memory.plan import plan, recommend
 from revnet_jax.memory.topology import TopologyError, parse_topology
+from revnet_jax.memory.units import size
+from revnet_jax.memory.variants import variants
 from revnet_jax.memory.worker import as_config, asked_bytes, measure
 
 GIB = 2**30
@@ -26,11 +28,10 @@ STEP = CompiledStep(
     needed_bytes=9 * GIB,
     out_of_memory=False,
     argument_bytes=6 * GIB,
-    hbm_bytes=819_000_000,
-    collectives={},
+    traffic={"hbm_bytes": 819_000_000, "host_bytes": 0, "collectives": {}},
     flops=4 * 197_000_000_000,
-    params_bytes=1 * GIB,
     weights_bytes=1 * GIB,
+    gradient_bytes=1 * GIB,
     optimizer_bytes=2 * GIB,
     batch_bytes=0,
     compile_seconds=1.0,
@@ -55,7 +56,8 @@ class FakeCompiler:
 def say(settings):
     """store does not fit; reverse does more arithmetic; remat cannot be compiled."""
     changes = {
-        "store": {"needed_bytes": 22 * GIB, "out_of_memory": True, "argument_bytes": None},
+        "store": {"needed_bytes": 22 * GIB, "out_of_memory": True}
+        | {"argument_bytes": None, "traffic": None},
         "reverse": {"flops": 5 * 197_000_000_000},
     }
     if settings["model.backprop"] == "remat":
@@ -64,7 +66,8 @@ def say(settings):
 
 
 def test_rows_say_what_fits_and_what_it_is_made_of(tiny_config):
-    report = plan(flatten(tiny_config), FakeCompiler(say))
+    names = ["store", "remat", "reverse"]
+    report = plan(flatten(tiny_config), FakeCompiler(say), strategies=names)
     store, remat, reverse = report["rows"]
     assert (store["fits"], reverse["fits"]) == (False, True)
     assert "status -6" in remat["error"]
@@ -82,8 +85,31 @@ def test_rows_say_what_fits_and_what_it_is_made_of(tiny_config):
 
 def test_a_resnet_is_not_reversed(tiny_config):
     tiny_config.model.family = "resnet"
-    report = plan(flatten(tiny_config), FakeCompiler(lambda settings: STEP))
-    assert [row["strategy"] for row in report["rows"]] == ["store", "remat"]
+    assert not any(name.startswith("reverse") for name in variants(flatten(tiny_config)))
+
+
+def test_variants_store_a_quarter_a_half_and_three_quarters_of_the_layers(tiny_config):
+    """Of 4 units one changes resolution, and is in no chain."""
+    found = variants(flatten(tiny_config))
+    assert [name for name in found if name.startswith("reverse")] == [
+        "reverse",
+        "reverse+1",
+        "reverse+2",
+        "reverse/lockstep",
+        "reverse+1/lockstep",
+        "reverse+2/lockstep",
+    ]
+    assert found["reverse+2/lockstep"] == {
+        "model.backprop": "reverse",
+        "model.stored_layers": "2",
+        "optimizer.lockstep": True,
+    }
+
+
+def test_a_network_that_there_is_not(tiny_config):
+    tiny_config.model.channels = (3, 3, 3)
+    with pytest.raises(UserError, match=r"config\.model: got channels=\(3, 3, 3\)"):
+        plan(flatten(tiny_config), FakeCompiler(say))
 
 
 def test_of_equal_times_the_least_memory_is_taken():
@@ -103,7 +129,7 @@ def test_where_nothing_fits_the_least_demand_is_named():
 
 
 def test_a_strategy_there_is_not(tiny_config):
-    with pytest.raises(UserError, match="got strategy 'revers', expected some of store, remat"):
+    with pytest.raises(UserError, match="got strategy 'revers', expected some of store, "):
         plan(flatten(tiny_config), FakeCompiler(say), strategies=["revers"])
 
 
@@ -189,7 +215,7 @@ def test_a_step_is_compiled_once(tiny_config, tmp_path):
     assert step.num_devices == jax.device_count()
     assert step.fits
     assert step.needed_bytes > step.argument_bytes > step.weights_bytes + step.optimizer_bytes
-    assert step.collectives["all-reduce"] >= step.params_bytes  # the gradient, at least
+    assert step.traffic["collectives"]["all-reduce"] >= step.gradient_bytes
 
 
 def test_settings_that_do_not_go_together_are_a_line(tiny_config, tmp_path):

@@ -69,6 +69,24 @@ def test_a_loop_reads_slices_and_what_is_on_the_chip_is_free():
     # x once; and sixteen times a weight, a row of what is kept, and a sum of 4 KiB.
     assert moved.hbm_bytes == 16 * MIB + 16 * (4 * MIB + 16 * MIB + 4096)
     assert moved.collectives == {"all-reduce": 16 * 4096}
+    assert moved.host_bytes == 0
+
+
+# One of ten rows of the host's memory, S(5), is written and another one is read.
+HOST = """ENTRY %main (i: s32[], xs: f32[10,256,1024], x: f32[1,256,1024]) -> f32[10,256,1024] {
+  %i = s32[] parameter(0)
+  %xs = f32[10,256,1024]{2,1,0:S(5)} parameter(1)
+  %x = f32[1,256,1024]{2,1,0} parameter(2)
+  %put = ((f32[10,256,1024]{2,1,0:S(5)}, f32[1,256,1024]{2,1,0}, s32[]), f32[10,256,1024]{2,1,0:S(5)}, u32[]{:S(2)}) dynamic-update-slice-start(%xs, %x, %i)
+  %put.1 = f32[10,256,1024]{2,1,0:S(5)} dynamic-update-slice-done(%put)
+  %get = ((f32[10,256,1024]{2,1,0:S(5)}, s32[]), f32[1,256,1024]{2,1,0}, u32[]{:S(2)}) dynamic-slice-start(%put.1, %i), dynamic_slice_sizes={1,256,1024}
+  ROOT %get.1 = f32[1,256,1024]{2,1,0} dynamic-slice-done(%get)
+}
+"""  # noqa: E501
+
+
+def test_transfers_from_and_to_the_host_are_counted_apart():
+    assert traffic(HOST) == (2 * MIB, 2 * MIB, {})
 
 
 def array_bytes(text):
