@@ -30,6 +30,8 @@ def image_classification() -> ConfigDict:
     config.num_steps = 600
     config.batch_size = 100
     config.eval_batch_size = 200
+    config.microbatches = 1  # parts of a batch whose gradients are added up
+    config.memory_limit_gib = 0.0  # per device, for stored_layers=auto; 0: what it has
     config.label_smoothing = 0.0  # share of the target spread over all classes, in training
     config.log_every_steps = 20
     config.eval_every_steps = 200
@@ -53,19 +55,24 @@ def image_classification() -> ConfigDict:
     config.model.channels = (32, 32, 64)  # of the stem, then of each stage
     config.model.bottleneck = False
     config.model.stem = "cifar"  # cifar | imagenet
-    config.model.backprop = "reverse"  # store | remat | reverse
+    config.model.backprop = "reverse"  # store | remat_dots | remat | offload | reverse, or one for
+    # each chain: reverse,store,store
+    config.model.stored_layers = "0"  # how many of the last layers store anyway; or auto
     config.model.compute_dtype = "float32"  # float32 | bfloat16
     config.model.grid = True  # exact streams; False lets them drift
     config.model.grid_bits = 12
     config.model.check_exactness = True  # at every step; keeps each chain's input
 
     config.optimizer = ConfigDict()
-    config.optimizer.name = "sgd"  # sgd | adamw
+    config.optimizer.name = "sgd"  # sgd | adamw | lion
     config.optimizer.momentum = 0.9  # sgd
     config.optimizer.nesterov = False  # sgd
-    config.optimizer.b1 = 0.9  # adamw
-    config.optimizer.b2 = 0.999  # adamw
-    config.optimizer.weight_decay = 2e-4  # of kernels only; sgd: L2 penalty, adamw: decoupled
+    config.optimizer.b1 = 0.9  # adamw, lion
+    config.optimizer.b2 = 0.999  # adamw, lion
+    config.optimizer.weight_decay = 2e-4  # of kernels only; sgd: L2 penalty, else decoupled
+    config.optimizer.lockstep = False  # update each layer inside the backward sweep, in place
+    config.optimizer.clip_norm = 0.0  # largest norm of a gradient; 0: any
+    config.optimizer.clip = "global"  # global | layer: whose norm
 
     config.schedule = ConfigDict()
     config.schedule.name = "cosine"  # piecewise | cosine | constant

@@ -17,8 +17,6 @@ from revnet_jax.core.blocks import (
     symplectic_block,
 )
 from revnet_jax.core.chain import (
-    STRATEGIES,
-    Backprop,
     Section,
     chain,
     sequence,
@@ -29,6 +27,7 @@ from revnet_jax.core.check import check_reversible
 from revnet_jax.core.couplings import Coupling, additive, affine, bdia, leapfrog, momentum
 from revnet_jax.core.exactness import Exactness
 from revnet_jax.core.grid import Grid, snap
+from revnet_jax.core.strategies import STRATEGIES, Backprop
 
 __all__ = [
     "STRATEGIES",

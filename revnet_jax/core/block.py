@@ -173,6 +173,26 @@ class Block:
         return Rewound(tuple(streams), tuple(dstreams), tuple(reversed(dparams)), dshared)
 
 
+def differentiate(
+    forward: Callable[..., tuple[Streams, Any, Any]], params: Any, x: Streams, context: Context
+) -> tuple[Streams, Any, Callable]:
+    """(y, aux, pullback) of a layer's `forward`; the pullback is `jax.vjp`'s.
+
+    pullback: `(dy, daux) -> (dparams, dx, dshared)`, None at leaves that are not floating point.
+    """
+    params, params_rest = trees.split(params)
+    shared, shared_rest = trees.split(context.shared)
+
+    def floats_to_floats(params, x, shared):
+        full_context = context._replace(shared=trees.join(shared, shared_rest))
+        y, aux, _ = forward(trees.join(params, params_rest), x, full_context)
+        aux, aux_rest = trees.split(aux)
+        return (y, aux), aux_rest
+
+    (y, aux), pullback, aux_rest = jax.vjp(floats_to_floats, params, x, shared, has_aux=True)
+    return y, trees.join(aux, aux_rest), pullback
+
+
 @dataclass(frozen=True)
 class Invertible:
     """A reversible layer from its function and its inverse, for what half-steps do not express.
@@ -204,15 +224,7 @@ class Invertible:
     ) -> Rewound:
         """(y, dy) -> x and all cotangents."""
         x = self.undo(params, y, context)
-        params, params_rest = trees.split(params)
-        shared, shared_rest = trees.split(context.shared)
-
-        def forward(params, x, shared):
-            full_context = context._replace(shared=trees.join(shared, shared_rest))
-            y, aux, _ = self.forward(trees.join(params, params_rest), x, full_context)
-            return y, trees.split(aux)[0]
-
-        _, pullback = jax.vjp(forward, params, x, shared)
+        *_, pullback = differentiate(self.forward, params, x, context)
         dparams, dx, dshared = pullback((dy, daux))
         return Rewound(x, dx, dparams, dshared)
 

@@ -12,15 +12,10 @@ import jax.numpy as jnp
 
 from revnet_jax.core import trees, validate
 from revnet_jax.core.block import Block, Context, ReversibleLayer, Streams
-from revnet_jax.core.chain import (
-    STRATEGIES,
-    Section,
-    chain,
-    sequence_forward,
-    sequence_inverse,
-)
+from revnet_jax.core.chain import Section, chain, sequence_forward, sequence_inverse
 from revnet_jax.core.exactness import Exactness, compare
 from revnet_jax.core.grid import snap
+from revnet_jax.core.strategies import STRATEGIES
 
 # Largest relative error (L2) against `store`. On exact streams only rounding is left, in the
 # order of sums (float32) and where the compiler keeps more digits than bfloat16 has.
@@ -89,6 +84,7 @@ def check_reversible(
     try:
         one = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (params, data))
         section = Section(layer, *_repeat(one, depth), length=depth)
+        validate.check_reversible([section])
         validate.check_sections([section], x, shared, "reverse", STRATEGIES)
     except Exception as error:
         return Report((Finding("maps streams to streams", False, _line(error), "as it says"),))

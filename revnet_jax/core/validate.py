@@ -29,8 +29,6 @@ def check_sections(
         if not hasattr(section, "layer"):
             got = type(section).__name__
             raise TypeError(f"got a {got} in a sequence, expected Section(layer, params_L)")
-    if backprop == "reverse":
-        check_reversible(sections)
     common_grid(sections)
     check_streams(x)
     depths = []
@@ -50,6 +48,29 @@ def check_reversible(sections: Sequence[Any]) -> list[ReversibleLayer]:
                 "inverse: build it from half-steps (a Block), or take backprop='store' or 'remat'"
             )
     return [section.layer for section in sections]
+
+
+def check_stored_layers(stored_layers: int, depth: int) -> None:
+    """Raises unless that many layers can store."""
+    if not isinstance(stored_layers, int) or not 0 <= stored_layers <= depth:
+        raise ValueError(
+            f"got stored_layers={stored_layers!r}, expected a whole number from 0 to {depth}, all "
+            "layers there are"
+        )
+
+
+def check_states(sections: Sequence[Any], depths: Sequence[int], update: Any) -> None:
+    """Raises unless states are stacked floats, and only where there is an update to use them."""
+    for section, depth in zip(sections, depths, strict=True):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(section.state_L):
+            got = f"state_L{jax.tree_util.keystr(path)} {trees.describe(leaf)}"
+            if update is None:
+                raise ValueError(f"got {got} but no `update`, expected both or neither")
+            if not trees.is_inexact(leaf) or jnp.shape(leaf)[:1] != (depth,):
+                raise ValueError(
+                    f"got {got}, expected floats with a leading axis of {depth}, one for each "
+                    "layer: a backward pass can return no others. Keep counters outside"
+                )
 
 
 def common_grid(sections: Sequence[Any]) -> Any:

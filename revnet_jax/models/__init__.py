@@ -10,12 +10,13 @@ from revnet_jax.models.bridge import (
     with_keys,
     with_stats,
 )
-from revnet_jax.models.network import Network, Variables, num_params
+from revnet_jax.models.network import Lockstep, Network, Variables, num_params
 
 __all__ = [
     "Architecture",
     "Branch",
     "BranchData",
+    "Lockstep",
     "Network",
     "Variables",
     "init_layers",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -131,3 +132,10 @@ def groups(architecture: Architecture) -> list[Group]:
         for i, (unit, group) in enumerate(itertools.groupby(units)):
             result.append(Group(f"stage{stage + 1}_{'ab'[i]}", unit, len(list(group))))
     return result
+
+
+def chains(groups: Sequence[Group]) -> dict[str, list[Group]]:
+    """Neighbouring groups between transitions, each chain under the name of its first."""
+    runs = itertools.groupby(groups, key=lambda group: group.is_transition)
+    chains = [list(run) for is_transition, run in runs if not is_transition]
+    return {chain[0].name: chain for chain in chains}

@@ -1,21 +1,21 @@
 """ResNets, RevNets and i-RevNets for images: stem, stages of residual units, head.
 
 ResNets and RevNets differ in the number of streams alone. A unit that changes width or resolution
-is computed outside the chains and, unless `backprop` is `store`, keeps nothing but its input; all
-other units of a stage are one chain. An i-RevNet changes resolution by an invertible rearrangement
-instead, so that its whole body is one sequence, and can be inverted down to the image.
+is computed outside the chains and, unless the chain after it stores, keeps nothing but its input;
+all other units of a stage are one chain. An i-RevNet changes resolution by an invertible
+rearrangement instead, so that its whole body is one sequence, and can be inverted down to the
+image.
 """
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from revnet_jax.core import (
-    STRATEGIES,
     Backprop,
     Exactness,
     Grid,
@@ -26,10 +26,11 @@ from revnet_jax.core import (
     sequence,
     sequence_inverse,
 )
-from revnet_jax.models.architecture import Architecture, Group, groups
+from revnet_jax.models.architecture import Architecture, chains, groups
 from revnet_jax.models.bridge import PureModule
 from revnet_jax.models.invertible import PadStem, squeeze
 from revnet_jax.models.residual import Head, ResidualBranch, Stem, make_shortcut
+from revnet_jax.models.strategies import assign_strategies
 
 
 class Variables(NamedTuple):
@@ -39,10 +40,24 @@ class Variables(NamedTuple):
     stats: Any
 
 
+class Lockstep(NamedTuple):
+    """An update of every chain's layers inside the backward sweep: see `chain`.
+
+    update: `(dparams, state, params) -> (params, state)` of one layer.
+    states: what it carries, stacked, by group.
+    """
+
+    update: Any
+    states: Mapping[str, Any]
+
+
 class Network:
     """An image classifier as pure functions: `init(key)` and `apply(variables, image, ...)`.
 
-    backprop: what the gradient of every chain costs: `store`, `remat`, or (two streams) `reverse`.
+    backprop: what the gradient costs (see `chain`): one of `STRATEGIES` for all chains, or one for
+      each; `reverse` needs two streams.
+    stored_layers: how many layers of the chains, counted from the last, store all the same. Late
+      layers are small ones: they buy most compute for their memory.
     compute_dtype: of convolutions; streams, batch statistics and logits are float32.
     grid: where the streams of a RevNet live; None for free floats.
     check_exactness: whether `probes` has any: the check keeps each chain's input.
@@ -52,25 +67,19 @@ class Network:
         self,
         architecture: Architecture,
         *,
-        backprop: Backprop = "reverse",
+        backprop: Backprop | Sequence[Backprop] = "reverse",
+        stored_layers: int = 0,
         compute_dtype: Any = jnp.float32,
         grid: Grid | None = Grid(),
         check_exactness: bool = True,
     ):
-        if backprop not in STRATEGIES:
-            known = ", ".join(STRATEGIES)
-            raise ValueError(f"got backprop={backprop!r}, expected one of {known}")
-        if backprop == "reverse" and architecture.family == "resnet":
-            raise ValueError(
-                "got backprop='reverse' for a resnet, expected 'store' or 'remat': its units have "
-                "no inverse. Take family='revnet' to store nothing"
-            )
         self.architecture = architecture
-        self.backprop: Backprop = backprop
         self.compute_dtype = compute_dtype
         self.check_exactness = check_exactness
         self.grid = grid
         self.groups = groups(architecture)
+        self.chains = chains(self.groups)
+        self.strategies = assign_strategies(architecture, self.groups, backprop, stored_layers)
         common = {"dtype": compute_dtype}
         in_unit = {"bottleneck": architecture.bottleneck, **common}
 
@@ -103,22 +112,23 @@ class Network:
         }
         self._head = _pure(Head, channels[-1], architecture.num_classes)
 
-    def with_backprop(self, backprop: Backprop) -> Network:
+    def with_backprop(
+        self, backprop: Backprop | Sequence[Backprop], stored_layers: int = 0
+    ) -> Network:
         """The same function of the same variables, with a gradient of another cost."""
         return Network(
             self.architecture,
             backprop=backprop,
+            stored_layers=stored_layers,
             compute_dtype=self.compute_dtype,
             grid=self.grid,
             check_exactness=self.check_exactness,
         )
 
     @property
-    def chains(self) -> dict[str, list[Group]]:
-        """Neighbouring groups between transitions, each chain under the name of its first."""
-        runs = itertools.groupby(self.groups, key=lambda group: group.is_transition)
-        chains = [list(run) for is_transition, run in runs if not is_transition]
-        return {chain[0].name: chain for chain in chains}
+    def stacked(self) -> list[str]:
+        """The groups whose variables have a leading axis of one per layer."""
+        return [group.name for group in self.groups if group.unit and not group.is_transition]
 
     def init(self, key: jax.Array) -> Variables:
         """Fresh variables; a chain's have a leading axis of one per layer."""
@@ -147,10 +157,11 @@ class Network:
         return Variables(params, stats)
 
     def probes(self) -> dict[str, Exactness] | None:
-        """A probe for every chain, to differentiate `apply` by; None where nothing is rebuilt."""
-        if self.backprop != "reverse" or not self.check_exactness:
+        """A probe for every chain whose input is rebuilt, to differentiate `apply` by; or None."""
+        rebuilt = [name for name, strategy in self.strategies.items() if strategy.rebuilds]
+        if not rebuilt or not self.check_exactness:
             return None
-        return {name: Exactness.probe() for name in self.chains}
+        return {name: Exactness.probe() for name in rebuilt}
 
     def apply(
         self,
@@ -159,13 +170,17 @@ class Network:
         *,
         train: bool,
         probes: dict[str, Exactness] | None = None,
+        lockstep: Lockstep | None = None,
     ) -> tuple[jax.Array, Any]:
         """(logits [B, num_classes] float32, running averages after this batch).
 
         train: normalise by the batch's statistics and update the running averages, once, whatever
           the strategy; otherwise normalise by the running averages.
+        lockstep: makes the cotangents of the chains' parameters their new values.
         """
-        x_BHWC, new_stats = self.features(variables, image_BHWC, train=train, probes=probes)
+        x_BHWC, new_stats = self.features(
+            variables, image_BHWC, train=train, probes=probes, lockstep=lockstep
+        )
         logits_BV, new_stats["head"] = self._head.apply(
             variables.params["head"], variables.stats["head"], x_BHWC, train=train
         )
@@ -178,6 +193,7 @@ class Network:
         *,
         train: bool,
         probes: dict[str, Exactness] | None = None,
+        lockstep: Lockstep | None = None,
     ) -> tuple[jax.Array, Any]:
         """(what the head sees: the streams joined, [B, H', W', channels[-1]]; running averages)."""
         params, stats = variables
@@ -186,18 +202,20 @@ class Network:
             params["stem"], stats["stem"], image_BHWC, train=train
         )
         x = tuple(jnp.split(x_BHWC, self.architecture.num_streams, axis=-1))
-        chains = self.chains
         for name, _, _ in self.groups:
-            if name in chains:
+            if name in self.chains:
+                chain, strategy = self.chains[name], self.strategies[name]
                 x, auxes = sequence(
-                    self._sections(chains[name], variables, train),
+                    self._sections(chain, variables, train, lockstep),
                     x,
-                    backprop=self.backprop,
-                    probe=None if probes is None else probes[name],
+                    backprop=strategy.backprop,
+                    stored_layers=strategy.stored_layers,
+                    update=lockstep and lockstep.update,
+                    probe=probes and probes.get(name),
                 )
                 new_stats |= {
                     group.name: aux_L
-                    for group, aux_L in zip(chains[name], auxes, strict=True)
+                    for group, aux_L in zip(chain, auxes, strict=True)
                     if group.unit
                 }
             elif name in self._shortcuts:
@@ -221,13 +239,18 @@ class Network:
         x = sequence_inverse(self._sections(chain, variables, train), y)
         return jnp.concatenate(x, axis=-1)[..., : architecture.image_shape[2]]
 
-    def _sections(self, chain: list[Group], variables: Variables, train: bool) -> list[Section]:
-        return [
-            Section(self._layer(name, train), variables.params[name], variables.stats[name])
-            if unit
-            else Section(squeeze(), length=1)
-            for name, unit, _ in chain
-        ]
+    def _sections(self, chain, variables, train, lockstep=None):
+        def section(group):
+            if group.unit is None:
+                return Section(squeeze(), length=1)
+            return Section(
+                self._layer(group.name, train),
+                variables.params[group.name],
+                variables.stats[group.name],
+                state_L=lockstep and lockstep.states[group.name],
+            )
+
+        return [section(group) for group in chain]
 
     def _layer(self, name: str, train: bool) -> Layer:
         """A chain's layer; its running averages are per-layer data in and auxiliary outputs out."""
@@ -264,7 +287,7 @@ class Network:
                 y.append(shortcut.astype(x[i].dtype) + u.astype(x[i].dtype))
             return tuple(y), tuple(new_stats)
 
-        run = run if self.backprop == "store" else jax.checkpoint(run)
+        run = run if self.strategies[name].stores else jax.checkpoint(run)
         return run(params, stats, x)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,9 @@ from revnet_jax.config import ConfigError, settings
 from revnet_jax.core import Grid
 from revnet_jax.data import Dataset, load_dataset
 from revnet_jax.models import Architecture, Network
+from revnet_jax.training.lockstep import LockstepOptimizer, check_layerwise
 from revnet_jax.training.optimizer import make_optimizer, make_schedule
+from revnet_jax.training.step import Optimizer
 
 COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -23,12 +26,12 @@ class Recipe(NamedTuple):
 
     network: Network
     schedule: optax.Schedule
-    optimizer: optax.GradientTransformation
+    optimizer: Optimizer
 
 
 def build_recipe(config: ConfigDict) -> Recipe:
     """Raises ConfigError for settings that cannot be used; nothing is compiled."""
-    for name in ("num_steps", "batch_size", "eval_batch_size", "log_every_steps"):
+    for name in ("num_steps", "batch_size", "eval_batch_size", "microbatches", "log_every_steps"):
         _at_least_one(name, config[name])
     _at_least_one("eval_every_steps", config.eval_every_steps)
     _at_least_one("checkpoint_every_steps", config.checkpoint_every_steps)
@@ -38,24 +41,55 @@ def build_recipe(config: ConfigDict) -> Recipe:
         )
     with settings("schedule"):
         schedule = make_schedule(num_steps=config.num_steps, **config.schedule)
+    network = build_network(config)
     with settings("optimizer"):
-        optimizer = make_optimizer(schedule, **config.optimizer)
-    return Recipe(build_network(config), schedule, optimizer)
+        optimizer = build_optimizer(config, network, schedule)
+    return Recipe(network, schedule, optimizer)
 
 
-def build_network(config: ConfigDict) -> Network:
+def build_optimizer(config: ConfigDict, network: Network, schedule: optax.Schedule) -> Optimizer:
+    options = dict(config.optimizer)
+    lockstep = options.pop("lockstep")
+    make = functools.partial(make_optimizer, schedule, **options)
+    ordinary = make(stacked=network.stacked)
+    if config.batch_size % config.microbatches:
+        raise ConfigError(
+            f"config.microbatches: got {config.microbatches}, expected a divisor of the batch size "
+            f"{config.batch_size}"
+        )
+    if not lockstep:
+        return ordinary
+    if config.microbatches > 1:
+        raise ConfigError(
+            f"config.microbatches: got {config.microbatches} and optimizer.lockstep, expected one: "
+            "gradients of parts are added up before an update, and lockstep keeps none. Take "
+            "lockstep=False, or the whole batch at once: model.backprop=reverse makes room"
+        )
+    params = jax.eval_shape(network.init, jax.random.key(0)).params
+    check_layerwise(ordinary, {name: params[name] for name in network.stacked})
+    return LockstepOptimizer(make(stacked=()), make(stacked=None), tuple(network.stacked))
+
+
+def build_network(config: ConfigDict, stored_layers: int | None = None) -> Network:
+    """stored_layers: in place of the config's; "auto" there is 0 until it is resolved."""
     model = dict(config.model)
+    setting = model.pop("stored_layers")
     dtype, grid, bits = (model.pop(name) for name in ("compute_dtype", "grid", "grid_bits"))
     backprop, check_exactness = model.pop("backprop"), model.pop("check_exactness")
     with settings("model"):
         if dtype not in COMPUTE_DTYPES:
             known = ", ".join(COMPUTE_DTYPES)
             raise ValueError(f"got compute_dtype={dtype!r}, expected one of {known}")
+        if setting != "auto" and not setting.isdecimal():
+            raise ValueError(f"got stored_layers={setting!r}, expected a whole number or auto")
+        if stored_layers is None:
+            stored_layers = 0 if setting == "auto" else int(setting)
         return Network(
             Architecture(
                 image_shape=config.data.image_shape, num_classes=config.data.num_classes, **model
             ),
-            backprop=backprop,
+            backprop=tuple(backprop.split(",")) if "," in backprop else backprop,
+            stored_layers=stored_layers,
             compute_dtype=COMPUTE_DTYPES[dtype],
             grid=Grid(bits) if grid else None,
             check_exactness=check_exactness,

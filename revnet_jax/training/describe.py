@@ -36,7 +36,8 @@ def describe(config: ConfigDict) -> dict[str, Any]:
             {
                 "name": name,
                 "layers": sum(g.depth for g in groups if g.unit),
-                "backprop": network.backprop,
+                "backprop": network.strategies[name].backprop,
+                "stored_layers": network.strategies[name].stored_layers,
             }
             for name, groups in network.chains.items()
         ],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -61,21 +61,61 @@ def make_optimizer(
     b1: float,
     b2: float,
     weight_decay: float,
+    clip_norm: float,
+    clip: str,
+    stacked: Collection[str] | None,
 ) -> optax.GradientTransformation:
     """ "sgd" with momentum, where weight decay is an L2 penalty in the gradient, as in the ResNet
-    papers; or "adamw", where it is decoupled (Loshchilov & Hutter 2019, arXiv:1711.05101).
+    papers; "adamw" (Loshchilov & Hutter 2019, arXiv:1711.05101) or "lion" (Chen et al. 2023,
+    arXiv:2302.06675), where it is decoupled.
 
     Only leaves named "kernel" (convolutions and dense layers) decay; biases and normalisations do
     not.
+
+    clip_norm: largest L2 norm of a gradient, before everything else; 0 for any.
+    clip: whose norm: "global", of all parameters; or "layer", of each layer on its own.
+    stacked: the groups of parameters whose leaves have a leading axis of layers; None for an
+      optimizer of a single layer's tree.
     """
+    if clip not in ("global", "layer") or clip_norm < 0:
+        raise ValueError(
+            f"got clip={clip!r}, clip_norm={clip_norm}, expected global or layer, >= 0"
+        )
+    decay = {"weight_decay": weight_decay, "mask": is_kernel}
     if name == "sgd":
-        return optax.chain(
-            optax.add_decayed_weights(weight_decay, mask=is_kernel),
+        optimizer = optax.chain(
+            optax.add_decayed_weights(**decay),
             optax.sgd(schedule, momentum=momentum, nesterov=nesterov),
         )
-    if name == "adamw":
-        return optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=is_kernel)
-    raise ValueError(f"got name={name!r}, expected one of sgd, adamw")
+    elif name == "adamw":
+        optimizer = optax.adamw(schedule, b1=b1, b2=b2, **decay)
+    elif name == "lion":
+        optimizer = optax.lion(schedule, b1=b1, b2=b2, **decay)
+    else:
+        raise ValueError(f"got name={name!r}, expected one of sgd, adamw, lion")
+    if clip_norm == 0:
+        return optimizer
+    if clip == "global" or stacked is None:
+        return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
+    return optax.chain(clip_by_layer_norm(clip_norm, stacked), optimizer)
+
+
+def clip_by_layer_norm(max_norm: float, stacked: Collection[str]) -> optax.GradientTransformation:
+    """Scales the gradient of each layer, and of each group that is none, to a norm of at most this.
+
+    For gradients that are a dictionary of groups; see `make_optimizer`.
+    """
+    clip = optax.clip_by_global_norm(max_norm)
+
+    def update(grads, state, params=None):
+        one = lambda tree: clip.update(tree, clip.init(tree))[0]
+        clipped = {
+            name: jax.vmap(one)(tree) if name in stacked else one(tree)
+            for name, tree in grads.items()
+        }
+        return clipped, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def is_kernel(params: Any) -> Any:

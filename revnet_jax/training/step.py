@@ -9,9 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from revnet_jax.models import Network, Variables
+from revnet_jax.core import Exactness
+from revnet_jax.models import Lockstep, Network, Variables
+from revnet_jax.training.lockstep import LockstepOptimizer
 
 Batch = dict[str, jax.Array]
+Optimizer = optax.GradientTransformation | LockstepOptimizer
 
 
 class TrainState(NamedTuple):
@@ -29,7 +32,7 @@ class TrainState(NamedTuple):
     exact_mismatches: jax.Array
 
 
-def init_state(network: Network, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+def init_state(network: Network, optimizer: Optimizer, seed: int) -> TrainState:
     """The state before the first step."""
     init_key, run_key = jax.random.split(jax.random.key(seed))
     variables = network.init(init_key)
@@ -44,12 +47,17 @@ def init_state(network: Network, optimizer: optax.GradientTransformation, seed: 
 
 def make_train_step(
     network: Network,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     schedule: optax.Schedule,
     *,
     label_smoothing: float = 0.0,
+    microbatches: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The pure function `(state, batch) -> (state, metrics)`, to be jitted with a donated state.
+
+    microbatches: parts of a batch whose gradients are added up, one part's activations in memory at
+      a time; batch statistics are of each part. Not with a `LockstepOptimizer`, which has no
+      gradients to add up.
 
     Metrics are scalars: of the batch before the update, and the norm of all variables after it.
     Where chains are reversed and checked, they include the run-time exactness check:
@@ -57,25 +65,47 @@ def make_train_step(
     (1.0 is where streams stop being exact).
     """
 
-    def loss_fn(params, probes, stats, batch):
+    def loss_fn(params, probes, lockstep, stats, batch):
         logits_BV, new_stats = network.apply(
-            Variables(params, stats), batch["image"], train=True, probes=probes
+            Variables(params, stats), batch["image"], train=True, probes=probes, lockstep=lockstep
         )
         losses_B = cross_entropy(logits_BV, batch["label"], label_smoothing)
         return jnp.mean(losses_B), (new_stats, jnp.mean(is_correct(logits_BV, batch["label"])))
 
+    def gradient(params, stats, batch):
+        grad = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
+        return grad(params, network.probes(), None, stats, batch)
+
+    def ordinary(params, opt_state, stats, batch):
+        found, (grads, exactness) = accumulate(gradient, params, stats, batch, microbatches)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        return found, params, opt_state, exactness, optax.tree.norm(grads)
+
+    def in_lockstep(params, opt_state, stats, batch):
+        update, carried = optimizer.start(params, opt_state)
+
+        def loss(params, probes, carried):
+            return loss_fn(params, probes, Lockstep(update, carried), stats, batch)
+
+        found, (cotangents, exactness, carried) = jax.value_and_grad(
+            loss, argnums=(0, 1, 2), has_aux=True
+        )(params, network.probes(), carried)
+        params, opt_state, norm = optimizer.finish(params, opt_state, cotangents, carried)
+        return found, params, opt_state, exactness, norm
+
+    step = in_lockstep if isinstance(optimizer, LockstepOptimizer) else ordinary
+
     def train_step(state, batch):
         params, stats = state.variables
-        value_and_grad = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
-        (loss, (new_stats, accuracy)), (grads, exactness) = value_and_grad(
-            params, network.probes(), stats, batch
+        (loss, (new_stats, accuracy)), params, opt_state, exactness, gradient_norm = step(
+            params, state.opt_state, stats, batch
         )
-        updates, opt_state = optimizer.update(grads, state.opt_state, params)
         metrics = {
             "train_loss": loss,
             "train_accuracy": accuracy,
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            "gradient_norm": optax.tree.norm(grads),
+            "gradient_norm": gradient_norm,
         }
         mismatches = state.exact_mismatches
         if exactness is not None:
@@ -86,7 +116,7 @@ def make_train_step(
             if network.grid is not None:
                 limit = network.grid.limit(jnp.float32)
                 metrics["grid_range_used"] = _largest(chain.max_abs for chain in chains) / limit
-        variables = Variables(optax.apply_updates(params, updates), new_stats)
+        variables = Variables(params, new_stats)
         # Of everything that the next step or a checkpoint would carry on.
         metrics["variables_norm"] = optax.tree.norm(variables)
         new_state = TrainState(
@@ -99,6 +129,38 @@ def make_train_step(
         return new_state, metrics
 
     return train_step
+
+
+def accumulate(
+    gradient: Callable[..., Any], params: Any, stats: Any, batch: Batch, microbatches: int
+) -> Any:
+    """What `gradient(params, stats, batch)` returns, from parts of the batch one after the other.
+
+    gradient: `-> ((loss, (stats, accuracy)), (grads, exactness))`, all of them means over examples.
+    """
+    if microbatches == 1:
+        return gradient(params, stats, batch)
+
+    def parts(array):
+        # Every device has a share of each part, where it has one of the batch.
+        split = array.reshape(-1, microbatches, *array.shape[1:])
+        return jnp.swapaxes(split, 0, 1)
+
+    def body(carry, part):
+        stats, total = carry
+        (loss, (stats, accuracy)), (grads, exactness) = gradient(params, stats, part)
+        return (stats, jax.tree.map(jnp.add, total, grads)), (loss, accuracy, exactness)
+
+    start = stats, jax.tree.map(jnp.zeros_like, params)
+    carry, found = jax.lax.scan(body, start, jax.tree.map(parts, batch))
+    (stats, total), (losses, accuracies, exactness) = carry, found
+    if exactness is not None:
+        exactness = {
+            name: Exactness(jnp.sum(e.mismatches), jnp.max(e.max_difference), jnp.max(e.max_abs))
+            for name, e in exactness.items()
+        }
+    grads = jax.tree.map(lambda leaf: leaf / microbatches, total)
+    return (jnp.mean(losses), (stats, jnp.mean(accuracies))), (grads, exactness)
 
 
 def make_eval_step(network: Network) -> Callable[[Variables, Batch], dict[str, jax.Array]]:

@@ -1,0 +1,114 @@
+"""What the gradient of a layer keeps from the forward pass, and what that costs.
+
+| backprop   | kept per layer                 | extra compute                        |
+|------------|--------------------------------|--------------------------------------|
+| store      | all of f's intermediates       | none                                 |
+| remat_dots | matrix products, convolutions  | the rest of a forward                |
+| remat      | the streams                    | one forward, less what is not needed |
+| offload    | the streams, in host memory    | the same, and two transfers          |
+| reverse    | nothing (or a residue)         | one forward                          |
+
+All compute the same function of the same arguments, and can be mixed in a chain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+Backprop = Literal["store", "remat_dots", "remat", "offload", "reverse"]
+STRATEGIES: tuple[Backprop, ...] = get_args(Backprop)
+
+_LAYER_INPUT = "layer_input"
+
+
+class Run(NamedTuple):
+    """Layers `start` to `stop` of a section, all under one strategy."""
+
+    section: int
+    start: int
+    stop: int
+    backprop: Backprop
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+
+def plan_runs(depths: Sequence[int], backprop: Backprop, stored_layers: int) -> list[Run]:
+    """The last `stored_layers` layers of all sections store; those before them are `backprop`'s."""
+    left = sum(depths) - stored_layers
+    runs = []
+    for section, depth in enumerate(depths):
+        turn = depth if backprop == "store" else min(depth, max(left, 0))
+        left -= depth
+        parts = (Run(section, 0, turn, backprop), Run(section, turn, depth, "store"))
+        runs += [run for run in parts if run.length]
+    return runs
+
+
+def remembering(forward: Callable[..., Any], backprop: Backprop, *, alone: bool) -> Callable:
+    """`forward(params, x, context)`, keeping for its gradient what the strategy says.
+
+    alone: whether it runs outside a loop, where a recompute must be kept from being merged with
+      what it repeats. In a loop's body nothing is, and preventing it would cost copies.
+    """
+    if backprop in ("store", "reverse"):
+        return forward
+    policies = jax.checkpoint_policies
+    policy = {
+        "remat": None,
+        "remat_dots": _is_product,
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[_LAYER_INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    }[backprop]
+
+    def named(params, x, context):
+        if backprop == "offload":
+            x = jax.tree.map(lambda leaf: checkpoint_name(leaf, _LAYER_INPUT), x)
+        return forward(params, x, context)
+
+    return jax.checkpoint(named, policy=policy, prevent_cse=alone)
+
+
+def _is_product(primitive: Any, *args: Any, **params: Any) -> bool:
+    """Products of activations and weights; those of activations (attention scores) are large."""
+    is_dot = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
+    return bool(is_dot) or primitive.name == "conv_general_dilated"
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Kept:
+    """A pullback without what is at hand in the backward pass anyway: weights, shared inputs, data.
+
+    arrays: the pullback's other leaves.
+    places: for each leaf its place among what is at hand, or None.
+    """
+
+    arrays: list[Any]
+    places: tuple[int | None, ...] = field(metadata={"static": True})
+    structure: Any = field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, pullback: Callable, at_hand: Any) -> Kept:
+        """at_hand: the tree of arrays that `pullback` was made from, as JAX traced them."""
+        leaves, structure = jax.tree.flatten(pullback)
+        known = {id(leaf): place for place, leaf in enumerate(jax.tree.leaves(at_hand))}
+        places = tuple(known.get(id(leaf)) for leaf in leaves)
+        arrays = [leaf for leaf, place in zip(leaves, places, strict=True) if place is None]
+        return cls(arrays, places, structure)
+
+    def pullback(self, at_hand: Any) -> Callable:
+        """The pullback again, given the same values."""
+        arrays, known = iter(self.arrays), jax.tree.leaves(at_hand)
+        leaves = [next(arrays) if place is None else known[place] for place in self.places]
+        return jax.tree.unflatten(self.structure, leaves)

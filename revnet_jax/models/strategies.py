@@ -1,0 +1,73 @@
+"""Which chain of a network keeps what for its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from revnet_jax.core import STRATEGIES, Backprop
+from revnet_jax.models.architecture import Architecture, Group, chains
+
+
+class Strategy(NamedTuple):
+    """Of a chain of so many `layers`, or of a transition (0 layers)."""
+
+    backprop: Backprop
+    stored_layers: int
+    layers: int
+
+    @property
+    def stores(self) -> bool:
+        """Whether nothing is computed again."""
+        return self.backprop == "store" or 0 < self.layers == self.stored_layers
+
+    @property
+    def rebuilds(self) -> bool:
+        """Whether the chain's input is rebuilt."""
+        return self.backprop == "reverse" and not self.stores
+
+
+def assign_strategies(
+    architecture: Architecture,
+    groups: Sequence[Group],
+    backprop: Backprop | Sequence[Backprop],
+    stored_layers: int,
+) -> dict[str, Strategy]:
+    """The strategy of each chain and each transition, by name.
+
+    backprop: one for all chains, or one for each.
+    stored_layers: of all chains together, counted from the last; a chain that stores anyway is
+      passed over. A transition stores where the chain after it does, wholly; else it is remat.
+
+    Raises ValueError for what the network has none of.
+    """
+    depths = {name: sum(g.depth for g in chain) for name, chain in chains(groups).items()}
+    wanted = [backprop] * max(1, len(depths)) if isinstance(backprop, str) else list(backprop)
+    if len(wanted) != max(1, len(depths)) or not set(wanted) <= set(STRATEGIES):
+        raise ValueError(
+            f"got backprop={backprop!r}, expected one of {', '.join(STRATEGIES)}, or one for each "
+            f"of {len(depths)} chains"
+        )
+    if "reverse" in wanted and architecture.num_streams == 1:
+        raise ValueError(
+            "got backprop='reverse' for a resnet, expected 'store' or 'remat': its units have no "
+            "inverse. Take family='revnet' to store nothing"
+        )
+    free = sum(n for n, name in zip(depths.values(), wanted, strict=False) if name != "store")
+    if not 0 <= stored_layers <= free:
+        raise ValueError(
+            f"got stored_layers={stored_layers}, expected 0 to {free}: so many layers are in "
+            "chains that do not store anyway"
+        )
+    found: dict[str, Strategy] = {}
+    transition = Strategy("store" if wanted[-1] == "store" else "remat", 0, 0)
+    for group in reversed(groups):
+        if group.is_transition:
+            found[group.name] = transition
+        elif group.name in depths:
+            name, depth = wanted.pop(), depths[group.name]
+            stored = 0 if name == "store" else min(stored_layers, depth)
+            stored_layers -= stored
+            found[group.name] = Strategy(name, stored, depth)
+            transition = Strategy("store" if found[group.name].stores else "remat", 0, 0)
+    return found

@@ -1,0 +1,158 @@
+"""The optimizer inside the backward sweep: each layer is updated as soon as its gradient is there.
+
+Gradients of a chain then never exist together, and its parameters and moments are written in place.
+What is not in a chain (stem, transitions, head) is updated in the ordinary way, in the same step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from revnet_jax.core import trees
+
+
+class LayerState(NamedTuple):
+    """An optimizer's state for all layers of one group, its leaves in their order.
+
+    floats_L: stacked like the parameters. counters: the same for every layer.
+    """
+
+    floats_L: list[jax.Array]
+    counters: list[jax.Array]
+
+
+class LockstepState(NamedTuple):
+    """outside: the ordinary state of all groups that are in no chain. layers: by group."""
+
+    outside: Any
+    layers: dict[str, LayerState]
+
+
+class Carried(NamedTuple):
+    """What the sweep carries for each layer: optimizer state, and how large its gradient was."""
+
+    floats: list[jax.Array]
+    squared_norm: jax.Array
+
+
+class LockstepOptimizer(NamedTuple):
+    """An optimizer for networks whose chains are updated in the backward sweep.
+
+    outside: for the groups that are in no chain. layer: for the tree of one layer.
+    stacked: the groups that are in chains, whose leaves have a leading axis of layers.
+
+    Right for optimizers that pass `check_layerwise`; others would change their meaning.
+    """
+
+    outside: optax.GradientTransformation
+    layer: optax.GradientTransformation
+    stacked: tuple[str, ...]
+
+    def init(self, params: Mapping[str, Any]) -> LockstepState:
+        """The state before the first step."""
+        outside, layers = self._split(params)
+        state = {name: self._init_layers(params_L) for name, params_L in layers.items()}
+        return LockstepState(self.outside.init(outside), state)
+
+    def start(
+        self, params: Mapping[str, Any], state: LockstepState
+    ) -> tuple[Callable[..., tuple[Any, Carried]], dict[str, Carried]]:
+        """(the update of one layer, what it carries by group): a `Lockstep`."""
+        # A backward pass can return no integers. All groups have made as many steps.
+        counters = next(iter(state.layers.values())).counters
+
+        def update(dparams, carried, params):
+            layer_state = self._join(params, carried.floats, counters)
+            updates, layer_state = self.layer.update(dparams, layer_state, params)
+            squared_norm = optax.tree.norm(dparams, squared=True).astype(jnp.float32)
+            return optax.apply_updates(params, updates), Carried(_floats(layer_state), squared_norm)
+
+        carried = {
+            name: Carried(layers.floats_L, jnp.zeros(_depth(params[name]), jnp.float32))
+            for name, layers in state.layers.items()
+        }
+        return update, carried
+
+    def finish(
+        self,
+        params: Mapping[str, Any],
+        state: LockstepState,
+        cotangents: Mapping[str, Any],
+        carried: Mapping[str, Carried],
+    ) -> tuple[dict[str, Any], LockstepState, jax.Array]:
+        """(params, state, gradient norm) after the step.
+
+        cotangents, carried: what the backward pass returned for `params` and for what it carried:
+          gradients of the groups outside, and the new values of those in chains.
+        """
+        outside, layers = self._split(params)
+        gradients, new_layers = self._split(cotangents)
+        updates, outside_state = self.outside.update(gradients, state.outside, outside)
+        squared_norm = optax.tree.norm(gradients, squared=True)
+        squared_norm += sum(jnp.sum(group.squared_norm) for group in carried.values())
+        new_state = {
+            name: LayerState(carried[name].floats, self._count(layers[name], state.layers[name]))
+            for name in layers
+        }
+        new_params = {**optax.apply_updates(outside, updates), **new_layers}
+        return new_params, LockstepState(outside_state, new_state), jnp.sqrt(squared_norm)
+
+    def _init_layers(self, params_L):
+        state_L = jax.vmap(self.layer.init)(params_L)
+        return LayerState(_floats(state_L), [leaf[0] for leaf in _others(state_L)])
+
+    def _count(self, params_L, state):
+        """The counters after a step: whatever the gradient was. The compiler drops all else."""
+        params, floats = jax.tree.map(lambda leaf: leaf[0], (params_L, state.floats_L))
+        gradient = jax.tree.map(jnp.zeros_like, params)
+        _, new = self.layer.update(gradient, self._join(params, floats, state.counters), params)
+        return _others(new)
+
+    def _join(self, params, floats, counters):
+        leaves, structure = jax.tree.flatten(jax.eval_shape(self.layer.init, params))
+        sources = {True: iter(floats), False: iter(counters)}
+        return structure.unflatten([next(sources[trees.is_inexact(leaf)]) for leaf in leaves])
+
+    def _split(self, groups):
+        outside = {name: tree for name, tree in groups.items() if name not in self.stacked}
+        return outside, {name: groups[name] for name in self.stacked}
+
+
+def check_layerwise(optimizer: optax.GradientTransformation, params: Any) -> None:
+    """Raises ValueError unless an update of layer 0 is the same whatever layer 1's gradient is.
+
+    optimizer: the ordinary one, for parameters stacked over layers.
+    params: shapes suffice; every axis is cut to 2, so that it costs next to nothing.
+    """
+
+    @jax.jit
+    def update(other):
+        tiny = jax.tree.map(lambda leaf: jnp.ones([2] * leaf.ndim, leaf.dtype), params)
+        gradient = jax.tree.map(lambda leaf: (0.5 * leaf).at[1].set(other), tiny)
+        updates, state = optimizer.update(gradient, optimizer.init(tiny), tiny)
+        return [leaf[0] for leaf in jax.tree.leaves(updates)], _others(state)
+
+    pairs = zip(*(jax.tree.leaves(update(other)) for other in (0.5, jnp.nan)), strict=True)
+    if not all(jnp.array_equal(a, b) for a, b in pairs):
+        raise ValueError(
+            "got lockstep and an optimizer that looks at all gradients at once (a global norm?), "
+            "expected one that looks at a layer's: gradients of a chain never exist together. Clip "
+            "each layer by its own norm: clip='layer'"
+        )
+
+
+def _floats(state):
+    return [leaf for leaf in jax.tree.leaves(state) if trees.is_inexact(leaf)]
+
+
+def _others(state):
+    return [leaf for leaf in jax.tree.leaves(state) if not trees.is_inexact(leaf)]
+
+
+def _depth(params_L):
+    return len(jax.tree.leaves(params_L)[0])
