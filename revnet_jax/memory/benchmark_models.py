@@ -15,10 +15,12 @@ from revnet_jax.core import STRATEGIES, Block, Exactness, chain, reversible_bloc
 from revnet_jax.errors import UserError
 from revnet_jax.training.build import build_recipe
 from revnet_jax.training.compiler import jit
+from revnet_jax.training.lockstep import LockstepState
 from revnet_jax.training.step import init_state, make_train_step
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 LEARNING_RATE = 1e-3  # small: what is measured does not depend on it, and nothing may overflow
+MOMENTUM = 0.9
 
 
 class Program(NamedTuple):
@@ -35,18 +37,28 @@ class Program(NamedTuple):
     gradient: Callable[[Any], Any]
 
 
-def parse_strategy(name: str, layers: int) -> tuple[Any, int]:
-    """(backprop, stored_layers) of "reverse", or of "reverse+8": its last 8 layers store.
+class Strategy(NamedTuple):
+    backprop: Any
+    stored_layers: int
+    lockstep: bool
+
+
+def parse_strategy(name: str, layers: int) -> Strategy:
+    """What a name like "reverse", "reverse+8" (the last 8 layers store) or "reverse/lockstep" says.
 
     layers: of the model. Raises UserError for what is no strategy, or stores more layers.
     """
-    backprop, plus, stored = name.partition("+")
-    if backprop not in STRATEGIES or bool(plus) != stored.isdecimal():
+    mixture, slash, suffix = name.partition("/")
+    backprop, plus, stored = mixture.partition("+")
+    known = backprop in STRATEGIES and bool(plus) == stored.isdecimal()
+    if not known or suffix != ("lockstep" if slash else ""):
         known = ", ".join(STRATEGIES)
-        raise UserError(f"got strategy {name!r}, expected one of {known}, or one of them with +m")
+        raise UserError(
+            f"got strategy {name!r}, expected one of {known}, with or without +m and /lockstep"
+        )
     if int(stored or 0) > layers:
         raise UserError(f"got strategy {name!r} for {layers} layers, expected +0 to +{layers}")
-    return backprop, int(stored or 0)
+    return Strategy(backprop, int(stored or 0), bool(slash))
 
 
 @dataclass(frozen=True)
@@ -76,29 +88,31 @@ class Chain:
 
     def program(self, strategy: str, layers: int, batch: int) -> Program:
         """The training step: value and gradient, SGD with momentum, and the exactness check."""
-        optimizer, block = optax.sgd(LEARNING_RATE, momentum=0.9), self.block()
-        backprop, stored_layers = parse_strategy(strategy, layers)
+        backprop, stored_layers, lockstep = parse_strategy(strategy, layers)
         settings: dict[str, Any] = {"backprop": backprop, "stored_layers": stored_layers}
+        block = self.block()
 
-        def loss_fn(params_L, probe, x):
+        def loss_fn(params_L, momentum_L, probe, x):
+            if lockstep:
+                settings.update(update=_sgd, state_L=momentum_L)
             y, _ = chain(block, params_L, x, probe=probe, **settings)
             return sum(jnp.mean(jnp.square(stream)) for stream in y)
 
         def step(state, x):
-            params_L, opt_state = state
-            value_and_grad = jax.value_and_grad(loss_fn, argnums=(0, 1))
-            loss, (grads, exactness) = value_and_grad(params_L, Exactness.probe(), x)
-            updates, opt_state = optimizer.update(grads, opt_state)
-            metrics = {"loss": loss, "exact_mismatches": exactness.mismatches}
-            return (optax.apply_updates(params_L, updates), opt_state), metrics
+            value_and_grad = jax.value_and_grad(loss_fn, argnums=(0, 1, 2))
+            loss, (*new_state, exactness) = value_and_grad(*state, Exactness.probe(), x)
+            if not lockstep:
+                params_L, momentum_L = state
+                new_state = _sgd(new_state[0], momentum_L, params_L)
+            return tuple(new_state), {"loss": loss, "exact_mismatches": exactness.mismatches}
 
         def init():
             params_key, *keys = jax.random.split(jax.random.key(0), 3)
             params_L = jax.vmap(self.init_layer)(jax.random.split(params_key, layers))
             x = tuple(jax.random.normal(key, self.stream_shape(batch)) for key in keys)
-            return (params_L, optimizer.init(params_L)), x
+            return (params_L, jax.tree.map(jnp.zeros_like, params_L)), x
 
-        return Program(jit(step, donate_argnums=0), jax.jit(init), _momentum)
+        return Program(jit(step, donate_argnums=0), jax.jit(init), lambda state: state[1])
 
 
 @dataclass(frozen=True)
@@ -188,9 +202,9 @@ class ImageNetwork:
         config = self.config.copy_and_resolve_references()
         stages = len(config.model.units)
         config.model.units = (layers // stages,) * stages
-        config.model.backprop, stored_layers = parse_strategy(strategy, layers)
-        if stored_layers:
-            config.model.stored_layers = str(stored_layers)
+        backprop, stored_layers, lockstep = parse_strategy(strategy, layers)
+        config.model.update({"backprop": backprop, "stored_layers": str(stored_layers)})
+        config.optimizer.lockstep = lockstep
         network, schedule, optimizer = build_recipe(config)
         train_step = make_train_step(
             network, optimizer, schedule, label_smoothing=config.label_smoothing
@@ -212,7 +226,7 @@ class ImageNetwork:
             }
             return init_state(network, optimizer, config.seed), images
 
-        gradient = lambda state: _momentum((None, state.opt_state))
+        gradient = lambda state: _momenta(state.opt_state)
         return Program(jit(step, donate_argnums=0), jax.jit(init), gradient)
 
 
@@ -235,5 +249,16 @@ def normalise(x: jax.Array) -> jax.Array:
     return jax.nn.standardize(x, epsilon=1e-5)
 
 
-def _momentum(state: Any) -> Any:
-    return optax.tree.get(state[1], "trace")
+def _sgd(gradient, momentum, params):
+    """(params, momentum) after a step; of one layer or of all."""
+    momentum = jax.tree.map(lambda m, d: MOMENTUM * m + d, momentum, gradient)
+    return jax.tree.map(lambda p, m: p - LEARNING_RATE * m, params, momentum), momentum
+
+
+def _momenta(opt_state: Any) -> dict[str, list[jax.Array]]:
+    """What SGD's momentum holds for each group of a network, whether or not it is in lockstep."""
+    in_lockstep = isinstance(opt_state, LockstepState)
+    groups = optax.tree.get(opt_state.outside if in_lockstep else opt_state, "trace")
+    momenta = {name: jax.tree.leaves(trees) for name, trees in groups.items()}
+    layers = opt_state.layers if in_lockstep else {}
+    return momenta | {name: state.floats_L for name, state in layers.items()}

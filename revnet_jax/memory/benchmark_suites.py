@@ -43,7 +43,7 @@ def laptop(revnet: ImageNetwork) -> Suite:
     """Two cores, under ten minutes; what is not timed is compiled only, for its memory."""
     mlp, transformer = Mlp(), Transformer()
     some = ("store", "remat_dots", "remat", "reverse")
-    mixed = (*some, "reverse+8", "reverse+16", "reverse+24")
+    mixed = (*some, "reverse/lockstep", "reverse+8", "reverse+16", "reverse+24")
     return Suite(
         (
             Setting(mlp, layers=32, batch=1024, strategies=mixed, seconds=120),
@@ -59,7 +59,7 @@ def gpu(revnet: ImageNetwork) -> Suite:
     """One GPU of 80 GB or more, under eight minutes."""
     transformer = Transformer(width=1024, tokens=1024, head_size=128, dtype="bfloat16")
     mlp = Mlp(width=2048, dtype="bfloat16")
-    most = (*BASIC, "remat_dots", "offload")
+    most = (*BASIC, "reverse/lockstep", "remat_dots", "offload")
     return Suite(
         (
             Setting(mlp, layers=32, batch=8192, strategies=most, seconds=10),
