@@ -27,6 +27,7 @@ from revnet_jax.memory.chips import chip_of
 from revnet_jax.memory.counts import arithmetic
 from revnet_jax.memory.topology import Topology, devices, parse_topology
 from revnet_jax.memory.units import parse_size
+from revnet_jax.training.auto import program_bytes
 from revnet_jax.training.program import StepProgram, step_program
 
 
@@ -105,26 +106,11 @@ def _compile(lowered, platform):
         stats = compiled.memory_analysis()
         found = {
             "out_of_memory": False,
-            "needed_bytes": _needed_bytes(stats, platform),
+            "needed_bytes": program_bytes(stats, platform),
             "argument_bytes": stats.argument_size_in_bytes,
             "traffic": traffic.traffic(compiled.as_text())._asdict(),
         }
     return {**found, "compile_seconds": time.monotonic() - started}
-
-
-def _needed_bytes(stats, platform):
-    """Of one device's memory, arguments and results included."""
-    if platform == "tpu":
-        # Its temporaries include, for some programs, the arguments and results: their sum was
-        # seen to exceed by 1.9 GiB the memory of a chip that the compiler accepted it for. This
-        # is what its out-of-memory error counts.
-        return stats.peak_memory_in_bytes
-    return (
-        stats.argument_size_in_bytes
-        + stats.output_size_in_bytes
-        - stats.alias_size_in_bytes
-        + stats.temp_size_in_bytes
-    )
 
 
 def _digest(text: str, topology: Topology, targets: list[Any]) -> str:

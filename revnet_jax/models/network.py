@@ -126,6 +126,11 @@ class Network:
         )
 
     @property
+    def most_stored_layers(self) -> int:
+        """How many there are in chains that do not store anyway."""
+        return sum(s.layers for s in self.strategies.values() if s.backprop != "store")
+
+    @property
     def stacked(self) -> list[str]:
         """The groups whose variables have a leading axis of one per layer."""
         return [group.name for group in self.groups if group.unit and not group.is_transition]

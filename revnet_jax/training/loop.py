@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,10 +18,12 @@ from ml_collections import ConfigDict
 from revnet_jax.config import settings
 from revnet_jax.data import train_batches
 from revnet_jax.errors import UserError
-from revnet_jax.models import num_params
+from revnet_jax.models import Network, num_params
 from revnet_jax.training import workdir as workdirs
+from revnet_jax.training.auto import largest_stored_layers
 from revnet_jax.training.build import (
     build_dataset,
+    build_network,
     build_recipe,
     check_batch_sizes,
     pipeline_settings,
@@ -52,10 +55,6 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     mesh = data_mesh()
     placed = replicated(mesh)
     init = lambda: init_state(network, optimizer, config.seed)
-    train_step = make_train_step(
-        network, optimizer, schedule, label_smoothing=config.label_smoothing
-    )
-    train_step = jit(train_step, donate_argnums=0)
     eval_step = jit(make_eval_step(network))
 
     def batches_from(step):
@@ -72,6 +71,16 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     with settings("data"), batches_from(0):
         pass  # its arguments are sound
     workdirs.claim(workdir, config)
+    if config.model.stored_layers == "auto":
+        network = build_network(config, resolve_auto(config, workdir))
+    train_step = make_train_step(
+        network,
+        optimizer,
+        schedule,
+        label_smoothing=config.label_smoothing,
+        microbatches=config.microbatches,
+    )
+    train_step = jit(train_step, donate_argnums=0)
     with open_checkpoints(workdir) as checkpoints:
         restored = checkpoints.restore(abstract(init, placed))
         start, state = restored or (0, jit_initialization(init, placed)())
@@ -100,9 +109,19 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                         )
                         recorder.evaluation(step, scores)
                     checkpoints.save(step, state, scores)
-    summary = summarize(workdir, config, state, recorder.examples_per_second, started)
+    summary = summarize(workdir, network, state, recorder.examples_per_second, started)
     workdirs.write_json(workdir / "summary.json", summary)
     return summary
+
+
+def resolve_auto(config: ConfigDict, workdir: Path) -> int:
+    """The number that stored_layers=auto stands for; the same whenever this run is resumed."""
+    path = workdir / "auto.json"
+    if not path.exists():
+        report = lambda line: print(line, file=sys.stderr, flush=True)
+        stored_layers = largest_stored_layers(config, jax.devices(), report)
+        workdirs.write_json(path, {"stored_layers": stored_layers})
+    return json.loads(path.read_text())["stored_layers"]
 
 
 def open_checkpoints(workdir: Path, *, read_only: bool = False) -> Checkpoints:
@@ -173,21 +192,21 @@ class Recorder:
 
 def summarize(
     workdir: Path,
-    config: ConfigDict,
+    network: Network,
     state: TrainState,
     examples_per_second: float | None,
     started: float,
 ) -> dict[str, Any]:
     """What summary.json holds. Speed and time are of this process, and null where unknown."""
     last = workdirs.last_values(workdir)
-    checked = config.model.backprop == "reverse" and config.model.check_exactness
     device = jax.devices()[0]
     return {
         "steps": int(state.step),
         "train_loss": last["train_loss"],
         "eval_loss": last["eval_loss"],
         "eval_accuracy": last["eval_accuracy"],
-        "exact_mismatches": int(state.exact_mismatches) if checked else None,
+        "exact_mismatches": int(state.exact_mismatches) if network.probes() else None,
+        "stored_layers": sum(s.stored_layers for s in network.strategies.values()),
         "num_params": num_params(state.variables),
         "examples_per_second": examples_per_second,
         "peak_memory_bytes": peak_memory_bytes(),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from revnet_jax.core import (
+    STRATEGIES,
     Context,
     Exactness,
     Grid,
@@ -173,13 +174,19 @@ def arguments(row, depth, dtype=jnp.float32, *, typed_keys=True):
     return params_L, x, 1 + normal(ROWS_OF_X, WIDTH) / 4, data_L
 
 
-def chain_loss(params_L, x, shared, data_L, block, backprop, probe=None):
-    y, _ = chain(block, params_L, x, shared=shared, data_L=data_L, backprop=backprop, probe=probe)
-    return loss(y)
+def chain_loss(params_L, x, shared, data_L, block, backprop, probe=None, **options):
+    options |= {"shared": shared, "data_L": data_L, "backprop": backprop, "probe": probe}
+    return loss(chain(block, params_L, x, **options)[0])
 
 
 def loss(y):
     return sum(jnp.mean(jnp.sin(stream * (i + 1))) for i, stream in enumerate(y))
+
+
+def mixtures(depth):
+    """Every strategy, and mixtures with the last layers stored: (backprop, stored_layers)."""
+    mixed = [("reverse", m) for m in {1, depth // 2, depth} - {0}]
+    return [(name, 0) for name in STRATEGIES[1:]] + mixed + [("remat", 1)]
 
 
 @pytest.mark.parametrize("depth", [1, 2, 7])
@@ -194,22 +201,56 @@ def test_gradient_equals_store(name, depth):
         def all_gradients(params_L, x, shared, data_L):
             grad = jax.value_and_grad(chain_loss, argnums=(0, 1, 2))
             return {
-                backprop: grad(params_L, x, shared, data_L, block, backprop)
-                for backprop in ("store", "remat", "reverse")
+                (backprop, m): grad(params_L, x, shared, data_L, block, backprop, stored_layers=m)
+                for backprop, m in [("store", 0), *mixtures(depth)]
             }
 
         all_gradients = toy.jit(all_gradients)
         results = all_gradients(*args)
         all_gradients(*args)
         assert all_gradients._cache_size() == 1  # the second call did not compile again
-        true_value, true_grads = results["store"]
+        true_value, true_grads = results["store", 0]
         assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(true_grads))
-        for backprop in ("remat", "reverse"):
-            value, grads = results[backprop]
+        for mixture in mixtures(depth):
+            value, grads = results[mixture]
             assert value == true_value
             assert jax.tree.structure(grads) == jax.tree.structure(true_grads)
             for got, expected in zip(grads, true_grads, strict=True):
                 assert toy.relative_error(got, expected) < 1e-10
+
+
+@pytest.mark.parametrize("depth", [1, 5])
+@every_row
+def test_update_in_the_sweep_equals_an_update_after_it(name, depth):
+    """New parameters and moments; gradients of all else, in float64 to 1e-10."""
+    row = ROWS[name]
+    with jax.enable_x64(True):
+        params_L, x, shared, data_L = arguments(row, depth, jnp.float64)
+        moments_L = jax.tree.map(jnp.ones_like, params_L)
+        block = row.make(Grid())
+
+        def update(dparams, moments, params):
+            moments = jax.tree.map(lambda m, d: 0.9 * m + d, moments, dparams)
+            return jax.tree.map(lambda p, m: p - 0.1 * m, params, moments), moments
+
+        def step(params_L, moments_L, x, shared):
+            grad = jax.grad(chain_loss, argnums=(0, 1, 2))
+            dparams_L, *rest = grad(params_L, x, shared, data_L, block, "store")
+            after = (*update(dparams_L, moments_L, params_L), *rest)
+
+            def lockstep(params_L, moments_L, x, shared, backprop, m):
+                options = {"stored_layers": m, "update": update, "state_L": moments_L}
+                return chain_loss(params_L, x, shared, data_L, block, backprop, **options)
+
+            grad = jax.grad(lockstep, argnums=(0, 1, 2, 3))
+            settings = [("store", 0), *mixtures(depth)]
+            return after, [grad(params_L, moments_L, x, shared, *pair) for pair in settings]
+
+        after, within = toy.jit(step)(params_L, moments_L, x, shared)
+        for got in within:
+            assert jax.tree.structure(got) == jax.tree.structure(after)
+            for a, b in zip(got, after, strict=True):
+                assert toy.relative_error(a, b) < 1e-10
 
 
 @every_row

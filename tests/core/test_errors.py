@@ -72,6 +72,21 @@ CASES = {
         "got no arrays in params_L and data_L, expected `length`",
     ),
     "length not whole": ({"length": 3.0}, TypeError, "got length=3.0, expected a whole number"),
+    "more stored than there are": (
+        {"stored_layers": 4},
+        ValueError,
+        "got stored_layers=4, expected a whole number from 0 to 3",
+    ),
+    "a state without an update": (
+        {"state_L": jnp.ones(3)},
+        ValueError,
+        "got state_L float32.3. but no `update`, expected both",
+    ),
+    "a counter in the state": (
+        {"state_L": {"count": jnp.ones(3, jnp.int32)}, "update": lambda d, s, p: (p, s)},
+        ValueError,
+        "got state_L.'count'. int32.3., expected floats .* Keep counters outside",
+    ),
     "update of another shape": (
         {"layer": reversible_block(lambda p, x, c: x[:2] * p, double)},
         ValueError,

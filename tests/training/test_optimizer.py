@@ -21,6 +21,9 @@ OPTIMIZER = {
     "b1": 0.9,
     "b2": 0.999,
     "weight_decay": 0.01,
+    "clip_norm": 0.0,
+    "clip": "global",
+    "stacked": None,
 }
 
 
@@ -91,8 +94,8 @@ def test_two_updates_equal_the_formula(name):
 
 
 def test_unknown_optimizer():
-    with pytest.raises(ValueError, match="got name='lion', expected one of sgd, adamw"):
-        make_optimizer(optax.constant_schedule(0.1), **OPTIMIZER | {"name": "lion"})
+    with pytest.raises(ValueError, match="got name='adam', expected one of sgd, adamw, lion"):
+        make_optimizer(optax.constant_schedule(0.1), **OPTIMIZER | {"name": "adam"})
 
 
 def test_schedules_run_under_jit():

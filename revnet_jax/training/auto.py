@@ -1,0 +1,91 @@
+"""stored_layers=auto: as many layers stored as the device has room for, found by compiling."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from revnet_jax.config import ConfigError
+from revnet_jax.training.build import build_network
+from revnet_jax.training.program import step_program
+
+
+def largest_stored_layers(
+    config: ConfigDict, devices: Sequence[jax.Device], report: Callable[[str], None]
+) -> int:
+    """The largest m such that the training step with `stored_layers=m` fits, and m + 1 does not.
+
+    report: takes a line for each program tried.
+
+    Cost: compiles about log2(layers) + 2 training steps, and runs none. Raises ConfigError where
+    not even m = 0 fits, and where it is not known how much memory there is.
+    """
+    limit = int(config.memory_limit_gib * 2**30) or memory_bytes(devices[0])
+    if limit is None:
+        raise ConfigError(
+            "config.model.stored_layers: got auto on a device that does not tell its memory, "
+            "expected to be told: config.memory_limit_gib"
+        )
+
+    def fits(stored_layers):
+        needed = needed_bytes(config, devices, stored_layers)
+        size = "more than there is" if needed is None else f"{needed / 2**30:.3f} GiB"
+        report(f"stored_layers={stored_layers} needs {size} of {limit / 2**30:.3f} GiB")
+        return needed is not None and needed <= limit
+
+    if not fits(0):
+        raise ConfigError(
+            f"config.model.stored_layers: got auto, but a step does not fit into "
+            f"{limit / 2**30:.3f} GiB even with 0 stored layers: take a smaller batch"
+        )
+    low, high = 0, build_network(config, 0).most_stored_layers
+    if high == 0 or fits(high):
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def needed_bytes(
+    config: ConfigDict, devices: Sequence[jax.Device], stored_layers: int
+) -> int | None:
+    """What a device needs for the step, state and results included; None if it does not compile."""
+    changed = config.copy_and_resolve_references()
+    changed.model.stored_layers = str(stored_layers)
+    program = step_program(changed, devices)
+    try:
+        compiled = program.step.lower(program.state, program.batch).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None
+    return program_bytes(compiled.memory_analysis(), devices[0].platform)
+
+
+def program_bytes(stats: Any, platform: str) -> int:
+    """What a compiled program takes of one device's memory, from its `memory_analysis()`."""
+    if platform == "tpu":
+        # Its temporaries include, for some programs, the arguments and results: their sum was
+        # seen to exceed by 1.9 GiB the memory of a chip that the compiler accepted it for. This
+        # is what its out-of-memory error counts.
+        return stats.peak_memory_in_bytes
+    return (
+        stats.argument_size_in_bytes
+        + stats.output_size_in_bytes
+        - stats.alias_size_in_bytes
+        + stats.temp_size_in_bytes
+    )
+
+
+def memory_bytes(device: jax.Device) -> int | None:
+    """Memory that programs can have, None where the device does not tell. CPUs share theirs."""
+    if device.platform == "cpu":
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return total // jax.local_device_count("cpu")
+    stats = device.memory_stats()
+    return stats["bytes_limit"] if stats and "bytes_limit" in stats else None

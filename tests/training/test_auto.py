@@ -1,0 +1,29 @@
+"""stored_layers=auto fills the memory there is, and stays what it was."""
+
+import json
+
+import jax
+import pytest
+
+from revnet_jax.config import ConfigError
+from revnet_jax.training.auto import largest_stored_layers, needed_bytes
+from revnet_jax.training.loop import resolve_auto
+
+
+def test_the_largest_that_fits_and_the_next_does_not(tiny_config, tmp_path):
+    tiny_config.model.update({"units": (4, 2), "stored_layers": "auto"})
+    devices = jax.devices()[:1]
+    need = {m: needed_bytes(tiny_config, devices, m) for m in (0, 2, 3)}
+    assert need[0] < need[2] < need[3]
+    tiny_config.memory_limit_gib = (need[2] + need[3]) / 2 / 2**30
+    lines = []
+    assert largest_stored_layers(tiny_config, devices, lines.append) == 2
+    assert any(line.startswith("stored_layers=2 needs") for line in lines)
+    assert any(line.startswith("stored_layers=3 needs") for line in lines)
+
+    tiny_config.memory_limit_gib = need[0] / 2 / 2**30
+    with pytest.raises(ConfigError, match=r"got auto, but a step does not fit .* smaller batch"):
+        largest_stored_layers(tiny_config, devices, lines.append)
+
+    (tmp_path / "auto.json").write_text(json.dumps({"stored_layers": 1}))
+    assert resolve_auto(tiny_config, tmp_path) == 1  # whatever the memory is now
