@@ -27,9 +27,8 @@ OPTIMIZERS = {
 def branch(params, x, context):
     """Smooth, so that roundings stay roundings; with dropout."""
     keep = jax.random.bernoulli(context.data, 0.9, x.shape)
-    hidden = jnp.tanh(
-        jnp.where(keep, x, jnp.zeros_like(x)) @ params["kernel"] + params["bias"][None]
-    )
+    x = jnp.where(keep, x, jnp.zeros_like(x))
+    hidden = jnp.tanh(x @ params["kernel"] + params["bias"][None])
     return hidden @ params["kernel"].T
 
 
