@@ -58,33 +58,38 @@ def update_in_place(params_L: Any, state_L: Any, update: Update) -> Consumer:
 
 def forward_keeping(
     runs: Sequence[Run], sections: Sequence[Any], x: Streams, shared: Any
-) -> tuple[Streams, list[Any], list[Any], Streams]:
-    """(y, aux_L of each section, what each run keeps, the output of the last run to reverse)."""
+) -> tuple[Streams, list[Any], list[Any], Streams | None]:
+    """(y, aux_L of each section, what each run keeps, the output of the last run that reverses)."""
     auxes: list[list[Any]] = [[] for _ in sections]
-    kepts, last_reversed = [], x
+    kepts, last_reversed = [], None
     for run in runs:
-        section, evaluate = sections[run.section], evaluator(run.length, run.backprop)
-
-        def layer(params, x, context, run=run, section=section):
-            if run.backprop == "reverse":
-                y, aux, residue = section.layer.forward(params, x, context)
-                return y, (aux, residue)
-            forward = remembering(section.layer.forward, run.backprop, alone=run.length == 1)
-            y, aux, pullback = differentiate(forward, params, x, context)
-            return y, (aux, Kept.of(pullback, (params, context)))
-
-        def body(carry, _, section=section, layer=layer, evaluate=evaluate):
-            i, x = carry
-            params, data = _at((section.params_L, section.data_L), i)
-            y, kept = evaluate(layer, params, x, Context(shared, data), witness=x)
-            return (i + 1, y), kept
-
-        (_, x), (aux_L, kept_L) = loop(body, (jnp.int32(run.start), x), None, run.length)
+        x, aux_L, kept_L = _forward_run(run, sections[run.section], x, shared)
         auxes[run.section].append(aux_L)
         kepts.append(kept_L)
         if run.backprop == "reverse":
             last_reversed = x
     return x, [_joined(parts) for parts in auxes], kepts, last_reversed
+
+
+def _forward_run(run, section, x, shared):
+    evaluate = evaluator(run.length, run.backprop)
+    remembered = remembering(section.layer.forward, run.backprop, alone=run.length == 1)
+
+    def layer(params, x, context):
+        if run.backprop == "reverse":
+            y, aux, residue = section.layer.forward(params, x, context)
+            return y, (aux, residue)
+        y, aux, pullback = differentiate(remembered, params, x, context)
+        return y, (aux, Kept.of(pullback, (params, context)))
+
+    def body(carry, _):
+        i, x = carry
+        params, data = _at((section.params_L, section.data_L), i)
+        y, found = evaluate(layer, params, x, Context(shared, data), witness=x)
+        return (i + 1, y), found
+
+    (_, y), (aux_L, kept_L) = loop(body, (jnp.int32(run.start), x), None, run.length)
+    return y, aux_L, kept_L
 
 
 class Swept(NamedTuple):
@@ -105,7 +110,7 @@ def sweep(
     runs: Sequence[Run],
     sections: Sequence[Any],
     kepts: Sequence[Any],
-    last_reversed: Streams,
+    last_reversed: Streams | None,
     cotangents: tuple[Streams, Sequence[Any]],
     shared: Any,
     consumers: Sequence[Consumer],
@@ -121,33 +126,39 @@ def sweep(
     dshared = jax.tree.map(jnp.zeros_like, trees.split(shared)[0])
     written = [consumer.start for consumer in consumers]
     for run, kept_L in reversed(list(zip(runs, kepts, strict=True))):
-        section, consumer = sections[run.section], consumers[run.section]
-        evaluate = evaluator(run.length, run.backprop)
         if run.backprop == "reverse" and x is None:
             x, max_abs = last_reversed, largest(last_reversed) if track_range else None
-
-        def layer(params, x, dy, daux, kept, context, run=run, section=section):
-            if run.backprop == "reverse":
-                return tuple(section.layer.rewind(params, x, dy, daux, kept, context))
-            dparams, dx, dshared = kept.pullback((params, context))((dy, daux))
-            return x, dx, dparams, dshared
-
-        def body(carry, slices, section=section, consumer=consumer, layer=layer, evaluate=evaluate):
-            i, x, dx, dshared, written, max_abs = carry
-            daux, kept = slices
-            params, data = _at((consumer.read(written), section.data_L), i)
-            arguments = params, x, dx, daux, kept, Context(shared, data)
-            x, dx, dparams, layer_dshared = evaluate(layer, *arguments, witness=dx)
-            if max_abs is not None and x is not None:
-                max_abs = jnp.maximum(max_abs, largest(x))
-            written = consumer.write(written, i, params, dparams)
-            return (i - 1, x, dx, trees.add(dshared, layer_dshared), written, max_abs), None
-
         daux_L = jax.tree.map(lambda leaf, run=run: leaf[run.start : run.stop], dauxes[run.section])
-        carry = jnp.int32(run.stop - 1), x, dx, dshared, written[run.section], max_abs
-        carry, _ = loop(body, carry, (daux_L, kept_L), run.length, reverse=True)
-        _, x, dx, dshared, written[run.section], max_abs = carry
+        carry = x, dx, dshared, written[run.section], max_abs
+        x, dx, dshared, written[run.section], max_abs = _sweep_run(
+            run, sections[run.section], consumers[run.section], carry, daux_L, kept_L, shared
+        )
     return Swept(x, dx, written, dshared, max_abs)
+
+
+def _sweep_run(run, section, consumer, carry, daux_L, kept_L, shared):
+    evaluate = evaluator(run.length, run.backprop)
+
+    def layer(params, x, dy, daux, kept, context):
+        if run.backprop == "reverse":
+            return tuple(section.layer.rewind(params, x, dy, daux, kept, context))
+        dparams, dx, dshared = kept.pullback((params, context))((dy, daux))
+        return x, dx, dparams, dshared
+
+    def body(carry, slices):
+        i, (x, dx, dshared, written, max_abs) = carry
+        daux, kept = slices
+        params, data = _at((consumer.read(written), section.data_L), i)
+        arguments = params, x, dx, daux, kept, Context(shared, data)
+        x, dx, dparams, layer_dshared = evaluate(layer, *arguments, witness=dx)
+        if max_abs is not None:
+            max_abs = jnp.maximum(max_abs, largest(x))
+        written = consumer.write(written, i, params, dparams)
+        return (i - 1, (x, dx, trees.add(dshared, layer_dshared), written, max_abs)), None
+
+    start = jnp.int32(run.stop - 1), carry
+    (_, carry), _ = loop(body, start, (daux_L, kept_L), run.length, reverse=True)
+    return carry
 
 
 def loop(
