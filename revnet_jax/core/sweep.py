@@ -50,7 +50,10 @@ def update_in_place(params_L: Any, state_L: Any, update: Update) -> Consumer:
     def write(written, i, params, dparams):
         if not jax.tree.leaves(dparams):
             return written
-        new = update(dparams, _at(written[1], i), trees.split(params)[0])
+        arguments = dparams, _at(written[1], i), trees.split(params)[0]
+        # Fused with the writing, reading one stack would come after writing another, for all the
+        # compiler knows: on CPU it then copies whole stacks, for every layer.
+        new = apart(update, *arguments, witness=dparams)
         return _put(written, i, new)
 
     return Consumer((floats_L, state_L), lambda written: trees.join(written[0], rest_L), write)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from revnet_jax.core import Exactness, Grid, chain, reversible_block
+from revnet_jax.memory.counts import arithmetic
 
 WIDTH, ROWS = 32, 128
 
@@ -71,3 +72,45 @@ def test_no_loop_is_unrolled_and_nothing_is_compiled_per_layer():
     few, many = (compiled_gradient("reverse", depth).as_text() for depth in (4, 64))
     assert few.count("\n") == many.count("\n")
     assert len(re.findall(r" while\(", many)) == 2
+
+
+def test_every_stored_layer_saves_its_recompute():
+    """Products of the gradient: two branches' forward and backward, and again what is reversed."""
+    depth, product = 12, 2 * ROWS * WIDTH**2
+
+    def products(stored_layers):
+        def loss(params_L, x):
+            block = reversible_block(branch, branch)
+            y, _ = chain(block, params_L, x, stored_layers=stored_layers)
+            return jnp.sum(y[0] * y[1])
+
+        params_L = (jnp.ones((depth, WIDTH, WIDTH)),) * 2
+        x = (jnp.ones((ROWS, WIDTH)),) * 2
+        program = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(params_L, x)
+        return arithmetic(program, platform="cpu") / product
+
+    for m in (0, 1, 5, 11):
+        assert products(m) == 6 * depth + 2 * (depth - m)
+    assert products(depth) == 6 * depth
+
+
+def test_an_update_in_the_sweep_is_in_place():
+    """No gradient of the whole chain, no second copy of its parameters and moments."""
+
+    def temporary_bytes(depth):
+        def loss(params_L, moments_L, x):
+            block = reversible_block(branch, branch)
+            y, _ = chain(block, params_L, x, update=update, state_L=moments_L)
+            return jnp.sum(y[0] * y[1])
+
+        def update(dparams, moments, params):
+            moments = jax.tree.map(lambda m, d: 0.9 * m + d, moments, dparams)
+            return jax.tree.map(lambda p, m: p - 0.1 * m, params, moments), moments
+
+        params_L = (jax.ShapeDtypeStruct((depth, WIDTH, WIDTH), jnp.float32),) * 2
+        x = (jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32),) * 2
+        step = jax.jit(jax.grad(loss, argnums=(0, 1)), donate_argnums=(0, 1))
+        program = step.lower(params_L, params_L, x).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(64) <= 1.01 * temporary_bytes(4)
