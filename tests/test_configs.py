@@ -116,3 +116,9 @@ def test_a_mistake_in_the_flags_is_one_line_before_jax_is_imported(flags, messag
     assert result.stdout == "False\n"
     (line,) = result.stderr.strip().splitlines()
     assert re.match(f"error: .*{message}", line)
+
+
+def test_what_is_kept_of_a_convolutional_network():
+    """Products between nothing but the streams and everything."""
+    kept = describe(load("digits"))["activation_bytes_per_example"]
+    assert kept["reverse"] < kept["remat"] < kept["remat_dots"] < kept["store"]

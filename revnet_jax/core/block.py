@@ -117,9 +117,11 @@ class Block:
             # branch's cotangents are summed before they join the stream's, in the order of
             # `rewind`: so all strategies round alike, and give the same gradient bit for bit.
             reads = lax.optimization_barrier(tuple(streams[i] for i in step.reads))
-            u, step_aux = step.branch(step_params, *reads, context)
+            returned = step.branch(step_params, *reads, context)
+            u, step_aux = trees.pair(returned, "a branch with has_aux=True", "(u, aux)")
             i = step.updates
-            streams[i], step_residue = step.coupling.merge(streams[i], u, self.grid)
+            merged = step.coupling.merge(streams[i], u, self.grid)
+            streams[i], step_residue = trees.pair(merged, "a coupling's merge", "(y, residue)")
             aux.append(step_aux)
             residue.append(step_residue)
         return tuple(streams), tuple(aux), tuple(residue)

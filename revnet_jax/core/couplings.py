@@ -191,6 +191,11 @@ def _like(u: Any, x: Any) -> Any:
     same_shapes = [jnp.shape(a) for a in jax.tree.leaves(u)] == [
         jnp.shape(b) for b in jax.tree.leaves(x)
     ]
+    if isinstance(u, tuple) and not isinstance(x, tuple):
+        raise ValueError(
+            f"a branch returned a tuple of {len(u)}, expected an update like the stream it "
+            f"updates, {', '.join(expected)}: where it returns (u, aux), say has_aux=True"
+        )
     if jax.tree.structure(u) != jax.tree.structure(x) or not same_shapes:
         raise ValueError(
             f"a branch returned {', '.join(got) or type(u).__name__}, expected the shape of the "

@@ -53,7 +53,12 @@ def update_in_place(params_L: Any, state_L: Any, update: Update) -> Consumer:
         arguments = dparams, _at(written[1], i), trees.split(params)[0]
         # Fused with the writing, reading one stack would come after writing another, for all the
         # compiler knows: on CPU it then copies whole stacks, for every layer.
-        new = apart(update, *arguments, witness=dparams)
+        new = trees.pair(apart(update, *arguments, witness=dparams), "update", "(params, state)")
+        if jax.tree.structure(new) != jax.tree.structure(arguments[:0:-1]):
+            raise ValueError(
+                "update returned trees of another structure than the params and state it got, "
+                "expected the same: has it a state, and state_L been passed?"
+            )
         return _put(written, i, new)
 
     return Consumer((floats_L, state_L), lambda written: trees.join(written[0], rest_L), write)
@@ -61,7 +66,7 @@ def update_in_place(params_L: Any, state_L: Any, update: Update) -> Consumer:
 
 def forward_keeping(
     runs: Sequence[Run], sections: Sequence[Any], x: Streams, shared: Any
-) -> tuple[Streams, list[Any], list[Any], Streams | None]:
+) -> tuple[Streams, tuple[Any, ...], list[Any], Streams | None]:
     """(y, aux_L of each section, what each run keeps, the output of the last run that reverses)."""
     auxes: list[list[Any]] = [[] for _ in sections]
     kepts, last_reversed = [], None
@@ -71,7 +76,7 @@ def forward_keeping(
         kepts.append(kept_L)
         if run.backprop == "reverse":
             last_reversed = x
-    return x, [_joined(parts) for parts in auxes], kepts, last_reversed
+    return x, tuple(_joined(parts) for parts in auxes), kepts, last_reversed
 
 
 def _forward_run(run, section, x, shared):

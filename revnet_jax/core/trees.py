@@ -37,6 +37,13 @@ def add(a: Any, b: Any) -> Any:
     return jax.tree.map(jnp.add, a, b)
 
 
+def pair(value: Any, who: str, expected: str) -> tuple[Any, Any]:
+    """`value`, which `who` returned; raises TypeError unless it is a pair."""
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise TypeError(f"{who} returned a {type(value).__name__}, expected a pair {expected}")
+    return value
+
+
 def describe(leaf: Any) -> str:
     """'float32[4,3]', for error messages."""
     return f"{dtype_of(leaf)}[{','.join(map(str, jnp.shape(leaf)))}]"

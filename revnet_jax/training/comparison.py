@@ -195,8 +195,9 @@ def make_recipe(
         boundaries=(),
         factor=1.0,
     )
-    decay = {"weight_decay": weight_decay, "b1": 0.0, "b2": 0.0}
-    return schedule, make_optimizer(schedule, name="sgd", momentum=0.9, nesterov=True, **decay)
+    rest = {"b1": 0.0, "b2": 0.0, "clip_norm": 0.0, "clip": "global", "stacked": None}
+    sgd = {"name": "sgd", "momentum": 0.9, "nesterov": True, "weight_decay": weight_decay}
+    return schedule, make_optimizer(schedule, **sgd, **rest)
 
 
 def load_data(name: str, dir: str | None) -> tuple[Dataset, dict[str, Any]]:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from revnet_jax.core import (
+    Coupling,
     Grid,
     HalfStep,
     Section,
@@ -150,6 +151,36 @@ def test_a_sequence_takes_sections():
         sequence([BLOCK], X)
     with pytest.raises(ValueError, match="got residues of 2 sections, expected 1"):
         sequence_inverse([Section(BLOCK, PARAMS_L)], X, (None, None))
+
+
+@pytest.mark.parametrize(
+    ("branch", "options", "message"),
+    [
+        (lambda p, x, c: (x * p, None), {}, "returned a tuple of 2.*say has_aux=True"),
+        (double, {"has_aux": True}, r"has_aux=True returned a .*, expected a pair \(u, aux\)"),
+        (
+            double,
+            {"coupling": Coupling(lambda x, u, grid: x + u, lambda y, u, residue, grid: y - u)},
+            r"merge returned a .*, expected a pair \(y, residue\)",
+        ),
+    ],
+)
+def test_what_a_branch_and_a_coupling_return(branch, options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call(layer=reversible_block(branch, branch, **options))
+
+
+@pytest.mark.parametrize(
+    ("update", "message"),
+    [
+        (lambda d, s, p: p[0], r"update returned a .*, expected a pair \(params, state\)"),
+        (lambda d, s, p: (p, p), "another structure than .* has it a state"),
+    ],
+)
+def test_what_an_update_returns(update, message):
+    loss = lambda params_L: jnp.sum(call(params_L=params_L, update=update)[0][0])
+    with pytest.raises((TypeError, ValueError), match=message):
+        jax.grad(loss)(PARAMS_L)
 
 
 def test_free_streams_may_be_narrow():
