@@ -30,7 +30,7 @@ class Section(NamedTuple):
     layer: a `Block` or another reversible layer, or any `Layer` under `store` and `remat`.
     params_L: the layers' parameters, stacked: every leaf has a leading axis L. Differentiated.
     data_L: per-layer data, stacked (PRNG keys, statistics); not differentiated.
-    length: L, where nothing is stacked that would tell.
+    length: L, where nothing is stacked that would tell: 1 for a single layer without parameters.
     state_L: the optimizer's state, stacked, floating point; for `update` alone.
     """
 
