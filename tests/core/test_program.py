@@ -70,7 +70,7 @@ def test_each_branch_is_evaluated_once_in_the_backward_loop(backprop, products_p
 
 def test_no_loop_is_unrolled_and_nothing_is_compiled_per_layer():
     few, many = (compiled_gradient("reverse", depth).as_text() for depth in (4, 64))
-    assert few.count("\n") == many.count("\n")
+    assert few.count(" = ") == many.count(" = ")  # instructions; the text also lists stack frames
     assert len(re.findall(r" while\(", many)) == 2
 
 
