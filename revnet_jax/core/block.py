@@ -88,6 +88,11 @@ class HalfStep:
     coupling: Coupling
 
     def __post_init__(self):
+        if not isinstance(self.coupling, Coupling):
+            raise TypeError(
+                f"got coupling={self.coupling!r}, expected a Coupling: what `affine()` returns, "
+                "rather than `affine`"
+            )
         if self.updates in self.reads:
             raise ValueError(
                 f"a half-step updates stream {self.updates} and reads {self.reads}, expected it "
@@ -108,6 +113,8 @@ class Block:
     def __post_init__(self):
         if not self.half_steps:
             raise ValueError("got a block of no half-steps, expected at least one")
+        if not isinstance(self.grid, Grid | None):
+            raise TypeError(f"got grid={self.grid!r}, expected Grid(bits), or None for free floats")
 
     def forward(self, params: Any, x: Streams, context: Context) -> tuple[Streams, Any, Any]:
         """x -> (y, aux, residue). Each branch is evaluated once; a residue for each half-step."""

@@ -114,6 +114,7 @@ def sequence(
     """
     depths = validate.check_sections(sections, x, shared, backprop, STRATEGIES)
     validate.check_stored_layers(stored_layers, sum(depths))
+    validate.check_probe(probe)
     validate.check_states(sections, depths, update)
     runs = plan_runs(depths, backprop, stored_layers)
     validate.check_reversible([sections[r.section] for r in runs if r.backprop == "reverse"])

@@ -15,6 +15,7 @@ from jax.core import Tracer
 
 from revnet_jax.core import trees
 from revnet_jax.core.block import Block, Context, ReversibleLayer
+from revnet_jax.core.exactness import Exactness
 
 
 def check_sections(
@@ -57,6 +58,12 @@ def check_stored_layers(stored_layers: int, depth: int) -> None:
             f"got stored_layers={stored_layers!r}, expected a whole number from 0 to {depth}, all "
             "layers there are"
         )
+
+
+def check_probe(probe: Any) -> None:
+    """Raises unless it is one to differentiate, or None."""
+    if not isinstance(probe, Exactness | None):
+        raise TypeError(f"got probe={probe!r}, expected Exactness.probe(), or None for no check")
 
 
 def check_states(sections: Sequence[Any], depths: Sequence[int], update: Any) -> None:
@@ -112,7 +119,8 @@ def depth(section: Any) -> int:
     if len(depths) != 1:
         got = ", ".join(f"{depth} in {path}" for depth, path in depths.items())
         raise ValueError(
-            f"got leading axes {got}, expected one depth L shared by all of params_L and data_L"
+            f"got leading axes {got}, expected one depth L shared by all of params_L and data_L: "
+            "trees of the layers, stacked"
         )
     (result,) = depths
     if result < 1:

@@ -70,7 +70,7 @@ class Chain:
 
     width: int
     dtype: str = "float32"
-    name: ClassVar[str]
+    name: str = "chain"
     unit: ClassVar[str]
 
     def block(self) -> Block:
@@ -120,7 +120,7 @@ class Mlp(Chain):
     """f and g: normalise, Linear, ReLU (f) or GELU (g), Linear; all of the streams' width."""
 
     width: int = 512
-    name = "mlp"
+    name: str = "mlp"
     unit = "rows"
 
     def block(self) -> Block:
@@ -153,7 +153,7 @@ class Transformer(Chain):
     width: int = 256
     tokens: int = 512
     head_size: int = 64
-    name = "transformer"
+    name: str = "transformer"
     unit = "tokens"
 
     def block(self) -> Block:

@@ -123,8 +123,10 @@ def linen_branch(module: linen.Module, name: str, /, *example: Any, **kwargs: An
 def init_layers(branches: Sequence[Branch], key: jax.Array, depth: int) -> tuple[Any, Any]:
     """(params_L, data_L) of `depth` layers: a tree for each branch, and `{name: BranchData}`.
 
-    Raises ValueError for branches of the same name.
+    Raises ValueError for branches of the same name, or not made by one of these.
     """
+    if not isinstance(branches, Sequence) or not all(isinstance(b, Branch) for b in branches):
+        raise ValueError(f"got {branches!r}, expected branches of nnx_branch and linen_branch")
     names = [branch.name for branch in branches]
     if len(set(names)) < len(names):
         raise ValueError(f"got branches {', '.join(names)}, expected distinct names: rename one")

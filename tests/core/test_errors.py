@@ -11,6 +11,7 @@ from revnet_jax.core import (
     Section,
     additive,
     chain,
+    leapfrog,
     reversible_block,
     sequence,
     sequence_inverse,
@@ -72,6 +73,7 @@ CASES = {
         ValueError,
         "got no arrays in params_L and data_L, expected `length`",
     ),
+    "probe not one": ({"probe": 0.0}, TypeError, r"got probe=0.0, expected Exactness.probe\(\)"),
     "length not whole": ({"length": 3.0}, TypeError, "got length=3.0, expected a whole number"),
     "more stored than there are": (
         {"stored_layers": 4},
@@ -139,6 +141,13 @@ def test_closing_over_constants_is_fine():
 def test_a_half_step_cannot_read_what_it_updates():
     with pytest.raises(ValueError, match="updates stream 1 and reads"):
         HalfStep(double, updates=1, reads=(0, 1), coupling=additive())
+
+
+def test_a_coupling_and_a_grid_are_made_before_they_are_passed():
+    with pytest.raises(TypeError, match=r"got coupling=.*leapfrog.*, expected a Coupling: what"):
+        reversible_block(double, double, coupling=leapfrog)
+    with pytest.raises(TypeError, match=r"got grid=12, expected Grid\(bits\)"):
+        reversible_block(double, double, grid=12)
 
 
 def test_inverse_checks_its_arguments_too():

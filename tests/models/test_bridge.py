@@ -297,6 +297,7 @@ class LinenCounting(linen.Module):
         (lambda: nnx_branch(LinenMLP(), "f"), "got LinenMLP, expected what builds"),
         (lambda: linen_branch(LinenMLP, "f", x1), "expected a linen module"),
         (lambda: init_layers((F, F), jax.random.key(0), 2), "got branches f, f"),
+        (lambda: init_layers(F, jax.random.key(0), 2), "expected branches of nnx_branch"),
         (lambda: chain(BLOCK, layers()[0], X12), "got no data for 'f', expected"),
         (lambda: with_stats(layers()[1], ({"f": ()}, None)), r"averages for \['g'\]"),
         (lambda: PureModule(MLP).apply({}, {}, x1), "got key=None"),
