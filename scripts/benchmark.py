@@ -17,6 +17,7 @@ from pathlib import Path
 from absl import flags
 
 from revnet_jax import config as configs
+from revnet_jax.figures import load_figure_class
 
 SUITE = flags.DEFINE_enum("suite", "laptop", ["laptop", "gpu"], "What is measured.")
 MODELS = flags.DEFINE_list("models", None, "Some of the suite's models, by name; all by default.")
@@ -34,7 +35,7 @@ CIFAR_CONFIG = Path(__file__).parents[1] / "configs" / "cifar10_revnet110.py"
 
 def main(argv):
     del argv
-    figure_class = load_matplotlib(PLOT.value) if PLOT.value else None
+    figure_class = load_figure_class("plot", PLOT.value) if PLOT.value else None
     import jax
 
     from revnet_jax.memory import benchmark_report as report
@@ -78,19 +79,6 @@ def whole_numbers(name, texts):
     if not all(text.isdecimal() and int(text) for text in texts):
         raise configs.ConfigError(f"got --{name}={','.join(texts)}, expected numbers from 1")
     return [int(text) for text in texts]
-
-
-def load_matplotlib(path):
-    """matplotlib's Figure; a mistake is found before anything is measured."""
-    if not path.endswith(".png") or not Path(path).absolute().parent.is_dir():
-        raise configs.ConfigError(
-            f"got --plot={path}, expected a .png file in a folder that exists"
-        )
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise configs.ConfigError("--plot needs matplotlib: pip install matplotlib") from None
-    return Figure
 
 
 def describe_device(device):

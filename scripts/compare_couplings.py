@@ -10,11 +10,11 @@ Prints a table: test accuracy, time, memory and exactness of each. About 10 minu
 import json
 import os
 import sys
-from pathlib import Path
 
 from absl import flags
 
 from revnet_jax import config as configs
+from revnet_jax.figures import load_figure_class
 
 SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each, with seeds 0, 1, ...", lower_bound=1)
 DATA = flags.DEFINE_enum("data", "digits", ["digits", "cifar10"], "What is learnt.")
@@ -30,7 +30,7 @@ MIB = 2**20
 
 def main(argv):
     del argv
-    figure_class = load_matplotlib(PLOT.value) if PLOT.value else None
+    figure_class = load_figure_class("plot", PLOT.value) if PLOT.value else None
     import jax
 
     from revnet_jax.training.comparison import compare
@@ -98,19 +98,6 @@ def _cells(row):
         either(row["residue_bits_per_element"], lambda bits: f"{bits:g}"),
         either(row["mismatches"], str),
     ]
-
-
-def load_matplotlib(path):
-    """matplotlib's Figure; a mistake is found before anything trains."""
-    if not path.endswith(".png") or not Path(path).absolute().parent.is_dir():
-        raise configs.ConfigError(
-            f"got --plot={path}, expected a .png file in a folder that exists"
-        )
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise configs.ConfigError("--plot needs matplotlib: pip install matplotlib") from None
-    return Figure
 
 
 def describe_device(device):

@@ -14,6 +14,7 @@ from pathlib import Path
 from absl import flags
 
 from revnet_jax import config as configs
+from revnet_jax.figures import load_figure_class
 from revnet_jax.memory.compile import DEFAULT_CACHE_DIR, Compiler
 from revnet_jax.memory.topology import parse_topology
 from revnet_jax.memory.units import size
@@ -40,7 +41,7 @@ def main(argv):
     from revnet_jax.memory.plan import plan
 
     topology = parse_topology(TOPOLOGY.value)
-    figure_class = load_matplotlib(PLOT.value) if PLOT.value else None
+    figure_class = load_figure_class("plot", PLOT.value) if PLOT.value else None
     cache_dir = Path(CACHE_DIR.value).expanduser()
     report = plan(
         configs.flatten(CONFIG.value),
@@ -114,19 +115,6 @@ def _largest_cell(found):
     return f"{found['size']:,}" if found["exact"] else f"{found['size']:,} or more"
 
 
-def load_matplotlib(path):
-    """matplotlib's Figure; a mistake is found before anything is compiled."""
-    if not path.endswith(".png") or not Path(path).absolute().parent.is_dir():
-        raise configs.ConfigError(
-            f"got --plot={path}, expected a .png file in a folder that exists"
-        )
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise configs.ConfigError("--plot needs matplotlib: pip install matplotlib") from None
-    return Figure
-
-
 def draw(report, figure_class):
     """A bar per strategy, made of what the memory holds, and a line where it ends."""
     rows = [row for row in report["rows"] if row["error"] is None][::-1]  # the first on top
@@ -140,7 +128,7 @@ def draw(report, figure_class):
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axes.set_yticks(range(len(rows)), [row["strategy"] for row in rows])
     limit = report["limit_bytes"]
-    if limit and max(left) > limit / GIB / 4:  # else it would hide the bars
+    if limit and max(left, default=0) > limit / GIB / 4:  # else it would hide the bars
         axes.axvline(limit / GIB, color="black", linestyle="--", label="all there is")
     axes.set_xlabel(
         f"memory of one {report['device_kind']}, GiB; {report['topology']}, "

@@ -8,11 +8,11 @@ compiled program buffer by buffer. Prints the peaks beside the compiler's own fi
 """
 
 import json
-from pathlib import Path
 
 from absl import flags
 
 from revnet_jax import config as configs
+from revnet_jax.figures import load_figure_class
 
 CONFIG = configs.define_config_flag()
 LAYERS = flags.DEFINE_integer("layers", 4, "In each chain.", lower_bound=3)
@@ -23,7 +23,7 @@ JSON = flags.DEFINE_bool("json", False, "Print JSON rather than a table.")
 
 def main(argv):
     del argv
-    figure_class = load_matplotlib(OUT.value)
+    figure_class = load_figure_class("out", OUT.value)
     from revnet_jax.memory import timeline
 
     config = CONFIG.value
@@ -35,17 +35,6 @@ def main(argv):
     timeline.draw(lines, title, figure_class).savefig(OUT.value, dpi=120)
     report = {"title": title, "timelines": timeline.as_report(lines)}
     print(json.dumps(report, indent=2) if JSON.value else timeline.as_table(lines))
-
-
-def load_matplotlib(path):
-    """matplotlib's Figure; a mistake is found before anything is compiled."""
-    if not path.endswith(".png") or not Path(path).absolute().parent.is_dir():
-        raise configs.ConfigError(f"got --out={path}, expected a .png file in a folder that exists")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise configs.ConfigError("--out needs matplotlib: pip install matplotlib") from None
-    return Figure
 
 
 if __name__ == "__main__":

@@ -259,6 +259,6 @@ def _swept(runs, sections, x, shared, update, probe):
         if "forward-mode" not in str(error):
             raise
         raise TypeError(
-            "got forward-mode differentiation (jvp) of a chain under backprop='reverse', expected "
-            "reverse mode: take 'store', which has both"
+            "got forward-mode differentiation (jvp) of a chain that reverses, mixes or updates, "
+            "expected reverse mode: take backprop='store' for all layers, which has both"
         ) from error

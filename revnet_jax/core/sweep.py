@@ -50,11 +50,12 @@ def update_in_place(params_L: Any, state_L: Any, update: Update) -> Consumer:
     def write(written, i, params, dparams):
         if not jax.tree.leaves(dparams):
             return written
-        arguments = dparams, _at(written[1], i), trees.split(params)[0]
+        state, floats = _at(written[1], i), trees.split(params)[0]
         # Fused with the writing, reading one stack would come after writing another, for all the
         # compiler knows: on CPU it then copies whole stacks, for every layer.
-        new = trees.pair(apart(update, *arguments, witness=dparams), "update", "(params, state)")
-        if jax.tree.structure(new) != jax.tree.structure(arguments[:0:-1]):
+        returned = apart(update, dparams, state, floats, witness=dparams)
+        new = trees.pair(returned, "update", "(params, state)")
+        if jax.tree.structure(new) != jax.tree.structure((floats, state)):
             raise ValueError(
                 "update returned trees of another structure than the params and state it got, "
                 "expected the same: has it a state, and state_L been passed?"

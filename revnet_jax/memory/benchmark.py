@@ -16,15 +16,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 
 from revnet_jax.memory.benchmark_models import Model, Program, parse_strategy
 from revnet_jax.memory.counts import arithmetic
+from revnet_jax.training.auto import program_bytes
 from revnet_jax.training.compiler import jit_initialization
 from revnet_jax.training.metrics import peak_memory_bytes
 
-_PLATFORMS = {"gpu": "cuda"}  # as JAX names them when it lowers
 BASELINES = ("store", "remat")  # what ratios are of
 
 
@@ -66,15 +66,15 @@ class Entrant:
 
     def start(self) -> None:
         """A fresh state, and the first step: it is not timed, its memory and gradient are kept."""
-        before = peak_memory_bytes() or 0
+        before, others = peak_memory_bytes() or 0, _bytes_in_use()
         self.state, self.batch = jit_initialization(self.program.init, None)()
         jax.block_until_ready(self.state)
         rss = _reset_peak_rss()
         self._advance()
         self.rss_bytes = None if rss is None else _memory_bytes("VmHWM") - rss
         after = peak_memory_bytes() or 0
-        self.device_bytes = after if after > before else None
-        self.gradient = jax.tree.map(jnp.copy, self.program.gradient(self.state))
+        self.device_bytes = after - others if after > before else None
+        self.gradient = jax.device_get(self.program.gradient(self.state))
 
     def take_turn(self) -> None:
         started, cpu_started = time.perf_counter(), time.process_time()
@@ -84,9 +84,7 @@ class Entrant:
 
     def step_bytes(self) -> int:
         """What the step needs at once, as the compiler says."""
-        memory = self.compiled.memory_analysis()
-        results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-        return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
+        return program_bytes(self.compiled.memory_analysis(), jax.default_backend())
 
     def _advance(self):
         results = self.compiled(self.state, self.batch)
@@ -129,21 +127,20 @@ def describe(setting: Setting, entrant: Entrant, others: dict[str, Entrant]) -> 
     flops: of matrix products and convolutions, counted before compilation.
     step_bytes, temporary_bytes: the compiler's figures, with and without what goes in and out.
     rss_bytes: by how much the process grew during the first step (Linux).
-    device_bytes: the device's peak after it, where the device tells; None also where something
-      before it had taken more.
+    device_bytes: the device's peak after it, less what the other strategies hold, where the device
+      tells; None also where something before it had taken more.
     gradient_error: of the first step, relative L2 distance to that of `store`.
     time_vs_store, cpu_vs_store, ...: medians of ratios within turns; cpu is processor time, of all
       threads.
     """
     model, layers, batch = setting[:3]
-    backend = jax.default_backend()
     row: dict[str, Any] = {
         "model": model.name,
         "strategy": entrant.strategy,
         "layers": layers,
         "batch": batch,
         "compile_seconds": round(entrant.compile_seconds, 2),
-        "flops": arithmetic(entrant.traced.jaxpr, platform=_PLATFORMS.get(backend, backend)),
+        "flops": arithmetic(entrant.traced.jaxpr, platform=jax.default_backend()),
         "step_bytes": entrant.step_bytes(),
         "temporary_bytes": entrant.compiled.memory_analysis().temp_size_in_bytes,
         "rss_bytes": entrant.rss_bytes,
@@ -173,12 +170,17 @@ def describe(setting: Setting, entrant: Entrant, others: dict[str, Entrant]) -> 
 
 def relative_l2(tree: Any, reference: Any) -> float:
     """|tree - reference| / |reference|, over all leaves."""
-    difference = jax.tree.map(jnp.subtract, tree, reference)
+    difference = jax.tree.map(np.subtract, tree, reference)
     return float(optax.tree.norm(difference) / optax.tree.norm(reference))
 
 
 def _median_ratio(values, others):
     return statistics.median(a / b for a, b in zip(values, others, strict=True))
+
+
+def _bytes_in_use():
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_in_use", 0)
 
 
 def _reset_peak_rss():

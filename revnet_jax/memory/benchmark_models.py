@@ -26,8 +26,8 @@ MOMENTUM = 0.9
 class Program(NamedTuple):
     """A training step and what it needs.
 
-    step: `(state, batch) -> (state, metrics)`, jitted, its state donated. Metrics hold the loss,
-      and under `reverse` `exact_mismatches`.
+    step: `(state, batch) -> (state, metrics)`, jitted, its state donated. Metrics hold the loss
+      and, where layers are rebuilt, `exact_mismatches` of all steps so far.
     init: `() -> (state, batch)`.
     gradient: the gradient of the first step, found in the state after it: what momentum holds.
     """
@@ -89,6 +89,7 @@ class Chain:
     def program(self, strategy: str, layers: int, batch: int) -> Program:
         """The training step: value and gradient, SGD with momentum, and the exactness check."""
         backprop, stored_layers, lockstep = parse_strategy(strategy, layers)
+        rebuilds = backprop == "reverse" and stored_layers < layers
         settings: dict[str, Any] = {"backprop": backprop, "stored_layers": stored_layers}
         block = self.block()
 
@@ -99,18 +100,20 @@ class Chain:
             return sum(jnp.mean(jnp.square(stream)) for stream in y)
 
         def step(state, x):
+            params_L, momentum_L, mismatches = state
             value_and_grad = jax.value_and_grad(loss_fn, argnums=(0, 1, 2))
-            loss, (*new_state, exactness) = value_and_grad(*state, Exactness.probe(), x)
+            loss, (*new, exactness) = value_and_grad(params_L, momentum_L, Exactness.probe(), x)
             if not lockstep:
-                params_L, momentum_L = state
-                new_state = _sgd(new_state[0], momentum_L, params_L)
-            return tuple(new_state), {"loss": loss, "exact_mismatches": exactness.mismatches}
+                new = _sgd(new[0], momentum_L, params_L)
+            mismatches += exactness.mismatches
+            metrics = {"exact_mismatches": mismatches} if rebuilds else {}
+            return (*new, mismatches), {"loss": loss, **metrics}
 
         def init():
             params_key, *keys = jax.random.split(jax.random.key(0), 3)
             params_L = jax.vmap(self.init_layer)(jax.random.split(params_key, layers))
             x = tuple(jax.random.normal(key, self.stream_shape(batch)) for key in keys)
-            return (params_L, jax.tree.map(jnp.zeros_like, params_L)), x
+            return (params_L, jax.tree.map(jnp.zeros_like, params_L), jnp.zeros(())), x
 
         return Program(jit(step, donate_argnums=0), jax.jit(init), lambda state: state[1])
 
@@ -201,6 +204,8 @@ class ImageNetwork:
         """The training step of the package on random images. layers: units in all stages."""
         config = self.config.copy_and_resolve_references()
         stages = len(config.model.units)
+        if layers % stages:
+            raise UserError(f"got {layers} layers, expected a multiple of the {stages} stages")
         config.model.units = (layers // stages,) * stages
         backprop, stored_layers, lockstep = parse_strategy(strategy, layers)
         config.model.update({"backprop": backprop, "stored_layers": str(stored_layers)})

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from revnet_jax.errors import UserError
 from revnet_jax.memory.benchmark import Setting, compare
 from revnet_jax.memory.benchmark_limits import Axis, device_limit_bytes, find_limit
-from revnet_jax.memory.benchmark_models import ImageNetwork, Mlp, Transformer
+from revnet_jax.memory.benchmark_models import ImageNetwork, Mlp, Transformer, parse_strategy
 
 BASIC = ("store", "remat", "reverse")
 
@@ -86,9 +86,12 @@ def select(
     batch: Sequence[int] | None = None,
     seconds: float | None = None,
 ) -> Suite:
-    """A part of a suite, or other sizes; None leaves as it is. UserError for unknown models.
+    """A part of a suite, or other sizes; None leaves as it is.
 
-    layers, batch: each of these with each of those, for every model, in place of the suite's.
+    Raises UserError for models and strategies that there are not.
+
+    layers, batch: each of these with each of those, for every model, in place of what the suite
+      compares; its searches start from where they do.
     """
     known = dict.fromkeys(setting.model.name for setting in suite.settings)
     names = list(known) if models is None else list(models)
@@ -109,6 +112,9 @@ def select(
     if strategies is not None:
         settings = [setting._replace(strategies=tuple(strategies)) for setting in settings]
         searches = tuple(search._replace(strategies=tuple(strategies)) for search in searches)
+    for each in (*settings, *searches):  # now, rather than after the measurements before it
+        for strategy in each.strategies:
+            parse_strategy(strategy, each.layers)
     return Suite(tuple(settings), searches)
 
 

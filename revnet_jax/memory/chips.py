@@ -53,7 +53,9 @@ def chip_of(device_kind: str) -> Chip | None:
     gpus = [
         chip
         for chip in CHIPS.values()
-        if chip.device_kind.startswith("NVIDIA") and device_kind.startswith(chip.device_kind)
+        if chip.device_kind.startswith("NVIDIA")
+        and device_kind.startswith(chip.device_kind)
+        and not any(other in device_kind for other in ("PCI", "NVL", "40GB"))
     ]
     return (exact or gpus or [None])[0]
 

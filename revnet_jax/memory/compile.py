@@ -100,6 +100,7 @@ class Compiler:
         }
         # Executables from JAX's own cache are not asked: those of a topology cannot be loaded.
         environment = {"JAX_ENABLE_COMPILATION_CACHE": "false", **self.topology.environment}
+        environment["JAX_TRACEBACK_FILTERING"] = "off"  # the last line is to be the error's
         started = time.monotonic()
         process = subprocess.run(
             [sys.executable, "-m", "revnet_jax.memory.worker"],

@@ -12,7 +12,7 @@ def arithmetic(jaxpr: ClosedJaxpr, *, platform: str) -> int:
     """FLOPs of a program's matrix products and convolutions, 2 per multiply-add.
 
     jaxpr: `jax.jit(function).trace(*args).jaxpr`.
-    platform: "cpu", "tpu" or "cuda": whose branch of a `lax.platform_dependent` counts.
+    platform: "cpu", "tpu" or "gpu": whose branch of a `lax.platform_dependent` counts.
 
     A loop's body counts as often as it runs (once where that is unknown until then), of a
     condition's branches the dearest, and nothing whose result is not used. Products with the
@@ -20,7 +20,7 @@ def arithmetic(jaxpr: ClosedJaxpr, *, platform: str) -> int:
     that, which counts every loop once, this knows how long they are.
     """
     needed, _ = dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.out_avals))
-    return _count(needed, platform)
+    return _count(needed, {"gpu": "cuda"}.get(platform, platform))
 
 
 def _count(jaxpr: Jaxpr | ClosedJaxpr, platform: str) -> int:

@@ -32,8 +32,8 @@ def plan(
     largest: also search, for each, the largest batch and the largest depth that fit: about five
       further compilations of each.
 
-    Returns settings of the plan, a list of rows, and a recommendation. Sizes are bytes of one
-    device; `least_ms` and `utilization` are null for devices that are not in `CHIPS`.
+    Returns settings of the plan, a list of rows, and a recommendation. Sizes are bytes, and flops,
+    of one device; `least_ms` and `utilization` are null for devices that are not in `CHIPS`.
 
     Raises UserError for a strategy there is not, and where nothing could be compiled.
     """
@@ -70,18 +70,19 @@ def plan(
 
 def recommend(rows: Sequence[Row], limit_bytes: int | None) -> dict[str, str | None]:
     """The strategy that costs least of those that fit, and why, in one sentence."""
+    room = "an unknown memory" if limit_bytes is None else size(limit_bytes)
     known = [row for row in rows if row["error"] is None]
     fitting = [row for row in known if row["fits"]]
     if not fitting:
         said = [row for row in known if row["needed_bytes"] is not None]
         least = min(said, key=lambda row: row["needed_bytes"], default=None)
         asks = f" ({least['strategy']} asks for {size(least['needed_bytes'])})" if least else ""
-        reason = f"none fits into {size(limit_bytes)}{asks}: smaller batches or more devices might"
+        reason = f"none fits into {room}{asks}: smaller batches or more devices might"
         return {"strategy": None, "reason": reason}
     # Where no time is predicted, arithmetic decides, and then memory.
     cost = lambda row: (row["least_ms"] or 0, row["flops"], row["needed_bytes"])
     best = min(fitting, key=cost)
-    needs = f"{size(best['needed_bytes'])} of {size(limit_bytes)}"
+    needs = f"{size(best['needed_bytes'])} of {room}"
     refused = [row["strategy"] for row in known if not row["fits"]]
     others = f", which {', '.join(refused)} would not" if refused else ""
     by = "fastest by roofline" if best["least_ms"] else "least arithmetic"
@@ -154,7 +155,11 @@ def _largest(strategy, settings, compiler, step):
     def needed_bytes(key, value):
         name = f"{strategy}, {key} {value}"
         (result,) = compiler.steps({name: {**settings, key: value}}).values()
-        return None if isinstance(result, NotCompiled) else result.needed_bytes
+        if isinstance(result, NotCompiled):
+            raise UserError(f"{name}: {result.error}")
+        # What a refusal says it asked for is rounded, and may round to what there is.
+        known = result.fits or (result.needed_bytes or 0) > step.limit_bytes
+        return result.needed_bytes if known else None
 
     batch_size, units = settings["batch_size"], settings["model.units"]
     batch = largest_that_fits(

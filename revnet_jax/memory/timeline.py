@@ -16,6 +16,7 @@ from revnet_jax.memory.buffers import assignment
 from revnet_jax.memory.liveness import liveness
 from revnet_jax.models import Network, Variables
 from revnet_jax.training.build import build_network
+from revnet_jax.training.compiler import jit
 from revnet_jax.training.step import cross_entropy
 
 MIB = 2**20
@@ -43,7 +44,9 @@ class Timeline(NamedTuple):
 
 
 def timeline(config: ConfigDict, backprop: str) -> Timeline:
-    """Compiles the gradient of the config's training loss and follows it; runs nothing.
+    """Compiles the gradient of the config's network and follows it; runs nothing.
+
+    Of the mean cross entropy of one batch: without label smoothing, clipping and microbatches.
 
     Raises ConfigError for settings that cannot be used, ValueError for a compiler that does not
     tell its buffers, or where no chain is left a loop to follow.
@@ -78,6 +81,7 @@ def with_layers(config: ConfigDict, layers: int) -> ConfigDict:
     if layers < 3:
         raise UserError(f"got {layers} layers, expected 3 or more: fewer may make no loop")
     config = config.copy_and_resolve_references()
+    config.model.update({"backprop": "store", "stored_layers": "0"})
     config.model.units = (1,) * len(config.model.units)
     first_units = [group for group in build_network(config).groups if group.unit]
     config.model.units = tuple(layers + group.is_transition for group in first_units)
@@ -96,11 +100,7 @@ def compiled_gradient(network: Network, batch: int) -> jax.stages.Compiled:
     image = jax.ShapeDtypeStruct((batch, *network.architecture.image_shape), jnp.float32)
     label = jax.ShapeDtypeStruct((batch,), jnp.int32)
     gradient = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
-    on_cpu = jax.default_backend() == "cpu"
-    # As a training step is compiled, except that machine code, never run, need not be good.
-    options: dict[str, Any] = {"xla_cpu_experimental_ynn_fusion_type": ""}
-    options["xla_backend_optimization_level"] = 0
-    program = jax.jit(gradient, compiler_options=options if on_cpu else None)
+    program = jit(gradient, quickly=True)  # machine code that never runs need not be good
     probes = jax.eval_shape(network.probes)
     return program.lower(variables.params, probes, variables.stats, image, label).compile()
 

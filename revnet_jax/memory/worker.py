@@ -22,12 +22,11 @@ from ml_collections import ConfigDict
 
 from revnet_jax.config import ConfigError
 from revnet_jax.errors import UserError
-from revnet_jax.memory import hlo, traffic
+from revnet_jax.memory import hlo, traffic, units
 from revnet_jax.memory.chips import chip_of
 from revnet_jax.memory.counts import arithmetic
 from revnet_jax.memory.topology import Topology, devices, parse_topology
-from revnet_jax.memory.units import parse_size
-from revnet_jax.training.auto import program_bytes
+from revnet_jax.training import auto, compiler
 from revnet_jax.training.program import StepProgram, step_program
 
 
@@ -63,7 +62,7 @@ def measure(config: ConfigDict, topology: Topology, cache_dir: Path) -> dict[str
     return {
         "num_devices": len(targets),
         "device_kind": targets[0].device_kind,
-        "limit_bytes": _limit_bytes(targets),
+        "limit_bytes": int(config.memory_limit_gib * 2**30) or _limit_bytes(targets[0]),
         "flops": arithmetic(traced.jaxpr, platform=platform),
         "cached": cached,
         **_sizes(program, config),
@@ -90,7 +89,7 @@ def asked_bytes(message: str) -> int | None:
     found = re.search(r"\(([\d.]+)([BKMGT])\) exceeds", message) or re.search(
         r"Used ([\d.]+)([BKMGT]) of", message
     )
-    return parse_size(found[1], found[2]) if found else None
+    return units.parse_size(found[1], found[2]) if found else None
 
 
 def _compile(lowered, platform):
@@ -106,7 +105,7 @@ def _compile(lowered, platform):
         stats = compiled.memory_analysis()
         found = {
             "out_of_memory": False,
-            "needed_bytes": program_bytes(stats, platform),
+            "needed_bytes": auto.program_bytes(stats, platform),
             "argument_bytes": stats.argument_size_in_bytes,
             "traffic": traffic.traffic(compiled.as_text())._asdict(),
         }
@@ -116,30 +115,29 @@ def _compile(lowered, platform):
 def _digest(text: str, topology: Topology, targets: list[Any]) -> str:
     """Of everything that decides what is found: program, devices, compiler, and who reads it."""
     versions = [jax.__version__, targets[0].client.platform_version, targets[0].device_kind]
-    readers = [Path(module.__file__).read_text() for module in (hlo, traffic)]
-    readers.append(Path(__file__).read_text())
-    parts = [text, topology.name, str(len(targets)), *versions, *readers]
+    options = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
+    modules = [sys.modules[__name__], hlo, traffic, units, auto, compiler]
+    readers = [Path(str(module.__file__)).read_text() for module in modules]
+    parts = [text, topology.name, str(len(targets)), *versions, *options, *readers]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
-def _limit_bytes(targets):
-    """Memory of one device, as far as it is known."""
-    device = targets[0]
-    if device.platform == "cpu":  # whose devices share the machine's
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(targets)
-    stats = device.memory_stats() if device in jax.devices() else None
+def _limit_bytes(device: jax.Device) -> int | None:
+    """Memory of a device, as far as it is known."""
+    if device in jax.devices():
+        return auto.memory_bytes(device)
     chip = chip_of(device.device_kind)
-    return stats["bytes_limit"] if stats else chip.hbm_bytes if chip else None
+    return chip.hbm_bytes if chip else None
 
 
 def _sizes(program: StepProgram, config: ConfigDict) -> dict[str, int]:
     """Bytes of what one device holds from step to step, and of its part of a batch."""
     num_devices = program.batch["label"].sharding.num_devices
     return {
-        "weights_bytes": size(program.state.variables),
+        "weights_bytes": tree_bytes(program.state.variables),
         "gradient_bytes": _gradient_bytes(program, config),
-        "optimizer_bytes": size(program.state.opt_state),
-        "batch_bytes": size(program.batch) // num_devices,
+        "optimizer_bytes": tree_bytes(program.state.opt_state),
+        "batch_bytes": tree_bytes(program.batch) // num_devices,
     }
 
 
@@ -147,13 +145,13 @@ def _gradient_bytes(program: StepProgram, config: ConfigDict) -> int:
     """Of the gradients that exist together: lockstep has one layer's of all that are in chains."""
     params, in_chains = program.state.variables.params, program.network.stacked
     if config.optimizer.lockstep:
-        layer = lambda name: size(params[name]) // jax.tree.leaves(params[name])[0].shape[0]
-        outside = size([tree for name, tree in params.items() if name not in in_chains])
+        layer = lambda name: tree_bytes(params[name]) // jax.tree.leaves(params[name])[0].shape[0]
+        outside = tree_bytes([tree for name, tree in params.items() if name not in in_chains])
         return outside + max(map(layer, in_chains), default=0)
-    return size(params) * (2 if config.microbatches > 1 else 1)  # a part's, and the sum
+    return tree_bytes(params) * (2 if config.microbatches > 1 else 1)  # a part's, and the sum
 
 
-def size(tree: Any) -> int:
+def tree_bytes(tree: Any) -> int:
     """Bytes of all arrays of a tree; their shapes suffice."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 

@@ -59,6 +59,11 @@ def build_optimizer(config: ConfigDict, network: Network, schedule: optax.Schedu
         )
     if not lockstep:
         return ordinary
+    if not network.stacked:
+        raise ConfigError(
+            "config.optimizer.lockstep: got True for a network without chains, expected False: "
+            "each unit changes width or resolution, so there is no sweep to update it in"
+        )
     if config.microbatches > 1:
         raise ConfigError(
             f"config.microbatches: got {config.microbatches} and optimizer.lockstep, expected one: "

@@ -7,22 +7,26 @@ from typing import Any
 
 import jax
 
+_QUICKLY = {"xla_backend_optimization_level": 0}
 
-def jit(function: Callable, **kwargs: Any) -> Callable:
+
+def jit(function: Callable, *, quickly: bool = False, **kwargs: Any) -> Callable:
     """`jax.jit`, such that a branch gives the same bits wherever the program evaluates it.
 
     On CPU XLA may hand a convolution together with the arithmetic around it to a library that
     rounds otherwise (no fused multiply-add). Whether it does depends on which intermediates are
     kept, so that `store` and `reverse` would train apart: by 7e-7 of the loss after one step of
     RevNet-38, by percents after ten, as ReLUs and the grid turn roundings into decisions.
+
+    quickly: compile, on CPU, quickly rather than well.
     """
-    on_cpu = jax.default_backend() == "cpu"
-    options = {"xla_cpu_experimental_ynn_fusion_type": ""} if on_cpu else None
+    options: dict[str, Any] | None = None
+    if jax.default_backend() == "cpu":
+        options = {"xla_cpu_experimental_ynn_fusion_type": ""} | (_QUICKLY if quickly else {})
     return jax.jit(function, compiler_options=options, **kwargs)
 
 
 def jit_initialization(init: Callable[[], Any], sharding: Any) -> Callable[[], Any]:
     """`jax.jit` for a program that runs once: on CPU, compiled quickly rather than well."""
-    on_cpu = jax.default_backend() == "cpu"
-    options = {"xla_backend_optimization_level": 0} if on_cpu else None
+    options = _QUICKLY if jax.default_backend() == "cpu" else None
     return jax.jit(init, out_shardings=sharding, compiler_options=options)

@@ -94,6 +94,8 @@ def make_train_step(
         params, opt_state, norm = optimizer.finish(params, opt_state, cotangents, carried)
         return found, params, opt_state, exactness, norm
 
+    if isinstance(optimizer, LockstepOptimizer) and microbatches > 1:
+        raise ValueError(f"got microbatches={microbatches} for an update in lockstep, expected 1")
     step = in_lockstep if isinstance(optimizer, LockstepOptimizer) else ordinary
 
     def train_step(state, batch):

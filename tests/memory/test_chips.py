@@ -11,7 +11,8 @@ def test_chips_are_found_by_the_names_that_devices_have():
     assert chip_of("TPU v5 lite") is V5E
     assert chip_of("TPU v5") is CHIPS["v5p"]
     assert chip_of("NVIDIA H100 80GB HBM3") is CHIPS["h100"]
-    assert chip_of("cpu") is None
+    for other in ("cpu", "NVIDIA A100-SXM4-40GB", "NVIDIA H100 PCIe"):
+        assert chip_of(other) is None
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)

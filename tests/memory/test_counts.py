@@ -52,7 +52,7 @@ def test_of_branches_the_dearest_counts():
     assert count(run, X, W) == 2 * PRODUCT
 
 
-@pytest.mark.parametrize(("platform", "products"), [("cpu", 1), ("tpu", 2), ("cuda", 2)])
+@pytest.mark.parametrize(("platform", "products"), [("cpu", 1), ("tpu", 2), ("gpu", 2)])
 def test_of_platforms_the_one_planned_for_counts(platform, products):
     run = lambda x, w: lax.platform_dependent(x, cpu=lambda x: x @ w, default=lambda x: x @ w @ w)
     assert count(run, X, W, platform=platform) == products * PRODUCT
@@ -62,8 +62,8 @@ def test_what_is_not_used_does_not_count():
     def loss(w, x):
         return jnp.sum(jax.checkpoint(lambda w: jnp.tanh(x @ w) @ w)(w))
 
-    # 2 forward, 2 * 2 backward, less that to x; of the recompute only the first product is needed.
-    assert count(jax.grad(loss), W, X) <= (2 + 3 + 1) * PRODUCT
+    # Forward nothing, of the recompute the first product, and 2 * 2 backward, less that to x.
+    assert count(jax.grad(loss), W, X) == (0 + 1 + 3) * PRODUCT
 
 
 @pytest.mark.parametrize("inner", [jax.jit, jax.checkpoint])

@@ -17,7 +17,14 @@ from revnet_jax.memory.plan import plan, recommend
 from revnet_jax.memory.topology import TopologyError, parse_topology
 from revnet_jax.memory.units import size
 from revnet_jax.memory.variants import variants
-from revnet_jax.memory.worker import as_config, asked_bytes, measure
+from revnet_jax.memory.worker import (
+    _gradient_bytes,
+    as_config,
+    asked_bytes,
+    measure,
+    tree_bytes,
+)
+from revnet_jax.training.program import step_program
 
 GIB = 2**30
 LOCAL = parse_topology("local")
@@ -119,6 +126,7 @@ def test_of_equal_times_the_least_memory_is_taken():
         for name, needed in (("store", 9), ("remat", 8))
     ]
     assert recommend(rows, 10)["strategy"] == "remat"
+    assert "of an unknown memory" in recommend(rows, None)["reason"]
 
 
 def test_where_nothing_fits_the_least_demand_is_named():
@@ -162,6 +170,19 @@ def test_affine_memory_is_solved_in_few_compilations(limit, silent):
     assert found.size == (limit - 15) // 10 // 4 * 4
     assert found.exact
     assert len(set(asked)) == len(asked) <= 5
+
+
+def test_a_refusal_that_rounds_to_what_there_is_does_not_fit(tiny_config):
+    def say(settings):
+        if settings["batch_size"] <= 64:
+            return CompiledStep(**{**vars(STEP), "needed_bytes": GIB})
+        refused = {"needed_bytes": 16 * GIB, "out_of_memory": True, "traffic": None}
+        return CompiledStep(**{**vars(STEP), **refused})
+
+    (row,) = plan(flatten(tiny_config), FakeCompiler(say), strategies=["store"], largest=True)[
+        "rows"
+    ]
+    assert row["largest_batch"]["size"] == 64
 
 
 def test_what_never_fits_and_what_always_does():
@@ -216,6 +237,21 @@ def test_a_step_is_compiled_once(tiny_config, tmp_path):
     assert step.fits
     assert step.needed_bytes > step.argument_bytes > step.weights_bytes + step.optimizer_bytes
     assert step.traffic["collectives"]["all-reduce"] >= step.gradient_bytes
+
+
+def test_gradients_that_exist_together_in_lockstep(tiny_config):
+    """One layer's of a chain, and all others': the chain of 2 has two layers' in ordinary steps."""
+    sizes = {}
+    for lockstep in (False, True):
+        tiny_config.optimizer.lockstep = lockstep
+        program = step_program(tiny_config, jax.devices())
+        sizes[lockstep] = _gradient_bytes(program, tiny_config)
+    params = program.state.variables.params
+    in_chains = {name: tree_bytes(params[name]) for name in program.network.stacked}
+    assert sizes[False] == tree_bytes(params)
+    chain_1, chain_2 = in_chains.values()  # of 1 and of 2 layers
+    largest_layer = max(chain_1, chain_2 // 2)
+    assert sizes[True] == tree_bytes(params) - chain_1 - chain_2 + largest_layer
 
 
 def test_settings_that_do_not_go_together_are_a_line(tiny_config, tmp_path):

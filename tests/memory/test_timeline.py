@@ -93,7 +93,7 @@ def test_every_chain_gets_its_layers(tiny_config, family):
     tiny_config.model.family = family
     channels = (8, 8, 32) if family == "irevnet" else (8, 8, 16)
     tiny_config.model.channels = channels
-    tiny_config.model.backprop = "store"
+    tiny_config.model.update({"backprop": "reverse,store", "stored_layers": "2"})
     chains = build_network(with_layers(tiny_config, 5)).chains.values()
     depths = [sum(group.depth for group in chain if group.unit) for chain in chains]
     assert depths == ([10] if family == "irevnet" else [5, 5])

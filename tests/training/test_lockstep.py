@@ -118,6 +118,17 @@ def test_the_config_refuses_what_does_not_go_together(tiny_config):
     tiny_config.microbatches = 2
     with pytest.raises(ConfigError, match=r"config.microbatches: got 2 and optimizer.lockstep"):
         build_recipe(tiny_config)
+    tiny_config.update_from_flattened_dict({"microbatches": 1, "model.units": (1, 1)})
+    tiny_config.model.channels = (4, 8, 16)
+    with pytest.raises(ConfigError, match="got True for a network without chains"):
+        build_recipe(tiny_config)
+
+
+def test_a_step_in_lockstep_has_no_parts(tiny_config):
+    tiny_config.optimizer.lockstep = True
+    network, schedule, optimizer = build_recipe(tiny_config)
+    with pytest.raises(ValueError, match="got microbatches=2 for an update in lockstep"):
+        make_train_step(network, optimizer, schedule, microbatches=2)
 
 
 def one_step(config):

@@ -1,0 +1,94 @@
+"""Attention that never holds all of its T x T scores, on any machine.
+
+Dims: B batch, T tokens, N heads, G key-value heads (N is a multiple), K size of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+Kernel = Literal["chunked", "cudnn", "flash"]
+KERNELS: dict[str, Kernel] = {"cpu": "chunked", "gpu": "cudnn", "cuda": "cudnn", "tpu": "flash"}
+_MOST_CHUNKS = 16
+_FLASH_BLOCK = 128  # lengths that the TPU kernel takes are multiples of it
+
+
+def kernel_for(platform: str) -> Kernel:
+    """The one to take on "cpu", "gpu" or "tpu"."""
+    return KERNELS.get(platform, "chunked")
+
+
+def attend(
+    q_BTNK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, *, causal: bool, kernel: Kernel
+) -> jax.Array:
+    """softmax(q k' / sqrt(K)) v: [B, T, N, K]; head n reads key-value head n // (N / G).
+
+    causal: token t reads tokens up to itself.
+    kernel: "chunked": scores of a block of queries at a time, in plain JAX, computed again in the
+      backward pass; "cudnn": `jax.nn.dot_product_attention`'s fused one, for NVIDIA GPUs and 16
+      bits; "flash": the Pallas kernel for TPUs that comes with JAX (Dao et al. 2022,
+      arXiv:2205.14135), for lengths that are multiples of 128. Where a fused one does not take
+      what it gets, it is chunked.
+
+    Softmax is float32. Cost: 4 B T T N K operations, half of that if a causal kernel is fused.
+    """
+    T = q_BTNK.shape[1]
+    if kernel == "cudnn" and q_BTNK.dtype in (jnp.bfloat16, jnp.float16):
+        return jax.nn.dot_product_attention(
+            q_BTNK, k_BTGK, v_BTGK, is_causal=causal, implementation="cudnn"
+        )
+    if kernel == "flash" and T % _FLASH_BLOCK == 0:
+        return _flash(q_BTNK, k_BTGK, v_BTGK, causal=causal)
+    chunk = max(128, -(-T // _MOST_CHUNKS))
+    parts = []
+    for start in range(0, T, chunk):
+        stop = min(start + chunk, T)
+        seen = stop if causal else T  # keys beyond the last query are not even looked at
+        mask_TS = None
+        if causal:
+            mask_TS = jnp.arange(start, stop)[:, None] >= jnp.arange(seen)[None]
+        part = jax.checkpoint(scores_times_values)
+        parts.append(part(q_BTNK[:, start:stop], k_BTGK[:, :seen], v_BTGK[:, :seen], mask_TS))
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def scores_times_values(
+    q_BTNK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask_TS: jax.Array | None
+) -> jax.Array:
+    """Attention of T queries to S keys with all scores at once; mask: what each query sees."""
+    B, T, N, K = q_BTNK.shape
+    G = k_BSGK.shape[2]
+    q_BTGRK = q_BTNK.reshape(B, T, G, N // G, K)
+    scores = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
+    scores = scores / math.sqrt(K)
+    if mask_TS is not None:
+        scores = jnp.where(mask_TS[None, None, None], scores, jnp.finfo(scores.dtype).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSGK.dtype)
+    return jnp.einsum("bgrts,bsgk->btgrk", weights, v_BSGK).reshape(B, T, N, K)
+
+
+def _flash(q_BTNK, k_BTGK, v_BTGK, *, causal):
+    from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention
+
+    repeats = q_BTNK.shape[2] // k_BTGK.shape[2]
+    by_head = lambda x, n: jnp.swapaxes(jnp.repeat(x, n, axis=2) if n > 1 else x, 1, 2)
+    q, k, v = by_head(q_BTNK, 1), by_head(k_BTGK, repeats), by_head(v_BTGK, repeats)
+    scale = 1 / math.sqrt(q_BTNK.shape[-1])
+    return jnp.swapaxes(flash_attention(q, k, v, causal=causal, sm_scale=scale), 1, 2)
+
+
+def rotate(x_BTNK: jax.Array, position_T: Any, *, base: float = 10_000.0) -> jax.Array:
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864): each head's halves turned by angles.
+
+    position_T: of the tokens, whole numbers. Computed in float32, returned in the input's dtype.
+    """
+    half = x_BTNK.shape[-1] // 2
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle_TK = position_T.astype(jnp.float32)[:, None] * frequency[None]
+    cos, sin = (f(angle_TK)[None, :, None] for f in (jnp.cos, jnp.sin))
+    a, b = jnp.split(x_BTNK.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNK.dtype)

@@ -1,0 +1,176 @@
+"""The branches of a decoder: causal attention and feed-forward networks, as nnx modules.
+
+Dims: B batch, T tokens, S tokens of a cache, D stream width, N heads, G key-value heads, K head
+size, F hidden width, E experts, R experts a token goes to. Streams are float32; branches normalise
+what they read and compute in `dtype`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from revnet_jax.models.attention import Kernel, attend, rotate, scores_times_values
+
+
+class Linear(nnx.Module):
+    """x @ kernel, in `dtype`; normal initialisation of standard deviation `std`."""
+
+    def __init__(self, inputs: int, outputs: int, *, std: float, dtype, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (inputs, outputs)))
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + 1e-6) * scale, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, width: int):
+        self.scale = nnx.Param(jnp.ones(width))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        scale = jnp.expand_dims(self.scale[...], tuple(range(x.ndim - 1)))
+        return x * lax.rsqrt(mean_square + 1e-6) * scale
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens so far, [B, S, G, K]; those to come are zeros."""
+
+    k_BSGK: jax.Array
+    v_BSGK: jax.Array
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with rotary positions and grouped key-value heads.
+
+    Ainslie et al. 2023 (arXiv:2305.13245); no biases.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        rotary_base: float,
+        out_std: float,
+        kernel: Kernel,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.heads, self.kv_heads, self.head_size = heads, kv_heads, width // heads
+        self.rotary_base, self.kernel = rotary_base, kernel
+        self.norm = RMSNorm(width)
+        inner = (heads + 2 * kv_heads) * self.head_size
+        self.qkv = Linear(width, inner, std=width**-0.5, dtype=dtype, rngs=rngs)
+        self.out = Linear(width, width, std=out_std, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x_BTD: jax.Array, position: jax.Array, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        """(u_BTD, the cache with these tokens in it).
+
+        position: of the first token. Without a cache tokens see one another alone; with one, all
+        that came before too.
+        """
+        B, T, D = x_BTD.shape
+        N, G = self.heads, self.kv_heads
+        qkv = self.qkv(self.norm(x_BTD)).reshape(B, T, N + 2 * G, self.head_size)
+        q_BTNK, k_BTGK, v_BTGK = jnp.split(qkv, (N, N + G), axis=2)
+        position_T = position + jnp.arange(T)
+        q_BTNK = rotate(q_BTNK, position_T, base=self.rotary_base)
+        k_BTGK = rotate(k_BTGK, position_T, base=self.rotary_base)
+        if cache is None:
+            mixed = attend(q_BTNK, k_BTGK, v_BTGK, causal=True, kernel=self.kernel)
+        else:
+            write = lambda old, new: lax.dynamic_update_slice_in_dim(
+                old, new.astype(old.dtype), position, axis=1
+            )
+            cache = Cache(write(cache.k_BSGK, k_BTGK), write(cache.v_BSGK, v_BTGK))
+            sees_TS = position_T[:, None] >= jnp.arange(cache.k_BSGK.shape[1])[None]
+            mixed = scores_times_values(q_BTNK, *cache, sees_TS)
+        return self.out(mixed.reshape(B, T, D)), cache
+
+
+class FeedForward(nnx.Module):
+    """SwiGLU: (silu(x A) * x B) C (Shazeer 2020, arXiv:2002.05202).
+
+    chunks: parts of the tokens that are computed one after the other, each again in the backward
+      pass: the hidden activations of all of them never exist together.
+    """
+
+    def __init__(
+        self, *, width: int, hidden: int, chunks: int, out_std: float, dtype, rngs: nnx.Rngs
+    ):
+        self.norm, self.chunks = RMSNorm(width), chunks
+        self.up = Linear(width, 2 * hidden, std=width**-0.5, dtype=dtype, rngs=rngs)
+        self.down = Linear(hidden, width, std=out_std, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        if self.chunks == 1:
+            return self._apply(x_BTD)
+        B, T, D = x_BTD.shape
+        parts = jnp.swapaxes(x_BTD.reshape(B, self.chunks, T // self.chunks, D), 0, 1)
+        u = lax.map(jax.checkpoint(self._apply), parts)
+        return jnp.swapaxes(u, 0, 1).reshape(B, T, D)
+
+    def _apply(self, x_BTD):
+        gate, value = jnp.split(self.up(self.norm(x_BTD)), 2, axis=-1)
+        return self.down(jax.nn.silu(gate) * value)
+
+
+class Experts(nnx.Module):
+    """Mixture of SwiGLU experts: each token goes to the R whose router likes it best.
+
+    Routing and the balance loss are those of Fedus et al. 2021 (arXiv:2101.03961, eq. 4), for R of
+    E experts with their probabilities normalised; no expert has a capacity, no token is dropped.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        hidden: int,
+        experts: int,
+        experts_per_token: int,
+        out_std: float,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.experts_per_token, self.dtype = experts_per_token, dtype
+        self.norm = RMSNorm(width)
+        normal = lambda std, *shape: nnx.Param(std * jax.random.normal(rngs.params(), shape))
+        self.router = Linear(width, experts, std=width**-0.5, dtype=jnp.float32, rngs=rngs)
+        self.up_kernel = normal(width**-0.5, experts, width, 2 * hidden)
+        self.down_kernel = normal(out_std, experts, hidden, width)
+
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(u_BTD, balance loss: 1 where all experts get equal parts, expert_BTR)."""
+        B, T, D = x_BTD.shape
+        R = self.experts_per_token
+        x_MD = self.norm(x_BTD).reshape(B * T, D)
+        probability_ME = jax.nn.softmax(self.router(x_MD))
+        weight_MR, expert_MR = lax.top_k(probability_ME, R)
+        weight_MR = weight_MR / jnp.sum(weight_MR, axis=-1, keepdims=True)
+        E = probability_ME.shape[-1]
+        share_E = jnp.mean(jax.nn.one_hot(expert_MR, E), axis=(0, 1))
+        balance = E * jnp.sum(share_E * jnp.mean(probability_ME, axis=0))
+
+        # Sorted by expert, and back by a gather: adding up in place might change the order of sums.
+        order = jnp.argsort(expert_MR.reshape(-1), stable=True)
+        sizes_E = jnp.bincount(expert_MR.reshape(-1), length=E)
+        rows = x_MD.astype(self.dtype)[order // R]
+        up, down = (kernel[...].astype(self.dtype) for kernel in (self.up_kernel, self.down_kernel))
+        gate, value = jnp.split(lax.ragged_dot(rows, up, sizes_E), 2, axis=-1)
+        outputs = lax.ragged_dot(jax.nn.silu(gate) * value, down, sizes_E)
+        u_MRD = outputs[jnp.argsort(order)].reshape(B * T, R, D)
+        u_MD = jnp.sum(u_MRD * weight_MR[..., None].astype(self.dtype), axis=1)
+        return u_MD.reshape(B, T, D), balance, expert_MR.reshape(B, T, R)

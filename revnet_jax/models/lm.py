@@ -1,0 +1,322 @@
+"""A reversible language model, and its irreversible twin of the same parameters.
+
+Two streams start from a token's embedding; attention reads one and updates the other, the
+feed-forward network the reverse; their sum, normalised, is what tokens are predicted from. The twin
+has one stream that both branches read and update.
+
+Dims: B batch, T tokens, D stream width, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from revnet_jax.core import (
+    Backprop,
+    Exactness,
+    Grid,
+    Layer,
+    PlainLayer,
+    chain,
+    reversible_block,
+)
+from revnet_jax.models.attention import Kernel
+from revnet_jax.models.bridge import PureModule
+from revnet_jax.models.decoder import Attention, Cache, Experts, FeedForward, RMSNorm
+from revnet_jax.models.network import Lockstep, Variables
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What a decoder is made of.
+
+    reversible: two streams; else the twin, with one.
+    kv_heads: divides heads. hidden: of the feed-forward network. tied: predict by the embedding.
+    experts: how many feed-forward networks a layer has, each token going to `experts_per_token`;
+      0 for one that all take.
+    dropout: of what the branches return and of the embedding.
+    """
+
+    vocab_size: int
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    hidden: int
+    reversible: bool = True
+    tied: bool = False
+    dropout: float = 0.0
+    experts: int = 0
+    experts_per_token: int = 2
+    rotary_base: float = 10_000.0
+
+    def __post_init__(self):
+        if self.width % self.heads or self.width // self.heads % 2:
+            raise ValueError(
+                f"got width={self.width} and heads={self.heads}, expected heads of an even size"
+            )
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"got kv_heads={self.kv_heads}, expected a divisor of heads={self.heads}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"got dropout={self.dropout}, expected a share in [0, 1)")
+        if self.experts and not 1 <= self.experts_per_token <= self.experts:
+            raise ValueError(
+                f"got experts_per_token={self.experts_per_token}, expected 1 to {self.experts}"
+            )
+
+
+class LanguageModel:
+    """A decoder as pure functions: `init(key)`, `loss(variables, ...)`, `extend(...)` to generate.
+
+    backprop, stored_layers: what the gradient costs (see `chain`).
+    compute_dtype: of the branches; streams, normalisations and logits are float32.
+    grid: where the two streams live; None for free floats.
+    check_exactness: whether `probes` has any: the check keeps the chain's input.
+    attention: see `attend`.
+    feed_forward_chunks: see `FeedForward`. loss_chunk: tokens of each sequence whose logits exist
+      together.
+    """
+
+    def __init__(
+        self,
+        architecture: Decoder,
+        *,
+        backprop: Backprop = "reverse",
+        stored_layers: int = 0,
+        compute_dtype: Any = jnp.float32,
+        grid: Grid | None = Grid(),
+        check_exactness: bool = True,
+        attention: Kernel = "chunked",
+        feed_forward_chunks: int = 1,
+        loss_chunk: int = 128,
+    ):
+        if backprop == "reverse" and not architecture.reversible:
+            raise ValueError(
+                "got backprop='reverse' for a model of one stream, expected 'store' or 'remat': "
+                "its layers have no inverse. Take reversible=True to store nothing"
+            )
+        if architecture.experts and feed_forward_chunks > 1:
+            raise ValueError(
+                f"got feed_forward_chunks={feed_forward_chunks} and experts, expected 1: all "
+                "tokens are routed together"
+            )
+        self.architecture, self.grid = architecture, grid
+        self.backprop, self.stored_layers = backprop, stored_layers
+        self.compute_dtype, self.check_exactness = compute_dtype, check_exactness
+        self.loss_chunk = loss_chunk
+        a = architecture
+        # Sums of 2 L updates, of about the size of an embedding all together.
+        out_std = lambda inputs: (inputs * 2 * a.layers) ** -0.5
+        self._f = PureModule(
+            lambda rngs: Attention(
+                width=a.width,
+                heads=a.heads,
+                kv_heads=a.kv_heads,
+                rotary_base=a.rotary_base,
+                out_std=out_std(a.width),
+                kernel=attention,
+                dtype=compute_dtype,
+                rngs=rngs,
+            )
+        )
+        common = {"width": a.width, "hidden": a.hidden, "out_std": out_std(a.hidden)}
+        common["dtype"] = compute_dtype
+        if a.experts:
+            experts = {"experts": a.experts, "experts_per_token": a.experts_per_token}
+            self._g = PureModule(lambda rngs: Experts(**common, **experts, rngs=rngs))
+        else:
+            chunks = feed_forward_chunks
+            self._g = PureModule(lambda rngs: FeedForward(**common, chunks=chunks, rngs=rngs))
+        self._norm = PureModule(lambda rngs: RMSNorm(a.width))
+
+    @property
+    def stacked(self) -> list[str]:
+        """The groups whose variables have a leading axis of one per layer."""
+        return ["layers"]
+
+    def init(self, key: jax.Array) -> Variables:
+        """Fresh variables."""
+        a = self.architecture
+        embed_key, head_key, *keys = jax.random.split(key, 4)
+        of_layers = [
+            jax.vmap(module.init)(jax.random.split(k, a.layers))[0]
+            for module, k in zip((self._f, self._g), keys, strict=True)
+        ]
+        embedding_VD = jax.random.normal(embed_key, (a.vocab_size, a.width))
+        head = self._norm.init(head_key)[0]
+        if a.tied:
+            embedding_VD = embedding_VD * a.width**-0.5
+        else:
+            head["kernel"] = a.width**-0.5 * jax.random.normal(head_key, (a.width, a.vocab_size))
+        params = {"embed": embedding_VD, "layers": tuple(of_layers), "head": head}
+        return Variables(params, {})
+
+    def probes(self) -> dict[str, Exactness] | None:
+        """What `loss` takes to check that the chain was undone exactly; None where it is not."""
+        rebuilds = self.backprop == "reverse" and self.stored_layers < self.architecture.layers
+        return {"layers": Exactness.probe()} if rebuilds and self.check_exactness else None
+
+    def features(
+        self,
+        variables: Variables,
+        token_BT: jax.Array,
+        *,
+        key: jax.Array | None = None,
+        probes: dict[str, Exactness] | None = None,
+        lockstep: Lockstep | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """(x_BTD that tokens are predicted from, what the feed-forward networks say besides).
+
+        key: of dropout; None for none.
+        """
+        keys = None if key is None else jax.random.split(key, (self.architecture.layers + 1, 2))
+        y, (_, aux_L) = chain(
+            self._layer(),
+            variables.params["layers"],
+            self._embed(variables, token_BT, None if keys is None else keys[-1, 0]),
+            shared=jnp.int32(0),
+            data_L=None if keys is None else (None, keys[:-1]),
+            backprop=self.backprop,
+            stored_layers=self.stored_layers,
+            update=lockstep and lockstep.update,
+            state_L=lockstep and lockstep.states["layers"],
+            probe=probes and probes["layers"],
+        )
+        return self._normalise(variables, y), aux_L
+
+    def loss(
+        self,
+        variables: Variables,
+        token_BT: jax.Array,
+        target_BT: jax.Array,
+        weight_BT: jax.Array | None = None,
+        **options: Any,
+    ) -> tuple[jax.Array, Any]:
+        """(the mean negative log-likelihood of the targets in nats, as `features`).
+
+        options: of `features`. Logits of all tokens never exist together.
+        """
+        x_BTD, aux_L = self.features(variables, token_BT, **options)
+        if weight_BT is None:
+            weight_BT = jnp.ones(target_BT.shape, jnp.float32)
+        kernel_DV = self._head_kernel(variables)
+
+        @jax.checkpoint
+        def chunk_loss(total, part):
+            x_BTD, target_BT, weight_BT = part
+            logits_BTV = self._logits(kernel_DV, x_BTD)
+            true_BT = jnp.take_along_axis(logits_BTV, target_BT[..., None], axis=-1)[..., 0]
+            nll_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - true_BT
+            return total + jnp.sum(weight_BT * nll_BT), None
+
+        parts = _in_chunks((x_BTD, target_BT, weight_BT), self.loss_chunk)
+        total, _ = lax.scan(chunk_loss, jnp.zeros((), jnp.float32), parts)
+        return total / jnp.sum(weight_BT), aux_L
+
+    def logits(self, variables: Variables, token_BT: jax.Array) -> jax.Array:
+        """float32 [B, T, V]: of all tokens at once."""
+        x_BTD, _ = self.features(variables, token_BT)
+        return self._logits(self._head_kernel(variables), x_BTD)
+
+    def empty_cache(self, batch_size: int, length: int) -> Cache:
+        """For `extend`: room for so many tokens, stacked over layers."""
+        a = self.architecture
+        shape = (a.layers, batch_size, length, a.kv_heads, a.width // a.heads)
+        return Cache(*(jnp.zeros(shape, self.compute_dtype) for _ in range(2)))
+
+    def extend(
+        self, variables: Variables, cache: Cache, token_BT: jax.Array, position: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        """(logits_BV of what follows the last token, the cache with these tokens in it).
+
+        position: of the first of them. Their number and its sum must not exceed the cache.
+        """
+        y, (cache, _) = chain(
+            self._layer(),
+            variables.params["layers"],
+            self._embed(variables, token_BT, None),
+            shared=jnp.asarray(position, jnp.int32),
+            data_L=(cache, None),
+            backprop="store",
+        )
+        x_BD = self._normalise(variables, y)[:, -1]
+        return self._logits(self._head_kernel(variables), x_BD), cache
+
+    def _layer(self) -> Layer:
+        """Context: the first token's position is shared, a layer's data (cache, dropout keys)."""
+        rate = self.architecture.dropout
+
+        def f(params, x_BTD, context):
+            cache, keys = context.data or (None, None)
+            (u_BTD, cache), _ = self._f.apply(params, {}, x_BTD, context.shared, cache)
+            return drop(u_BTD, rate, keys, 0), cache
+
+        def g(params, x_BTD, context):
+            _, keys = context.data or (None, None)
+            u_BTD, _ = self._g.apply(params, {}, x_BTD)
+            u_BTD, *aux = u_BTD if self.architecture.experts else (u_BTD,)
+            return drop(u_BTD, rate, keys, 1), tuple(aux)
+
+        if self.architecture.reversible:
+            return reversible_block(f, g, has_aux=True, grid=self.grid)
+        return PlainLayer(residual(f, g))
+
+    def _embed(self, variables, token_BT, key):
+        x_BTD = variables.params["embed"][token_BT]
+        x_BTD = drop(x_BTD, self.architecture.dropout, None if key is None else key[None], 0)
+        return (x_BTD, x_BTD) if self.architecture.reversible else (x_BTD,)
+
+    def _normalise(self, variables, y):
+        norm = {"scale": variables.params["head"]["scale"]}
+        return self._norm.apply(norm, {}, sum(y[1:], y[0]))[0]
+
+    def _head_kernel(self, variables):
+        if self.architecture.tied:
+            return variables.params["embed"].T
+        return variables.params["head"]["kernel"]
+
+    def _logits(self, kernel_DV, x):
+        x, kernel_DV = x.astype(self.compute_dtype), kernel_DV.astype(self.compute_dtype)
+        return jnp.matmul(x, kernel_DV, preferred_element_type=jnp.float32)
+
+
+def residual(f: Callable[..., Any], g: Callable[..., Any]) -> Callable[..., Any]:
+    """The layer of one stream that both branches read and update."""
+
+    def apply(params, x, context):
+        (x,), auxes = x, []
+        for branch, branch_params in zip((f, g), params, strict=True):
+            u, aux = branch(branch_params, x, context)
+            x = x + u.astype(x.dtype)
+            auxes.append(aux)
+        return (x,), tuple(auxes)
+
+    return apply
+
+
+def drop(x: jax.Array, rate: float, keys: jax.Array | None, i: int) -> jax.Array:
+    """Dropout by key i; x itself without keys. What is kept is scaled by 1 / (1 - rate)."""
+    if rate == 0 or keys is None:
+        return x
+    keep = jax.random.bernoulli(keys[i], 1 - rate, x.shape)
+    return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
+
+
+def _in_chunks(arrays, chunk):
+    """[B, T, ...] -> [T / chunk, B, chunk, ...]; the last chunk is filled up with zeros."""
+
+    def split(array):
+        B, T, *rest = array.shape
+        size = min(chunk, T)
+        padded = jnp.pad(array, ((0, 0), (0, -T % size), *((0, 0) for _ in rest)))
+        return jnp.swapaxes(padded.reshape(B, -1, size, *rest), 0, 1)
+
+    return jax.tree.map(split, arrays)
