@@ -27,8 +27,12 @@ def as_text(report):
         f"{report['family']}: {report['num_params']:,} parameters, {report['layers']} units, "
         f"{height}x{width}x{channels} images, {report['num_classes']} classes",
         "",
-        "chain       layers  backprop",
-        *(f"{c['name']:10}  {c['layers']:6}  {c['backprop']}" for c in report["chains"]),
+        "chain       layers  backprop     stored layers",
+        *(
+            f"{c['name']:10}  {c['layers']:6}  {c['backprop']:11}  "
+            f"{'auto' if c['stored_layers'] is None else c['stored_layers']}"
+            for c in report["chains"]
+        ),
         "",
         "strategy    activations kept per example",
     ]

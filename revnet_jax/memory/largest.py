@@ -62,10 +62,11 @@ def _guess(tried, limit_bytes, low, high, step):
         for size, needed in tried.items()
         if needed is not None
     )
+    halfway = (low + high) // 2 // step * step
     if len(known) < 2:
-        return (low + high) // 2 // step * step
+        return halfway
     (_, size1, needed1), (_, size2, needed2) = known[:2]
     slope = (needed2 - needed1) / (size2 - size1)
     if slope <= 0:
-        return high - step
+        return halfway if high in tried else high - step
     return int(size1 + (limit_bytes - needed1) / slope) // step * step

@@ -18,7 +18,10 @@ def describe(config: ConfigDict) -> dict[str, Any]:
 
     activation_bytes_per_example: what the forward pass hands to the backward pass, by strategy,
       parameters aside; null for a strategy the network has none of. Counted by abstract
-      evaluation, before any compiler shares or fuses; nothing is computed.
+      evaluation, before any compiler shares or fuses; nothing is computed. What `offload` keeps
+      is in the host's memory.
+    stored_layers: of each chain, in place of what `backprop` says; null where it is "auto" and has
+      to be found at launch.
     """
     network = build_network(config)
     variables = jax.eval_shape(network.init, jax.random.key(0))
@@ -37,7 +40,11 @@ def describe(config: ConfigDict) -> dict[str, Any]:
                 "name": name,
                 "layers": sum(g.depth for g in groups if g.unit),
                 "backprop": network.strategies[name].backprop,
-                "stored_layers": network.strategies[name].stored_layers,
+                "stored_layers": (
+                    None
+                    if config.model.stored_layers == "auto"
+                    else network.strategies[name].stored_layers
+                ),
             }
             for name, groups in network.chains.items()
         ],

@@ -345,7 +345,9 @@ def test_bound_out_of_range(bound):
 def test_forward_mode_through_reverse():
     """Says what to take instead; inside jit it is JAX that speaks."""
     run = lambda x: sequence([Section(BLOCK, PARAMS_L)], x)[0]
-    with pytest.raises(TypeError, match=r"got forward-mode.*\(jvp\).*expected.*take 'store'"):
+    with pytest.raises(
+        TypeError, match=r"forward-mode.*expected reverse mode: take backprop=.store"
+    ):
         jax.jvp(run, (X,), (X,))
     with pytest.raises(TypeError, match=r"forward-mode.*\(jvp\).*custom_vjp function"):
         jax.jvp(toy.jit(run), (X,), (X,))

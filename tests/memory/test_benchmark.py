@@ -170,7 +170,7 @@ def test_suites_can_be_narrowed(tiny_config):
         (4, 8, ("store",), 1.0),
     ]
     assert [search.strategies for search in chosen.searches] == [("store",)]
-    with pytest.raises(UserError, match="got model 'mpl', expected some of mlp, transformer"):
+    with pytest.raises(UserError, match="got model 'mpl', expected some of mlp, wide_mlp, "):
         select(both["laptop"], models=["mpl"])
     with pytest.raises(UserError, match=r"got strategy 'reverse\+8' for 4 layers"):
         select(both["laptop"], strategies=["store", "reverse+8"])

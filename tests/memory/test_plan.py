@@ -175,14 +175,14 @@ def test_affine_memory_is_solved_in_few_compilations(limit, silent):
 def test_a_refusal_that_rounds_to_what_there_is_does_not_fit(tiny_config):
     def say(settings):
         if settings["batch_size"] <= 64:
-            return CompiledStep(**{**vars(STEP), "needed_bytes": GIB})
+            return CompiledStep(**{**vars(STEP), "needed_bytes": settings["batch_size"] * GIB // 4})
         refused = {"needed_bytes": 16 * GIB, "out_of_memory": True, "traffic": None}
         return CompiledStep(**{**vars(STEP), **refused})
 
     (row,) = plan(flatten(tiny_config), FakeCompiler(say), strategies=["store"], largest=True)[
         "rows"
     ]
-    assert row["largest_batch"]["size"] == 64
+    assert row["largest_batch"] == {"size": 64, "needed_bytes": 16 * GIB, "exact": True}
 
 
 def test_what_never_fits_and_what_always_does():
