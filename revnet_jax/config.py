@@ -33,6 +33,7 @@ def image_classification() -> ConfigDict:
     config.microbatches = 1  # parts of a batch whose gradients are added up
     config.memory_limit_gib = 0.0  # per device, for stored_layers=auto; 0: what it has
     config.label_smoothing = 0.0  # share of the target spread over all classes, in training
+    config.mixup = 0.0  # images are mixed in a proportion from Beta(mixup, mixup); 0: not
     config.log_every_steps = 20
     config.eval_every_steps = 200
     config.checkpoint_every_steps = 200
@@ -50,7 +51,7 @@ def image_classification() -> ConfigDict:
     config.data.prefetch = 4  # batches
 
     config.model = ConfigDict()
-    config.model.family = "revnet"  # revnet | resnet
+    config.model.family = "revnet"  # revnet | resnet | irevnet
     config.model.units = (2, 2)  # residual units per stage
     config.model.channels = (32, 32, 64)  # of the stem, then of each stage
     config.model.bottleneck = False
@@ -80,6 +81,71 @@ def image_classification() -> ConfigDict:
     config.schedule.warmup_steps = 0  # linear, from 0
     config.schedule.boundaries = (300, 450)  # piecewise: steps from which it is multiplied
     config.schedule.factor = 0.1  # piecewise: by this
+    return config
+
+
+# Layers, width and heads of vision transformers as published (arXiv:2010.11929, 2012.12877).
+VIT_SIZES = {"Ti": (12, 192, 3), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16)}
+
+
+def vision_transformer(size: str = "S") -> ConfigDict:
+    """Every knob of a vision transformer's run."""
+    config = image_classification()
+    model = config.model
+    for name in ("units", "channels", "bottleneck", "stem"):
+        del model[name]
+    model.family = "vit"
+    model.reversible = True  # False: the twin of one stream, for store and remat
+    model.layers, model.width, model.heads = VIT_SIZES[size]
+    model.hidden = 4 * model.width
+    model.patch = 16  # pixels
+    model.pool = "token"  # token | mean
+    model.dropout = 0.0
+    model.attention = "auto"  # chunked | cudnn | flash; auto: by the device
+    config.optimizer.name = "adamw"
+    config.optimizer.weight_decay = 0.05
+    config.schedule.learning_rate = 1e-3
+    return config
+
+
+def language_model() -> ConfigDict:
+    """Every knob of a language model's run."""
+    config = image_classification()
+    del config.label_smoothing, config.mixup
+    config.balance = 0.01  # weight of the experts' balance loss
+    config.data = ConfigDict()
+    config.data.name = "bytes"  # bytes | characters | shards
+    config.data.dir = ""  # the file of a text, the folder of shards; bytes have one of their own
+    config.data.train_share = 0.9  # of a text; the rest is the test split
+    config.data.vocab_size = 256
+    config.data.context = 128  # tokens of a sequence
+    config.data.num_threads = 2
+    config.data.prefetch = 4  # batches
+
+    model = config.model
+    for name in ("units", "channels", "bottleneck", "stem"):
+        del model[name]
+    model.family = "decoder"
+    model.reversible = True  # False: the twin of one stream, for store and remat
+    model.layers = 4
+    model.width = 128
+    model.heads = 4
+    model.kv_heads = 4
+    model.hidden = 344  # of the feed-forward network
+    model.tied = False  # predict by the embedding
+    model.dropout = 0.0
+    model.experts = 0  # feed-forward networks of a layer; 0: one that all tokens take
+    model.experts_per_token = 2
+    model.rotary_base = 10_000.0
+    model.attention = "auto"  # chunked | cudnn | flash; auto: by the device
+    model.feed_forward_chunks = 1  # parts of the tokens, one after the other
+    model.loss_chunk = 128  # tokens of each sequence whose logits exist together
+
+    config.optimizer.name = "adamw"
+    config.optimizer.b2 = 0.99
+    config.optimizer.weight_decay = 0.1
+    config.schedule.learning_rate = 2e-3
+    config.schedule.warmup_steps = 100
     return config
 
 
@@ -164,6 +230,22 @@ IMAGENET_LAPTOP = {
     "data.num_threads": 2,
     "schedule.name": "constant",
     "schedule.learning_rate": 0.01,
+}
+LM_LAPTOP = {
+    "num_steps": 20,
+    "batch_size": 4,
+    "eval_batch_size": 4,
+    "log_every_steps": 1,
+    "eval_every_steps": 20,
+    "checkpoint_every_steps": 10,
+    "data.context": 128,
+    "model.layers": 4,
+    "model.width": 128,
+    "model.heads": 4,
+    "model.kv_heads": 2,
+    "model.hidden": 344,
+    "model.compute_dtype": "float32",
+    "schedule.warmup_steps": 5,
 }
 
 

@@ -22,10 +22,12 @@ def main(argv):
 
 
 def as_text(report):
-    height, width, channels = report["input_shape"]
+    example = (
+        f"{name} {'x'.join(map(str, shape)) or 'scalar'}"
+        for name, shape in report["example"].items()
+    )
     lines = [
-        f"{report['family']}: {report['num_params']:,} parameters, {report['layers']} units, "
-        f"{height}x{width}x{channels} images, {report['num_classes']} classes",
+        f"{report['family']}: {report['num_params']:,} parameters; {', '.join(example)}",
         "",
         "chain       layers  backprop     stored layers",
         *(

@@ -9,18 +9,28 @@ import sys
 import jax
 import pytest
 
-from revnet_jax.config import ConfigError, flatten, image_classification
+from revnet_jax.config import (
+    ConfigError,
+    flatten,
+    image_classification,
+    language_model,
+    vision_transformer,
+)
 from revnet_jax.models import num_params
-from revnet_jax.training.build import build_network
+from revnet_jax.training.build import build_network, build_recipe, build_task
 from revnet_jax.training.describe import describe
 from revnet_jax.training.dry_run import dry_run
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+KNOBS = dict.fromkeys(("revnet", "resnet", "irevnet"), image_classification)
+KNOBS |= {"decoder": language_model, "vit": vision_transformer}
 EXPECTED = {
     "digits", "cifar10_revnet38", "cifar10_revnet110", "cifar10_revnet164", "cifar10_resnet32",
     "cifar10_resnet110", "cifar10_resnet164", "imagenet_revnet56", "imagenet_revnet104",
     "imagenet_resnet50", "imagenet_resnet101", "digits_irevnet", "cifar10_irevnet",
+    "lm_bytes", "lm_shakespeare", "lm_124m", "lm_1b", "lm_8b_32k", "vit_s_cifar10",
+    "vit_b_imagenet",
 }  # fmt: skip
 # Trainable parameters, CIFAR-10 and CIFAR-100 (the models of Gomez et al. 2017, to the last one).
 NUM_PARAMS = {
@@ -45,8 +55,9 @@ def test_all_experiments_are_here():
 def test_every_arm_resolves_and_has_every_knob(name):
     for arm in ("", "laptop"):
         config = load(name, arm)
-        assert flatten(config).keys() == flatten(image_classification()).keys()
-        assert build_network(config).architecture.units == config.model.units
+        knobs = KNOBS[config.model.family]()
+        assert flatten(config).keys() == flatten(knobs).keys()
+        build_recipe(config)
     with pytest.raises(ConfigError, match="got arm 'huge', expected one of"):
         load(name, "huge")
 
@@ -58,17 +69,48 @@ def test_parameters_are_the_published_ones(name):
         assert num_params(jax.eval_shape(network.init, jax.random.key(0))) == expected
 
 
-@pytest.mark.parametrize("name", ["digits", "cifar10_revnet38", "imagenet_resnet50"])
+TRACED = [
+    "digits",
+    "cifar10_revnet38",
+    "imagenet_resnet50",
+    "lm_bytes",
+    "lm_8b_32k",
+    "vit_b_imagenet",
+]
+
+
+@pytest.mark.parametrize("name", TRACED)
 def test_one_step_can_be_traced(name):
     report = dry_run(load(name, "laptop"))
-    assert report["config"]["model.units"] == load(name).model.units
+    assert report["config"]["model.family"] == load(name).model.family
+
+
+# The published vision transformers, to the last parameter; language models to what they are named.
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("vit_s_cifar10", 21_343_114),
+        ("vit_b_imagenet", 86_567_656),
+        ("lm_124m", 124e6),
+        ("lm_1b", 1e9),
+        ("lm_8b_32k", 8e9),
+    ],
+)
+def test_the_twin_has_as_many_parameters(name, expected):
+    config = load(name)
+    counts = []
+    for reversible in (True, False):
+        config.model.update({"reversible": reversible, "backprop": "store"})
+        network = build_task(config).network
+        counts.append(num_params(jax.eval_shape(network.init, jax.random.key(0))))
+    assert counts[0] == counts[1]
+    assert counts[0] == pytest.approx(expected, rel=0 if name.startswith("vit") else 0.05)
 
 
 def test_describe():
     report = describe(load("cifar10_revnet38"))
     assert report["num_params"] == 464_890
-    assert report["layers"] == 9
-    assert report["input_shape"] == [32, 32, 3]
+    assert report["example"] == {"image": (32, 32, 3), "label": ()}
     assert [chain["layers"] for chain in report["chains"]] == [3, 2, 2]
     assert {chain["backprop"] for chain in report["chains"]} == {"reverse"}
     checked = report["activation_bytes_per_example"]
@@ -88,7 +130,7 @@ def test_describe():
 
 def test_describe_of_a_resnet_has_no_reverse():
     report = describe(load("cifar10_resnet32", "cifar100,laptop"))
-    assert report["num_classes"] == 100
+    assert report["num_params"] == NUM_PARAMS["cifar10_resnet32"][1]
     assert report["activation_bytes_per_example"]["reverse"] is None
 
 

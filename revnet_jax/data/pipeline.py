@@ -70,7 +70,7 @@ def train_batches(
             f"got min_crop_area={min_crop_area} for {dataset.name}, expected 1.0: its images have "
             "one size; use crop_padding"
         )
-    local_rows = slice(process_index * local_batch_size, (process_index + 1) * local_batch_size)
+    rows = local_rows(batch_size, process_index, process_count)
 
     def make_batch(step: int, indices_B: np.ndarray) -> Batch:
         # Drawn for the whole global batch and then sliced: the processes need not talk.
@@ -78,11 +78,11 @@ def train_batches(
         crop_uniforms_BU = rng.random((batch_size, split.num_crop_uniforms), np.float32)
         offsets_B2 = rng.integers(2 * crop_padding + 1, size=(batch_size, 2))
         flips_B = rng.random(batch_size, np.float32) < 0.5
-        pixels_BHWC = split.read(indices_B, crop_uniforms_BU[local_rows], min_crop_area)
+        pixels_BHWC = split.read(indices_B, crop_uniforms_BU[rows], min_crop_area)
         image_BHWC = pad_crop_flip(
             dataset.normalise(pixels_BHWC),
-            offsets_B2[local_rows],
-            flips_B[local_rows] & flip,
+            offsets_B2[rows],
+            flips_B[rows] & flip,
             crop_padding=crop_padding,
         )
         return {"image": image_BHWC, "label": split.labels[indices_B]}
@@ -98,7 +98,7 @@ def train_batches(
         .map_with_index(make_batch)
         .slice(slice(start_step, None))
     )
-    return _iterate(batches, num_threads, prefetch)
+    return iterate(batches, num_threads, prefetch)
 
 
 def eval_batches(
@@ -144,7 +144,7 @@ def eval_batches(
         return {"image": image_BHWC, "label": label_B, "weight": weight_B}
 
     num_batches = -(-len(split) // batch_size)
-    return _iterate(grain.MapDataset.range(num_batches).map(make_batch), num_threads, prefetch)
+    return iterate(grain.MapDataset.range(num_batches).map(make_batch), num_threads, prefetch)
 
 
 def pad_crop_flip(
@@ -178,13 +178,20 @@ def pad_crop_flip(
     return cropped_BHWC
 
 
-def _iterate(batches: grain.MapDataset, num_threads: int, prefetch: int) -> grain.DatasetIterator:
+def iterate(batches: grain.MapDataset, num_threads: int, prefetch: int) -> grain.DatasetIterator:
+    """An iterator whose elements are prepared ahead, by threads of its own."""
     # Threads rather than worker processes: numpy and Pillow release the interpreter's lock for
     # most of the work, and processes would need parsed absl flags and a copy of the data.
     _check_range("num_threads", num_threads, 0)
     _check_range("prefetch", prefetch, 0)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
     return iter(batches.to_iter_dataset(options))
+
+
+def local_rows(batch_size: int, process_index: int, process_count: int) -> slice:
+    """Which rows of a global batch are this process's; ValueError for what cannot be shared."""
+    size = _local_batch_size(batch_size, process_index, process_count)
+    return slice(process_index * size, (process_index + 1) * size)
 
 
 def _local_batch_size(batch_size: int, process_index: int, process_count: int) -> int:

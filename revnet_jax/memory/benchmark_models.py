@@ -210,10 +210,8 @@ class ImageNetwork:
         backprop, stored_layers, lockstep = parse_strategy(strategy, layers)
         config.model.update({"backprop": backprop, "stored_layers": str(stored_layers)})
         config.optimizer.lockstep = lockstep
-        network, schedule, optimizer = build_recipe(config)
-        train_step = make_train_step(
-            network, optimizer, schedule, label_smoothing=config.label_smoothing
-        )
+        task, schedule, optimizer = build_recipe(config)
+        train_step = make_train_step(task, optimizer, schedule)
 
         def step(state, images):
             state, metrics = train_step(state, images)
@@ -229,7 +227,7 @@ class ImageNetwork:
                 "image": jax.random.normal(image_key, shape),
                 "label": jax.random.randint(label_key, (batch,), 0, config.data.num_classes),
             }
-            return init_state(network, optimizer, config.seed), images
+            return init_state(task.network, optimizer, config.seed), images
 
         gradient = lambda state: _momenta(state.opt_state)
         return Program(jit(step, donate_argnums=0), jax.jit(init), gradient)

@@ -11,7 +11,7 @@ from revnet_jax.memory.compile import CompiledStep, Compiler, NotCompiled
 from revnet_jax.memory.largest import largest_that_fits
 from revnet_jax.memory.traffic import Traffic
 from revnet_jax.memory.units import size
-from revnet_jax.memory.variants import chosen, variants
+from revnet_jax.memory.variants import chosen, deeper, depth, variants
 
 MOST_TIMES = 4096  # sizes that no limit stops are not searched beyond so many times the config's
 
@@ -62,7 +62,7 @@ def plan(
         "device_kind": any_step.device_kind,
         "limit_bytes": any_step.limit_bytes,
         "batch_size": config["batch_size"],
-        "layers": sum(config["model.units"]),
+        "layers": depth(config),
         "rows": rows,
         "recommendation": recommend(rows, any_step.limit_bytes),
     }
@@ -152,30 +152,30 @@ def _largest(strategy, settings, compiler, step):
     if step.limit_bytes is None:
         return {}
 
-    def needed_bytes(key, value):
-        name = f"{strategy}, {key} {value}"
-        (result,) = compiler.steps({name: {**settings, key: value}}).values()
+    def needed_bytes(changes):
+        name = f"{strategy}, " + ", ".join(f"{key} {value}" for key, value in changes.items())
+        (result,) = compiler.steps({name: {**settings, **changes}}).values()
         if isinstance(result, NotCompiled):
             raise UserError(f"{name}: {result.error}")
         # What a refusal says it asked for is rounded, and may round to what there is.
         known = result.fits or (result.needed_bytes or 0) > step.limit_bytes
         return result.needed_bytes if known else None
 
-    batch_size, units = settings["batch_size"], settings["model.units"]
+    batch_size = settings["batch_size"]
     batch = largest_that_fits(
-        lambda n: needed_bytes("batch_size", n),
+        lambda n: needed_bytes({"batch_size": n}),
         batch_size,
         limit_bytes=step.limit_bytes,
         step=step.num_devices * settings["microbatches"],
         most=MOST_TIMES * batch_size,
     )
     times = largest_that_fits(
-        lambda n: needed_bytes("model.units", tuple(n * unit for unit in units)),
+        lambda n: needed_bytes(deeper(settings, n)),
         1,
         limit_bytes=step.limit_bytes,
         most=MOST_TIMES,
     )
     return {
         "largest_batch": batch._asdict(),
-        "largest_depth": times._replace(size=times.size and times.size * sum(units))._asdict(),
+        "largest_depth": times._replace(size=times.size and times.size * depth(settings))._asdict(),
     }

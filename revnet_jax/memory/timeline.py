@@ -6,18 +6,19 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from revnet_jax.config import flatten
 from revnet_jax.core import STRATEGIES
 from revnet_jax.errors import UserError
 from revnet_jax.memory.buffers import assignment
 from revnet_jax.memory.liveness import liveness
-from revnet_jax.models import Network, Variables
-from revnet_jax.training.build import build_network
+from revnet_jax.memory.variants import variants
+from revnet_jax.models import Variables
+from revnet_jax.training.build import build_network, build_task
 from revnet_jax.training.compiler import jit
-from revnet_jax.training.step import cross_entropy
+from revnet_jax.training.task import Task
 
 MIB = 2**20
 
@@ -44,16 +45,16 @@ class Timeline(NamedTuple):
 
 
 def timeline(config: ConfigDict, backprop: str) -> Timeline:
-    """Compiles the gradient of the config's network and follows it; runs nothing.
+    """Compiles the gradient of the config's loss and follows it; runs nothing.
 
-    Of the mean cross entropy of one batch: without label smoothing, clipping and microbatches.
+    Of one batch, without clipping and microbatches.
 
     Raises ConfigError for settings that cannot be used, ValueError for a compiler that does not
     tell its buffers, or where no chain is left a loop to follow.
     """
     config = config.copy_and_resolve_references()
     config.model.backprop = backprop
-    compiled = compiled_gradient(build_network(config), config.batch_size)
+    compiled = compiled_gradient(build_task(config), config.batch_size)
     found = liveness(assignment(compiled))
     memory: Any = compiled.memory_analysis()
     return Timeline(backprop, *found, memory.temp_size_in_bytes)
@@ -69,7 +70,7 @@ def timelines(config: ConfigDict, layers: int, strategies: Sequence[str] = ()) -
     for name in strategies:
         if name not in STRATEGIES:
             raise UserError(f"got strategy {name!r}, expected some of {', '.join(STRATEGIES)}")
-    known = ["store", "remat"] + ["reverse"] * (config.model.family != "resnet")
+    known = [name for name in variants(flatten(config)) if name in ("store", "remat", "reverse")]
     return [timeline(config, name) for name in strategies or known]
 
 
@@ -82,27 +83,28 @@ def with_layers(config: ConfigDict, layers: int) -> ConfigDict:
         raise UserError(f"got {layers} layers, expected 3 or more: fewer may make no loop")
     config = config.copy_and_resolve_references()
     config.model.update({"backprop": "store", "stored_layers": "0"})
+    if "layers" in config.model:
+        config.model.layers = layers
+        return config
     config.model.units = (1,) * len(config.model.units)
     first_units = [group for group in build_network(config).groups if group.unit]
     config.model.units = tuple(layers + group.is_transition for group in first_units)
     return config
 
 
-def compiled_gradient(network: Network, batch: int) -> jax.stages.Compiled:
-    """The gradient of the mean cross entropy by all parameters, as a training step takes it."""
+def compiled_gradient(task: Task, batch_size: int) -> jax.stages.Compiled:
+    """The gradient of the loss by all parameters, as a training step takes it."""
 
-    def loss_fn(params, probes, stats, image_BHWC, label_B):
-        variables = Variables(params, stats)
-        logits_BV, new_stats = network.apply(variables, image_BHWC, train=True, probes=probes)
-        return jnp.mean(cross_entropy(logits_BV, label_B)), new_stats
+    def loss_fn(params, probes, stats, batch, key):
+        return task.loss(Variables(params, stats), batch, key, probes=probes, lockstep=None)
 
-    variables = jax.eval_shape(network.init, jax.random.key(0))
-    image = jax.ShapeDtypeStruct((batch, *network.architecture.image_shape), jnp.float32)
-    label = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    variables = jax.eval_shape(task.network.init, key)
     gradient = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
     program = jit(gradient, quickly=True)  # machine code that never runs need not be good
-    probes = jax.eval_shape(network.probes)
-    return program.lower(variables.params, probes, variables.stats, image, label).compile()
+    probes = jax.eval_shape(task.network.probes)
+    batch = task.batch_shapes(batch_size)
+    return program.lower(variables.params, probes, variables.stats, batch, key).compile()
 
 
 def as_table(lines: Sequence[Timeline]) -> str:

@@ -11,7 +11,7 @@ from revnet_jax.models.architecture import Architecture, chains, groups
 
 
 def variants(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Those that the network can be trained in, by name; a ResNet has no inverse.
+    """Those that the model can be trained in, by name; ResNets and twins have no inverse.
 
     config: settings by dotted key, as all in this package.
 
@@ -19,7 +19,7 @@ def variants(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     updates each layer in the backward sweep. All else is the config's.
     """
     found = {name: (name, 0) for name in ("store", "remat_dots", "remat", "offload")}
-    if config["model.family"] != "resnet":
+    if config["model.family"] != "resnet" and config.get("model.reversible", True):
         found["reverse"] = ("reverse", 0)
         layers = layers_in_chains(config)
         for stored in sorted({layers // 4, layers // 2, 3 * layers // 4} - {0, layers}):
@@ -37,6 +37,8 @@ def variants(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def layers_in_chains(config: Mapping[str, Any]) -> int:
     """Those that are no transitions, which change the streams' shape and are not reversed."""
+    if "model.layers" in config:
+        return config["model.layers"]
     names = ("family", "units", "channels", "bottleneck", "stem")
     with settings("model"):
         architecture = Architecture(
@@ -45,6 +47,18 @@ def layers_in_chains(config: Mapping[str, Any]) -> int:
             **{name: config[f"model.{name}"] for name in names},
         )
     return sum(group.depth for chain in chains(groups(architecture)).values() for group in chain)
+
+
+def depth(config: Mapping[str, Any]) -> int:
+    """Layers of a decoder, residual units of other networks."""
+    return config["model.layers"] if "model.layers" in config else sum(config["model.units"])
+
+
+def deeper(config: Mapping[str, Any], times: int) -> dict[str, Any]:
+    """Settings for so many times the depth."""
+    if "model.layers" in config:
+        return {"model.layers": times * config["model.layers"]}
+    return {"model.units": tuple(times * units for units in config["model.units"])}
 
 
 def chosen(names: list[str] | None, known: Mapping[str, Any]) -> dict[str, Any]:

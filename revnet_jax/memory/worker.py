@@ -132,7 +132,7 @@ def _limit_bytes(device: jax.Device) -> int | None:
 
 def _sizes(program: StepProgram, config: ConfigDict) -> dict[str, int]:
     """Bytes of what one device holds from step to step, and of its part of a batch."""
-    num_devices = program.batch["label"].sharding.num_devices
+    num_devices = jax.tree.leaves(program.batch)[0].sharding.num_devices
     return {
         "weights_bytes": tree_bytes(program.state.variables),
         "gradient_bytes": _gradient_bytes(program, config),

@@ -1,15 +1,13 @@
 """A reversible language model, and its irreversible twin of the same parameters.
 
-Two streams start from a token's embedding; attention reads one and updates the other, the
-feed-forward network the reverse; their sum, normalised, is what tokens are predicted from. The twin
-has one stream that both branches read and update.
+Branch f is causal attention, g a feed-forward network; the streams' sum, normalised, is what tokens
+are predicted from (see `Transformer`).
 
 Dims: B batch, T tokens, D stream width, V vocabulary, L layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,19 +15,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from revnet_jax.core import (
-    Backprop,
-    Exactness,
-    Grid,
-    Layer,
-    PlainLayer,
-    chain,
-    reversible_block,
-)
+from revnet_jax.core import Backprop, Exactness, Grid
 from revnet_jax.models.attention import Kernel
 from revnet_jax.models.bridge import PureModule
 from revnet_jax.models.decoder import Attention, Cache, Experts, FeedForward, RMSNorm
 from revnet_jax.models.network import Lockstep, Variables
+from revnet_jax.models.transformer import Transformer, drop, init_layers_of
 
 
 @dataclass(frozen=True)
@@ -73,13 +64,10 @@ class Decoder:
             )
 
 
-class LanguageModel:
+class LanguageModel(Transformer):
     """A decoder as pure functions: `init(key)`, `loss(variables, ...)`, `extend(...)` to generate.
 
-    backprop, stored_layers: what the gradient costs (see `chain`).
-    compute_dtype: of the branches; streams, normalisations and logits are float32.
-    grid: where the two streams live; None for free floats.
-    check_exactness: whether `probes` has any: the check keeps the chain's input.
+    backprop to check_exactness: see `Transformer`.
     attention: see `attend`.
     feed_forward_chunks: see `FeedForward`. loss_chunk: tokens of each sequence whose logits exist
       together.
@@ -98,20 +86,21 @@ class LanguageModel:
         feed_forward_chunks: int = 1,
         loss_chunk: int = 128,
     ):
-        if backprop == "reverse" and not architecture.reversible:
-            raise ValueError(
-                "got backprop='reverse' for a model of one stream, expected 'store' or 'remat': "
-                "its layers have no inverse. Take reversible=True to store nothing"
-            )
+        super().__init__(
+            layers=architecture.layers,
+            reversible=architecture.reversible,
+            backprop=backprop,
+            stored_layers=stored_layers,
+            compute_dtype=compute_dtype,
+            grid=grid,
+            check_exactness=check_exactness,
+        )
         if architecture.experts and feed_forward_chunks > 1:
             raise ValueError(
                 f"got feed_forward_chunks={feed_forward_chunks} and experts, expected 1: all "
                 "tokens are routed together"
             )
-        self.architecture, self.grid = architecture, grid
-        self.backprop, self.stored_layers = backprop, stored_layers
-        self.compute_dtype, self.check_exactness = compute_dtype, check_exactness
-        self.loss_chunk = loss_chunk
+        self.architecture, self.loss_chunk = architecture, loss_chunk
         a = architecture
         # Sums of 2 L updates, of about the size of an embedding all together.
         out_std = lambda inputs: (inputs * 2 * a.layers) ** -0.5
@@ -137,32 +126,18 @@ class LanguageModel:
             self._g = PureModule(lambda rngs: FeedForward(**common, chunks=chunks, rngs=rngs))
         self._norm = PureModule(lambda rngs: RMSNorm(a.width))
 
-    @property
-    def stacked(self) -> list[str]:
-        """The groups whose variables have a leading axis of one per layer."""
-        return ["layers"]
-
     def init(self, key: jax.Array) -> Variables:
         """Fresh variables."""
         a = self.architecture
-        embed_key, head_key, *keys = jax.random.split(key, 4)
-        of_layers = [
-            jax.vmap(module.init)(jax.random.split(k, a.layers))[0]
-            for module, k in zip((self._f, self._g), keys, strict=True)
-        ]
+        embed_key, head_key, layers_key = jax.random.split(key, 3)
         embedding_VD = jax.random.normal(embed_key, (a.vocab_size, a.width))
         head = self._norm.init(head_key)[0]
         if a.tied:
             embedding_VD = embedding_VD * a.width**-0.5
         else:
             head["kernel"] = a.width**-0.5 * jax.random.normal(head_key, (a.width, a.vocab_size))
-        params = {"embed": embedding_VD, "layers": tuple(of_layers), "head": head}
-        return Variables(params, {})
-
-    def probes(self) -> dict[str, Exactness] | None:
-        """What `loss` takes to check that the chain was undone exactly; None where it is not."""
-        rebuilds = self.backprop == "reverse" and self.stored_layers < self.architecture.layers
-        return {"layers": Exactness.probe()} if rebuilds and self.check_exactness else None
+        layers = init_layers_of((self._f, self._g), layers_key, a.layers)
+        return Variables({"embed": embedding_VD, "layers": layers, "head": head}, {})
 
     def features(
         self,
@@ -178,19 +153,16 @@ class LanguageModel:
         key: of dropout; None for none.
         """
         keys = None if key is None else jax.random.split(key, (self.architecture.layers + 1, 2))
-        y, (_, aux_L) = chain(
-            self._layer(),
+        x_BTD, (_, aux_L) = self._run(
+            self._layer(*self._branches()),
             variables.params["layers"],
-            self._embed(variables, token_BT, None if keys is None else keys[-1, 0]),
+            self._embed(variables, token_BT, None if keys is None else keys[-1, :1]),
             shared=jnp.int32(0),
             data_L=None if keys is None else (None, keys[:-1]),
-            backprop=self.backprop,
-            stored_layers=self.stored_layers,
-            update=lockstep and lockstep.update,
-            state_L=lockstep and lockstep.states["layers"],
-            probe=probes and probes["layers"],
+            probes=probes,
+            lockstep=lockstep,
         )
-        return self._normalise(variables, y), aux_L
+        return self._normalise(variables, x_BTD), aux_L
 
     def loss(
         self,
@@ -239,19 +211,20 @@ class LanguageModel:
 
         position: of the first of them. Their number and its sum must not exceed the cache.
         """
-        y, (cache, _) = chain(
-            self._layer(),
+        x_BTD, (cache, _) = self._run(
+            self._layer(*self._branches()),
             variables.params["layers"],
             self._embed(variables, token_BT, None),
             shared=jnp.asarray(position, jnp.int32),
             data_L=(cache, None),
-            backprop="store",
+            probes=None,
+            lockstep=None,
         )
-        x_BD = self._normalise(variables, y)[:, -1]
+        x_BD = self._normalise(variables, x_BTD)[:, -1]
         return self._logits(self._head_kernel(variables), x_BD), cache
 
-    def _layer(self) -> Layer:
-        """Context: the first token's position is shared, a layer's data (cache, dropout keys)."""
+    def _branches(self):
+        """(f, g). Shared: the first token's position; a layer's data: (cache, dropout keys)."""
         rate = self.architecture.dropout
 
         def f(params, x_BTD, context):
@@ -265,18 +238,14 @@ class LanguageModel:
             u_BTD, *aux = u_BTD if self.architecture.experts else (u_BTD,)
             return drop(u_BTD, rate, keys, 1), tuple(aux)
 
-        if self.architecture.reversible:
-            return reversible_block(f, g, has_aux=True, grid=self.grid)
-        return PlainLayer(residual(f, g))
+        return f, g
 
-    def _embed(self, variables, token_BT, key):
-        x_BTD = variables.params["embed"][token_BT]
-        x_BTD = drop(x_BTD, self.architecture.dropout, None if key is None else key[None], 0)
-        return (x_BTD, x_BTD) if self.architecture.reversible else (x_BTD,)
+    def _embed(self, variables, token_BT, keys):
+        return drop(variables.params["embed"][token_BT], self.architecture.dropout, keys, 0)
 
-    def _normalise(self, variables, y):
+    def _normalise(self, variables, x_BTD):
         norm = {"scale": variables.params["head"]["scale"]}
-        return self._norm.apply(norm, {}, sum(y[1:], y[0]))[0]
+        return self._norm.apply(norm, {}, x_BTD)[0]
 
     def _head_kernel(self, variables):
         if self.architecture.tied:
@@ -286,28 +255,6 @@ class LanguageModel:
     def _logits(self, kernel_DV, x):
         x, kernel_DV = x.astype(self.compute_dtype), kernel_DV.astype(self.compute_dtype)
         return jnp.matmul(x, kernel_DV, preferred_element_type=jnp.float32)
-
-
-def residual(f: Callable[..., Any], g: Callable[..., Any]) -> Callable[..., Any]:
-    """The layer of one stream that both branches read and update."""
-
-    def apply(params, x, context):
-        (x,), auxes = x, []
-        for branch, branch_params in zip((f, g), params, strict=True):
-            u, aux = branch(branch_params, x, context)
-            x = x + u.astype(x.dtype)
-            auxes.append(aux)
-        return (x,), tuple(auxes)
-
-    return apply
-
-
-def drop(x: jax.Array, rate: float, keys: jax.Array | None, i: int) -> jax.Array:
-    """Dropout by key i; x itself without keys. What is kept is scaled by 1 / (1 - rate)."""
-    if rate == 0 or keys is None:
-        return x
-    keep = jax.random.bernoulli(keys[i], 1 - rate, x.shape)
-    return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
 
 
 def _in_chunks(arrays, chunk):

@@ -112,18 +112,10 @@ class Network:
         }
         self._head = _pure(Head, channels[-1], architecture.num_classes)
 
-    def with_backprop(
-        self, backprop: Backprop | Sequence[Backprop], stored_layers: int = 0
-    ) -> Network:
-        """The same function of the same variables, with a gradient of another cost."""
-        return Network(
-            self.architecture,
-            backprop=backprop,
-            stored_layers=stored_layers,
-            compute_dtype=self.compute_dtype,
-            grid=self.grid,
-            check_exactness=self.check_exactness,
-        )
+    @property
+    def invertible(self) -> bool:
+        """Whether its chains can be reversed."""
+        return self.architecture.num_streams > 1
 
     @property
     def most_stored_layers(self) -> int:
@@ -174,6 +166,7 @@ class Network:
         image_BHWC: jax.Array,
         *,
         train: bool,
+        key: jax.Array | None = None,
         probes: dict[str, Exactness] | None = None,
         lockstep: Lockstep | None = None,
     ) -> tuple[jax.Array, Any]:
@@ -181,6 +174,7 @@ class Network:
 
         train: normalise by the batch's statistics and update the running averages, once, whatever
           the strategy; otherwise normalise by the running averages.
+        key: for models that draw random numbers; this one does not.
         lockstep: makes the cotangents of the chains' parameters their new values.
         """
         x_BHWC, new_stats = self.features(

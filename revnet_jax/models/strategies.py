@@ -70,4 +70,4 @@ def assign_strategies(
             stored_layers -= stored
             found[group.name] = Strategy(name, stored, depth)
             transition = Strategy("store" if found[group.name].stores else "remat", 0, 0)
-    return found
+    return dict(reversed(found.items()))

@@ -10,7 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 from revnet_jax.config import ConfigError
-from revnet_jax.training.build import build_network
+from revnet_jax.training.build import build_task
 from revnet_jax.training.program import step_program
 
 
@@ -42,7 +42,7 @@ def largest_stored_layers(
             f"config.model.stored_layers: got auto, but a step does not fit into "
             f"{limit / 2**30:.3f} GiB even with 0 stored layers: take a smaller batch"
         )
-    low, high = 0, build_network(config, 0).most_stored_layers
+    low, high = 0, build_task(config, 0).network.most_stored_layers
     if high == 0 or fits(high):
         return high
     while high - low > 1:

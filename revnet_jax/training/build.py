@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,11 +13,16 @@ from ml_collections import ConfigDict
 
 from revnet_jax.config import ConfigError, settings
 from revnet_jax.core import Grid
-from revnet_jax.data import Dataset, load_dataset
+from revnet_jax.data import Dataset, eval_batches, load_dataset, train_batches
+from revnet_jax.data.text import Text, eval_windows, load_text, train_windows
 from revnet_jax.models import Architecture, Network
+from revnet_jax.models.attention import KERNELS, kernel_for
+from revnet_jax.models.lm import Decoder, LanguageModel
+from revnet_jax.models.vit import RevViT, VisionTransformer
 from revnet_jax.training.lockstep import LockstepOptimizer, check_layerwise
 from revnet_jax.training.optimizer import make_optimizer, make_schedule
 from revnet_jax.training.step import Optimizer
+from revnet_jax.training.task import Classification, Model, NextToken, Task
 
 COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -24,30 +30,53 @@ COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 class Recipe(NamedTuple):
     """What is trained, and how: everything of a run that needs no data."""
 
-    network: Network
+    task: Task
     schedule: optax.Schedule
     optimizer: Optimizer
 
 
-def build_recipe(config: ConfigDict) -> Recipe:
-    """Raises ConfigError for settings that cannot be used; nothing is compiled."""
+def build_recipe(
+    config: ConfigDict, stored_layers: int | None = None, *, platform: str | None = None
+) -> Recipe:
+    """Raises ConfigError for settings that cannot be used; nothing is compiled.
+
+    stored_layers: in place of the config's; "auto" there is 0 until it is resolved.
+    platform: "cpu", "gpu" or "tpu", of the devices to train on; by default those that are here.
+    """
     for name in ("num_steps", "batch_size", "eval_batch_size", "microbatches", "log_every_steps"):
         _at_least_one(name, config[name])
     _at_least_one("eval_every_steps", config.eval_every_steps)
     _at_least_one("checkpoint_every_steps", config.checkpoint_every_steps)
+    with settings("schedule"):
+        schedule = make_schedule(num_steps=config.num_steps, **config.schedule)
+    task = build_task(config, stored_layers, platform=platform)
+    with settings("optimizer"):
+        optimizer = build_optimizer(config, task.network, schedule)
+    return Recipe(task, schedule, optimizer)
+
+
+def build_task(
+    config: ConfigDict, stored_layers: int | None = None, *, platform: str | None = None
+) -> Task:
+    """The model of a config, and what it is to learn. Arguments: see `build_recipe`."""
+    platform = platform or jax.default_backend()
+    if config.model.family == "decoder":
+        model = build_language_model(config, stored_layers, platform)
+        return NextToken(model, config.data.context, config.balance)
     if not 0 <= config.label_smoothing < 1:
         raise ConfigError(
             f"config.label_smoothing: got {config.label_smoothing}, expected a share in [0, 1)"
         )
-    with settings("schedule"):
-        schedule = make_schedule(num_steps=config.num_steps, **config.schedule)
-    network = build_network(config)
-    with settings("optimizer"):
-        optimizer = build_optimizer(config, network, schedule)
-    return Recipe(network, schedule, optimizer)
+    if config.mixup < 0:
+        raise ConfigError(f"config.mixup: got {config.mixup}, expected 0 or more")
+    if config.model.family == "vit":
+        network = build_vision_transformer(config, stored_layers, platform)
+    else:
+        network = build_network(config, stored_layers)
+    return Classification(network, config.label_smoothing, config.mixup)
 
 
-def build_optimizer(config: ConfigDict, network: Network, schedule: optax.Schedule) -> Optimizer:
+def build_optimizer(config: ConfigDict, network: Model, schedule: optax.Schedule) -> Optimizer:
     options = dict(config.optimizer)
     lockstep = options.pop("lockstep")
     make = functools.partial(make_optimizer, schedule, **options)
@@ -76,29 +105,144 @@ def build_optimizer(config: ConfigDict, network: Network, schedule: optax.Schedu
 
 
 def build_network(config: ConfigDict, stored_layers: int | None = None) -> Network:
-    """stored_layers: in place of the config's; "auto" there is 0 until it is resolved."""
+    """The convolutional network of an image config."""
     model = dict(config.model)
-    setting = model.pop("stored_layers")
+    gradient, common = _pop_common(model, stored_layers)
+    with settings("model"):
+        return Network(
+            Architecture(
+                image_shape=config.data.image_shape, num_classes=config.data.num_classes, **model
+            ),
+            **gradient,
+            **common,
+        )
+
+
+def _pop_common(model: dict[str, Any], stored_layers: int | None) -> tuple[Any, Any]:
+    """Takes what all models have out of their settings: (backprop and what it stores, the rest)."""
+    setting, backprop = model.pop("stored_layers"), model.pop("backprop")
     dtype, grid, bits = (model.pop(name) for name in ("compute_dtype", "grid", "grid_bits"))
-    backprop, check_exactness = model.pop("backprop"), model.pop("check_exactness")
+    check_exactness = model.pop("check_exactness")
     with settings("model"):
         if dtype not in COMPUTE_DTYPES:
             known = ", ".join(COMPUTE_DTYPES)
             raise ValueError(f"got compute_dtype={dtype!r}, expected one of {known}")
         if setting != "auto" and not setting.isdecimal():
             raise ValueError(f"got stored_layers={setting!r}, expected a whole number or auto")
-        if stored_layers is None:
-            stored_layers = 0 if setting == "auto" else int(setting)
-        return Network(
-            Architecture(
-                image_shape=config.data.image_shape, num_classes=config.data.num_classes, **model
-            ),
-            backprop=tuple(backprop.split(",")) if "," in backprop else backprop,
-            stored_layers=stored_layers,
-            compute_dtype=COMPUTE_DTYPES[dtype],
-            grid=Grid(bits) if grid else None,
-            check_exactness=check_exactness,
+    if stored_layers is None:
+        stored_layers = 0 if setting == "auto" else int(setting)
+    gradient = {
+        "backprop": tuple(backprop.split(",")) if "," in backprop else backprop,
+        "stored_layers": stored_layers,
+    }
+    common = {
+        "compute_dtype": COMPUTE_DTYPES[dtype],
+        "grid": Grid(bits) if grid else None,
+        "check_exactness": check_exactness,
+    }
+    return gradient, common
+
+
+def build_vision_transformer(
+    config: ConfigDict, stored_layers: int | None, platform: str
+) -> RevViT:
+    """platform: "cpu", "gpu" or "tpu", which attention=auto looks at."""
+    model = dict(config.model)
+    gradient, common = _pop_common(model, stored_layers)
+    attention = _kernel(model.pop("attention"), platform)
+    del model["family"]
+    shapes = {"image_shape": config.data.image_shape, "num_classes": config.data.num_classes}
+    with settings("model"):
+        architecture = VisionTransformer(**shapes, **model)
+        return RevViT(architecture, **gradient, **common, attention=attention)
+
+
+def build_language_model(
+    config: ConfigDict, stored_layers: int | None, platform: str
+) -> LanguageModel:
+    """platform: "cpu", "gpu" or "tpu", which attention=auto looks at."""
+    model = dict(config.model)
+    gradient, common = _pop_common(model, stored_layers)
+    attention = _kernel(model.pop("attention"), platform)
+    chunks = {name: model.pop(name) for name in ("feed_forward_chunks", "loss_chunk")}
+    del model["family"]
+    with settings("model"):
+        architecture = Decoder(vocab_size=config.data.vocab_size, **model)
+        _check_divides(chunks["feed_forward_chunks"], config.data.context)
+        return LanguageModel(architecture, **gradient, **common, **chunks, attention=attention)
+
+
+def _check_divides(chunks, context):
+    if chunks < 1 or context % chunks:
+        raise ValueError(
+            f"got feed_forward_chunks={chunks}, expected a divisor of data.context={context}"
         )
+
+
+def _kernel(name, platform):
+    if name != "auto" and name not in KERNELS.values():
+        raise ConfigError(
+            f"config.model.attention: got {name!r}, expected one of auto, chunked, cudnn, flash"
+        )
+    return kernel_for(platform) if name == "auto" else name
+
+
+class Data(NamedTuple):
+    """What a run reads. train: `(start_step) -> batches` without an end; test: `() -> batches`.
+
+    Both are iterators to be closed, of this process's part of each batch.
+    """
+
+    train: Callable[[int], Any]
+    test: Callable[[], Any]
+    record: dict[str, Any]
+
+
+def build_data(config: ConfigDict, eval_batch_size: int | None = None) -> Data:
+    """Loads the data, checks that they are what the config says, and says how they are read.
+
+    eval_batch_size: in place of the config's.
+    """
+    shared = {
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+        "num_threads": config.data.num_threads,
+        "prefetch": config.data.prefetch,
+    }
+    test = {**shared, "batch_size": eval_batch_size or config.eval_batch_size}
+    if config.model.family == "decoder":
+        text = build_text(config)
+        context = {"context": config.data.context}
+        train = {"batch_size": config.batch_size, "seed": config.seed, **context, **shared}
+        return Data(
+            lambda step: train_windows(text, **train, start_step=step),
+            lambda: eval_windows(text, **context, **test),
+            {
+                "sha256": text.sha256,
+                "bytes_per_token": text.bytes_per_token,
+                "vocabulary": text.vocabulary._asdict(),
+            },
+        )
+    dataset = build_dataset(config)
+    train = {**pipeline_settings(config), **shared}
+    return Data(
+        lambda step: train_batches(dataset, **train, start_step=step),
+        lambda: eval_batches(dataset, **test),
+        {},
+    )
+
+
+def build_text(config: ConfigDict) -> Text:
+    """Loads the text and checks that it is what the config says it is."""
+    data = config.data
+    with settings("data"):
+        text = load_text(data.name, path=data.dir, train_share=data.train_share)
+    size = text.vocabulary.size
+    if data.vocab_size != size:
+        raise ConfigError(
+            f"config.data.vocab_size: got {data.vocab_size}, expected {size}, as in the data"
+        )
+    return text
 
 
 def build_dataset(config: ConfigDict) -> Dataset:
@@ -121,7 +265,7 @@ def build_dataset(config: ConfigDict) -> Dataset:
 
 
 def pipeline_settings(config: ConfigDict) -> dict[str, Any]:
-    """The arguments of `train_batches` that are settings."""
+    """The arguments of `train_batches` that are settings, threads aside."""
     data = config.data
     return {
         "batch_size": config.batch_size,
@@ -129,8 +273,6 @@ def pipeline_settings(config: ConfigDict) -> dict[str, Any]:
         "crop_padding": data.crop_padding,
         "flip": data.flip,
         "min_crop_area": data.min_crop_area,
-        "num_threads": data.num_threads,
-        "prefetch": data.prefetch,
     }
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from revnet_jax.core import Backprop, Exactness
-from revnet_jax.data import Dataset, load_dataset, train_batches
+from revnet_jax.data import Dataset, eval_batches, load_dataset, train_batches
 from revnet_jax.errors import UserError
 from revnet_jax.training.compiler import jit, jit_initialization
 from revnet_jax.training.coupling_network import CouplingNetwork
@@ -25,7 +25,7 @@ from revnet_jax.training.coupling_rows import ROWS, check_names
 from revnet_jax.training.evaluation import evaluate
 from revnet_jax.training.metrics import Progress
 from revnet_jax.training.optimizer import make_optimizer, make_schedule
-from revnet_jax.training.step import Batch, cross_entropy, is_correct
+from revnet_jax.training.task import Batch, cross_entropy, is_correct
 
 # For each data set, how it is augmented, and the stride that makes its features small enough.
 DATA_SETTINGS: dict[str, dict[str, Any]] = {
@@ -89,9 +89,9 @@ class Trainer:
         """Records accuracy on the whole test split, and what the exactness check found."""
         # One device, as in training: several would make time and memory another question.
         mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))
-        settings = {"batch_size": 200, "num_threads": 2, "prefetch": 4, "mesh": mesh}
-        scores = evaluate(self._eval_step, self.state.params, dataset, **settings)
-        self.accuracies.append(scores["eval_accuracy"])
+        batches = eval_batches(dataset, batch_size=200)
+        means = evaluate(self._eval_step, self.state.params, batches, mesh)
+        self.accuracies.append(means["accuracy"])
         self.exactness.append(jax.tree.map(float, self.state.exactness))
 
     def temporary_bytes(self, batch: Batch, backprop: Backprop) -> int:
@@ -126,7 +126,7 @@ class Trainer:
         weight_B = batch["weight"]
         return {
             "loss": jnp.sum(weight_B * cross_entropy(logits_BV, batch["label"])),
-            "correct": jnp.sum(weight_B * is_correct(logits_BV, batch["label"])),
+            "accuracy": jnp.sum(weight_B * is_correct(logits_BV, batch["label"])),
             "count": jnp.sum(weight_B),
         }
 

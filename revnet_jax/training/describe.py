@@ -5,71 +5,69 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from revnet_jax.core import STRATEGIES
-from revnet_jax.models import Network, Variables, num_params
-from revnet_jax.training.build import build_network
+from revnet_jax.models import Variables, num_params
+from revnet_jax.training.build import build_task
+from revnet_jax.training.task import Task
 
 
 def describe(config: ConfigDict) -> dict[str, Any]:
-    """Parameters, layers, chains, and the activation bytes kept per example by each strategy.
+    """Parameters, chains, and the activation bytes kept per example by each strategy.
 
+    example: shapes of what one example of a batch holds.
     activation_bytes_per_example: what the forward pass hands to the backward pass, by strategy,
-      parameters aside; null for a strategy the network has none of. Counted by abstract
+      parameters aside; null for a strategy the model has none of. Counted by abstract
       evaluation, before any compiler shares or fuses; nothing is computed. What `offload` keeps
       is in the host's memory.
     stored_layers: of each chain, in place of what `backprop` says; null where it is "auto" and has
       to be found at launch.
     """
-    network = build_network(config)
-    variables = jax.eval_shape(network.init, jax.random.key(0))
+    task = build_task(config)
+    network = task.network
+    auto = config.model.stored_layers == "auto"
     kept = {strategy: None for strategy in STRATEGIES}
     for strategy in STRATEGIES:
-        if strategy != "reverse" or network.architecture.num_streams > 1:
-            kept[strategy] = activation_bytes_per_example(network.with_backprop(strategy))
+        if strategy != "reverse" or network.invertible:
+            changed = config.copy_and_resolve_references()
+            changed.model.update({"backprop": strategy, "stored_layers": "0"})
+            kept[strategy] = activation_bytes_per_example(build_task(changed))
     return {
-        "family": network.architecture.family,
-        "num_params": num_params(variables),
-        "layers": sum(network.architecture.units),
-        "input_shape": list(network.architecture.image_shape),
-        "num_classes": network.architecture.num_classes,
+        "family": config.model.family,
+        "num_params": num_params(jax.eval_shape(network.init, jax.random.key(0))),
+        "example": {name: leaf.shape[1:] for name, leaf in task.batch_shapes(1).items()},
         "chains": [
             {
                 "name": name,
-                "layers": sum(g.depth for g in groups if g.unit),
-                "backprop": network.strategies[name].backprop,
-                "stored_layers": (
-                    None
-                    if config.model.stored_layers == "auto"
-                    else network.strategies[name].stored_layers
-                ),
+                "layers": chain.layers,
+                "backprop": chain.backprop,
+                "stored_layers": None if auto else chain.stored_layers,
             }
-            for name, groups in network.chains.items()
+            for name, chain in network.strategies.items()
+            if chain.layers
         ],
         "activation_bytes_per_example": kept,
     }
 
 
-def activation_bytes_per_example(network: Network) -> int:
-    """Bytes that the network's forward pass keeps for its backward pass, for each image."""
+def activation_bytes_per_example(task: Task) -> int:
+    """Bytes that the forward pass keeps for the backward pass, for each example."""
     # What does not grow with the batch (parameters, constants) drops out of the difference.
-    return _kept_bytes(network, 2) - _kept_bytes(network, 1)
+    return _kept_bytes(task, 2) - _kept_bytes(task, 1)
 
 
-def _kept_bytes(network, batch_size):
-    def kept(params, stats, image_BHWC):
+def _kept_bytes(task, batch_size):
+    def kept(params, stats, batch, key):
         def loss(params, probes):
             variables = Variables(params, stats)
-            logits_BV, _ = network.apply(variables, image_BHWC, train=True, probes=probes)
-            return jnp.sum(logits_BV)
+            return task.loss(variables, batch, key, probes=probes, lockstep=None)[0]
 
-        _, pullback = jax.vjp(loss, params, network.probes())
+        _, pullback = jax.vjp(loss, params, task.network.probes())
         # A pullback is a tree of all it holds on to; an array that two operations need counts once.
         return list({id(leaf): leaf for leaf in jax.tree.leaves(pullback)}.values())
 
-    variables = jax.eval_shape(network.init, jax.random.key(0))
-    image = jax.ShapeDtypeStruct((batch_size, *network.architecture.image_shape), jnp.float32)
-    leaves = jax.eval_shape(kept, *variables, image)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    variables = jax.eval_shape(task.network.init, key)
+    leaves = jax.eval_shape(kept, *variables, task.batch_shapes(batch_size), key)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

@@ -16,24 +16,23 @@ import jax
 from ml_collections import ConfigDict
 
 from revnet_jax.config import settings
-from revnet_jax.data import train_batches
 from revnet_jax.errors import UserError
-from revnet_jax.models import Network, num_params
+from revnet_jax.models import num_params
 from revnet_jax.training import workdir as workdirs
 from revnet_jax.training.auto import largest_stored_layers
 from revnet_jax.training.build import (
-    build_dataset,
-    build_network,
+    build_data,
     build_recipe,
+    build_task,
     check_batch_sizes,
-    pipeline_settings,
 )
 from revnet_jax.training.checkpoint import Checkpoints
 from revnet_jax.training.compiler import jit, jit_initialization
 from revnet_jax.training.evaluation import evaluate
 from revnet_jax.training.metrics import DelayedFetch, MetricsWriter, Progress, peak_memory_bytes
 from revnet_jax.training.sharding import abstract, data_mesh, put_batch, replicated
-from revnet_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
+from revnet_jax.training.step import TrainState, init_state, make_train_step
+from revnet_jax.training.task import Model, Task
 
 
 class NonFiniteError(UserError):
@@ -49,46 +48,32 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     Raises UserError (ConfigError, DataError, CheckpointError, NonFiniteError) with one clear line.
     """
     started = time.monotonic()
-    network, schedule, optimizer = build_recipe(config)
+    task, schedule, optimizer = build_recipe(config)
     check_batch_sizes(config)
-    dataset = build_dataset(config)
+    data = build_data(config)
     mesh = data_mesh()
     placed = replicated(mesh)
-    init = lambda: init_state(network, optimizer, config.seed)
-    eval_step = jit(make_eval_step(network))
-
-    def batches_from(step):
-        return contextlib.closing(
-            train_batches(
-                dataset,
-                **pipeline_settings(config),
-                start_step=step,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-            )
-        )
-
-    with settings("data"), batches_from(0):
-        pass  # its arguments are sound
-    workdirs.claim(workdir, config)
+    init = lambda: init_state(task.network, optimizer, config.seed)
+    with settings("data"), contextlib.closing(data.train(0)), contextlib.closing(data.test()):
+        pass  # their arguments are sound
+    workdirs.claim(workdir, config, data.record)
     if config.model.stored_layers == "auto":
-        network = build_network(config, resolve_auto(config, workdir))
-    train_step = make_train_step(
-        network,
-        optimizer,
-        schedule,
-        label_smoothing=config.label_smoothing,
-        microbatches=config.microbatches,
-    )
+        task = build_task(config, resolve_auto(config, workdir))
+    task = task.of_data(data.record)
+    sums = jit(task.sums)
+    train_step = make_train_step(task, optimizer, schedule, microbatches=config.microbatches)
     train_step = jit(train_step, donate_argnums=0)
-    with open_checkpoints(workdir) as checkpoints:
+    with open_checkpoints(workdir, task) as checkpoints:
         restored = checkpoints.restore(abstract(init, placed))
         start, state = restored or (0, jit_initialization(init, placed)())
         if start == 0:
             workdirs.check_fresh(workdir, config.checkpoint_every_steps)
         if start == config.num_steps and (workdir / "summary.json").exists():
             return json.loads((workdir / "summary.json").read_text())  # it is finished
-        with batches_from(start) as batches, Recorder(workdir, config, start) as recorder:
+        with (
+            contextlib.closing(data.train(start)) as batches,
+            Recorder(workdir, config, start) as recorder,
+        ):
             for step in range(start + 1, config.num_steps + 1):
                 state, metrics = train_step(state, put_batch(next(batches), mesh))
                 recorder.training(step, metrics)
@@ -98,18 +83,11 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                     recorder.flush()  # stops the run before anything not finite is saved
                     scores = {}
                     if evaluating:
-                        scores = evaluate(
-                            eval_step,
-                            state.variables,
-                            dataset,
-                            batch_size=config.eval_batch_size,
-                            mesh=mesh,
-                            num_threads=config.data.num_threads,
-                            prefetch=config.data.prefetch,
-                        )
+                        means = evaluate(sums, state.variables, data.test(), mesh)
+                        scores = task.scores(means)
                         recorder.evaluation(step, scores)
                     checkpoints.save(step, state, scores)
-    summary = summarize(workdir, network, state, recorder.examples_per_second, started)
+    summary = summarize(workdir, task.network, state, recorder.examples_per_second, started)
     workdirs.write_json(workdir / "summary.json", summary)
     return summary
 
@@ -124,13 +102,11 @@ def resolve_auto(config: ConfigDict, workdir: Path) -> int:
     return json.loads(path.read_text())["stored_layers"]
 
 
-def open_checkpoints(workdir: Path, *, read_only: bool = False) -> Checkpoints:
-    """The checkpoints of a run: the newest two and the one of best `eval_accuracy` are kept."""
+def open_checkpoints(workdir: Path, task: Task, *, read_only: bool = False) -> Checkpoints:
+    """The checkpoints of a run: the newest two, and the one of best score, are kept."""
+    metric, mode = task.best
     return Checkpoints(
-        workdir / "checkpoints",
-        best_metric="eval_accuracy",
-        best_mode="max",
-        read_only=read_only,
+        workdir / "checkpoints", best_metric=metric, best_mode=mode, read_only=read_only
     )
 
 
@@ -192,7 +168,7 @@ class Recorder:
 
 def summarize(
     workdir: Path,
-    network: Network,
+    network: Model,
     state: TrainState,
     examples_per_second: float | None,
     started: float,
@@ -203,8 +179,7 @@ def summarize(
     return {
         "steps": int(state.step),
         "train_loss": last["train_loss"],
-        "eval_loss": last["eval_loss"],
-        "eval_accuracy": last["eval_accuracy"],
+        **{name: value for name, value in last.items() if name.startswith("eval_")},
         "exact_mismatches": int(state.exact_mismatches) if network.probes() else None,
         "stored_layers": sum(s.stored_layers for s in network.strategies.values()),
         "num_params": num_params(state.variables),

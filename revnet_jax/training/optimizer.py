@@ -69,8 +69,8 @@ def make_optimizer(
     papers; "adamw" (Loshchilov & Hutter 2019, arXiv:1711.05101) or "lion" (Chen et al. 2023,
     arXiv:2302.06675), where it is decoupled.
 
-    Only leaves named "kernel" (convolutions and dense layers) decay; biases and normalisations do
-    not.
+    Only leaves named "kernel", or "up_kernel" and the like (convolutions and dense layers), decay;
+    biases, normalisations and embeddings do not.
 
     clip_norm: largest L2 norm of a gradient, before everything else; 0 for any.
     clip: whose norm: "global", of all parameters; or "layer", of each layer on its own.
@@ -93,11 +93,22 @@ def make_optimizer(
         optimizer = optax.lion(schedule, b1=b1, b2=b2, **decay)
     else:
         raise ValueError(f"got name={name!r}, expected one of sgd, adamw, lion")
+    optimizer = _promoting(optimizer)
     if clip_norm == 0:
         return optimizer
     if clip == "global" or stacked is None:
         return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
     return optax.chain(clip_by_layer_norm(clip_norm, stacked), optimizer)
+
+
+def _promoting(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same for whoever has JAX refuse to mix dtypes, as optax's adamw does."""
+
+    def update(grads, state, params=None):
+        with jax.numpy_dtype_promotion("standard"):
+            return optimizer.update(grads, state, params)
+
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 def clip_by_layer_norm(max_norm: float, stacked: Collection[str]) -> optax.GradientTransformation:
@@ -119,7 +130,7 @@ def clip_by_layer_norm(max_norm: float, stacked: Collection[str]) -> optax.Gradi
 
 
 def is_kernel(params: Any) -> Any:
-    """A tree of bools: which leaves are named "kernel"."""
+    """A tree of bools: which leaves are kernels, by name."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) == "kernel", params
+        lambda path, _: jax.tree_util.keystr(path[-1:], simple=True).endswith("kernel"), params
     )

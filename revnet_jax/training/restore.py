@@ -3,51 +3,75 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
+from ml_collections import ConfigDict
 
-from revnet_jax.training.build import build_dataset, build_recipe
+from revnet_jax.data.vocabulary import vocabulary_from
+from revnet_jax.models import Variables
+from revnet_jax.training.build import build_data, build_recipe
 from revnet_jax.training.checkpoint import CheckpointError
 from revnet_jax.training.compiler import jit
 from revnet_jax.training.evaluation import evaluate
 from revnet_jax.training.loop import open_checkpoints
 from revnet_jax.training.sharding import abstract, data_mesh, replicated
-from revnet_jax.training.step import init_state, make_eval_step
-from revnet_jax.training.workdir import load_config
+from revnet_jax.training.step import init_state
+from revnet_jax.training.task import Task
+from revnet_jax.training.workdir import load_config, load_record
+
+Which = Literal["newest", "best"]
+
+
+class Restored(NamedTuple):
+    """data: what the run recorded of its data."""
+
+    config: ConfigDict
+    task: Task
+    step: int
+    variables: Variables
+    data: dict[str, Any]
+
+
+def restore_run(workdir: Path, which: Which = "newest") -> Restored:
+    """A checkpoint of a run, on every device; changes nothing in its folder.
+
+    Raises UserError in one line: no run or no checkpoint there.
+    """
+    config = load_config(workdir)
+    task, _, optimizer = build_recipe(config)
+    init = lambda: init_state(task.network, optimizer, config.seed)
+    if not (workdir / "checkpoints").exists():
+        raise CheckpointError(f"{workdir} holds no checkpoints: has its run saved any yet?")
+    with open_checkpoints(workdir, task, read_only=True) as checkpoints:
+        restored = checkpoints.restore(abstract(init, replicated(data_mesh())), which=which)
+    if restored is None:
+        raise CheckpointError(f"{workdir / 'checkpoints'} is empty: has its run saved any yet?")
+    step, state = restored
+    data = load_record(workdir)["data"]
+    return Restored(config, task, step, state.variables, data)
 
 
 def evaluate_run(
-    workdir: Path, which: Literal["newest", "best"] = "newest", data_dir: str | None = None
+    workdir: Path, which: Which = "newest", data_dir: str | None = None
 ) -> dict[str, Any]:
     """Evaluates a checkpoint of a run on the whole test split; changes nothing in its folder.
 
-    data_dir: where the data are now, if not where they were in training.
+    data_dir: where the data are, if not where they were in training.
 
-    Raises UserError in one line: no run or no checkpoint there, data missing.
+    Raises UserError in one line: no run or no checkpoint there, data missing or of another
+    vocabulary.
     """
     config = load_config(workdir)
     if data_dir is not None:
         config.data.dir = data_dir
-    network, _, optimizer = build_recipe(config)
-    dataset = build_dataset(config)
-    mesh = data_mesh()
-    init = lambda: init_state(network, optimizer, config.seed)
-    if not (workdir / "checkpoints").exists():
-        raise CheckpointError(f"{workdir} holds no checkpoints: has its run saved any yet?")
-    with open_checkpoints(workdir, read_only=True) as checkpoints:
-        restored = checkpoints.restore(abstract(init, replicated(mesh)), which=which)
-    if restored is None:
-        raise CheckpointError(f"{workdir / 'checkpoints'} is empty: has its run saved any yet?")
-    step, state = restored
-    scores = evaluate(
-        jit(make_eval_step(network)),
-        state.variables,
-        dataset,
-        # Batches are padded anyway: rounded up, any number of devices can share them.
-        batch_size=-(-config.eval_batch_size // jax.device_count()) * jax.device_count(),
-        mesh=mesh,
-        num_threads=config.data.num_threads,
-        prefetch=config.data.prefetch,
-    )
-    return {"step": step, "checkpoint": which, **scores}
+    # Batches are padded anyway: rounded up, any number of devices can share them.
+    devices = jax.device_count()
+    data = build_data(config, -(-config.eval_batch_size // devices) * devices)
+    run = restore_run(workdir, which)
+    if "vocabulary" in run.data:
+        found, expected = (vocabulary_from(r["vocabulary"]) for r in (data.record, run.data))
+        found.check_same_ids(expected, f"the run in {workdir}")
+    task = run.task.of_data(data.record)
+    means = evaluate(jit(task.sums), run.variables, data.test(), data_mesh())
+    return {"step": run.step, "checkpoint": which, **task.scores(means)}

@@ -1,4 +1,4 @@
-"""One training step, and one evaluation step."""
+"""One training step."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 
 from revnet_jax.core import Exactness
-from revnet_jax.models import Lockstep, Network, Variables
+from revnet_jax.models import Lockstep, Variables
 from revnet_jax.training.lockstep import LockstepOptimizer
+from revnet_jax.training.task import Batch, Model, Task
 
-Batch = dict[str, jax.Array]
 Optimizer = optax.GradientTransformation | LockstepOptimizer
 
 
@@ -32,7 +32,7 @@ class TrainState(NamedTuple):
     exact_mismatches: jax.Array
 
 
-def init_state(network: Network, optimizer: Optimizer, seed: int) -> TrainState:
+def init_state(network: Model, optimizer: Optimizer, seed: int) -> TrainState:
     """The state before the first step."""
     init_key, run_key = jax.random.split(jax.random.key(seed))
     variables = network.init(init_key)
@@ -46,12 +46,7 @@ def init_state(network: Network, optimizer: Optimizer, seed: int) -> TrainState:
 
 
 def make_train_step(
-    network: Network,
-    optimizer: Optimizer,
-    schedule: optax.Schedule,
-    *,
-    label_smoothing: float = 0.0,
-    microbatches: int = 1,
+    task: Task, optimizer: Optimizer, schedule: optax.Schedule, *, microbatches: int = 1
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The pure function `(state, batch) -> (state, metrics)`, to be jitted with a donated state.
 
@@ -65,28 +60,27 @@ def make_train_step(
     (1.0 is where streams stop being exact).
     """
 
-    def loss_fn(params, probes, lockstep, stats, batch):
-        logits_BV, new_stats = network.apply(
-            Variables(params, stats), batch["image"], train=True, probes=probes, lockstep=lockstep
-        )
-        losses_B = cross_entropy(logits_BV, batch["label"], label_smoothing)
-        return jnp.mean(losses_B), (new_stats, jnp.mean(is_correct(logits_BV, batch["label"])))
+    network = task.network
 
-    def gradient(params, stats, batch):
+    def loss_fn(params, probes, lockstep, stats, batch, key):
+        variables = Variables(params, stats)
+        return task.loss(variables, batch, key, probes=probes, lockstep=lockstep)
+
+    def gradient(params, stats, batch, key):
         grad = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
-        return grad(params, network.probes(), None, stats, batch)
+        return grad(params, network.probes(), None, stats, batch, key)
 
-    def ordinary(params, opt_state, stats, batch):
-        found, (grads, exactness) = accumulate(gradient, params, stats, batch, microbatches)
+    def ordinary(params, opt_state, stats, batch, key):
+        found, (grads, exactness) = accumulate(gradient, params, stats, batch, key, microbatches)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
         return found, params, opt_state, exactness, optax.tree.norm(grads)
 
-    def in_lockstep(params, opt_state, stats, batch):
+    def in_lockstep(params, opt_state, stats, batch, key):
         update, carried = optimizer.start(params, opt_state)
 
         def loss(params, probes, carried):
-            return loss_fn(params, probes, Lockstep(update, carried), stats, batch)
+            return loss_fn(params, probes, Lockstep(update, carried), stats, batch, key)
 
         found, (cotangents, exactness, carried) = jax.value_and_grad(
             loss, argnums=(0, 1, 2), has_aux=True
@@ -100,12 +94,13 @@ def make_train_step(
 
     def train_step(state, batch):
         params, stats = state.variables
-        (loss, (new_stats, accuracy)), params, opt_state, exactness, gradient_norm = step(
-            params, state.opt_state, stats, batch
+        key = jax.random.fold_in(state.key, state.step)
+        (loss, (new_stats, others)), params, opt_state, exactness, gradient_norm = step(
+            params, state.opt_state, stats, batch, key
         )
         metrics = {
             "train_loss": loss,
-            "train_accuracy": accuracy,
+            **others,
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "gradient_norm": gradient_norm,
         }
@@ -134,14 +129,19 @@ def make_train_step(
 
 
 def accumulate(
-    gradient: Callable[..., Any], params: Any, stats: Any, batch: Batch, microbatches: int
+    gradient: Callable[..., Any],
+    params: Any,
+    stats: Any,
+    batch: Batch,
+    key: jax.Array,
+    microbatches: int,
 ) -> Any:
-    """What `gradient(params, stats, batch)` returns, from parts of the batch one after the other.
+    """What `gradient(params, stats, batch, key)` returns, from one part of the batch after another.
 
-    gradient: `-> ((loss, (stats, accuracy)), (grads, exactness))`, all of them means over examples.
+    gradient: `-> ((loss, (stats, others)), (grads, exactness))`, all of them means over examples.
     """
     if microbatches == 1:
-        return gradient(params, stats, batch)
+        return gradient(params, stats, batch, key)
 
     def parts(array):
         # Every device has a share of each part, where it has one of the batch.
@@ -150,53 +150,19 @@ def accumulate(
 
     def body(carry, part):
         stats, total = carry
-        (loss, (stats, accuracy)), (grads, exactness) = gradient(params, stats, part)
-        return (stats, jax.tree.map(jnp.add, total, grads)), (loss, accuracy, exactness)
+        (loss, (stats, others)), (grads, exactness) = gradient(params, stats, *part)
+        return (stats, jax.tree.map(jnp.add, total, grads)), (loss, others, exactness)
 
     start = stats, jax.tree.map(jnp.zeros_like, params)
-    carry, found = jax.lax.scan(body, start, jax.tree.map(parts, batch))
-    (stats, total), (losses, accuracies, exactness) = carry, found
+    inputs = jax.tree.map(parts, batch), jax.random.split(key, microbatches)
+    (stats, total), (losses, others, exactness) = jax.lax.scan(body, start, inputs)
     if exactness is not None:
         exactness = {
             name: Exactness(jnp.sum(e.mismatches), jnp.max(e.max_difference), jnp.max(e.max_abs))
             for name, e in exactness.items()
         }
     grads = jax.tree.map(lambda leaf: leaf / microbatches, total)
-    return (jnp.mean(losses), (stats, jnp.mean(accuracies))), (grads, exactness)
-
-
-def make_eval_step(network: Network) -> Callable[[Variables, Batch], dict[str, jax.Array]]:
-    """The pure function `(variables, batch) -> sums` over the examples that have weight."""
-
-    def eval_step(variables, batch):
-        logits_BV, _ = network.apply(variables, batch["image"], train=False)
-        weight_B = batch["weight"]
-        return {
-            "loss": jnp.sum(weight_B * cross_entropy(logits_BV, batch["label"])),
-            "correct": jnp.sum(weight_B * is_correct(logits_BV, batch["label"])),
-            "count": jnp.sum(weight_B),
-        }
-
-    return eval_step
-
-
-def cross_entropy(
-    logits_BV: jax.Array, label_B: jax.Array, label_smoothing: float = 0.0
-) -> jax.Array:
-    """Negative log-likelihood in nats, [B].
-
-    label_smoothing: share of the target spread over all classes (Szegedy et al. 2016,
-      arXiv:1512.00567, section 7).
-    """
-    if label_smoothing == 0:
-        return optax.softmax_cross_entropy_with_integer_labels(logits_BV, label_B)
-    target_BV = jax.nn.one_hot(label_B, logits_BV.shape[-1], dtype=logits_BV.dtype)
-    return optax.softmax_cross_entropy(logits_BV, optax.smooth_labels(target_BV, label_smoothing))
-
-
-def is_correct(logits_BV: jax.Array, label_B: jax.Array) -> jax.Array:
-    """1.0 where the largest logit is the label's, [B]."""
-    return (jnp.argmax(logits_BV, axis=-1) == label_B).astype(jnp.float32)
+    return (jnp.mean(losses), (stats, jax.tree.map(jnp.mean, others))), (grads, exactness)
 
 
 def _largest(values):

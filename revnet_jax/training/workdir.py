@@ -12,21 +12,29 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from revnet_jax.config import ConfigError, flatten, image_classification
+from revnet_jax.config import (
+    ConfigError,
+    flatten,
+    image_classification,
+    language_model,
+    vision_transformer,
+)
 
 # Where the data lie and how fast they are read does not change what is computed.
 MAY_DIFFER = ("data.dir", "data.verify_images", "data.num_threads", "data.prefetch")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def claim(workdir: Path, config: ConfigDict) -> None:
+def claim(workdir: Path, config: ConfigDict, data: Mapping[str, Any] | None = None) -> None:
     """Makes `workdir` this config's: writes config.json, or checks that it holds the same run.
+
+    data: what is to be recorded of the data.
 
     Raises ConfigError, and changes nothing, where the folder holds another config's run.
     """
     path = workdir / "config.json"
     if path.exists():
-        _check_same(path, config)
+        _check_same(path, config, dict(data or {}))
     elif (workdir / "checkpoints").exists() or (workdir / "metrics.jsonl").exists():
         raise ConfigError(
             f"{workdir} holds a run but no config.json to compare with: choose another --workdir"
@@ -38,6 +46,7 @@ def claim(workdir: Path, config: ConfigDict) -> None:
             raise ConfigError(f"--workdir {workdir} cannot be made: {error}") from error
         record = {
             "config": config.to_dict(),
+            "data": dict(data or {}),
             "git_commit": _git_commit(),
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         }
@@ -61,18 +70,25 @@ def check_fresh(workdir: Path, checkpoint_every_steps: int) -> None:
 
 def load_config(workdir: Path) -> ConfigDict:
     """The config that a run was started with. Raises ConfigError where there is none."""
-    config = image_classification()
-    try:
-        saved = json.loads((workdir / "config.json").read_text())["config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"cannot read {workdir / 'config.json'} ({error}): expected the --workdir of a run"
-        ) from error
+    saved = load_record(workdir)["config"]
+    knobs = {"decoder": language_model, "vit": vision_transformer}
+    config = knobs.get(saved.get("model", {}).get("family"), image_classification)()
     try:
         config.update(_tuples(saved))
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{workdir / 'config.json'} is of another version: {error}") from error
     return config
+
+
+def load_record(workdir: Path) -> dict[str, Any]:
+    """What config.json holds, its config and data at least; ConfigError where it has none."""
+    try:
+        record = json.loads((workdir / "config.json").read_text())
+        return {"data": {}, **record, "config": dict(record["config"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"cannot read {workdir / 'config.json'} ({error}): expected the --workdir of a run"
+        ) from error
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -91,7 +107,13 @@ def last_values(workdir: Path) -> dict[str, Any]:
     return values
 
 
-def _check_same(path: Path, config: ConfigDict) -> None:
+def _check_same(path: Path, config: ConfigDict, data: dict[str, Any]) -> None:
+    there = load_record(path.parent)["data"].get("sha256")
+    if data.get("sha256") != there:
+        raise ConfigError(
+            f"{path.parent} holds a run on other data: got a text of sha256 {data.get('sha256')}, "
+            f"expected {there}; choose another --workdir, or the text of that run to resume it"
+        )
     got, expected = flatten(config), flatten(load_config(path.parent))
     differing = [
         f"{key}={got.get(key)!r} (there: {expected.get(key)!r})"

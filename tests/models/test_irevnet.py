@@ -67,7 +67,7 @@ def test_features_are_taken_back_to_the_image_bit_for_bit(network, variables, im
 def test_one_gradient_whatever_the_strategy(network, variables, image_BHWC):
     grads = {}
     for backprop in STRATEGIES:
-        net = network.with_backprop(backprop)
+        net = Network(network.architecture, backprop=backprop)
 
         def loss(params, probes, net=net):
             logits_BV, _ = net.apply(

@@ -126,21 +126,21 @@ def test_the_config_refuses_what_does_not_go_together(tiny_config):
 
 def test_a_step_in_lockstep_has_no_parts(tiny_config):
     tiny_config.optimizer.lockstep = True
-    network, schedule, optimizer = build_recipe(tiny_config)
+    task, schedule, optimizer = build_recipe(tiny_config)
     with pytest.raises(ValueError, match="got microbatches=2 for an update in lockstep"):
-        make_train_step(network, optimizer, schedule, microbatches=2)
+        make_train_step(task, optimizer, schedule, microbatches=2)
 
 
 def one_step(config):
     """On a batch whose halves, every other image, are equal."""
-    network, schedule, optimizer = build_recipe(config)
-    state = init_state(network, optimizer, seed=0)
+    task, schedule, optimizer = build_recipe(config)
+    state = init_state(task.network, optimizer, seed=0)
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.normal(size=(8, 8, 8, 1)).astype(np.float32).repeat(2, axis=0),
         "label": rng.integers(0, 10, 8).astype(np.int32).repeat(2),
     }
-    step = make_train_step(network, optimizer, schedule, microbatches=config.microbatches)
+    step = make_train_step(task, optimizer, schedule, microbatches=config.microbatches)
     return jax.jit(step, compiler_options=FAST)(state, batch)
 
 

@@ -4,24 +4,22 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from revnet_jax.data import train_batches
-from revnet_jax.training.build import build_dataset, build_recipe, pipeline_settings
+from revnet_jax.training.build import build_data, build_recipe
 from revnet_jax.training.sharding import put_batch, replicated
-from revnet_jax.training.step import cross_entropy, init_state, make_train_step
+from revnet_jax.training.step import init_state, make_train_step
+from revnet_jax.training.task import cross_entropy
 
 
 def test_one_device_and_two_make_the_same_update(tiny_config):
-    network, schedule, optimizer = build_recipe(tiny_config)
-    batches = train_batches(
-        build_dataset(tiny_config), **pipeline_settings(tiny_config), start_step=0
-    )
+    task, schedule, optimizer = build_recipe(tiny_config)
+    batches = build_data(tiny_config).train(0)
     batch = next(batches)
     batches.close()
-    state = init_state(network, optimizer, seed=0)
+    state = init_state(task.network, optimizer, seed=0)
     updates = []
     for count in (1, 2):
         mesh = Mesh(np.asarray(jax.devices()[:count]), ("data",))
-        step = jax.jit(make_train_step(network, optimizer, schedule))
+        step = jax.jit(make_train_step(task, optimizer, schedule))
         new_state, metrics = step(jax.device_put(state, replicated(mesh)), put_batch(batch, mesh))
         assert metrics["exact_mismatches"] == 0
         change = jax.tree.map(

@@ -1,0 +1,142 @@
+"""Token ids on disk: files of uint16 or uint32, memory-mapped, and tokens.json that lists them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from revnet_jax.data.dataset import DataError
+from revnet_jax.data.vocabulary import Vocabulary, load_tokenizer
+
+_PIECE_BYTES = 2**20
+
+
+class Shards:
+    """Files one after another, read like one array by arrays of places: never whole in memory."""
+
+    def __init__(self, files: Sequence[np.ndarray]):
+        self._files = files
+        self._ends = np.cumsum([len(file) for file in files])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._files) else 0
+
+    def __getitem__(self, places: np.ndarray) -> np.ndarray:
+        which = np.searchsorted(self._ends, places, side="right")
+        tokens = np.empty(places.shape, np.uint32)
+        for i in np.unique(which):
+            file, here = self._files[i], which == i
+            tokens[here] = file[places[here] - (self._ends[i] - len(file))]
+        return tokens
+
+
+def load_shards(folder: Path) -> tuple[Shards, Shards, Vocabulary, float]:
+    """(training split, test split, vocabulary, bytes per token of the test split).
+
+    Raises DataError for what is missing, cut short, or not what `tokenize_files` writes.
+    """
+    path = folder / "tokens.json"
+    try:
+        found = json.loads(path.read_text())
+        dtype = np.dtype(found["dtype"])
+        vocabulary = Vocabulary(
+            "tokenizer", int(found["vocab_size"]), tokenizer_sha256=found["tokenizer_sha256"]
+        )
+        sizes = {split: dict(found["splits"][split]) for split in ("train", "test")}
+        per_token = float(found["test_bytes_per_token"])
+    except OSError as error:
+        raise DataError(
+            f"{path}: {error.strerror}; expected what tokenize_text.py wrote"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: {error!r}; expected what tokenize_text.py writes") from error
+    splits = {
+        split: Shards([_map(folder / name, dtype, size) for name, size in files.items()])
+        for split, files in sizes.items()
+    }
+    return splits["train"], splits["test"], vocabulary, per_token
+
+
+def _map(path, dtype, size):
+    got = path.stat().st_size if path.exists() else None
+    if got != size * dtype.itemsize:
+        raise DataError(
+            f"{path}: got {got} bytes, expected {size * dtype.itemsize}: it is missing or cut short"
+        )
+    return np.memmap(path, dtype, mode="r")
+
+
+def tokenize_files(
+    inputs: Sequence[Path],
+    tokenizer_file: Path,
+    out: Path,
+    *,
+    test_share: float = 0.01,
+    shard_tokens: int = 2**27,
+) -> dict[str, Any]:
+    """Writes the tokens of UTF-8 files to `out`; returns what its tokens.json holds.
+
+    The text is cut at ends of lines into pieces of about a megabyte, which are tokenized each for
+    itself. test_share: of the text, at its end. shard_tokens: of a file at most, about.
+
+    Raises DataError for files that cannot be read, a tokenizer that is none, or an `out` that
+    holds tokens already; ValueError for other mistakes. tokens.json is written last.
+    """
+    if not 0 < test_share < 1:
+        raise ValueError(f"got test_share={test_share}, expected a share in (0, 1)")
+    if (out / "tokens.json").exists():
+        raise DataError(f"{out} holds tokens already: choose another folder")
+    tokenizer, sha256 = load_tokenizer(tokenizer_file)
+    vocab_size = tokenizer.get_vocab_size()
+    dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+    missing = [str(path) for path in inputs if not path.is_file()]
+    if missing:
+        raise DataError(f"{missing[0]}: no such file; expected text to tokenize")
+    first_test_byte = int((1 - test_share) * sum(path.stat().st_size for path in inputs))
+    out.mkdir(parents=True, exist_ok=True)
+    splits: dict[str, dict[str, int]] = {"train": {}, "test": {}}
+    position = test_bytes = 0
+    for piece in _pieces(inputs):
+        split = "train" if position < first_test_byte else "test"
+        position += len(piece.encode())
+        test_bytes += len(piece.encode()) if split == "test" else 0
+        tokens = np.asarray(tokenizer.encode(piece, add_special_tokens=False).ids, dtype)
+        files = splits[split]
+        if not files or list(files.values())[-1] >= shard_tokens:
+            files[f"{split}_{len(files):05}.bin"] = 0
+            (out / list(files)[-1]).unlink(missing_ok=True)
+        name = list(files)[-1]
+        with open(out / name, "ab") as file:
+            tokens.tofile(file)
+        files[name] += len(tokens)
+    test_tokens = sum(splits["test"].values())
+    if not test_tokens or not splits["train"]:
+        raise DataError(
+            f"got {position:,} bytes of text, too few for two splits of pieces of {_PIECE_BYTES:,} "
+            "bytes at most: take more text, or a larger test_share"
+        )
+    description = {
+        "dtype": dtype.name,
+        "vocab_size": vocab_size,
+        "tokenizer_sha256": sha256,
+        "splits": splits,
+        "test_bytes_per_token": test_bytes / test_tokens,
+    }
+    (out / "tokens.json").write_text(json.dumps(description, indent=2) + "\n")
+    return description
+
+
+def _pieces(inputs: Sequence[Path]) -> Iterator[str]:
+    # A hundred at least, so that a small text can be split.
+    size = min(_PIECE_BYTES, 1 + sum(path.stat().st_size for path in inputs) // 100)
+    for path in inputs:
+        try:
+            with open(path, encoding="utf-8", newline="") as file:
+                while lines := file.readlines(size):
+                    yield "".join(lines)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: got bytes that are no UTF-8 ({error.reason})") from error

@@ -1,0 +1,173 @@
+"""Text as tokens: the bytes or characters of a file, or memory-mapped shards of token ids."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import grain
+import numpy as np
+
+from revnet_jax.data.dataset import DataError
+from revnet_jax.data.pipeline import Batch, iterate, local_rows
+from revnet_jax.data.shards import Shards, load_shards
+from revnet_jax.data.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token ids of a text, split in two.
+
+    train, test: 1-D, of unsigned integers; the test split is the end of the text.
+    bytes_per_token: of the test split, in UTF-8.
+    sha256: of the file, or of tokens.json.
+    """
+
+    train: np.ndarray | Shards
+    test: np.ndarray | Shards
+    vocabulary: Vocabulary
+    bytes_per_token: float
+    sha256: str
+
+
+def load_text(name: str, *, path: str = "", train_share: float = 0.9) -> Text:
+    """Reads a text; everything that can be checked is checked here, before training starts.
+
+    name: "bytes" (of any file; without a path, of the English text that comes with Python,
+      `pydoc_data/topics.py`, which differs between its versions), "characters" (of a UTF-8 file;
+      ids in order of code points) or "shards" (a folder that `scripts/tokenize_text.py` wrote).
+    train_share: of the text, from its start; of shards, those named "test" are the test split.
+
+    Raises DataError for files that are missing or damaged, ValueError for other mistakes.
+    """
+    if not 0 < train_share < 1:
+        raise ValueError(f"got train_share={train_share}, expected a share in (0, 1)")
+    if name == "shards":
+        *splits, per_token = load_shards(Path(path))
+        return Text(*splits, per_token, _sha256(_read(Path(path) / "tokens.json")))
+    if name not in ("bytes", "characters"):
+        raise ValueError(f"got name={name!r}, expected one of bytes, characters, shards")
+    content = _read(Path(path) if path else _embedded())
+    if name == "bytes":
+        tokens = np.frombuffer(content, np.uint8)
+        seen = bytes(np.unique(tokens[: int(train_share * len(tokens))]).tolist())
+        vocabulary = Vocabulary("bytes", 256, seen.decode("latin-1"))
+    else:
+        try:
+            decoded = content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{path}: got bytes that are no UTF-8 ({error.reason} at {error.start}), expected "
+                "characters: take data.name=bytes"
+            ) from error
+        points = np.frombuffer(decoded.encode("utf-32-le"), np.uint32)
+        known, tokens = np.unique(points, return_inverse=True)
+        tokens = tokens.astype(np.uint32)
+        vocabulary = Vocabulary("characters", len(known), "".join(map(chr, known)))
+    split = int(train_share * len(tokens))
+    test = tokens[split:]
+    per_token = 1.0
+    if name == "characters" and len(test):
+        lengths = np.asarray([len(character.encode()) for character in vocabulary.characters])
+        per_token = float(np.mean(lengths[test]))
+    return Text(tokens[:split], test, vocabulary, per_token, _sha256(content))
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _embedded() -> Path:
+    """The text that comes with CPython: half a megabyte of English prose about Python."""
+    spec = importlib.util.find_spec("pydoc_data.topics")
+    if spec is None or spec.origin is None:
+        raise DataError("this Python comes without pydoc_data.topics: give config.data.path")
+    return Path(spec.origin)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; expected a text file") from error
+
+
+def train_windows(
+    text: Text,
+    *,
+    context: int,
+    batch_size: int,
+    seed: int,
+    start_step: int,
+    num_threads: int,
+    prefetch: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator[Batch]:
+    """An endless iterator over windows at random places of the training split; `close()` it.
+
+    Stateless: the batch of a step is a function of the seed and the step, whatever the number of
+    processes; process p holds its rows of each global batch, as in `train_batches`.
+
+    Yields {"token": int32 [b, context], "target": the tokens that follow}. Raises ValueError for a
+    text shorter than the context, and for what the processes cannot share.
+    """
+    rows = local_rows(batch_size, process_index, process_count)
+    places = len(text.train) - context
+    if context < 1 or places < 1:
+        raise ValueError(
+            f"got context={context} for {len(text.train):,} tokens of training text, expected 1 to "
+            f"{max(0, len(text.train) - 1):,}: take a shorter context or a longer text"
+        )
+
+    def make_batch(step: int) -> Batch:
+        starts_B = np.random.default_rng([seed, step]).integers(places, size=batch_size)[rows]
+        windows = text.train[starts_B[:, None] + np.arange(context + 1)]
+        return _checked(windows, text)
+
+    batches = grain.MapDataset.range(start_step, 2**48).map(make_batch)
+    return iterate(batches, num_threads, prefetch)
+
+
+def eval_windows(
+    text: Text,
+    *,
+    context: int,
+    batch_size: int,
+    num_threads: int = 2,
+    prefetch: int = 4,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator[Batch]:
+    """One pass over the test split in windows that do not overlap; `close()` the iterator.
+
+    Every token but the first is a target once. Yields as `train_windows`, with "weight", float32
+    [b, context]: 0 where the last windows are filled up.
+    """
+    rows = local_rows(batch_size, process_index, process_count)
+    targets = len(text.test) - 1
+    if targets < 1:
+        raise ValueError(f"got {len(text.test)} tokens of test text, expected two or more")
+
+    def make_batch(step: int) -> Batch:
+        starts_B = (step * batch_size + np.arange(batch_size)[rows]) * context
+        places = starts_B[:, None] + np.arange(context + 1)
+        batch = _checked(text.test[np.minimum(places, targets)], text)
+        return {**batch, "weight": (places[:, 1:] <= targets).astype(np.float32)}
+
+    num_windows = -(-targets // context)
+    batches = grain.MapDataset.range(-(-num_windows // batch_size)).map(make_batch)
+    return iterate(batches, num_threads, prefetch)
+
+
+def _checked(windows: np.ndarray, text: Text) -> Batch:
+    largest, size = int(windows.max()), text.vocabulary.size
+    if largest >= size:
+        raise DataError(
+            f"got token id {largest}, expected ids below the vocabulary's {size}: the shards were "
+            "made with another tokenizer than tokens.json names"
+        )
+    windows = windows.astype(np.int32)
+    return {"token": windows[:, :-1], "target": windows[:, 1:]}

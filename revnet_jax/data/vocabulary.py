@@ -1,0 +1,142 @@
+"""What token ids stand for, and text to ids and back."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from revnet_jax.data.dataset import DataError
+
+
+class Vocabulary(NamedTuple):
+    """Ids are smaller than `size`.
+
+    kind: ids are bytes, characters, or those of a `tokenizers` file.
+    characters: of kind "characters", that of each id; of kind "bytes", those bytes that occur in
+      the training text, as Latin-1: a model has not seen others.
+    tokenizer_sha256: of the tokenizer's file.
+    """
+
+    kind: Literal["bytes", "characters", "tokenizer"]
+    size: int
+    characters: str = ""
+    tokenizer_sha256: str = ""
+
+    def check_same_ids(self, other: Vocabulary, where: str) -> None:
+        """Raises DataError unless an id stands for the same in both.
+
+        where: what `other` belongs to.
+        """
+        mine, theirs = (
+            v._replace(characters="") if v.kind == "bytes" else v for v in (self, other)
+        )
+        if mine != theirs:
+            raise DataError(
+                f"got a vocabulary of {self.size} {self.kind}{_version(self)}, expected that of "
+                f"{where}, {other.size} {other.kind}{_version(other)}: take the data or tokenizer "
+                "file it was trained with"
+            )
+
+
+def vocabulary_from(record: Mapping[str, Any]) -> Vocabulary:
+    """From what `_asdict` made."""
+    return Vocabulary(**record)
+
+
+class Codec(NamedTuple):
+    """encode: text to ids; DataError for what the model cannot have seen.
+
+    decoder: makes a function from one id after another to the text that it completes, "" while
+      a character is not whole.
+    """
+
+    encode: Callable[[str], list[int]]
+    decoder: Callable[[], Callable[[int], str]]
+
+
+def codec(vocabulary: Vocabulary, tokenizer: Path | None = None) -> Codec:
+    """Of a vocabulary; tokenizer: the file of the `tokenizers` library it was made with.
+
+    Raises DataError where the file is missing, cannot be read, or is another one.
+    """
+    if vocabulary.kind == "tokenizer":
+        return _of_tokenizer(vocabulary, tokenizer)
+    if tokenizer is not None:
+        raise DataError(
+            f"got tokenizer file {tokenizer} for a model of {vocabulary.kind}, expected none"
+        )
+    known = {character: i for i, character in enumerate(vocabulary.characters)}
+
+    def encode(text):
+        symbols = text.encode().decode("latin-1") if vocabulary.kind == "bytes" else text
+        for symbol in symbols:
+            if symbol not in known:
+                what = f"byte {ord(symbol)}" if vocabulary.kind == "bytes" else repr(symbol)
+                raise DataError(
+                    f"got {what} in the prompt {text!r}, which the training text does not have: "
+                    f"expected some of {vocabulary.characters!r}"
+                )
+        return (
+            list(symbols.encode("latin-1"))
+            if vocabulary.kind == "bytes"
+            else [known[symbol] for symbol in symbols]
+        )
+
+    def decoder():
+        if vocabulary.kind == "characters":
+            return lambda i: vocabulary.characters[i]
+        incremental = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        return lambda i: incremental.decode(bytes([i]))
+
+    return Codec(encode, decoder)
+
+
+def load_tokenizer(path: Path) -> tuple[Any, str]:
+    """(the tokenizer in a file, its sha256). Raises DataError where there is none."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise DataError(
+            "the tokenizers library is not installed, expected for tokenizer files: run "
+            "scripts/setup.sh text"
+        ) from error
+    try:
+        content = path.read_bytes()
+        tokenizer = Tokenizer.from_str(content.decode())
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; expected a tokenizer file") from error
+    except Exception as error:  # that library raises nothing narrower
+        raise DataError(f"{path}: {error}; expected a tokenizer file, tokenizer.json") from error
+    return tokenizer, hashlib.sha256(content).hexdigest()
+
+
+def _of_tokenizer(vocabulary, path):
+    if path is None:
+        raise DataError("got no tokenizer file, expected the one its tokens were made with")
+    tokenizer, sha256 = load_tokenizer(path)
+    found = Vocabulary("tokenizer", tokenizer.get_vocab_size(), tokenizer_sha256=sha256)
+    found.check_same_ids(vocabulary, "the checkpoint")
+
+    def decoder():
+        ids: list[int] = []
+        said = ""
+
+        def decode(i):
+            nonlocal said
+            ids.append(i)
+            text = tokenizer.decode(ids)
+            if text.endswith("\N{REPLACEMENT CHARACTER}"):  # bytes of a character to be completed
+                return ""
+            new, said = text[len(said) :], text
+            return new
+
+        return decode
+
+    return Codec(lambda text: tokenizer.encode(text, add_special_tokens=False).ids, decoder)
+
+
+def _version(vocabulary):
+    return f" ({vocabulary.tokenizer_sha256[:8]})" if vocabulary.tokenizer_sha256 else ""

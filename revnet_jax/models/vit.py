@@ -1,0 +1,220 @@
+"""A reversible vision transformer, and its irreversible twin of the same parameters.
+
+Dosovitskiy et al. 2020 (arXiv:2010.11929); reversible: Mangalam et al. 2022 (arXiv:2302.04869).
+Branch f is attention, g a network of two layers; the streams' sum, normalised, goes to the head
+(see `Transformer`).
+
+Dims: B batch, H height, W width, C channels, T patches and class token, D stream width, V classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from revnet_jax.core import Backprop, Exactness, Grid
+from revnet_jax.models.attention import Kernel, attend
+from revnet_jax.models.bridge import PureModule
+from revnet_jax.models.network import Lockstep, Variables
+from revnet_jax.models.transformer import Transformer, drop, init_layers_of
+
+
+@dataclass(frozen=True)
+class VisionTransformer:
+    """What a vision transformer is made of.
+
+    image_shape: height, width, channels; patch: pixels, divides height and width.
+    hidden: of the network of two layers.
+    pool: what the head reads, a class token or the mean over patches.
+    reversible: two streams; else the twin, with one.
+    dropout: of what the branches return and of the embedding.
+    """
+
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    patch: int
+    layers: int
+    width: int
+    heads: int
+    hidden: int
+    pool: Literal["token", "mean"] = "token"
+    reversible: bool = True
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        if any(size % self.patch for size in self.image_shape[:2]):
+            raise ValueError(
+                f"got patch={self.patch} for images of {self.image_shape[:2]}, expected a divisor"
+            )
+        if self.width % self.heads:
+            raise ValueError(
+                f"got heads={self.heads}, expected a divisor of the width {self.width}"
+            )
+        if self.pool not in ("token", "mean"):
+            raise ValueError(f"got pool={self.pool!r}, expected one of token, mean")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"got dropout={self.dropout}, expected a share in [0, 1)")
+
+
+class RevViT(Transformer):
+    """An image classifier as pure functions: `init(key)` and `apply(variables, image, ...)`.
+
+    backprop to check_exactness: see `Transformer`. attention: see `attend`.
+    """
+
+    def __init__(
+        self,
+        architecture: VisionTransformer,
+        *,
+        backprop: Backprop = "reverse",
+        stored_layers: int = 0,
+        compute_dtype: Any = jnp.float32,
+        grid: Grid | None = Grid(),
+        check_exactness: bool = True,
+        attention: Kernel = "chunked",
+    ):
+        super().__init__(
+            layers=architecture.layers,
+            reversible=architecture.reversible,
+            backprop=backprop,
+            stored_layers=stored_layers,
+            compute_dtype=compute_dtype,
+            grid=grid,
+            check_exactness=check_exactness,
+        )
+        self.architecture = a = architecture
+        common = {"width": a.width, "dtype": compute_dtype}
+        pure = lambda make, **settings: PureModule(lambda rngs: make(**settings, rngs=rngs))
+        self._f = pure(SelfAttention, heads=a.heads, kernel=attention, **common)
+        self._g = pure(Mlp, hidden=a.hidden, **common)
+        self._stem = pure(Patches, architecture=a, dtype=compute_dtype)
+        self._head = pure(Head, num_classes=a.num_classes, **common)
+
+    def init(self, key: jax.Array) -> Variables:
+        """Fresh variables; the layers' have a leading axis of one per layer."""
+        stem_key, head_key, layers_key = jax.random.split(key, 3)
+        params = {
+            "stem": self._stem.init(stem_key)[0],
+            "layers": init_layers_of((self._f, self._g), layers_key, self.architecture.layers),
+            "head": self._head.init(head_key)[0],
+        }
+        return Variables(params, {})
+
+    def apply(
+        self,
+        variables: Variables,
+        image_BHWC: jax.Array,
+        *,
+        train: bool,
+        key: jax.Array | None = None,
+        probes: dict[str, Exactness] | None = None,
+        lockstep: Lockstep | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """(logits [B, num_classes] float32, no running averages).
+
+        train: with dropout, by the key. lockstep: see `Network.apply`.
+        """
+        rate = self.architecture.dropout
+        keys = None
+        if train and rate:
+            keys = jax.random.split(key, (self.architecture.layers + 1, 2))
+
+        def branch(module, i):
+            def apply(params, x_BTD, context):
+                u_BTD, _ = module.apply(params, {}, x_BTD)
+                return drop(u_BTD, rate, context.data, i), ()
+
+            return apply
+
+        x_BTD, _ = self._stem.apply(variables.params["stem"], {}, image_BHWC)
+        x_BTD, _ = self._run(
+            self._layer(branch(self._f, 0), branch(self._g, 1)),
+            variables.params["layers"],
+            drop(x_BTD, rate, None if keys is None else keys[-1], 0),
+            data_L=None if keys is None else keys[:-1],
+            probes=probes,
+            lockstep=lockstep,
+        )
+        by_token = self.architecture.pool == "token"
+        x_BD = x_BTD[:, 0] if by_token else jnp.mean(x_BTD, axis=1)
+        return self._head.apply(variables.params["head"], {}, x_BD)[0], {}
+
+
+def _linear(inputs, outputs, *, dtype, rngs, kernel_init=None):
+    kernel_init = kernel_init or nnx.initializers.xavier_uniform()
+    return nnx.Linear(inputs, outputs, dtype=dtype, kernel_init=kernel_init, rngs=rngs)
+
+
+def _norm(width, rngs):
+    return nnx.LayerNorm(width, epsilon=1e-6, dtype=jnp.float32, rngs=rngs)
+
+
+class Patches(nnx.Module):
+    """Patches times a matrix, after a class token if there is one, plus learned positions."""
+
+    def __init__(self, *, architecture: VisionTransformer, dtype, rngs: nnx.Rngs):
+        height, width, channels = architecture.image_shape
+        self.patch = patch = architecture.patch
+        self.embed = _linear(patch * patch * channels, architecture.width, dtype=dtype, rngs=rngs)
+        tokens = height // patch * (width // patch)
+        self.has_token = architecture.pool == "token"
+        if self.has_token:
+            tokens += 1
+            self.token = nnx.Param(jnp.zeros((1, 1, architecture.width)))
+        positions = jax.random.normal(rngs.params(), (1, tokens, architecture.width))
+        self.position = nnx.Param(0.02 * positions)
+
+    def __call__(self, image_BHWC: jax.Array) -> jax.Array:
+        """float32 [B, T, D]."""
+        B, H, W, C = image_BHWC.shape
+        p = self.patch
+        x = image_BHWC.reshape(B, H // p, p, W // p, p, C).transpose(0, 1, 3, 2, 4, 5)
+        x_BTD = self.embed(x.reshape(B, -1, p * p * C)).astype(jnp.float32)
+        if self.has_token:
+            token = jnp.broadcast_to(self.token[...], (B, 1, x_BTD.shape[-1]))
+            x_BTD = jnp.concatenate([token, x_BTD], axis=1)
+        return x_BTD + self.position[...]
+
+
+class SelfAttention(nnx.Module):
+    """Every token reads all; normalises what it reads."""
+
+    def __init__(self, *, width: int, heads: int, kernel: Kernel, dtype, rngs: nnx.Rngs):
+        self.heads, self.kernel = heads, kernel
+        self.norm = _norm(width, rngs)
+        self.qkv = _linear(width, 3 * width, dtype=dtype, rngs=rngs)
+        self.out = _linear(width, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        B, T, D = x_BTD.shape
+        qkv = self.qkv(self.norm(x_BTD)).reshape(B, T, 3, self.heads, D // self.heads)
+        mixed = attend(*jnp.unstack(qkv, axis=2), causal=False, kernel=self.kernel)
+        return self.out(mixed.reshape(B, T, D))
+
+
+class Mlp(nnx.Module):
+    """Two layers with GELU between; normalises what it reads."""
+
+    def __init__(self, *, width: int, hidden: int, dtype, rngs: nnx.Rngs):
+        self.norm = _norm(width, rngs)
+        self.up = _linear(width, hidden, dtype=dtype, rngs=rngs)
+        self.down = _linear(hidden, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        return self.down(jax.nn.gelu(self.up(self.norm(x_BTD))))
+
+
+class Head(nnx.Module):
+    """Normalises, and predicts by a matrix that starts at zero."""
+
+    def __init__(self, *, width: int, num_classes: int, dtype, rngs: nnx.Rngs):
+        self.norm = _norm(width, rngs)
+        zeros = nnx.initializers.zeros
+        self.out = _linear(width, num_classes, dtype=dtype, rngs=rngs, kernel_init=zeros)
+
+    def __call__(self, x_BD: jax.Array) -> jax.Array:
+        return self.out(self.norm(x_BD)).astype(jnp.float32)

@@ -1,0 +1,116 @@
+"""Text from a trained language model, token by token."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from revnet_jax.data.vocabulary import codec, vocabulary_from
+from revnet_jax.errors import UserError
+from revnet_jax.models import Variables
+from revnet_jax.models.lm import LanguageModel
+from revnet_jax.training.compiler import jit
+from revnet_jax.training.restore import Which, restore_run
+from revnet_jax.training.task import NextToken
+
+
+def generate_text(
+    workdir: Path,
+    prompt: str,
+    *,
+    num_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    which: Which = "newest",
+    tokenizer: Path | None = None,
+) -> Iterator[str]:
+    """What the model of a run goes on with after the prompt, in pieces as they come.
+
+    tokenizer: the file its tokens were made with, for a model of such.
+
+    Raises UserError in one line, before anything is computed: no language model there, a prompt of
+    nothing or of what the model cannot have seen, another tokenizer, settings out of range.
+    """
+    if temperature < 0 or not 0 < top_p <= 1 or num_tokens < 0:
+        raise UserError(
+            f"got temperature={temperature}, top_p={top_p}, num_tokens={num_tokens}, expected "
+            "temperature 0 or more, top_p in (0, 1], num_tokens 0 or more"
+        )
+    run = restore_run(workdir, which)
+    if not isinstance(run.task, NextToken):
+        raise UserError(f"{workdir} holds a run of {run.config.model.family}, expected a decoder")
+    encode, decoder = codec(vocabulary_from(run.data["vocabulary"]), tokenizer)
+    token_T = encode(prompt)
+    if not token_T:
+        raise UserError(f"got prompt {prompt!r}, expected one token at least")
+    decode = decoder()
+    for token in generate(
+        run.task.network,
+        run.variables,
+        token_T,
+        context=run.task.context,
+        num_tokens=num_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    ):
+        yield decode(token)
+
+
+def generate(
+    model: LanguageModel,
+    variables: Variables,
+    token_T: Sequence[int],
+    *,
+    context: int,
+    num_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[int]:
+    """Samples tokens after a prompt, with a cache of keys and values.
+
+    context: tokens the model can look back on. When the cache is full it starts again with the
+      later half of them, so that text of any length costs two evaluations of a token.
+    temperature, top_p, seed: see `sample`.
+    """
+
+    def advance(variables, cache, token_BT, position, key):
+        logits_BV, cache = model.extend(variables, cache, token_BT, position)
+        return sample(logits_BV[0], key, temperature=temperature, top_p=top_p), cache
+
+    advance = jit(advance, donate_argnums=1)
+    empty_cache = functools.partial(model.empty_cache, 1, context)
+    keys = functools.partial(jax.random.fold_in, jax.random.key(seed))
+    seen = list(token_T)[-context:]
+    cache, position, unread = empty_cache(), 0, seen
+    for i in range(num_tokens):
+        if position + len(unread) > context:
+            unread = seen[-max(1, context // 2) :]
+            cache, position = empty_cache(), 0
+        token_BT = jnp.asarray([unread], jnp.int32)
+        token, cache = advance(variables, cache, token_BT, position, keys(i))
+        position += len(unread)
+        unread = [int(token)]
+        seen = [*seen, *unread][-context:]
+        yield unread[0]
+
+
+def sample(logits_V: jax.Array, key: jax.Array, *, temperature: float, top_p: float) -> jax.Array:
+    """A token drawn from softmax(logits / temperature); temperature 0 takes the likeliest.
+
+    top_p: only the likeliest tokens, whose probabilities first sum to at least this, are drawn
+      (Holtzman et al. 2019, arXiv:1904.09751).
+    """
+    if temperature == 0:
+        return jnp.argmax(logits_V)
+    order_V = jnp.argsort(-logits_V)
+    sorted_V = logits_V[order_V] / temperature
+    probability_V = jax.nn.softmax(sorted_V)
+    before_V = jnp.cumsum(probability_V) - probability_V
+    return order_V[jax.random.categorical(key, jnp.where(before_V < top_p, sorted_V, -jnp.inf))]

@@ -1,0 +1,44 @@
+"""Writes text with a trained language model, as it comes.
+
+python scripts/generate.py --workdir=WORKDIR --prompt='The for statement'
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from revnet_jax import config as configs
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+PROMPT = flags.DEFINE_string("prompt", "\n", "What to go on from.")
+NUM_TOKENS = flags.DEFINE_integer("num_tokens", 400, "How many tokens to write.")
+TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Less is likelier; 0 takes the likeliest.")
+TOP_P = flags.DEFINE_float("top_p", 0.95, "Draw from the likeliest tokens of this share.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+WHICH = flags.DEFINE_enum("checkpoint", "newest", ["newest", "best"], "Which checkpoint.")
+TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer file, for a model of its tokens.")
+
+
+def main(argv):
+    del argv
+    from revnet_jax.training.generate import generate_text
+
+    pieces = generate_text(
+        Path(WORKDIR.value),
+        PROMPT.value,
+        num_tokens=NUM_TOKENS.value,
+        temperature=TEMPERATURE.value,
+        top_p=TOP_P.value,
+        seed=SEED.value,
+        which=WHICH.value,
+        tokenizer=Path(TOKENIZER.value) if TOKENIZER.value else None,
+    )
+    first = next(pieces, "")  # mistakes come before any text
+    print(PROMPT.value, end=first, flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+if __name__ == "__main__":
+    configs.run(main, required=("workdir",))

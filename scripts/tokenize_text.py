@@ -1,0 +1,35 @@
+"""Writes text as shards of token ids, for training with --config.data.name=shards.
+
+    python scripts/tokenize_text.py --input=a.txt,b.txt --tokenizer=tokenizer.json --out=DIR
+
+The tokenizer is a file of the `tokenizers` library (scripts/setup.sh text).
+"""
+
+import json
+from pathlib import Path
+
+from absl import flags
+
+from revnet_jax import config as configs
+from revnet_jax.config import settings
+
+INPUT = flags.DEFINE_list("input", None, "UTF-8 files, one after the other.")
+TOKENIZER = flags.DEFINE_string("tokenizer", None, "The tokenizer's file.")
+OUT = flags.DEFINE_string("out", None, "A folder for the shards.")
+TEST_SHARE = flags.DEFINE_float("test_share", 0.01, "Of the text, at its end, for the test split.")
+
+
+def main(argv):
+    del argv
+    from revnet_jax.data.shards import tokenize_files
+
+    inputs = [Path(name) for name in INPUT.value]
+    with settings("data"):
+        written = tokenize_files(
+            inputs, Path(TOKENIZER.value), Path(OUT.value), test_share=TEST_SHARE.value
+        )
+    print(json.dumps(written, indent=2))
+
+
+if __name__ == "__main__":
+    configs.run(main, required=("input", "tokenizer", "out"))

@@ -1,0 +1,88 @@
+"""Vision transformers: one function whatever its gradient costs, of the published sizes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from revnet_jax.config import VIT_SIZES
+from revnet_jax.models import Variables, num_params
+from revnet_jax.models.vit import RevViT, VisionTransformer
+
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+SIZES = {"image_shape": (8, 12, 3), "num_classes": 5, "patch": 4, "layers": 3, "width": 16}
+SIZES |= {"heads": 2, "hidden": 24}
+
+
+def model(backprop="reverse", **changes):
+    return RevViT(VisionTransformer(**(SIZES | changes)), backprop=backprop)
+
+
+def randomised(variables):
+    """A head that starts at zero hides all gradients but its own."""
+    leaves, tree = jax.tree.flatten(variables.params)
+    rng = np.random.default_rng(0)
+    leaves = [leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves]
+    return Variables(jax.tree.unflatten(tree, leaves), {})
+
+
+def gradient(vit, variables, key=None):
+    image = jax.random.normal(jax.random.key(1), (2, 8, 12, 3))
+
+    def loss(params, probes):
+        options = {"train": key is not None, "key": key, "probes": probes}
+        logits_BV, _ = vit.apply(Variables(params, {}), image, **options)
+        return jnp.sum(jnp.sin(logits_BV))
+
+    return jit(jax.value_and_grad(loss, argnums=(0, 1)))(variables.params, vit.probes())
+
+
+@pytest.mark.parametrize("changes", [{}, {"pool": "mean", "dropout": 0.3}])
+def test_strategies_give_one_gradient(changes):
+    variables = randomised(jit(model(**changes).init)(jax.random.key(0)))
+    key = jax.random.key(2) if changes else None
+    loss, (expected, _) = gradient(model("store", **changes), variables, key)
+    other, (got, exactness) = gradient(model(**changes), variables, key)
+    assert other == pytest.approx(float(loss), rel=1e-6)
+    assert exactness["layers"].mismatches == 0
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert np.linalg.norm(b) > 0
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "millions"), [("Ti", 5.717416), ("S", 22.050664), ("B", 86.567656), ("L", 304.326632)]
+)
+@pytest.mark.parametrize("reversible", [True, False])
+def test_parameters_are_those_of_the_published_models(size, millions, reversible):
+    layers, width, heads = VIT_SIZES[size]
+    sizes = {"layers": layers, "width": width, "heads": heads, "hidden": 4 * width, "patch": 16}
+    sizes |= {"image_shape": (224, 224, 3), "num_classes": 1000, "reversible": reversible}
+    vit = model("store", **sizes)
+    assert num_params(jax.eval_shape(vit.init, jax.random.key(0))) == round(millions * 1e6)
+
+
+def test_patches_are_read_row_by_row():
+    """Moving a patch of the image moves one token."""
+    vit = model("store", pool="mean")
+    patches = vit._stem
+    params, _ = patches.init(jax.random.key(0))
+    image = jnp.zeros((1, 8, 12, 3)).at[:, 4:8, 8:12].set(1.0)
+    moved = patches.apply(params, {}, image)[0] - patches.apply(params, {}, 0 * image)[0]
+    assert [bool(jnp.any(moved[0, t] != 0)) for t in range(6)] == [False] * 5 + [True]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"patch": 5}, r"got patch=5 for images of \(8, 12\), expected a divisor"),
+        ({"heads": 3}, "got heads=3, expected a divisor of the width 16"),
+        ({"pool": "max"}, "got pool='max', expected one of token, mean"),
+        ({"reversible": False}, "got backprop='reverse' for a model of one stream"),
+    ],
+)
+def test_what_does_not_go_together(changes, message):
+    with pytest.raises(ValueError, match=message):
+        model(**changes)
