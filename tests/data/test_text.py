@@ -1,0 +1,172 @@
+"""Text as tokens: of files, of shards, and back."""
+
+import contextlib
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from revnet_jax.data.dataset import DataError
+from revnet_jax.data.shards import Shards, load_shards, tokenize_files
+from revnet_jax.data.text import Text, eval_windows, load_text, train_windows
+from revnet_jax.data.vocabulary import Vocabulary, codec
+
+TEXT = "Ein Löwe, ein Bär.\n" * 20
+READ = {"num_threads": 0, "prefetch": 0}
+
+
+@pytest.fixture
+def path(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    return tmp_path / "text.txt"
+
+
+def text_of(train, test=(), size=256):
+    tokens = [np.asarray(list(part), np.uint16) for part in (train, test)]
+    return Text(*tokens, Vocabulary("bytes", size), 1.0, "")
+
+
+def test_the_text_that_comes_with_python():
+    text = load_text("bytes")
+    assert len(text.train) + len(text.test) > 300_000
+    assert bytes(text.train[:200].astype(np.uint8)).isascii()
+    assert text.vocabulary.size == 256
+    assert "é" not in text.vocabulary.characters
+    assert len(text.sha256) == 64
+
+
+def test_characters(path):
+    text = load_text("characters", path=str(path), train_share=0.75)
+    known = "".join(sorted(set(TEXT)))
+    assert text.vocabulary == Vocabulary("characters", len(known), known)
+    split = int(0.75 * len(TEXT))
+    assert "".join(known[i] for i in text.train) == TEXT[:split]
+    assert "".join(known[i] for i in text.test) == TEXT[split:]
+    assert text.bytes_per_token == pytest.approx(len(TEXT[split:].encode()) / len(TEXT[split:]))
+
+
+def test_training_windows_depend_on_seed_and_step_alone():
+    text = text_of(np.arange(50))
+    options = {"context": 6, "batch_size": 4, "seed": 3, **READ}
+
+    def batches(**changes):
+        with contextlib.closing(train_windows(text, **options | changes)) as windows:
+            return list(itertools.islice(windows, 5))
+
+    whole = batches(start_step=0)
+    for batch in whole:
+        assert batch["token"].shape == batch["target"].shape == (4, 6)
+        np.testing.assert_array_equal(batch["token"][:, 1:], batch["target"][:, :-1])
+        np.testing.assert_array_equal(np.diff(batch["target"]), 1)  # consecutive, in this text
+    np.testing.assert_array_equal(batches(start_step=3)[0]["token"], whole[3]["token"])
+    halves = [batches(start_step=0, process_index=i, process_count=2)[2]["token"] for i in (0, 1)]
+    np.testing.assert_array_equal(np.concatenate(halves), whole[2]["token"])
+    assert not np.array_equal(batches(start_step=0, seed=4)[0]["token"], whole[0]["token"])
+    starts = {int(row[0]) for batch in whole for row in batch["token"]}
+    assert len(starts) > 10
+
+
+def test_every_token_but_the_first_is_a_target_once():
+    test = np.arange(40) % 7
+    with contextlib.closing(
+        eval_windows(text_of([], test), context=6, batch_size=4, **READ)
+    ) as windows:
+        batches = list(windows)
+    weight = np.concatenate([batch["weight"] for batch in batches])
+    target, token = (np.concatenate([b[name] for b in batches]) for name in ("target", "token"))
+    np.testing.assert_array_equal(target[weight == 1], test[1:])
+    np.testing.assert_array_equal(token[weight == 1], test[:-1])
+    assert target.shape == (8, 6)  # two full batches
+
+
+@pytest.fixture
+def tokenizer_file(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=270, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path / "tokenizer.json"
+
+
+def test_shards_hold_the_text(path, tokenizer_file, tmp_path):
+    out = tmp_path / "shards"
+    written = tokenize_files([path, path], tokenizer_file, out, test_share=0.25, shard_tokens=50)
+    assert len(written["splits"]["train"]) > 2
+    train, test, vocabulary, per_token = load_shards(out)
+    assert sum(written["splits"]["train"].values()) == len(train)
+    everything = np.concatenate([split[np.arange(len(split))] for split in (train, test)])
+    decode = codec(vocabulary, tokenizer_file).decoder()
+    assert "".join(decode(int(i)) for i in everything) == 2 * TEXT
+    test_tokens = test[np.arange(len(test))]
+    decode = codec(vocabulary, tokenizer_file).decoder()
+    num_bytes = len("".join(decode(int(i)) for i in test_tokens).encode())
+    assert per_token == pytest.approx(num_bytes / len(test))
+    assert load_text("shards", path=str(out)).vocabulary.tokenizer_sha256
+
+    with pytest.raises(DataError, match="holds tokens already: choose another folder"):
+        tokenize_files([path], tokenizer_file, out)
+    first = out / next(iter(written["splits"]["train"]))
+    first.write_bytes(first.read_bytes()[:-2])
+    with pytest.raises(DataError, match=r"train_00000.bin: got \d+ bytes, expected \d+"):
+        load_shards(out)
+
+
+def test_places_in_several_files():
+    parts = [np.arange(3, dtype=np.uint16), np.arange(3, 4), np.arange(4, 9)]
+    places = np.asarray([[8, 2, 3], [4, 0, 3]])
+    np.testing.assert_array_equal(Shards(parts)[places], places)
+    assert len(Shards(parts)) == 9
+
+
+@pytest.mark.parametrize("kind", ["bytes", "characters"])
+def test_a_prompt_there_and_back(path, kind):
+    coder = codec(load_text(kind, path=str(path)).vocabulary)
+    decode = coder.decoder()
+    assert "".join(map(decode, coder.encode("Löwe"))) == "Löwe"
+    seen = "byte 122" if kind == "bytes" else "'z'"
+    with pytest.raises(DataError, match=f"got {seen} in the prompt 'zebra', which the training"):
+        coder.encode("zebra")
+
+
+def test_mistakes(path, tokenizer_file, tmp_path):
+    train = {"batch_size": 2, "seed": 0, "start_step": 0, **READ}
+    with pytest.raises(ValueError, match="got context=10 for 10 tokens of training text"):
+        train_windows(text_of(np.arange(10)), context=10, **train)
+    with pytest.raises(ValueError, match="got 1 tokens of test text"):
+        eval_windows(text_of([], [1]), context=10, batch_size=2)
+    with (
+        contextlib.closing(
+            train_windows(text_of([1, 9, 1], size=9), context=2, **train)
+        ) as batches,
+        pytest.raises(DataError, match="got token id 9, expected ids below the vocabulary's 9"),
+    ):
+        next(batches)
+    with pytest.raises(ValueError, match="got name='words', expected one of bytes"):
+        load_text("words")
+    with pytest.raises(DataError, match="No such file or directory; expected a text file"):
+        load_text("bytes", path=str(tmp_path / "nothing"))
+    (tmp_path / "latin").write_bytes("Bär".encode("latin-1"))
+    with pytest.raises(DataError, match="got bytes that are no UTF-8"):
+        load_text("characters", path=str(tmp_path / "latin"))
+    with pytest.raises(DataError, match=r"tokens.json: .*expected what tokenize_text.py wrote"):
+        load_text("shards", path=str(tmp_path))
+    with pytest.raises(DataError, match="nothing: no such file"):
+        tokenize_files([tmp_path / "nothing"], tokenizer_file, tmp_path / "out")
+    with pytest.raises(DataError, match="expected a tokenizer file"):
+        tokenize_files([path], path, tmp_path / "out")
+    other = Vocabulary("tokenizer", 270, tokenizer_sha256="0" * 64)
+    with pytest.raises(DataError, match=r"tokenizer \(00000000\): take the data or tokenizer file"):
+        codec(other, tokenizer_file)
+    with pytest.raises(DataError, match="got no tokenizer file"):
+        codec(other)
+    damaged = json.loads((tokenizer_file).read_text()) | {"model": {}}
+    (tmp_path / "damaged.json").write_text(json.dumps(damaged))
+    with pytest.raises(DataError, match=r"damaged.json: .*expected a tokenizer file"):
+        codec(other, tmp_path / "damaged.json")
