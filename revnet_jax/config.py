@@ -230,6 +230,7 @@ IMAGENET_LAPTOP = {
     "data.num_threads": 2,
     "schedule.name": "constant",
     "schedule.learning_rate": 0.01,
+    "schedule.warmup_steps": 0,
 }
 LM_LAPTOP = {
     "num_steps": 20,

@@ -1,4 +1,4 @@
-"""What the benchmark trains: two chains and a network, each as one compiled training step."""
+"""What the benchmark trains: chains, and models of configs, each as one compiled training step."""
 
 from __future__ import annotations
 
@@ -46,8 +46,11 @@ class Strategy(NamedTuple):
 def parse_strategy(name: str, layers: int) -> Strategy:
     """What a name like "reverse", "reverse+8" (the last 8 layers store) or "reverse/lockstep" says.
 
-    layers: of the model. Raises UserError for what is no strategy, or stores more layers.
+    layers: of the model. "twin" stores. Raises UserError for what is no strategy, or stores more
+    layers.
     """
+    if name == "twin":
+        return Strategy("store", 0, False)
     mixture, slash, suffix = name.partition("/")
     backprop, plus, stored = mixture.partition("+")
     known = backprop in STRATEGIES and bool(plus) == stored.isdecimal()
@@ -88,6 +91,8 @@ class Chain:
 
     def program(self, strategy: str, layers: int, batch: int) -> Program:
         """The training step: value and gradient, SGD with momentum, and the exactness check."""
+        if strategy == "twin":
+            raise UserError(f"got strategy 'twin' for {self.name}, expected it for transformers")
         backprop, stored_layers, lockstep = parse_strategy(strategy, layers)
         rebuilds = backprop == "reverse" and stored_layers < layers
         settings: dict[str, Any] = {"backprop": backprop, "stored_layers": stored_layers}
@@ -187,53 +192,68 @@ class Transformer(Chain):
 
 
 @dataclass(frozen=True)
-class ImageNetwork:
-    """The network of a config with three stages alike, as `scripts/train.py` trains it.
+class ConfigModel:
+    """The model of a config, as `scripts/train.py` trains it, by SGD with momentum.
 
-    config: its batch size and units per stage are replaced.
+    config: its batch size and depth are replaced. unit: what `examples` counts.
     """
 
     config: ConfigDict
     name: str = "revnet"
-    unit = "images"
+    unit: str = "images"
 
     def examples(self, batch: int) -> int:
-        return batch
+        return batch * (self.config.data.context if self.unit == "tokens" else 1)
 
     def program(self, strategy: str, layers: int, batch: int) -> Program:
-        """The training step of the package on random images. layers: units in all stages."""
+        """The training step of the package on random data. layers: units in all stages alike.
+
+        strategy: also "twin", the irreversible model of a transformer, which stores.
+        """
         config = self.config.copy_and_resolve_references()
-        stages = len(config.model.units)
-        if layers % stages:
-            raise UserError(f"got {layers} layers, expected a multiple of the {stages} stages")
-        config.model.units = (layers // stages,) * stages
+        if "units" in config.model:
+            stages = len(config.model.units)
+            if layers % stages:
+                raise UserError(f"got {layers} layers, expected a multiple of the {stages} stages")
+            config.model.units = (layers // stages,) * stages
+        else:
+            config.model.layers = layers
         backprop, stored_layers, lockstep = parse_strategy(strategy, layers)
         config.model.update({"backprop": backprop, "stored_layers": str(stored_layers)})
+        if strategy == "twin":
+            config.model.reversible = False
         config.optimizer.lockstep = lockstep
         task, schedule, optimizer = build_recipe(config)
         train_step = make_train_step(task, optimizer, schedule)
 
-        def step(state, images):
-            state, metrics = train_step(state, images)
+        def step(state, batch):
+            state, metrics = train_step(state, batch)
             kept = {"loss": metrics["train_loss"]}
             if "exact_mismatches" in metrics:
                 kept["exact_mismatches"] = metrics["exact_mismatches"]
             return state, kept
 
         def init():
-            image_key, label_key = jax.random.split(jax.random.key(1))
-            shape = (batch, *config.data.image_shape)
-            images = {
-                "image": jax.random.normal(image_key, shape),
-                "label": jax.random.randint(label_key, (batch,), 0, config.data.num_classes),
+            shapes = task.batch_shapes(batch)
+            keys = jax.random.split(jax.random.key(1), len(shapes))
+            data = {
+                name: self._random(key, shape)
+                for key, (name, shape) in zip(keys, shapes.items(), strict=True)
             }
-            return init_state(task.network, optimizer, config.seed), images
+            return init_state(task.network, optimizer, config.seed), data
 
         gradient = lambda state: _momenta(state.opt_state)
         return Program(jit(step, donate_argnums=0), jax.jit(init), gradient)
 
+    def _random(self, key, shape):
+        if shape.dtype != jnp.int32:
+            return jax.random.normal(key, shape.shape, shape.dtype)
+        data = self.config.data
+        values = data.vocab_size if self.unit == "tokens" else data.num_classes
+        return jax.random.randint(key, shape.shape, 0, values)
 
-Model = Chain | ImageNetwork
+
+Model = Chain | ConfigModel
 
 
 def linear(params: Any, x: jax.Array) -> jax.Array:

@@ -98,6 +98,7 @@ COLUMNS = {
     "ms / step": _number("step_ms", "{:.1f}"),
     "time / store": _number("time_vs_store", "{:.3f}"),
     "time / remat": _number("time_vs_remat", "{:.3f}"),
+    "time / twin": _number("time_vs_twin", "{:.3f}"),
     "cpu / store": _number("cpu_vs_store", "{:.3f}"),
     "flops / store": _flops,
     "step, MiB": _number("step_bytes", "{:,.1f}", MIB),

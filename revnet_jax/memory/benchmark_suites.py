@@ -9,10 +9,17 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from revnet_jax.config import language_model
 from revnet_jax.errors import UserError
 from revnet_jax.memory.benchmark import Setting, compare
 from revnet_jax.memory.benchmark_limits import Axis, device_limit_bytes, find_limit
-from revnet_jax.memory.benchmark_models import ImageNetwork, Mlp, Transformer, parse_strategy
+from revnet_jax.memory.benchmark_models import (
+    LEARNING_RATE,
+    ConfigModel,
+    Mlp,
+    Transformer,
+    parse_strategy,
+)
 
 BASIC = ("store", "remat", "reverse")
 
@@ -36,10 +43,25 @@ def suites(config: ConfigDict) -> dict[str, Suite]:
     """By name. config: of the RevNet that is measured, with three stages alike."""
     half = config.copy_and_resolve_references()
     half.model.compute_dtype = "bfloat16"
-    return {"laptop": laptop(ImageNetwork(config)), "gpu": gpu(ImageNetwork(half))}
+    return {
+        "laptop": laptop(ConfigModel(config), decoder(width=256, context=512)),
+        "gpu": gpu(ConfigModel(half), decoder(width=1024, context=2048, dtype="bfloat16")),
+    }
 
 
-def laptop(revnet: ImageNetwork) -> Suite:
+def decoder(*, width: int, context: int, dtype: str = "float32") -> ConfigModel:
+    """A language model of bytes, with heads of 64."""
+    config = language_model()
+    config.data.context = context
+    heads = width // 64
+    config.model.update({"width": width, "heads": heads, "kv_heads": heads, "hidden": 3 * width})
+    config.model.compute_dtype = dtype
+    config.optimizer.name = "sgd"
+    config.schedule.update({"learning_rate": LEARNING_RATE, "warmup_steps": 0})
+    return ConfigModel(config, "decoder", "tokens")
+
+
+def laptop(revnet: ConfigModel, lm: ConfigModel) -> Suite:
     """Two cores, under ten minutes; what is not timed is compiled only, for its memory."""
     mlp, transformer = Mlp(), Transformer()
     some = (*BASIC, "remat_dots")
@@ -51,12 +73,13 @@ def laptop(revnet: ImageNetwork) -> Suite:
             Setting(wide, layers=4, batch=256, strategies=(*mixed, "reverse"), seconds=80),
             Setting(mlp, layers=64, batch=1024, strategies=some, seconds=0),
             Setting(transformer, layers=12, batch=8, strategies=BASIC, seconds=70),
+            Setting(lm, layers=12, batch=8, strategies=("twin", "store", "reverse"), seconds=60),
             Setting(revnet, layers=27, batch=10, strategies=BASIC, seconds=60),
         )
     )
 
 
-def gpu(revnet: ImageNetwork) -> Suite:
+def gpu(revnet: ConfigModel, lm: ConfigModel) -> Suite:
     """One GPU of 80 GB or more, under eight minutes."""
     transformer = Transformer(width=1024, tokens=1024, head_size=128, dtype="bfloat16")
     mlp = Mlp(width=2048, dtype="bfloat16")
@@ -65,6 +88,7 @@ def gpu(revnet: ImageNetwork) -> Suite:
         (
             Setting(mlp, layers=32, batch=8192, strategies=most, seconds=10),
             Setting(transformer, layers=24, batch=8, strategies=(*most, "reverse+8"), seconds=15),
+            Setting(lm, layers=24, batch=8, strategies=("twin", *BASIC), seconds=10),
             Setting(revnet, layers=27, batch=512, strategies=BASIC, seconds=10),
         ),
         (

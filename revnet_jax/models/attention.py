@@ -5,11 +5,13 @@ Dims: B batch, T tokens, N heads, G key-value heads (N is a multiple), K size of
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 Kernel = Literal["chunked", "cudnn", "flash"]
 KERNELS: dict[str, Kernel] = {"cpu": "chunked", "gpu": "cudnn", "cuda": "cudnn", "tpu": "flash"}
@@ -78,7 +80,12 @@ def _flash(q_BTNK, k_BTGK, v_BTGK, *, causal):
     by_head = lambda x, n: jnp.swapaxes(jnp.repeat(x, n, axis=2) if n > 1 else x, 1, 2)
     q, k, v = by_head(q_BTNK, 1), by_head(k_BTGK, repeats), by_head(v_BTGK, repeats)
     scale = 1 / math.sqrt(q_BTNK.shape[-1])
-    return jnp.swapaxes(flash_attention(q, k, v, causal=causal, sm_scale=scale), 1, 2)
+    kernel = functools.partial(flash_attention, causal=causal, sm_scale=scale)
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:  # each device has a part of the batch, which the compiler cannot know of
+        parts = PartitionSpec(mesh.axis_names)
+        kernel = jax.shard_map(kernel, in_specs=parts, out_specs=parts, check_vma=False)
+    return jnp.swapaxes(kernel(q, k, v), 1, 2)
 
 
 def rotate(x_BTNK: jax.Array, position_T: Any, *, base: float = 10_000.0) -> jax.Array:

@@ -129,16 +129,16 @@ def _pop_common(model: dict[str, Any], stored_layers: int | None) -> tuple[Any, 
             raise ValueError(f"got compute_dtype={dtype!r}, expected one of {known}")
         if setting != "auto" and not setting.isdecimal():
             raise ValueError(f"got stored_layers={setting!r}, expected a whole number or auto")
+        common = {
+            "compute_dtype": COMPUTE_DTYPES[dtype],
+            "grid": Grid(bits) if grid else None,
+            "check_exactness": check_exactness,
+        }
     if stored_layers is None:
         stored_layers = 0 if setting == "auto" else int(setting)
     gradient = {
         "backprop": tuple(backprop.split(",")) if "," in backprop else backprop,
         "stored_layers": stored_layers,
-    }
-    common = {
-        "compute_dtype": COMPUTE_DTYPES[dtype],
-        "grid": Grid(bits) if grid else None,
-        "check_exactness": check_exactness,
     }
     return gradient, common
 

@@ -30,7 +30,7 @@ from revnet_jax.training.checkpoint import Checkpoints
 from revnet_jax.training.compiler import jit, jit_initialization
 from revnet_jax.training.evaluation import evaluate
 from revnet_jax.training.metrics import DelayedFetch, MetricsWriter, Progress, peak_memory_bytes
-from revnet_jax.training.sharding import abstract, data_mesh, put_batch, replicated
+from revnet_jax.training.sharding import abstract, data_mesh, on_mesh, put_batch, replicated
 from revnet_jax.training.step import TrainState, init_state, make_train_step
 from revnet_jax.training.task import Model, Task
 
@@ -60,9 +60,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if config.model.stored_layers == "auto":
         task = build_task(config, resolve_auto(config, workdir))
     task = task.of_data(data.record)
-    sums = jit(task.sums)
+    sums = jit(on_mesh(task.sums, mesh))
     train_step = make_train_step(task, optimizer, schedule, microbatches=config.microbatches)
-    train_step = jit(train_step, donate_argnums=0)
+    train_step = jit(on_mesh(train_step, mesh), donate_argnums=0)
     with open_checkpoints(workdir, task) as checkpoints:
         restored = checkpoints.restore(abstract(init, placed))
         start, state = restored or (0, jit_initialization(init, placed)())

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from revnet_jax.config import ConfigError
 from revnet_jax.training.build import build_recipe
 from revnet_jax.training.compiler import jit
-from revnet_jax.training.sharding import abstract, replicated
+from revnet_jax.training.sharding import abstract, on_mesh, replicated
 from revnet_jax.training.step import TrainState, init_state, make_train_step
 from revnet_jax.training.task import Batch, Model
 
@@ -44,6 +44,7 @@ def step_program(config: ConfigDict, devices: Sequence[jax.Device]) -> StepProgr
         )
     mesh = Mesh(devices, ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     step = make_train_step(task, optimizer, schedule, microbatches=config.microbatches)
+    step = on_mesh(step, mesh)
     # What `jit` asks of the compiler on CPU, other compilers do not know.
     compiled_by = jit if devices[0].platform == "cpu" else jax.jit
     split = NamedSharding(mesh, PartitionSpec("data"))

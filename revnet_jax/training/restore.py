@@ -15,7 +15,7 @@ from revnet_jax.training.checkpoint import CheckpointError
 from revnet_jax.training.compiler import jit
 from revnet_jax.training.evaluation import evaluate
 from revnet_jax.training.loop import open_checkpoints
-from revnet_jax.training.sharding import abstract, data_mesh, replicated
+from revnet_jax.training.sharding import abstract, data_mesh, on_mesh, replicated
 from revnet_jax.training.step import init_state
 from revnet_jax.training.task import Task
 from revnet_jax.training.workdir import load_config, load_record
@@ -73,5 +73,6 @@ def evaluate_run(
         found, expected = (vocabulary_from(r["vocabulary"]) for r in (data.record, run.data))
         found.check_same_ids(expected, f"the run in {workdir}")
     task = run.task.of_data(data.record)
-    means = evaluate(jit(task.sums), run.variables, data.test(), data_mesh())
+    mesh = data_mesh()
+    means = evaluate(jit(on_mesh(task.sums, mesh)), run.variables, data.test(), mesh)
     return {"step": run.step, "checkpoint": which, **task.scores(means)}

@@ -24,8 +24,8 @@ def test_bad_arguments(arguments, message):
         load_dataset(**arguments)
 
 
-def test_package_imports_only_numpy_grain_and_pillow():
-    allowed = {"numpy", "grain", "PIL", "revnet_jax"} | sys.stdlib_module_names
+def test_package_imports_only_numpy_grain_pillow_and_tokenizers():
+    allowed = {"numpy", "grain", "PIL", "tokenizers", "revnet_jax"} | sys.stdlib_module_names
     for path in Path(revnet_jax.data.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = []

@@ -12,7 +12,7 @@ import pytest
 from revnet_jax.errors import UserError
 from revnet_jax.memory.benchmark import Setting, compare
 from revnet_jax.memory.benchmark_limits import find_limit
-from revnet_jax.memory.benchmark_models import ImageNetwork, Mlp, Transformer, parse_strategy
+from revnet_jax.memory.benchmark_models import ConfigModel, Mlp, Transformer, parse_strategy
 from revnet_jax.memory.benchmark_report import as_tables, draw
 from revnet_jax.memory.benchmark_suites import select, suites
 from revnet_jax.training import compiler
@@ -103,7 +103,7 @@ def test_attention_is_causal():
 
 def test_the_network_is_the_one_that_is_trained(tiny_config):
     """Abstractly: its units are set, and momentum holds a gradient for every parameter."""
-    model = ImageNetwork(tiny_config)
+    model = ConfigModel(tiny_config)
     program = model.program("reverse", 4, 3)
     state, batch = jax.eval_shape(program.init)
     assert batch["image"].shape == (3, 8, 8, 1)
@@ -161,6 +161,7 @@ def test_suites_can_be_narrowed(tiny_config):
         "mlp",
         "wide_mlp",
         "transformer",
+        "decoder",
         "revnet",
     }
     sizes = {"layers": [2, 4], "batch": [8], "seconds": 1.0, "strategies": ["store"]}
@@ -175,7 +176,7 @@ def test_suites_can_be_narrowed(tiny_config):
     with pytest.raises(UserError, match=r"got strategy 'reverse\+8' for 4 layers"):
         select(both["laptop"], strategies=["store", "reverse+8"])
     with pytest.raises(UserError, match="got 5 layers, expected a multiple of the 2 stages"):
-        ImageNetwork(tiny_config).program("store", 5, 2)
+        ConfigModel(tiny_config).program("store", 5, 2)
 
 
 @pytest.mark.parametrize(
