@@ -9,10 +9,10 @@ from revnet_jax.config import language_model, with_arms
 
 def get_config(arm: str = ""):
     config = language_model()
-    config.num_steps = 800
-    config.batch_size = 16
-    config.eval_every_steps = config.checkpoint_every_steps = 400
-    config.data.context = 128
+    config.num_steps = 600
+    config.batch_size = 12
+    config.eval_every_steps = config.checkpoint_every_steps = 300
+    config.data.context = 96
     config.data.vocab_size = 256
     config.model.update({"layers": 4, "width": 128, "heads": 4, "kv_heads": 2, "hidden": 344})
     config.schedule.learning_rate = 3e-3
