@@ -1,4 +1,4 @@
-"""Image networks as pure functions over trees of arrays; flax modules as branches of blocks."""
+"""Networks as pure functions over trees of arrays; flax modules as branches of blocks."""
 
 from revnet_jax.models.architecture import Architecture
 from revnet_jax.models.bridge import (
@@ -10,15 +10,21 @@ from revnet_jax.models.bridge import (
     with_keys,
     with_stats,
 )
+from revnet_jax.models.lm import Decoder, LanguageModel
 from revnet_jax.models.network import Lockstep, Network, Variables, num_params
+from revnet_jax.models.vit import RevViT, VisionTransformer
 
 __all__ = [
     "Architecture",
     "Branch",
     "BranchData",
+    "Decoder",
+    "LanguageModel",
     "Lockstep",
     "Network",
+    "RevViT",
     "Variables",
+    "VisionTransformer",
     "init_layers",
     "linen_branch",
     "nnx_branch",

@@ -15,10 +15,15 @@ from revnet_jax.config import ConfigError, settings
 from revnet_jax.core import Grid
 from revnet_jax.data import Dataset, eval_batches, load_dataset, train_batches
 from revnet_jax.data.text import Text, eval_windows, load_text, train_windows
-from revnet_jax.models import Architecture, Network
+from revnet_jax.models import (
+    Architecture,
+    Decoder,
+    LanguageModel,
+    Network,
+    RevViT,
+    VisionTransformer,
+)
 from revnet_jax.models.attention import KERNELS, kernel_for
-from revnet_jax.models.lm import Decoder, LanguageModel
-from revnet_jax.models.vit import RevViT, VisionTransformer
 from revnet_jax.training.lockstep import LockstepOptimizer, check_layerwise
 from revnet_jax.training.optimizer import make_optimizer, make_schedule
 from revnet_jax.training.step import Optimizer

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 
 from revnet_jax.data.vocabulary import codec, vocabulary_from
 from revnet_jax.errors import UserError
-from revnet_jax.models import Variables
-from revnet_jax.models.lm import LanguageModel
+from revnet_jax.models import LanguageModel, Variables
 from revnet_jax.training.compiler import jit
 from revnet_jax.training.restore import Which, restore_run
 from revnet_jax.training.task import NextToken

@@ -11,9 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from revnet_jax.core import Exactness
-from revnet_jax.models import Lockstep, Network, Variables
-from revnet_jax.models.lm import LanguageModel
-from revnet_jax.models.vit import RevViT
+from revnet_jax.models import LanguageModel, Lockstep, Network, RevViT, Variables
 
 Model = Network | RevViT | LanguageModel
 Batch = dict[str, jax.Array]

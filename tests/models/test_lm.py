@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from revnet_jax.models import Decoder, LanguageModel, Variables
 from revnet_jax.models.attention import attend, rotate, scores_times_values
-from revnet_jax.models.lm import Decoder, LanguageModel, Variables
 
 B, T, V = 2, 13, 17
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

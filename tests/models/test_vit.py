@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from revnet_jax.config import VIT_SIZES
-from revnet_jax.models import Variables, num_params
-from revnet_jax.models.vit import RevViT, VisionTransformer
+from revnet_jax.models import RevViT, Variables, VisionTransformer, num_params
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 SIZES = {"image_shape": (8, 12, 3), "num_classes": 5, "patch": 4, "layers": 3, "width": 16}

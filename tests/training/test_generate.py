@@ -7,7 +7,7 @@ import pytest
 
 from revnet_jax.config import ConfigError, language_model
 from revnet_jax.errors import UserError
-from revnet_jax.models.lm import Decoder, LanguageModel
+from revnet_jax.models import Decoder, LanguageModel
 from revnet_jax.training.generate import generate, generate_text, sample
 from revnet_jax.training.loop import train
 from revnet_jax.training.restore import evaluate_run
