@@ -80,8 +80,8 @@ def tokenize_files(
 ) -> dict[str, Any]:
     """Writes the tokens of UTF-8 files to `out`; returns what its tokens.json holds.
 
-    The text is cut at ends of lines into pieces of about a megabyte, which are tokenized each for
-    itself. test_share: of the text, at its end. shard_tokens: of a file at most, about.
+    The text is cut, at ends of lines where it has any, into pieces of about a megabyte, which are
+    tokenized each for itself. test_share: of the text, at its end. shard_tokens: of a file, about.
 
     Raises DataError for files that cannot be read, a tokenizer that is none, or an `out` that
     holds tokens already; ValueError for other mistakes. tokens.json is written last.
@@ -97,7 +97,10 @@ def tokenize_files(
     if missing:
         raise DataError(f"{missing[0]}: no such file; expected text to tokenize")
     first_test_byte = int((1 - test_share) * sum(path.stat().st_size for path in inputs))
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{out} cannot be made: {error.strerror}; expected a folder") from error
     splits: dict[str, dict[str, int]] = {"train": {}, "test": {}}
     position = test_bytes = 0
     for piece in _pieces(inputs):
@@ -116,8 +119,8 @@ def tokenize_files(
     test_tokens = sum(splits["test"].values())
     if not test_tokens or not splits["train"]:
         raise DataError(
-            f"got {position:,} bytes of text, too few for two splits of pieces of {_PIECE_BYTES:,} "
-            "bytes at most: take more text, or a larger test_share"
+            f"got {position:,} bytes of text, expected enough for two splits: take more text, or a "
+            "larger test_share"
         )
     description = {
         "dtype": dtype.name,
@@ -136,7 +139,7 @@ def _pieces(inputs: Sequence[Path]) -> Iterator[str]:
     for path in inputs:
         try:
             with open(path, encoding="utf-8", newline="") as file:
-                while lines := file.readlines(size):
-                    yield "".join(lines)
+                while piece := file.read(size) + file.readline(size):
+                    yield piece
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: got bytes that are no UTF-8 ({error.reason})") from error

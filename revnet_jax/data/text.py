@@ -49,6 +49,8 @@ def load_text(name: str, *, path: str = "", train_share: float = 0.9) -> Text:
         return Text(*splits, per_token, _sha256(_read(Path(path) / "tokens.json")))
     if name not in ("bytes", "characters"):
         raise ValueError(f"got name={name!r}, expected one of bytes, characters, shards")
+    if name == "characters" and not path:
+        raise ValueError("got no dir for characters, expected the path of a text file")
     content = _read(Path(path) if path else _embedded())
     if name == "bytes":
         tokens = np.frombuffer(content, np.uint8)
@@ -81,9 +83,10 @@ def _sha256(content: bytes) -> str:
 
 def _embedded() -> Path:
     """The text that comes with CPython: half a megabyte of English prose about Python."""
-    spec = importlib.util.find_spec("pydoc_data.topics")
+    found = importlib.util.find_spec("pydoc_data")
+    spec = importlib.util.find_spec("pydoc_data.topics") if found else None
     if spec is None or spec.origin is None:
-        raise DataError("this Python comes without pydoc_data.topics: give config.data.path")
+        raise DataError("this Python comes without pydoc_data.topics: give config.data.dir")
     return Path(spec.origin)
 
 
@@ -115,6 +118,8 @@ def train_windows(
     text shorter than the context, and for what the processes cannot share.
     """
     rows = local_rows(batch_size, process_index, process_count)
+    if seed < 0:
+        raise ValueError(f"got seed={seed}, expected 0 or more")
     places = len(text.train) - context
     if context < 1 or places < 1:
         raise ValueError(

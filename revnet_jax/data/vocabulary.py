@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from revnet_jax.data.dataset import DataError
+
+_LOOK_BACK = 16  # tokens
 
 
 class Vocabulary(NamedTuple):
@@ -49,12 +51,12 @@ def vocabulary_from(record: Mapping[str, Any]) -> Vocabulary:
 class Codec(NamedTuple):
     """encode: text to ids; DataError for what the model cannot have seen.
 
-    decoder: makes a function from one id after another to the text that it completes, "" while
-      a character is not whole.
+    decoder: from the ids of a prompt, makes a function from one id after another to the text that
+      it completes, "" while a character is not whole.
     """
 
     encode: Callable[[str], list[int]]
-    decoder: Callable[[], Callable[[int], str]]
+    decoder: Callable[[Sequence[int]], Callable[[int], str]]
 
 
 def codec(vocabulary: Vocabulary, tokenizer: Path | None = None) -> Codec:
@@ -71,7 +73,11 @@ def codec(vocabulary: Vocabulary, tokenizer: Path | None = None) -> Codec:
     known = {character: i for i, character in enumerate(vocabulary.characters)}
 
     def encode(text):
-        symbols = text.encode().decode("latin-1") if vocabulary.kind == "bytes" else text
+        try:
+            content = text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"got prompt {text!r}, expected UTF-8") from error
+        symbols = content.decode("latin-1") if vocabulary.kind == "bytes" else text
         for symbol in symbols:
             if symbol not in known:
                 what = f"byte {ord(symbol)}" if vocabulary.kind == "bytes" else repr(symbol)
@@ -85,7 +91,8 @@ def codec(vocabulary: Vocabulary, tokenizer: Path | None = None) -> Codec:
             else [known[symbol] for symbol in symbols]
         )
 
-    def decoder():
+    def decoder(prompt):
+        del prompt
         if vocabulary.kind == "characters":
             return lambda i: vocabulary.characters[i]
         incremental = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -106,6 +113,9 @@ def load_tokenizer(path: Path) -> tuple[Any, str]:
     try:
         content = path.read_bytes()
         tokenizer = Tokenizer.from_str(content.decode())
+        # Published files may have been saved with these; here they would lose text, or make it up.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; expected a tokenizer file") from error
     except Exception as error:  # that library raises nothing narrower
@@ -120,17 +130,19 @@ def _of_tokenizer(vocabulary, path):
     found = Vocabulary("tokenizer", tokenizer.get_vocab_size(), tokenizer_sha256=sha256)
     found.check_same_ids(vocabulary, "the checkpoint")
 
-    def decoder():
-        ids: list[int] = []
-        said = ""
+    def decoder(prompt):
+        # How a token reads depends on those before it, but on few of them.
+        ids = list(prompt)[-_LOOK_BACK:]
+        said = tokenizer.decode(ids)
 
         def decode(i):
-            nonlocal said
+            nonlocal ids, said
             ids.append(i)
             text = tokenizer.decode(ids)
             if text.endswith("\N{REPLACEMENT CHARACTER}"):  # bytes of a character to be completed
                 return ""
-            new, said = text[len(said) :], text
+            new, ids = text[len(said) :], ids[-_LOOK_BACK:]
+            said = tokenizer.decode(ids)
             return new
 
         return decode

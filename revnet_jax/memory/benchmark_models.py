@@ -75,6 +75,7 @@ class Chain:
     dtype: str = "float32"
     name: str = "chain"
     unit: ClassVar[str]
+    has_twin: ClassVar[bool] = False
 
     def block(self) -> Block:
         raise NotImplementedError
@@ -91,8 +92,6 @@ class Chain:
 
     def program(self, strategy: str, layers: int, batch: int) -> Program:
         """The training step: value and gradient, SGD with momentum, and the exactness check."""
-        if strategy == "twin":
-            raise UserError(f"got strategy 'twin' for {self.name}, expected it for transformers")
         backprop, stored_layers, lockstep = parse_strategy(strategy, layers)
         rebuilds = backprop == "reverse" and stored_layers < layers
         settings: dict[str, Any] = {"backprop": backprop, "stored_layers": stored_layers}
@@ -201,6 +200,11 @@ class ConfigModel:
     config: ConfigDict
     name: str = "revnet"
     unit: str = "images"
+
+    @property
+    def has_twin(self) -> bool:
+        """Whether the model can have one stream in place of two."""
+        return "reversible" in self.config.model
 
     def examples(self, batch: int) -> int:
         return batch * (self.config.data.context if self.unit == "tokens" else 1)

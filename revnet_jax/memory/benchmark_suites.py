@@ -138,6 +138,8 @@ def select(
     for each in (*settings, *searches):  # now, rather than after the measurements before it
         for strategy in each.strategies:
             parse_strategy(strategy, each.layers)
+            if strategy == "twin" and not each.model.has_twin:
+                raise UserError(f"got strategy 'twin' for {each.model.name}, which has none")
     return Suite(tuple(settings), searches)
 
 

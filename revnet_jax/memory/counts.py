@@ -17,7 +17,8 @@ def arithmetic(jaxpr: ClosedJaxpr, *, platform: str) -> int:
     A loop's body counts as often as it runs (once where that is unknown until then), of a
     condition's branches the dearest, and nothing whose result is not used. Products with the
     zeros that pad or dilate a convolution are left out, as XLA's own cost analysis does; unlike
-    that, which counts every loop once, this knows how long they are.
+    that, which counts every loop once, this knows how long they are. Of a kernel written by hand
+    all blocks count, those that it skips (half of causal attention) too; cuDNN's are not seen.
     """
     needed, _ = dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.out_avals))
     return _count(needed, {"gpu": "cuda"}.get(platform, platform))
@@ -36,6 +37,16 @@ def _count_equation(equation, platform):
         return _convolution(equation)
     if name == "scan":
         return params["length"] * _count(params["jaxpr"], platform)
+    if name == "pallas_call":
+        return math.prod(params["grid_mapping"].grid) * sum(
+            _count(inner, platform) for inner in jaxprs_in_params(params)
+        )
+    if name == "shard_map":  # inside, shapes are those of one device
+        inside = sum(_count(inner, platform) for inner in jaxprs_in_params(params))
+        return params["mesh"].size * inside
+    if name == "ragged_dot_general":
+        lhs, (out,) = equation.invars[0].aval, equation.outvars
+        return 2 * lhs.size * out.aval.shape[-1]
     if name == "cond":
         counts = [_count(branch, platform) for branch in params["branches"]]
         platforms = params.get("branches_platforms")

@@ -39,11 +39,13 @@ def attend(
     Softmax is float32. Cost: 4 B T T N K operations, half of that if a causal kernel is fused.
     """
     T = q_BTNK.shape[1]
-    if kernel == "cudnn" and q_BTNK.dtype in (jnp.bfloat16, jnp.float16):
+    K = q_BTNK.shape[-1]
+    half = q_BTNK.dtype in (jnp.bfloat16, jnp.float16)
+    if kernel == "cudnn" and half and K % 8 == 0 and K <= 128:
         return jax.nn.dot_product_attention(
             q_BTNK, k_BTGK, v_BTGK, is_causal=causal, implementation="cudnn"
         )
-    if kernel == "flash" and T % _FLASH_BLOCK == 0:
+    if kernel == "flash" and T % _FLASH_BLOCK == 0 and (K <= 128 or K % 128 == 0):
         return _flash(q_BTNK, k_BTGK, v_BTGK, causal=causal)
     chunk = max(128, -(-T // _MOST_CHUNKS))
     parts = []

@@ -20,7 +20,7 @@ from revnet_jax.models.attention import Kernel
 from revnet_jax.models.bridge import PureModule
 from revnet_jax.models.decoder import Attention, Cache, Experts, FeedForward, RMSNorm
 from revnet_jax.models.network import Lockstep, Variables
-from revnet_jax.models.transformer import Transformer, drop, init_layers_of
+from revnet_jax.models.transformer import Transformer, check_positive, drop, init_layers_of
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Decoder:
     rotary_base: float = 10_000.0
 
     def __post_init__(self):
+        check_positive(self, ("vocab_size", "layers", "width", "heads", "kv_heads", "hidden"))
         if self.width % self.heads or self.width // self.heads % 2:
             raise ValueError(
                 f"got width={self.width} and heads={self.heads}, expected heads of an even size"
@@ -95,6 +96,11 @@ class LanguageModel(Transformer):
             grid=grid,
             check_exactness=check_exactness,
         )
+        if min(feed_forward_chunks, loss_chunk) < 1:
+            raise ValueError(
+                f"got feed_forward_chunks={feed_forward_chunks}, loss_chunk={loss_chunk}, expected "
+                "1 or more"
+            )
         if architecture.experts and feed_forward_chunks > 1:
             raise ValueError(
                 f"got feed_forward_chunks={feed_forward_chunks} and experts, expected 1: all "
@@ -102,7 +108,7 @@ class LanguageModel(Transformer):
             )
         self.architecture, self.loss_chunk = architecture, loss_chunk
         a = architecture
-        # Sums of 2 L updates, of about the size of an embedding all together.
+        # So that 2 L updates add up to about 1 in every element.
         out_std = lambda inputs: (inputs * 2 * a.layers) ** -0.5
         self._f = PureModule(
             lambda rngs: Attention(

@@ -7,7 +7,7 @@ stream, which both branches read and update, and the same parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -119,6 +119,14 @@ class Transformer:
             **data,
         )
         return sum(y[1:], y[0]), aux_L
+
+
+def check_positive(sizes: Any, names: Sequence[str]) -> None:
+    """Raises ValueError where one of these attributes is no whole number from 1."""
+    for name in names:
+        value = getattr(sizes, name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"got {name}={value!r}, expected a whole number from 1")
 
 
 def residual(f: Callable[..., Any], g: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,7 +20,7 @@ from revnet_jax.core import Backprop, Exactness, Grid
 from revnet_jax.models.attention import Kernel, attend
 from revnet_jax.models.bridge import PureModule
 from revnet_jax.models.network import Lockstep, Variables
-from revnet_jax.models.transformer import Transformer, drop, init_layers_of
+from revnet_jax.models.transformer import Transformer, check_positive, drop, init_layers_of
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class VisionTransformer:
     dropout: float = 0.0
 
     def __post_init__(self):
+        check_positive(self, ("num_classes", "patch", "layers", "width", "heads", "hidden"))
         if any(size % self.patch for size in self.image_shape[:2]):
             raise ValueError(
                 f"got patch={self.patch} for images of {self.image_shape[:2]}, expected a divisor"

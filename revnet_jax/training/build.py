@@ -23,13 +23,16 @@ from revnet_jax.models import (
     RevViT,
     VisionTransformer,
 )
-from revnet_jax.models.attention import KERNELS, kernel_for
+from revnet_jax.models.attention import kernel_for
 from revnet_jax.training.lockstep import LockstepOptimizer, check_layerwise
 from revnet_jax.training.optimizer import make_optimizer, make_schedule
 from revnet_jax.training.step import Optimizer
 from revnet_jax.training.task import Classification, Model, NextToken, Task
 
 COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+# By a setting that no other families have.
+FAMILIES = {"patch": ("vit",), "kv_heads": ("decoder",), "units": ("revnet", "resnet", "irevnet")}
 
 
 class Recipe(NamedTuple):
@@ -65,6 +68,12 @@ def build_task(
 ) -> Task:
     """The model of a config, and what it is to learn. Arguments: see `build_recipe`."""
     platform = platform or jax.default_backend()
+    (known,) = (names for setting, names in FAMILIES.items() if setting in config.model)
+    if config.model.family not in known:
+        raise ConfigError(
+            f"config.model.family: got {config.model.family!r}, expected one of "
+            f"{', '.join(known)}: others have other settings, take a config of theirs"
+        )
     if config.model.family == "decoder":
         model = build_language_model(config, stored_layers, platform)
         return NextToken(model, config.data.context, config.balance)
@@ -185,11 +194,13 @@ def _check_divides(chunks, context):
 
 
 def _kernel(name, platform):
-    if name != "auto" and name not in KERNELS.values():
+    own = kernel_for(platform)
+    if name not in ("auto", "chunked", own):
         raise ConfigError(
-            f"config.model.attention: got {name!r}, expected one of auto, chunked, cudnn, flash"
+            f"config.model.attention: got {name!r} on {platform}, expected auto, or one of "
+            f"{', '.join(sorted({'chunked', own}))}"
         )
-    return kernel_for(platform) if name == "auto" else name
+    return own if name == "auto" else name
 
 
 class Data(NamedTuple):

@@ -16,6 +16,8 @@ from revnet_jax.training.compiler import jit
 from revnet_jax.training.restore import Which, restore_run
 from revnet_jax.training.task import NextToken
 
+_PIECE = 256  # tokens of a prompt that are read together
+
 
 def generate_text(
     workdir: Path,
@@ -47,7 +49,7 @@ def generate_text(
     token_T = encode(prompt)
     if not token_T:
         raise UserError(f"got prompt {prompt!r}, expected one token at least")
-    decode = decoder()
+    decode = decoder(token_T)
     for token in generate(
         run.task.network,
         run.variables,
@@ -92,9 +94,11 @@ def generate(
         if position + len(unread) > context:
             unread = seen[-max(1, context // 2) :]
             cache, position = empty_cache(), 0
-        token_BT = jnp.asarray([unread], jnp.int32)
-        token, cache = advance(variables, cache, token_BT, position, keys(i))
-        position += len(unread)
+        for start in range(0, len(unread), _PIECE):  # scores are of a piece with all before it
+            piece = unread[start : start + _PIECE]
+            token_BT = jnp.asarray([piece], jnp.int32)
+            token, cache = advance(variables, cache, token_BT, position, keys(i))
+            position += len(piece)
         unread = [int(token)]
         seen = [*seen, *unread][-context:]
         yield unread[0]

@@ -10,7 +10,7 @@ import pytest
 from revnet_jax.data.dataset import DataError
 from revnet_jax.data.shards import Shards, load_shards, tokenize_files
 from revnet_jax.data.text import Text, eval_windows, load_text, train_windows
-from revnet_jax.data.vocabulary import Vocabulary, codec
+from revnet_jax.data.vocabulary import Vocabulary, codec, load_tokenizer
 
 TEXT = "Ein Löwe, ein Bär.\n" * 20
 READ = {"num_threads": 0, "prefetch": 0}
@@ -102,10 +102,10 @@ def test_shards_hold_the_text(path, tokenizer_file, tmp_path):
     train, test, vocabulary, per_token = load_shards(out)
     assert sum(written["splits"]["train"].values()) == len(train)
     everything = np.concatenate([split[np.arange(len(split))] for split in (train, test)])
-    decode = codec(vocabulary, tokenizer_file).decoder()
+    decode = codec(vocabulary, tokenizer_file).decoder([])
     assert "".join(decode(int(i)) for i in everything) == 2 * TEXT
     test_tokens = test[np.arange(len(test))]
-    decode = codec(vocabulary, tokenizer_file).decoder()
+    decode = codec(vocabulary, tokenizer_file).decoder([])
     num_bytes = len("".join(decode(int(i)) for i in test_tokens).encode())
     assert per_token == pytest.approx(num_bytes / len(test))
     assert load_text("shards", path=str(out)).vocabulary.tokenizer_sha256
@@ -118,6 +118,32 @@ def test_shards_hold_the_text(path, tokenizer_file, tmp_path):
         load_shards(out)
 
 
+def test_what_a_tokenizer_file_may_hold(tokenizer_file, tmp_path):
+    """Truncation, as published files have it; text without ends of lines; spaces that lead."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
+    tokenizer.enable_truncation(16)
+    tokenizer.save(str(tokenizer_file))
+    (tmp_path / "line").write_text("ein Bär, " * 300, encoding="utf-8")
+    out = tmp_path / "shards"
+    tokenize_files([tmp_path / "line"], tokenizer_file, out, test_share=0.2)
+    train, test, vocabulary, _ = load_shards(out)
+    assert 0.15 < len(test) / (len(train) + len(test)) < 0.25
+    decode = codec(vocabulary, tokenizer_file).decoder([])
+    pieces = [decode(int(i)) for split in (train, test) for i in split[np.arange(len(split))]]
+    assert "".join(pieces) == "ein Bär, " * 300
+
+    tokenizer.no_truncation()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tokenizer.decoder = tokenizers.decoders.Metaspace()
+    tokenizer.model = tokenizers.models.WordLevel({"▁ein": 0, "▁Wort": 1, "?": 2}, unk_token="?")
+    tokenizer.save(str(tmp_path / "words.json"))
+    _, sha256 = load_tokenizer(tmp_path / "words.json")
+    words = codec(Vocabulary("tokenizer", 3, tokenizer_sha256=sha256), tmp_path / "words.json")
+    decode = words.decoder(words.encode("ein"))
+    assert [decode(1), decode(0)] == [" Wort", " ein"]
+
+
 def test_places_in_several_files():
     parts = [np.arange(3, dtype=np.uint16), np.arange(3, 4), np.arange(4, 9)]
     places = np.asarray([[8, 2, 3], [4, 0, 3]])
@@ -128,7 +154,7 @@ def test_places_in_several_files():
 @pytest.mark.parametrize("kind", ["bytes", "characters"])
 def test_a_prompt_there_and_back(path, kind):
     coder = codec(load_text(kind, path=str(path)).vocabulary)
-    decode = coder.decoder()
+    decode = coder.decoder([])
     assert "".join(map(decode, coder.encode("Löwe"))) == "Löwe"
     seen = "byte 122" if kind == "bytes" else "'z'"
     with pytest.raises(DataError, match=f"got {seen} in the prompt 'zebra', which the training"):
@@ -150,6 +176,14 @@ def test_mistakes(path, tokenizer_file, tmp_path):
         next(batches)
     with pytest.raises(ValueError, match="got name='words', expected one of bytes"):
         load_text("words")
+    with pytest.raises(ValueError, match="got no dir for characters"):
+        load_text("characters")
+    with pytest.raises(ValueError, match="got seed=-1, expected 0 or more"):
+        train_windows(text_of(np.arange(10)), context=2, **train | {"seed": -1})
+    with pytest.raises(DataError, match=r"text.txt cannot be made: .*; expected a folder"):
+        tokenize_files([path], tokenizer_file, path)
+    with pytest.raises(DataError, match="expected UTF-8"):
+        codec(Vocabulary("bytes", 256, "a")).encode("\udcff")
     with pytest.raises(DataError, match="No such file or directory; expected a text file"):
         load_text("bytes", path=str(tmp_path / "nothing"))
     (tmp_path / "latin").write_bytes("Bär".encode("latin-1"))

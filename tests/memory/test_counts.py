@@ -6,6 +6,7 @@ import pytest
 from jax import lax
 
 from revnet_jax.memory.counts import arithmetic
+from revnet_jax.models.attention import attend
 from revnet_jax.training.program import step_program
 
 X = jax.ShapeDtypeStruct((8, 16), jnp.float32)
@@ -125,3 +126,16 @@ def test_reversing_costs_what_the_design_says(tiny_config):
         flops[backprop] = arithmetic(jaxpr, platform="tpu")
     assert 1 < flops["remat"] / flops["store"] <= 4 / 3
     assert 1 < flops["reverse"] / flops["store"] <= 4 / 3
+
+
+def test_kernels_and_ragged_products_count():
+    shape = jax.ShapeDtypeStruct((2, 1024, 4, 128), jnp.bfloat16)
+
+    def count(kernel):
+        run = lambda q, k, v: attend(q, k, v, causal=False, kernel=kernel)
+        return arithmetic(jax.make_jaxpr(run)(shape, shape, shape), platform="tpu")
+
+    assert count("flash") == count("chunked") == 4 * 2 * 4 * 1024**2 * 128
+    rows, kernels = jnp.ones((64, 32)), jnp.ones((4, 32, 40))
+    ragged = jax.make_jaxpr(jax.lax.ragged_dot)(rows, kernels, jnp.full(4, 16))
+    assert arithmetic(ragged, platform="cpu") == 2 * 64 * 32 * 40

@@ -180,9 +180,20 @@ def test_routing_in_bfloat16_replays_at_depth():
     assert difference <= 1e-6
 
 
+@pytest.mark.parametrize("experts_per_token", [1, 2])
+def test_the_router_learns_from_the_loss(experts_per_token):
+    """And not from the balance loss alone."""
+    lm = model("store", experts=4, experts_per_token=experts_per_token)
+    variables = jit(lm.init)(jax.random.key(0))
+    _, (got, _) = gradient(lm, variables, balance=0.0)
+    assert jnp.linalg.norm(got["layers"][1]["router"]["kernel"]) > 1e-3
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"kv_heads": 0}, "got kv_heads=0, expected a whole number from 1"),
+        ({"options": {"loss_chunk": 0}}, "loss_chunk=0, expected 1 or more"),
         ({"heads": 3}, "got width=16 and heads=3, expected heads of an even size"),
         ({"kv_heads": 3}, "got kv_heads=3, expected a divisor of heads=4"),
         ({"dropout": 1.0}, "got dropout=1.0, expected a share"),

@@ -78,6 +78,7 @@ def test_patches_are_read_row_by_row():
     [
         ({"patch": 5}, r"got patch=5 for images of \(8, 12\), expected a divisor"),
         ({"heads": 3}, "got heads=3, expected a divisor of the width 16"),
+        ({"layers": 0}, "got layers=0, expected a whole number from 1"),
         ({"pool": "max"}, "got pool='max', expected one of token, mean"),
         ({"reversible": False}, "got backprop='reverse' for a model of one stream"),
     ],

@@ -2,8 +2,10 @@
 
 import jax
 import numpy as np
+import pytest
 from jax.sharding import Mesh
 
+from revnet_jax.config import ConfigError, language_model
 from revnet_jax.training.build import build_data, build_recipe
 from revnet_jax.training.sharding import put_batch, replicated
 from revnet_jax.training.step import init_state, make_train_step
@@ -31,6 +33,39 @@ def test_one_device_and_two_make_the_same_update(tiny_config):
     one, two = updates
     # Sums in another order, which ReLUs and the grid turn into a few other decisions.
     assert np.linalg.norm(one - two) < 1e-4 * np.linalg.norm(one)
+
+
+def test_mixup(tiny_config):
+    """The loss of the mixed images, by both labels."""
+    tiny_config.mixup = 0.4
+    task, _, _ = build_recipe(tiny_config)
+    variables = jax.jit(task.network.init)(jax.random.key(0))
+    image, label = np.random.default_rng(0).normal(size=(4, 8, 8, 1)), np.asarray([1, 2, 3, 4])
+    image = image.astype(np.float32)
+    key = jax.random.key(5)
+    loss, _ = jax.jit(
+        lambda v: task.loss(v, {"image": image, "label": label}, key, probes=None, lockstep=None)
+    )(variables)
+    share = float(jax.random.beta(jax.random.split(key)[0], 0.4, 0.4))
+    mixed = np.float32(share) * image + np.float32(1 - share) * image[::-1]
+    logits, _ = jax.jit(lambda v: task.network.apply(v, mixed, train=True))(variables)
+    expected = share * cross_entropy(logits, label) + (1 - share) * cross_entropy(
+        logits, label[::-1]
+    )
+    assert float(loss) == pytest.approx(float(np.mean(expected)), rel=1e-5)
+    tiny_config.mixup = -0.1
+    with pytest.raises(ConfigError, match=r"config.mixup: got -0.1, expected 0 or more"):
+        build_recipe(tiny_config)
+
+
+def test_settings_of_other_families(tiny_config):
+    tiny_config.model.family = "decoder"
+    with pytest.raises(ConfigError, match=r"got 'decoder', expected one of revnet, resnet, irev"):
+        build_recipe(tiny_config)
+    config = language_model()
+    config.model.attention = "flash"
+    with pytest.raises(ConfigError, match=r"got 'flash' on cpu, expected auto, or one of chunked"):
+        build_recipe(config)
 
 
 def test_label_smoothing():
