@@ -157,7 +157,7 @@ def test_a_checkpoint_of_another_architecture(tiny_config, tmp_path):
         ("data.num_classes", 7, "config.data.num_classes: got 7, expected 10"),
         ("data.min_crop_area", 0.5, "config.data: got min_crop_area=0.5 for digits"),
         ("model.backprop", "reverse_all", "config.model: got backprop='reverse_all'"),
-        ("model.family", "densenet", "config.model: got family='densenet'"),
+        ("model.family", "densenet", "config.model.family: got 'densenet'"),
         ("model.channels", (8, 7, 16), "config.model: got channels="),
         ("model.compute_dtype", "float16", "config.model: got compute_dtype='float16'"),
         ("data.image_shape", (8, 8), "config.model: got units="),
