@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -83,11 +84,25 @@ def _flash(q_BTNK, k_BTGK, v_BTGK, *, causal):
     q, k, v = by_head(q_BTNK, 1), by_head(k_BTGK, repeats), by_head(v_BTGK, repeats)
     scale = 1 / math.sqrt(q_BTNK.shape[-1])
     kernel = functools.partial(flash_attention, causal=causal, sm_scale=scale)
+    return jnp.swapaxes(by_device(kernel, sharded=3)(q, k, v), 1, 2)
+
+
+def by_device(function: Callable[..., Any], *, sharded: int) -> Callable[..., Any]:
+    """The function, computed by every device of the mesh for its own part of the batch.
+
+    sharded: how many arguments, the first, have the batch as their leading axis, as the result
+      has; devices have all of the others. Outside a mesh it is the function itself.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty:  # each device has a part of the batch, which the compiler cannot know of
-        parts = PartitionSpec(mesh.axis_names)
-        kernel = jax.shard_map(kernel, in_specs=parts, out_specs=parts, check_vma=False)
-    return jnp.swapaxes(kernel(q, k, v), 1, 2)
+    if mesh.empty:
+        return function
+    part, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
+
+    def mapped(*args):
+        specs = tuple(part if i < sharded else whole for i in range(len(args)))
+        return jax.shard_map(function, in_specs=specs, out_specs=part, check_vma=False)(*args)
+
+    return mapped
 
 
 def rotate(x_BTNK: jax.Array, position_T: Any, *, base: float = 10_000.0) -> jax.Array:

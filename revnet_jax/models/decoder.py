@@ -1,8 +1,8 @@
 """The branches of a decoder: causal attention and feed-forward networks, as nnx modules.
 
 Dims: B batch, T tokens, S tokens of a cache, D stream width, N heads, G key-value heads, K head
-size, F hidden width, E experts, R experts a token goes to. Streams are float32; branches normalise
-what they read and compute in `dtype`.
+size, F hidden width, E experts, R experts a token goes to, M all tokens in a row. Streams are
+float32; branches normalise what they read and compute in `dtype`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from revnet_jax.models.attention import Kernel, attend, rotate, scores_times_values
+from revnet_jax.models.attention import Kernel, attend, by_device, rotate, scores_times_values
 
 
 class Linear(nnx.Module):
@@ -133,7 +133,7 @@ class Experts(nnx.Module):
     Routing and the balance loss are those of Fedus et al. 2021 (arXiv:2101.03961, eq. 4), for R of
     E experts, the probabilities of two or more normalised; no expert has a capacity, no token is
     dropped. Cost: on TPUs that of R feed-forward networks a token; where JAX has no kernel for
-    `ragged_dot`, that of E. Tokens of all devices are sorted together.
+    `ragged_dot`, that of E. Every device sorts its own tokens.
     """
 
     def __init__(
@@ -156,24 +156,30 @@ class Experts(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(u_BTD, balance loss: 1 where all experts get equal parts, expert_BTR)."""
-        B, T, D = x_BTD.shape
-        R = self.experts_per_token
-        x_MD = self.norm(x_BTD).reshape(B * T, D)
-        probability_ME = jax.nn.softmax(self.router(x_MD))
-        weight_MR, expert_MR = lax.top_k(probability_ME, R)
-        if R > 1:  # of one, what is normalised is 1, and the router learns nothing from it
-            weight_MR = weight_MR / jnp.sum(weight_MR, axis=-1, keepdims=True)
-        E = probability_ME.shape[-1]
-        share_E = jnp.mean(jax.nn.one_hot(expert_MR, E), axis=(0, 1))
-        balance = E * jnp.sum(share_E * jnp.mean(probability_ME, axis=0))
+        x_BTD = self.norm(x_BTD)
+        probability_BTE = jax.nn.softmax(self.router(x_BTD))
+        weight_BTR, expert_BTR = lax.top_k(probability_BTE, self.experts_per_token)
+        if self.experts_per_token > 1:  # of one, what is normalised is 1, and teaches it nothing
+            weight_BTR = weight_BTR / jnp.sum(weight_BTR, axis=-1, keepdims=True)
+        E = probability_BTE.shape[-1]
+        share_E = jnp.mean(jax.nn.one_hot(expert_BTR, E), axis=(0, 1, 2))
+        balance = E * jnp.sum(share_E * jnp.mean(probability_BTE, axis=(0, 1)))
 
-        # Sorted by expert, and back by a gather: adding up in place might change the order of sums.
-        order = jnp.argsort(expert_MR.reshape(-1), stable=True)
-        sizes_E = jnp.bincount(expert_MR.reshape(-1), length=E)
-        rows = x_MD.astype(self.dtype)[order // R]
         up, down = (kernel[...].astype(self.dtype) for kernel in (self.up_kernel, self.down_kernel))
-        gate, value = jnp.split(lax.ragged_dot(rows, up, sizes_E), 2, axis=-1)
-        outputs = lax.ragged_dot(jax.nn.silu(gate) * value, down, sizes_E)
-        u_MRD = outputs[jnp.argsort(order)].reshape(B * T, R, D)
-        u_MD = jnp.sum(u_MRD * weight_MR[..., None].astype(self.dtype), axis=1)
-        return u_MD.reshape(B, T, D), balance, expert_MR.reshape(B, T, R)
+        u_BTD = by_device(_dispatch, sharded=3)(x_BTD, weight_BTR, expert_BTR, up, down)
+        return u_BTD, balance, expert_BTR
+
+
+def _dispatch(x_BTD, weight_BTR, expert_BTR, up_EDF, down_EFD):
+    """Each token's weighted sum of what its experts say."""
+    B, T, D = x_BTD.shape
+    E, R = len(up_EDF), expert_BTR.shape[-1]
+    expert_M = expert_BTR.reshape(-1)
+    # Sorted by expert, and back by a gather: adding up in place might change the order of sums.
+    order_M = jnp.argsort(expert_M, stable=True)
+    sizes_E = jnp.bincount(expert_M, length=E)
+    rows = x_BTD.astype(up_EDF.dtype).reshape(B * T, D)[order_M // R]
+    gate, value = jnp.split(lax.ragged_dot(rows, up_EDF, sizes_E), 2, axis=-1)
+    outputs = lax.ragged_dot(jax.nn.silu(gate) * value, down_EFD, sizes_E)
+    u_BTRD = outputs[jnp.argsort(order_M)].reshape(B, T, R, D)
+    return jnp.sum(u_BTRD * weight_BTR[..., None].astype(u_BTRD.dtype), axis=2)

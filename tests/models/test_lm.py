@@ -9,6 +9,7 @@ import pytest
 
 from revnet_jax.models import Decoder, LanguageModel, Variables
 from revnet_jax.models.attention import attend, rotate, scores_times_values
+from revnet_jax.training.sharding import data_mesh, on_mesh, put_batch, replicated
 
 B, T, V = 2, 13, 17
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -187,6 +188,27 @@ def test_the_router_learns_from_the_loss(experts_per_token):
     variables = jit(lm.init)(jax.random.key(0))
     _, (got, _) = gradient(lm, variables, balance=0.0)
     assert jnp.linalg.norm(got["layers"][1]["router"]["kernel"]) > 1e-3
+
+
+@pytest.mark.parametrize("backprop", ["store", "reverse"])
+def test_experts_of_a_batch_on_two_devices(backprop):
+    """Each sorts its own tokens."""
+    lm, mesh = model(backprop, experts=4), data_mesh()
+    variables = jit(lm.init)(jax.random.key(0))
+
+    def loss(params, token_BT):
+        nll, aux = lm.loss(Variables(params, {}), token_BT[:, :-1], token_BT[:, 1:])
+        return nll + jnp.mean(aux[0])
+
+    value_and_grad = jax.value_and_grad(loss)
+    expected = jit(value_and_grad)(variables.params, tokens())
+    got = jit(on_mesh(value_and_grad, mesh))(
+        *jax.device_put((variables.params,), replicated(mesh)),
+        put_batch({"token": np.asarray(tokens())}, mesh)["token"],
+    )
+    assert len(mesh.devices) == 2
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
