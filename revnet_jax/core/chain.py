@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -253,8 +254,14 @@ def _swept(runs, sections, x, shared, update, probe):
         return dparams, dstates, swept.dx, swept.dshared, dprobe, None
 
     run.defvjp(forward, backward)
-    try:
+    with _explaining_forward_mode():
         return run(params, states, x, shared, probe, (params_rest, shared_rest, data))
+
+
+@contextlib.contextmanager
+def _explaining_forward_mode():
+    try:
+        yield
     except TypeError as error:  # JAX's; inside jit it is raised later, where nothing can be added
         if "forward-mode" not in str(error):
             raise

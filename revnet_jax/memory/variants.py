@@ -11,7 +11,7 @@ from revnet_jax.models.architecture import Architecture, chains, groups
 
 
 def variants(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Those that the model can be trained in, by name; ResNets and twins have no inverse.
+    """Those that the model can be trained in, by name.
 
     config: settings by dotted key, as all in this package.
 
@@ -19,7 +19,7 @@ def variants(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     updates each layer in the backward sweep. All else is the config's.
     """
     found = {name: (name, 0) for name in ("store", "remat_dots", "remat", "offload")}
-    if config["model.family"] != "resnet" and config.get("model.reversible", True):
+    if has_inverse(config):
         found["reverse"] = ("reverse", 0)
         layers = layers_in_chains(config)
         for stored in sorted({layers // 4, layers // 2, 3 * layers // 4} - {0, layers}):
@@ -33,6 +33,13 @@ def variants(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         for suffix, lockstep in (("", False), ("/lockstep", True))
         for name, (backprop, stored) in found.items()
     }
+
+
+def has_inverse(config: Mapping[str, Any]) -> bool:
+    """Whether layers can be reversed: not those of ResNets and of transformers' twins."""
+    if "model.reversible" in config:
+        return config["model.reversible"]
+    return config["model.family"] != "resnet"
 
 
 def layers_in_chains(config: Mapping[str, Any]) -> int:

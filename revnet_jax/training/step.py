@@ -98,31 +98,18 @@ def make_train_step(
         (loss, (new_stats, others)), params, opt_state, exactness, gradient_norm = step(
             params, state.opt_state, stats, batch, key
         )
+        variables = Variables(params, new_stats)
+        mismatches, checked = _check(exactness, state.exact_mismatches, network.grid)
         metrics = {
             "train_loss": loss,
             **others,
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "gradient_norm": gradient_norm,
+            **checked,
+            # Of everything that the next step or a checkpoint would carry on.
+            "variables_norm": optax.tree.norm(variables),
         }
-        mismatches = state.exact_mismatches
-        if exactness is not None:
-            chains = list(exactness.values())
-            mismatches = mismatches + sum(chain.mismatches for chain in chains)
-            metrics["exact_mismatches"] = mismatches
-            metrics["exact_max_difference"] = _largest(chain.max_difference for chain in chains)
-            if network.grid is not None:
-                limit = network.grid.limit(jnp.float32)
-                metrics["grid_range_used"] = _largest(chain.max_abs for chain in chains) / limit
-        variables = Variables(params, new_stats)
-        # Of everything that the next step or a checkpoint would carry on.
-        metrics["variables_norm"] = optax.tree.norm(variables)
-        new_state = TrainState(
-            step=state.step + 1,
-            variables=variables,
-            opt_state=opt_state,
-            key=state.key,
-            exact_mismatches=mismatches,
-        )
+        new_state = TrainState(state.step + 1, variables, opt_state, state.key, mismatches)
         return new_state, metrics
 
     return train_step
@@ -163,6 +150,22 @@ def accumulate(
         }
     grads = jax.tree.map(lambda leaf: leaf / microbatches, total)
     return (jnp.mean(losses), (stats, jax.tree.map(jnp.mean, others))), (grads, exactness)
+
+
+def _check(exactness, mismatches, grid):
+    """The mismatches up to this step, and the metrics of its exactness check if there was one."""
+    if exactness is None:
+        return mismatches, {}
+    chains = list(exactness.values())
+    mismatches = mismatches + sum(chain.mismatches for chain in chains)
+    metrics = {
+        "exact_mismatches": mismatches,
+        "exact_max_difference": _largest(chain.max_difference for chain in chains),
+    }
+    if grid is not None:
+        largest = _largest(chain.max_abs for chain in chains)
+        metrics["grid_range_used"] = largest / grid.limit(jnp.float32)
+    return mismatches, metrics
 
 
 def _largest(values):
