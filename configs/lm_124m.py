@@ -16,6 +16,7 @@ def get_config(arm: str = ""):
     config.log_every_steps = 20
     config.eval_every_steps = config.checkpoint_every_steps = 1_000
     config.data.update({"name": "shards", "vocab_size": 50_257, "context": 1024})
+    config.data.eval_batches = 100
     config.model.update(
         {"layers": 12, "width": 768, "heads": 12, "kv_heads": 12, "hidden": 2048, "tied": True}
     )

@@ -119,6 +119,7 @@ def language_model() -> ConfigDict:
     config.data.train_share = 0.9  # of a text; the rest is the test split
     config.data.vocab_size = 256
     config.data.context = 128  # tokens of a sequence
+    config.data.eval_batches = 0  # that an evaluation stops after; 0: the whole test split
     config.data.num_threads = 2
     config.data.prefetch = 4  # batches
 

@@ -17,6 +17,7 @@ INPUT = flags.DEFINE_list("input", None, "UTF-8 files, one after the other.")
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "The tokenizer's file.")
 OUT = flags.DEFINE_string("out", None, "A folder for the shards.")
 TEST_SHARE = flags.DEFINE_float("test_share", 0.01, "Of the text, at its end, for the test split.")
+END_TOKEN = flags.DEFINE_string("end_token", None, "To be put after each file: <|endoftext|>.")
 
 
 def main(argv):
@@ -26,7 +27,11 @@ def main(argv):
     inputs = [Path(name) for name in INPUT.value]
     with settings("data"):
         written = tokenize_files(
-            inputs, Path(TOKENIZER.value), Path(OUT.value), test_share=TEST_SHARE.value
+            inputs,
+            Path(TOKENIZER.value),
+            Path(OUT.value),
+            test_share=TEST_SHARE.value,
+            end_token=END_TOKEN.value,
         )
     print(json.dumps(written, indent=2))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from revnet_jax.data.dataset import DataError
 from revnet_jax.data.vocabulary import Vocabulary, load_tokenizer
 
 _PIECE_BYTES = 2**20
+_PIECES = 16  # tokenized together
 
 
 class Shards:
@@ -76,12 +78,14 @@ def tokenize_files(
     out: Path,
     *,
     test_share: float = 0.01,
+    end_token: str | None = None,
     shard_tokens: int = 2**27,
 ) -> dict[str, Any]:
     """Writes the tokens of UTF-8 files to `out`; returns what its tokens.json holds.
 
     The text is cut, at ends of lines where it has any, into pieces of about a megabyte, which are
-    tokenized each for itself. test_share: of the text, at its end. shard_tokens: of a file, about.
+    tokenized each for itself, on all cores. test_share: of the text, at its end. end_token: one of
+    the tokenizer's, to be put after each file. shard_tokens: of a file, about.
 
     Raises DataError for files that cannot be read, a tokenizer that is none, or an `out` that
     holds tokens already; ValueError for other mistakes. tokens.json is written last.
@@ -92,6 +96,9 @@ def tokenize_files(
         raise DataError(f"{out} holds tokens already: choose another folder")
     tokenizer, sha256 = load_tokenizer(tokenizer_file)
     vocab_size = tokenizer.get_vocab_size()
+    end = [] if end_token is None else [tokenizer.token_to_id(end_token)]
+    if None in end:
+        raise ValueError(f"got end_token={end_token!r}, expected a token of {tokenizer_file}")
     dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
     missing = [str(path) for path in inputs if not path.is_file()]
     if missing:
@@ -103,11 +110,11 @@ def tokenize_files(
         raise DataError(f"{out} cannot be made: {error.strerror}; expected a folder") from error
     splits: dict[str, dict[str, int]] = {"train": {}, "test": {}}
     position = test_bytes = 0
-    for piece in _pieces(inputs):
+    for piece, ids in _tokenized(tokenizer, _pieces(inputs), end):
         split = "train" if position < first_test_byte else "test"
         position += len(piece.encode())
         test_bytes += len(piece.encode()) if split == "test" else 0
-        tokens = np.asarray(tokenizer.encode(piece, add_special_tokens=False).ids, dtype)
+        tokens = np.asarray(ids, dtype)
         files = splits[split]
         if not files or list(files.values())[-1] >= shard_tokens:
             files[f"{split}_{len(files):05}.bin"] = 0
@@ -133,7 +140,17 @@ def tokenize_files(
     return description
 
 
-def _pieces(inputs: Sequence[Path]) -> Iterator[str]:
+def _tokenized(tokenizer, pieces, end):
+    """(piece, its ids), some at a time; the ids `end` for a piece that is None."""
+    while some := list(itertools.islice(pieces, _PIECES)):
+        texts = ["" if piece is None else piece for piece in some]
+        found = tokenizer.encode_batch(texts, add_special_tokens=False)
+        for piece, text, encoding in zip(some, texts, found, strict=True):
+            yield text, end if piece is None else encoding.ids
+
+
+def _pieces(inputs: Sequence[Path]) -> Iterator[str | None]:
+    """Of one file after another, and None after each."""
     # A hundred at least, so that a small text can be split.
     size = min(_PIECE_BYTES, 1 + sum(path.stat().st_size for path in inputs) // 100)
     for path in inputs:
@@ -141,5 +158,6 @@ def _pieces(inputs: Sequence[Path]) -> Iterator[str]:
             with open(path, encoding="utf-8", newline="") as file:
                 while piece := file.read(size) + file.readline(size):
                     yield piece
+            yield None
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: got bytes that are no UTF-8 ({error.reason})") from error

@@ -141,6 +141,7 @@ def eval_windows(
     *,
     context: int,
     batch_size: int,
+    max_batches: int = 0,
     num_threads: int = 2,
     prefetch: int = 4,
     process_index: int = 0,
@@ -148,13 +149,15 @@ def eval_windows(
 ) -> grain.DatasetIterator[Batch]:
     """One pass over the test split in windows that do not overlap; `close()` the iterator.
 
-    Every token but the first is a target once. Yields as `train_windows`, with "weight", float32
-    [b, context]: 0 where the last windows are filled up.
+    max_batches: to stop after; 0: every token but the first is a target once. Yields as
+    `train_windows`, with "weight", float32 [b, context]: 0 where the last windows are filled up.
     """
     rows = local_rows(batch_size, process_index, process_count)
     targets = len(text.test) - 1
     if targets < 1:
         raise ValueError(f"got {len(text.test)} tokens of test text, expected two or more")
+    if max_batches < 0:
+        raise ValueError(f"got eval_batches={max_batches}, expected 0 (all) or more")
 
     def make_batch(step: int) -> Batch:
         starts_B = (step * batch_size + np.arange(batch_size)[rows]) * context
@@ -162,9 +165,9 @@ def eval_windows(
         batch = _checked(text.test[np.minimum(places, targets)], text)
         return {**batch, "weight": (places[:, 1:] <= targets).astype(np.float32)}
 
-    num_windows = -(-targets // context)
-    batches = grain.MapDataset.range(-(-num_windows // batch_size)).map(make_batch)
-    return iterate(batches, num_threads, prefetch)
+    num_batches = -(-targets // (context * batch_size))
+    num_batches = min(num_batches, max_batches or num_batches)
+    return iterate(grain.MapDataset.range(num_batches).map(make_batch), num_threads, prefetch)
 
 
 def _checked(windows: np.ndarray, text: Text) -> Batch:

@@ -125,7 +125,7 @@ def load_tokenizer(path: Path) -> tuple[Any, str]:
 
 def _of_tokenizer(vocabulary, path):
     if path is None:
-        raise DataError("got no tokenizer file, expected the one its tokens were made with")
+        raise DataError("got no --tokenizer, expected the file its tokens were made with")
     tokenizer, sha256 = load_tokenizer(path)
     found = Vocabulary("tokenizer", tokenizer.get_vocab_size(), tokenizer_sha256=sha256)
     found.check_same_ids(vocabulary, "the checkpoint")

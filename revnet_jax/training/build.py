@@ -232,7 +232,7 @@ def build_data(config: ConfigDict, eval_batch_size: int | None = None) -> Data:
         train = {"batch_size": config.batch_size, "seed": config.seed, **context, **shared}
         return Data(
             lambda step: train_windows(text, **train, start_step=step),
-            lambda: eval_windows(text, **context, **test),
+            lambda: eval_windows(text, max_batches=config.data.eval_batches, **context, **test),
             {
                 "sha256": text.sha256,
                 "bytes_per_token": text.bytes_per_token,

@@ -128,13 +128,19 @@ class Checkpoints:
             ) from error
 
     def restore(
-        self, abstract_state: PyTree, *, which: Literal["newest", "best"] = "newest"
+        self,
+        abstract_state: PyTree,
+        *,
+        which: Literal["newest", "best"] = "newest",
+        partial: bool = False,
     ) -> tuple[int, PyTree] | None:
         """Restores the newest (or best) whole checkpoint: `(step, state)`; None if there is none.
 
         Leaves get the shardings of `abstract_state` (from `jax.eval_shape`, or a state of arrays);
         one without comes uncommitted, on the default device. A damaged checkpoint is reported and
         the next in order used; once one was found whole, the damaged ones are moved aside.
+
+        partial: leaves that `abstract_state` lacks may be in the checkpoint: they are not read.
 
         Cost: one read of the checkpoint and one pass over the state on the devices.
 
@@ -150,7 +156,7 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for step in steps if which == "newest" else self._best_first(steps):
             try:
-                state = self._read_state(step, abstract_state)
+                state = self._read_state(step, abstract_state, partial)
             except Damaged as error:
                 damaged[step] = str(error)
                 continue
@@ -195,18 +201,21 @@ class Checkpoints:
     def _read_manifest(self, step: int) -> dict[str, Any]:
         return manifest.check_seal(self._read(step, "manifest", ocp.args.JsonRestore()))
 
-    def _read_state(self, step: int, abstract_state: PyTree) -> PyTree:
+    def _read_state(self, step: int, abstract_state: PyTree, partial: bool) -> PyTree:
         records = self._read_manifest(step)["leaves"]
         leaves = manifest.by_path(abstract_state)
         wanted = {path: manifest.as_abstract(leaf) for path, leaf in leaves.items()}
-        manifest.check_same_tree(self.directory / str(step), records, wanted)
+        saved = {path: r for path, r in records.items() if path in wanted or not partial}
+        manifest.check_same_tree(self.directory / str(step), saved, wanted)
         specs = manifest.storable(wanted)
         plain = ocp.RestoreArgs(restore_type=np.ndarray)
         restore_args = {
             path: ocp.ArrayRestoreArgs(sharding=spec.sharding) if spec.sharding else plain
             for path, spec in specs.items()
         }
-        arrays = self._read(step, "state", ocp.args.PyTreeRestore(specs, restore_args))
+        arrays = self._read(
+            step, "state", ocp.args.PyTreeRestore(specs, restore_args, partial_restore=partial)
+        )
         # jnp.array copies: a numpy buffer that is merely aliased must not be donated.
         arrays = {p: a if isinstance(a, jax.Array) else jnp.array(a) for p, a in arrays.items()}
         manifest.check_arrays(arrays, records)

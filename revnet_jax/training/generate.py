@@ -15,6 +15,7 @@ from revnet_jax.models import LanguageModel, Variables
 from revnet_jax.training.compiler import jit
 from revnet_jax.training.restore import Which, restore_run
 from revnet_jax.training.task import NextToken
+from revnet_jax.training.workdir import load_config, load_record
 
 _PIECE = 256  # tokens of a prompt that are read together
 
@@ -42,13 +43,15 @@ def generate_text(
             f"got temperature={temperature}, top_p={top_p}, num_tokens={num_tokens}, expected "
             "temperature 0 or more, top_p in (0, 1], num_tokens 0 or more"
         )
-    run = restore_run(workdir, which)
-    if not isinstance(run.task, NextToken):
-        raise UserError(f"{workdir} holds a run of {run.config.model.family}, expected a decoder")
-    encode, decoder = codec(vocabulary_from(run.data["vocabulary"]), tokenizer)
+    family, record = load_config(workdir).model.family, load_record(workdir)["data"]
+    if family != "decoder":
+        raise UserError(f"{workdir} holds a run of {family}, expected a decoder")
+    encode, decoder = codec(vocabulary_from(record["vocabulary"]), tokenizer)
     token_T = encode(prompt)
     if not token_T:
         raise UserError(f"got prompt {prompt!r}, expected one token at least")
+    run = restore_run(workdir, which)
+    assert isinstance(run.task, NextToken)
     decode = decoder(token_T)
     for token in generate(
         run.task.network,

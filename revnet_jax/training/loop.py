@@ -72,7 +72,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             return json.loads((workdir / "summary.json").read_text())  # it is finished
         with (
             contextlib.closing(data.train(start)) as batches,
-            Recorder(workdir, config, start) as recorder,
+            Recorder(workdir, config, task, start) as recorder,
         ):
             for step in range(start + 1, config.num_steps + 1):
                 state, metrics = train_step(state, put_batch(next(batches), mesh))
@@ -87,7 +87,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                         scores = task.scores(means)
                         recorder.evaluation(step, scores)
                     checkpoints.save(step, state, scores)
-    summary = summarize(workdir, task.network, state, recorder.examples_per_second, started)
+    speed = {f"{task.unit}_per_second": recorder.per_second}
+    summary = summarize(workdir, task.network, state, speed, started)
     workdirs.write_json(workdir / "summary.json", summary)
     return summary
 
@@ -113,12 +114,13 @@ def open_checkpoints(workdir: Path, task: Task, *, read_only: bool = False) -> C
 class Recorder:
     """Writes rows and progress, one step late, and stops the run at a step that is not finite."""
 
-    def __init__(self, workdir: Path, config: ConfigDict, start: int):
+    def __init__(self, workdir: Path, config: ConfigDict, task: Task, start: int):
         self._workdir = workdir
         self._num_steps, self._log_every = config.num_steps, config.log_every_steps
         self._fetch = DelayedFetch()
         self._writer = MetricsWriter(workdir, resume_step=start or None)
-        self._progress = Progress(config.num_steps, examples_per_step=config.batch_size)
+        self._unit, units = task.unit, task.units(config.batch_size)
+        self._progress = Progress(config.num_steps, examples_per_step=units, unit=task.unit)
         self._rates: list[float] = []
 
     def __enter__(self) -> Recorder:
@@ -141,8 +143,8 @@ class Recorder:
         self._writer.write(step, scores)
 
     @property
-    def examples_per_second(self) -> float | None:
-        """The median over the intervals between logged steps; None before there are two."""
+    def per_second(self) -> float | None:
+        """The speed, median over the intervals between logged steps; None before there are two."""
         return statistics.median(self._rates) if self._rates else None
 
     def _check_finite(self, step: int, values: Mapping[str, float], names: Iterable[str]) -> None:
@@ -162,7 +164,7 @@ class Recorder:
                     step, loss=values["train_loss"], learning_rate=values["learning_rate"]
                 )
                 self._rates += [] if rate is None else [rate]
-                timings = {} if rate is None else {"examples_per_second": rate}
+                timings = {} if rate is None else {f"{self._unit}_per_second": rate}
                 self._writer.write(step, values, timings=timings)
 
 
@@ -170,7 +172,7 @@ def summarize(
     workdir: Path,
     network: Model,
     state: TrainState,
-    examples_per_second: float | None,
+    speed: Mapping[str, float | None],
     started: float,
 ) -> dict[str, Any]:
     """What summary.json holds. Speed and time are of this process, and null where unknown."""
@@ -183,7 +185,7 @@ def summarize(
         "exact_mismatches": int(state.exact_mismatches) if network.probes() else None,
         "stored_layers": sum(s.stored_layers for s in network.strategies.values()),
         "num_params": num_params(state.variables),
-        "examples_per_second": examples_per_second,
+        **speed,
         "peak_memory_bytes": peak_memory_bytes(),
         "wall_seconds": time.monotonic() - started,
         "devices": f"{jax.device_count()} x {device.device_kind}",

@@ -154,11 +154,11 @@ class DelayedFetch:
 
 
 class Progress:
-    """One line on stderr: step, loss, learning rate, examples per second, time left, memory.
+    """One line on stderr: step, loss, learning rate, speed, time left, memory.
 
     Rewritten in place on a terminal; elsewhere plain lines, at most one every `every_seconds`, and
     the last. Speed is measured between calls of `update`, so the first one, which ends with
-    compilation, has none.
+    compilation, has none. A step takes so many examples, or whatever else the `unit` is.
     """
 
     def __init__(
@@ -166,11 +166,13 @@ class Progress:
         total_steps: int,
         *,
         examples_per_step: int,
+        unit: str = "examples",
         every_seconds: float | None = None,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.total_steps, self.examples_per_step = total_steps, examples_per_step
+        self._unit = unit
         self._stream, self._clock = stream or sys.stderr, clock
         self._in_place = self._stream.isatty()
         default_seconds = 0.2 if self._in_place else 5.0
@@ -180,7 +182,7 @@ class Progress:
         self._shown_at, self._unshown, self._width = -math.inf, "", 0
 
     def update(self, step: int, *, loss: float, learning_rate: float) -> float | None:
-        """Takes the figures of `step`; returns examples per second since the last call, or None."""
+        """Takes the figures of `step`; returns the speed since the last call, or None."""
         now = self._clock()
         rate = None
         if self._previous is not None and now > self._previous[1] and step > self._previous[0]:
@@ -205,7 +207,7 @@ class Progress:
     ) -> str:
         parts = [f"step {step}/{self.total_steps}", f"loss {loss:.4f}", f"lr {learning_rate:.3g}"]
         if rate is not None:
-            parts.append(f"{rate:,.0f} examples/s")
+            parts.append(f"{rate:,.0f} {self._unit}/s")
         first_step, first_time = self._first or (step, now)
         if step > first_step:
             seconds = (now - first_time) / (step - first_step) * (self.total_steps - step)

@@ -16,7 +16,7 @@ from revnet_jax.training.compiler import jit
 from revnet_jax.training.evaluation import evaluate
 from revnet_jax.training.loop import open_checkpoints
 from revnet_jax.training.sharding import abstract, data_mesh, on_mesh, replicated
-from revnet_jax.training.step import init_state
+from revnet_jax.training.step import TrainState
 from revnet_jax.training.task import Task
 from revnet_jax.training.workdir import load_config, load_record
 
@@ -34,17 +34,18 @@ class Restored(NamedTuple):
 
 
 def restore_run(workdir: Path, which: Which = "newest") -> Restored:
-    """A checkpoint of a run, on every device; changes nothing in its folder.
+    """The variables in a checkpoint of a run, on every device; changes nothing in its folder.
 
     Raises UserError in one line: no run or no checkpoint there.
     """
     config = load_config(workdir)
-    task, _, optimizer = build_recipe(config)
-    init = lambda: init_state(task.network, optimizer, config.seed)
+    task = build_recipe(config).task
+    init = lambda: TrainState.of_variables(task.network.init(jax.random.key(config.seed)))
     if not (workdir / "checkpoints").exists():
         raise CheckpointError(f"{workdir} holds no checkpoints: has its run saved any yet?")
     with open_checkpoints(workdir, task, read_only=True) as checkpoints:
-        restored = checkpoints.restore(abstract(init, replicated(data_mesh())), which=which)
+        state = abstract(init, replicated(data_mesh()))
+        restored = checkpoints.restore(state, which=which, partial=True)
     if restored is None:
         raise CheckpointError(f"{workdir / 'checkpoints'} is empty: has its run saved any yet?")
     step, state = restored
@@ -55,7 +56,7 @@ def restore_run(workdir: Path, which: Which = "newest") -> Restored:
 def evaluate_run(
     workdir: Path, which: Which = "newest", data_dir: str | None = None
 ) -> dict[str, Any]:
-    """Evaluates a checkpoint of a run on the whole test split; changes nothing in its folder.
+    """Evaluates a checkpoint of a run as the run itself does; changes nothing in its folder.
 
     data_dir: where the data are, if not where they were in training.
 

@@ -31,6 +31,11 @@ class TrainState(NamedTuple):
     key: jax.Array
     exact_mismatches: jax.Array
 
+    @classmethod
+    def of_variables(cls, variables: Variables) -> TrainState:
+        """One with nothing else in it: what is read of a checkpoint to use the model."""
+        return cls(None, variables, None, None, None)
+
 
 def init_state(network: Model, optimizer: Optimizer, seed: int) -> TrainState:
     """The state before the first step."""

@@ -31,6 +31,7 @@ class Classification(NamedTuple):
     label_smoothing: float = 0.0
     mixup: float = 0.0
     best = ("eval_accuracy", "max")
+    unit = "examples"  # of speed
 
     def of_data(self, record: Mapping[str, Any]) -> Classification:
         """Itself: it needs to know nothing of its data."""
@@ -74,6 +75,10 @@ class Classification(NamedTuple):
         """What evaluation reports, from the means: `eval_loss` (nats), `eval_accuracy`."""
         return {f"eval_{name}": mean for name, mean in means.items()}
 
+    def units(self, batch_size: int) -> int:
+        """How many are in a batch."""
+        return batch_size
+
     def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Of a training batch."""
         images = (batch_size, *self.network.architecture.image_shape)
@@ -95,6 +100,7 @@ class NextToken(NamedTuple):
     balance: float = 0.0
     bytes_per_token: float | None = None
     best = ("eval_loss", "min")
+    unit = "tokens"  # of speed
 
     def of_data(self, record: Mapping[str, Any]) -> NextToken:
         """Knowing what `Data` records of the text."""
@@ -137,6 +143,10 @@ class NextToken(NamedTuple):
         if self.bytes_per_token:
             found["eval_bits_per_byte"] = loss / math.log(2) / self.bytes_per_token
         return found
+
+    def units(self, batch_size: int) -> int:
+        """How many are in a batch."""
+        return batch_size * self.context
 
     def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Of a training batch."""

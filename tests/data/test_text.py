@@ -78,6 +78,9 @@ def test_every_token_but_the_first_is_a_target_once():
     np.testing.assert_array_equal(target[weight == 1], test[1:])
     np.testing.assert_array_equal(token[weight == 1], test[:-1])
     assert target.shape == (8, 6)  # two full batches
+    options = {"context": 6, "batch_size": 4, "max_batches": 1, **READ}
+    with contextlib.closing(eval_windows(text_of([], test), **options)) as windows:
+        np.testing.assert_array_equal([b["target"] for b in windows], target[None, :4])
 
 
 @pytest.fixture
@@ -110,6 +113,11 @@ def test_shards_hold_the_text(path, tokenizer_file, tmp_path):
     assert per_token == pytest.approx(num_bytes / len(test))
     assert load_text("shards", path=str(out)).vocabulary.tokenizer_sha256
 
+    ended = tokenize_files([path, path], tokenizer_file, tmp_path / "ended", end_token="a")
+    count = lambda written: sum(sum(files.values()) for files in written["splits"].values())
+    assert count(ended) == count(written) + 2
+    with pytest.raises(ValueError, match="got end_token='<end>', expected a token of"):
+        tokenize_files([path], tokenizer_file, tmp_path / "none", end_token="<end>")
     with pytest.raises(DataError, match="holds tokens already: choose another folder"):
         tokenize_files([path], tokenizer_file, out)
     first = out / next(iter(written["splits"]["train"]))
@@ -198,7 +206,7 @@ def test_mistakes(path, tokenizer_file, tmp_path):
     other = Vocabulary("tokenizer", 270, tokenizer_sha256="0" * 64)
     with pytest.raises(DataError, match=r"tokenizer \(00000000\): take the data or tokenizer file"):
         codec(other, tokenizer_file)
-    with pytest.raises(DataError, match="got no tokenizer file"):
+    with pytest.raises(DataError, match="got no --tokenizer"):
         codec(other)
     damaged = json.loads((tokenizer_file).read_text()) | {"model": {}}
     (tmp_path / "damaged.json").write_text(json.dumps(damaged))

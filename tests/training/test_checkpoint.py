@@ -89,6 +89,19 @@ def test_best_without_any_score_is_the_newest_and_says_so(tmp_path):
     assert "accuracy" in reports[0]
 
 
+def test_a_part_of_what_was_saved(tmp_path):
+    wanted = {"w": jax.ShapeDtypeStruct((64, 48), jnp.float32)}
+    with Checkpoints(tmp_path / "checkpoints", **OPTIONS) as checkpoints:
+        checkpoints.save(1, small_state(1))
+        step, state = checkpoints.restore(wanted, partial=True)
+        assert step == 1
+        assert_same_bits(state, {"w": small_state(1)["w"]})
+        with pytest.raises(CheckpointError, match=r"leaves that differ: 2, such as .*b"):
+            checkpoints.restore(wanted)
+        with pytest.raises(CheckpointError, match=r"such as v: got nothing, expected float32"):
+            checkpoints.restore({"v": wanted["w"]}, partial=True)
+
+
 @pytest.fixture(scope="module")
 def two_saved(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("two_saved")

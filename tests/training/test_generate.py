@@ -1,11 +1,15 @@
 """Text from a trained model."""
 
+import functools
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from revnet_jax.config import ConfigError, language_model
+from revnet_jax.data.shards import tokenize_files
 from revnet_jax.errors import UserError
 from revnet_jax.models import Decoder, LanguageModel
 from revnet_jax.training.generate import generate, generate_text, sample
@@ -57,6 +61,55 @@ def test_from_text_to_a_model_to_text(tmp_path):
     config.data.dir = str(tmp_path / "other")
     with pytest.raises(ConfigError, match="holds a run on other data: got a text of sha256"):
         train(config, workdir)
+
+
+def test_from_shards_of_tokens_to_text_by_way_of_a_crash(tmp_path):
+    """Experts, updates in lockstep: interrupted and resumed, a run ends with the same figures."""
+    tokenizers = pytest.importorskip("tokenizers")
+    (tmp_path / "text").write_text(TEXT)
+    letters = {letter: i for i, letter in enumerate("abcdefgh")}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(letters, []))
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokenize_files([tmp_path / "text"], tmp_path / "tokenizer.json", tmp_path / "shards")
+    config = language_model()
+    config.update_from_flattened_dict(
+        {
+            **TINY,
+            "data.name": "shards",
+            "data.dir": str(tmp_path / "shards"),
+            "checkpoint_every_steps": 20,
+            "model.experts": 4,
+            "optimizer.lockstep": True,
+            "optimizer.clip": "layer",
+        }
+    )
+    alone = train(config, tmp_path / "alone")
+    assert alone["exact_mismatches"] == 0
+    assert alone["eval_perplexity"] < 1.2
+    resumed = tmp_path / "resumed"
+    resumed.mkdir()
+    for name in ("config.json", "metrics.jsonl", "checkpoints/40"):
+        copy = shutil.copytree if name.endswith("40") else shutil.copy
+        copy(tmp_path / "alone" / name, resumed / name)
+    again = train(config, resumed)
+    assert again["train_loss"] == alone["train_loss"]
+    assert again["eval_loss"] == alone["eval_loss"]
+    write = functools.partial(generate_text, resumed, "efg", num_tokens=6, temperature=0)
+    assert "".join(write(tokenizer=tmp_path / "tokenizer.json")) == "habcde"
+    with pytest.raises(UserError, match="--tokenizer"):
+        next(write())
+
+
+def test_microbatches_learn_what_the_batch_does(tmp_path):
+    (tmp_path / "text").write_text(TEXT)
+    config = language_model()
+    config.update_from_flattened_dict({**TINY, "data.dir": str(tmp_path / "text"), "num_steps": 6})
+    whole = train(config, tmp_path / "whole")
+    config.microbatches = 4
+    parts = train(config, tmp_path / "parts")
+    assert parts["exact_mismatches"] == 0
+    assert parts["eval_loss"] == pytest.approx(whole["eval_loss"], rel=1e-4)
 
 
 def test_tokens_are_those_of_the_whole_forward_pass():
