@@ -16,7 +16,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from revnet_jax.errors import UserError
+from revnet_jax.errors import PREEMPTED_STATUS, Preempted, UserError
 
 
 class ConfigError(UserError, ValueError):
@@ -37,6 +37,11 @@ def image_classification() -> ConfigDict:
     config.log_every_steps = 20
     config.eval_every_steps = 200
     config.checkpoint_every_steps = 200
+
+    config.mesh = ConfigDict()  # how devices are arranged; -1: as many as are left
+    config.mesh.data = -1  # batches split over so many
+    config.mesh.fsdp = 1  # and over these, which hold a part of the weights each
+    config.mesh.tensor = 1  # heads and hidden units split over so many
 
     config.data = ConfigDict()
     config.data.name = "digits"  # digits | cifar10 | cifar100 | image_folder
@@ -272,6 +277,8 @@ def define_config_flag() -> flags.FlagHolder:
 def run(main: Callable[[list[str]], Any], *, required: tuple[str, ...]) -> None:
     """`absl.app.run`, except that what the user can mend is one line on stderr and status 1.
 
+    So is a run that was preempted, with status 75: start it again.
+
     required: names of flags. A mistake in a flag costs no more than parsing them.
     """
 
@@ -281,6 +288,9 @@ def run(main: Callable[[list[str]], Any], *, required: tuple[str, ...]) -> None:
             main(argv)
         except UserError as error:
             sys.exit(f"error: {error}")
+        except Preempted as stop:
+            print(stop, file=sys.stderr)
+            sys.exit(PREEMPTED_STATUS)
 
     app.run(guarded, flags_parser=lambda argv: _parse(argv, required))
 

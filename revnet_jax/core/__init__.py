@@ -27,9 +27,10 @@ from revnet_jax.core.check import check_reversible
 from revnet_jax.core.couplings import Coupling, additive, affine, bdia, leapfrog, momentum
 from revnet_jax.core.exactness import Exactness
 from revnet_jax.core.grid import Grid, snap
-from revnet_jax.core.strategies import STRATEGIES, Backprop
+from revnet_jax.core.strategies import GATHERED, STRATEGIES, Backprop
 
 __all__ = [
+    "GATHERED",
     "STRATEGIES",
     "Backprop",
     "Block",

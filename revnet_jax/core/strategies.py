@@ -8,7 +8,8 @@
 | offload    | the streams, in host memory    | the same, and two transfers          |
 | reverse    | nothing (or a residue)         | one forward                          |
 
-All compute the same function of the same arguments, and can be mixed in a chain.
+All compute the same function of the same arguments, and can be mixed in a chain. What a branch
+names `GATHERED` (`jax.ad_checkpoint.checkpoint_name`) none of them keeps.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 Backprop = Literal["store", "remat_dots", "remat", "offload", "reverse"]
 STRATEGIES: tuple[Backprop, ...] = get_args(Backprop)
+
+GATHERED = "gathered"  # weights that a branch has gathered from other devices
 
 _LAYER_INPUT = "layer_input"
 
@@ -57,10 +60,11 @@ def remembering(forward: Callable[..., Any], backprop: Backprop, *, alone: bool)
     alone: whether it runs outside a loop, where a recompute must be kept from being merged with
       what it repeats. In a loop's body nothing is, and preventing it would cost copies.
     """
-    if backprop in ("store", "reverse"):
-        return forward
     policies = jax.checkpoint_policies
+    if backprop == "reverse" or (backprop == "store" and not _several_devices()):
+        return forward
     policy = {
+        "store": policies.save_anything_except_these_names(GATHERED),
         "remat": None,
         "remat_dots": _is_product,
         "offload": policies.save_and_offload_only_these_names(
@@ -77,6 +81,10 @@ def remembering(forward: Callable[..., Any], backprop: Backprop, *, alone: bool)
         return forward(params, x, context)
 
     return jax.checkpoint(named, policy=policy, prevent_cse=alone)
+
+
+def _several_devices() -> bool:
+    return jax.sharding.get_abstract_mesh().size > 1
 
 
 def _is_product(primitive: Any, *args: Any, **params: Any) -> bool:

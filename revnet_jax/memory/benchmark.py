@@ -67,7 +67,7 @@ class Entrant:
     def start(self) -> None:
         """A fresh state, and the first step: it is not timed, its memory and gradient are kept."""
         before, others = peak_memory_bytes() or 0, _bytes_in_use()
-        self.state, self.batch = jit_initialization(self.program.init, None)()
+        self.state, self.batch = jit_initialization(self.program.init)()
         jax.block_until_ready(self.state)
         rss = _reset_peak_rss()
         self._advance()

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+
+from revnet_jax.models.dtypes import at_least_float32
+from revnet_jax.models.partition import BATCH, by_device
 
 Kernel = Literal["chunked", "cudnn", "flash"]
 KERNELS: dict[str, Kernel] = {"cpu": "chunked", "gpu": "cudnn", "cuda": "cudnn", "tpu": "flash"}
@@ -37,7 +38,8 @@ def attend(
       arXiv:2205.14135), for lengths that are multiples of 128. Where a fused one does not take
       what it gets, it is chunked.
 
-    Softmax is float32. Cost: 4 B T T N K operations, half of that if a causal kernel is fused.
+    Softmax is float32 at least. Cost: 4 B T T N K operations, half of that if a causal kernel is
+    fused.
     """
     T = q_BTNK.shape[1]
     K = q_BTNK.shape[-1]
@@ -68,7 +70,8 @@ def scores_times_values(
     B, T, N, K = q_BTNK.shape
     G = k_BSGK.shape[2]
     q_BTGRK = q_BTNK.reshape(B, T, G, N // G, K)
-    scores = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
+    wide = at_least_float32(q_BTNK.dtype)
+    scores = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK, preferred_element_type=wide)
     scores = scores / math.sqrt(K)
     if mask_TS is not None:
         scores = jnp.where(mask_TS[None, None, None], scores, jnp.finfo(scores.dtype).min)
@@ -84,35 +87,20 @@ def _flash(q_BTNK, k_BTGK, v_BTGK, *, causal):
     q, k, v = by_head(q_BTNK, 1), by_head(k_BTGK, repeats), by_head(v_BTGK, repeats)
     scale = 1 / math.sqrt(q_BTNK.shape[-1])
     kernel = functools.partial(flash_attention, causal=causal, sm_scale=scale)
-    return jnp.swapaxes(by_device(kernel, sharded=3)(q, k, v), 1, 2)
-
-
-def by_device(function: Callable[..., Any], *, sharded: int) -> Callable[..., Any]:
-    """The function, computed by every device of the mesh for its own part of the batch.
-
-    sharded: how many arguments, the first, have the batch as their leading axis, as the result
-      has; devices have all of the others. Outside a mesh it is the function itself.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return function
-    part, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
-
-    def mapped(*args):
-        specs = tuple(part if i < sharded else whole for i in range(len(args)))
-        return jax.shard_map(function, in_specs=specs, out_specs=part, check_vma=False)(*args)
-
-    return mapped
+    heads = (BATCH, "tensor")  # their number is a multiple of the axis
+    return jnp.swapaxes(by_device(kernel, (heads,) * 3, heads)(q, k, v), 1, 2)
 
 
 def rotate(x_BTNK: jax.Array, position_T: Any, *, base: float = 10_000.0) -> jax.Array:
     """Rotary positions (Su et al. 2021, arXiv:2104.09864): each head's halves turned by angles.
 
-    position_T: of the tokens, whole numbers. Computed in float32, returned in the input's dtype.
+    position_T: of the tokens, whole numbers. Computed in float32 at least, returned in the
+    input's dtype.
     """
     half = x_BTNK.shape[-1] // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_TK = position_T.astype(jnp.float32)[:, None] * frequency[None]
+    wide = at_least_float32(x_BTNK.dtype)
+    frequency = base ** (-jnp.arange(half, dtype=wide) / half)
+    angle_TK = position_T.astype(wide)[:, None] * frequency[None]
     cos, sin = (f(angle_TK)[None, :, None] for f in (jnp.cos, jnp.sin))
-    a, b = jnp.split(x_BTNK.astype(jnp.float32), 2, axis=-1)
+    a, b = jnp.split(x_BTNK.astype(wide), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNK.dtype)

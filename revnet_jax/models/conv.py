@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from revnet_jax.models.dtypes import at_least_float32
+
 # One chunk's columns in the CPU form: small enough to stay in the caches, large enough to be worth
 # starting a matrix product for. Measured times hardly differ from 1 to 4 MiB.
 _COLUMN_BYTES = 2 << 20
@@ -83,7 +85,7 @@ def _columns_grad(stride, x_BHWC, kernel, dy_BHWC):
     """Both gradients, by matrix products over columns: the window of each output pixel, flat."""
     x_mnHWC = _chunked(x_BHWC, kernel, stride)
     dy_mnHWC = dy_BHWC.reshape(*x_mnHWC.shape[:2], *dy_BHWC.shape[1:])
-    kernel_acc = kernel.astype(_sum_dtype(kernel))
+    kernel_acc = kernel.astype(at_least_float32(kernel.dtype))
 
     def put_chunk(i, grads):
         dx_mnHWC, dkernel = grads
@@ -119,7 +121,9 @@ def _chunked(x_BHWC, kernel, stride):
     stays sharded within each chunk."""
     B, H, W, C = x_BHWC.shape
     taps = kernel.shape[0] * kernel.shape[1]
-    image_bytes = -(-H // stride) * -(-W // stride) * taps * C * _sum_dtype(kernel).itemsize
+    image_bytes = (
+        -(-H // stride) * -(-W // stride) * taps * C * at_least_float32(kernel.dtype).itemsize
+    )
     most = B if taps == 1 else max(1, _COLUMN_BYTES // image_bytes)
     m = max(m for m in range(1, min(B, most) + 1) if B % m == 0)
     return x_BHWC.reshape(m, B // m, H, W, C)
@@ -127,8 +131,4 @@ def _chunked(x_BHWC, kernel, stride):
 
 def _chunk(a_mnHWC, i):
     a_mHWC = lax.dynamic_index_in_dim(a_mnHWC, i, axis=1, keepdims=False)
-    return a_mHWC.astype(_sum_dtype(a_mHWC))
-
-
-def _sum_dtype(x):
-    return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+    return a_mHWC.astype(at_least_float32(a_mHWC.dtype))

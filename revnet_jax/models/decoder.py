@@ -14,28 +14,45 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from revnet_jax.models.attention import Kernel, attend, by_device, rotate, scores_times_values
+from revnet_jax.models.attention import Kernel, attend, rotate, scores_times_values
+from revnet_jax.models.dtypes import at_least_float32
+from revnet_jax.models.partition import BATCH, by_device
+
+# How layers are split over a mesh: heads and hidden units over "tensor", what is left over "fsdp".
+LAYER_RULES = (
+    (r"qkv/kernel$", ("fsdp", "tensor")),
+    (r"up/kernel$", ("fsdp", None, "tensor")),
+    (r"(out|down)/kernel$", ("tensor", "fsdp")),
+    (r"up_kernel$", (None, "fsdp", None, "tensor")),
+    (r"down_kernel$", (None, "tensor", "fsdp")),
+)
 
 
 class Linear(nnx.Module):
-    """x @ kernel, in `dtype`; normal initialisation of standard deviation `std`."""
+    """x @ kernel, in `dtype`; normal initialisation of standard deviation `std`.
 
-    def __init__(self, inputs: int, outputs: int, *, std: float, dtype, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (inputs, outputs)))
+    outputs: the last dimension of what it returns, or the last few.
+    """
+
+    def __init__(self, inputs: int, *outputs: int, std: float, dtype, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (inputs, *outputs)))
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        return jnp.tensordot(x.astype(self.dtype), self.kernel[...].astype(self.dtype), 1)
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + 1e-6) * scale, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    """x / sqrt(mean(x^2) + 1e-6) * scale (Zhang & Sennrich 2019, arXiv:1910.07467).
+
+    In float32 at least.
+    """
 
     def __init__(self, width: int):
         self.scale = nnx.Param(jnp.ones(width))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = x.astype(jnp.float32)
+        x = x.astype(at_least_float32(x.dtype))
         mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
         scale = jnp.expand_dims(self.scale[...], tuple(range(x.ndim - 1)))
         return x * lax.rsqrt(mean_square + 1e-6) * scale
@@ -82,9 +99,11 @@ class Attention(nnx.Module):
         that came before too.
         """
         B, T, D = x_BTD.shape
-        N, G = self.heads, self.kv_heads
-        qkv = self.qkv(self.norm(x_BTD)).reshape(B, T, N + 2 * G, self.head_size)
-        q_BTNK, k_BTGK, v_BTGK = jnp.split(qkv, (N, N + G), axis=2)
+        G, R, K = self.kv_heads, self.heads // self.kv_heads, self.head_size
+        # Each key-value head next to the heads that read it: devices have whole groups.
+        qkv = self.qkv(self.norm(x_BTD)).reshape(B, T, G, R + 2, K)
+        q_BTNK = qkv[..., :R, :].reshape(B, T, G * R, K)
+        k_BTGK, v_BTGK = qkv[..., R, :], qkv[..., R + 1, :]
         position_T = position + jnp.arange(T)
         q_BTNK = rotate(q_BTNK, position_T, base=self.rotary_base)
         k_BTGK = rotate(k_BTGK, position_T, base=self.rotary_base)
@@ -111,7 +130,7 @@ class FeedForward(nnx.Module):
         self, *, width: int, hidden: int, chunks: int, out_std: float, dtype, rngs: nnx.Rngs
     ):
         self.norm, self.chunks = RMSNorm(width), chunks
-        self.up = Linear(width, 2 * hidden, std=width**-0.5, dtype=dtype, rngs=rngs)
+        self.up = Linear(width, 2, hidden, std=width**-0.5, dtype=dtype, rngs=rngs)
         self.down = Linear(hidden, width, std=out_std, dtype=dtype, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -123,7 +142,7 @@ class FeedForward(nnx.Module):
         return jnp.swapaxes(u, 0, 1).reshape(B, T, D)
 
     def _apply(self, x_BTD):
-        gate, value = jnp.split(self.up(self.norm(x_BTD)), 2, axis=-1)
+        gate, value = jnp.unstack(self.up(self.norm(x_BTD)), axis=-2)
         return self.down(jax.nn.silu(gate) * value)
 
 
@@ -150,8 +169,9 @@ class Experts(nnx.Module):
         self.experts_per_token, self.dtype = experts_per_token, dtype
         self.norm = RMSNorm(width)
         normal = lambda std, *shape: nnx.Param(std * jax.random.normal(rngs.params(), shape))
-        self.router = Linear(width, experts, std=width**-0.5, dtype=jnp.float32, rngs=rngs)
-        self.up_kernel = normal(width**-0.5, experts, width, 2 * hidden)
+        wide = at_least_float32(dtype)
+        self.router = Linear(width, experts, std=width**-0.5, dtype=wide, rngs=rngs)
+        self.up_kernel = normal(width**-0.5, experts, width, 2, hidden)
         self.down_kernel = normal(out_std, experts, hidden, width)
 
     def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -166,14 +186,18 @@ class Experts(nnx.Module):
         balance = E * jnp.sum(share_E * jnp.mean(probability_BTE, axis=(0, 1)))
 
         up, down = (kernel[...].astype(self.dtype) for kernel in (self.up_kernel, self.down_kernel))
-        u_BTD = by_device(_dispatch, sharded=3)(x_BTD, weight_BTR, expert_BTR, up, down)
+        hidden = (None, None, None, "tensor"), (None, "tensor")
+        dispatch = by_device(_dispatch, ((BATCH,),) * 3 + hidden, ("tensor", BATCH))
+        # Added up over the devices that have parts of the hidden units.
+        u_BTD = jnp.sum(dispatch(x_BTD, weight_BTR, expert_BTR, up, down), axis=0)
         return u_BTD, balance, expert_BTR
 
 
-def _dispatch(x_BTD, weight_BTR, expert_BTR, up_EDF, down_EFD):
-    """Each token's weighted sum of what its experts say."""
+def _dispatch(x_BTD, weight_BTR, expert_BTR, up_ED2F, down_EFD):
+    """Each token's weighted sum of what its experts say, [1, B, T, D]."""
     B, T, D = x_BTD.shape
-    E, R = len(up_EDF), expert_BTR.shape[-1]
+    E, R = len(up_ED2F), expert_BTR.shape[-1]
+    up_EDF = up_ED2F.reshape(E, D, -1)
     expert_M = expert_BTR.reshape(-1)
     # Sorted by expert, and back by a gather: adding up in place might change the order of sums.
     order_M = jnp.argsort(expert_M, stable=True)
@@ -182,4 +206,5 @@ def _dispatch(x_BTD, weight_BTR, expert_BTR, up_EDF, down_EFD):
     gate, value = jnp.split(lax.ragged_dot(rows, up_EDF, sizes_E), 2, axis=-1)
     outputs = lax.ragged_dot(jax.nn.silu(gate) * value, down_EFD, sizes_E)
     u_BTRD = outputs[jnp.argsort(order_M)].reshape(B, T, R, D)
-    return jnp.sum(u_BTRD * weight_BTR[..., None].astype(u_BTRD.dtype), axis=2)
+    u_BTD = jnp.sum(u_BTRD * weight_BTR[..., None].astype(u_BTRD.dtype), axis=2)
+    return u_BTD[None]

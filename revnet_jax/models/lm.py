@@ -18,8 +18,16 @@ from jax import lax
 from revnet_jax.core import Backprop, Exactness, Grid
 from revnet_jax.models.attention import Kernel
 from revnet_jax.models.bridge import PureModule
-from revnet_jax.models.decoder import Attention, Cache, Experts, FeedForward, RMSNorm
+from revnet_jax.models.decoder import (
+    LAYER_RULES,
+    Attention,
+    Cache,
+    Experts,
+    FeedForward,
+    RMSNorm,
+)
 from revnet_jax.models.network import Lockstep, Variables
+from revnet_jax.models.partition import by_batch, gather
 from revnet_jax.models.transformer import Transformer, check_positive, drop, init_layers_of
 
 
@@ -73,6 +81,9 @@ class LanguageModel(Transformer):
     feed_forward_chunks: see `FeedForward`. loss_chunk: tokens of each sequence whose logits exist
       together.
     """
+
+    # The vocabulary over "tensor": each device has the logits of its own part.
+    rules = ((r"embed$", ("tensor", "fsdp")), (r"head/kernel$", ("fsdp", "tensor")), *LAYER_RULES)
 
     def __init__(
         self,
@@ -184,20 +195,27 @@ class LanguageModel(Transformer):
         """
         x_BTD, aux_L = self.features(variables, token_BT, **options)
         if weight_BT is None:
-            weight_BT = jnp.ones(target_BT.shape, jnp.float32)
-        kernel_DV = self._head_kernel(variables)
+            weight_BT = jnp.ones(target_BT.shape, x_BTD.dtype)
+        # Each device adds up the gradient of its own chunks, before any is sent.
+        nll_B = by_batch(self._nll, whole=1)(
+            self._head_kernel(variables), x_BTD, target_BT, weight_BT
+        )
+        return jnp.sum(nll_B) / jnp.sum(weight_BT), aux_L
+
+    def _nll(self, kernel_DV, x_BTD, target_BT, weight_BT):
+        """[B]: the weighted sums over each sequence, from one chunk of tokens after the other."""
 
         @jax.checkpoint
-        def chunk_loss(total, part):
+        def chunk_loss(nll_B, part):
             x_BTD, target_BT, weight_BT = part
             logits_BTV = self._logits(kernel_DV, x_BTD)
             true_BT = jnp.take_along_axis(logits_BTV, target_BT[..., None], axis=-1)[..., 0]
             nll_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - true_BT
-            return total + jnp.sum(weight_BT * nll_BT), None
+            return nll_B + jnp.sum(weight_BT * nll_BT, axis=1), None
 
         parts = _in_chunks((x_BTD, target_BT, weight_BT), self.loss_chunk)
-        total, _ = lax.scan(chunk_loss, jnp.zeros((), jnp.float32), parts)
-        return total / jnp.sum(weight_BT), aux_L
+        nll_B, _ = lax.scan(chunk_loss, jnp.zeros(len(x_BTD), x_BTD.dtype), parts)
+        return nll_B
 
     def logits(self, variables: Variables, token_BT: jax.Array) -> jax.Array:
         """float32 [B, T, V]: of all tokens at once."""
@@ -235,11 +253,13 @@ class LanguageModel(Transformer):
 
         def f(params, x_BTD, context):
             cache, keys = context.data or (None, None)
+            params = gather(self.rules, "layers/0", params, self.compute_dtype)
             (u_BTD, cache), _ = self._f.apply(params, {}, x_BTD, context.shared, cache)
             return drop(u_BTD, rate, keys, 0), cache
 
         def g(params, x_BTD, context):
             _, keys = context.data or (None, None)
+            params = gather(self.rules, "layers/1", params, self.compute_dtype)
             u_BTD, _ = self._g.apply(params, {}, x_BTD)
             u_BTD, *aux = u_BTD if self.architecture.experts else (u_BTD,)
             return drop(u_BTD, rate, keys, 1), tuple(aux)
@@ -247,7 +267,10 @@ class LanguageModel(Transformer):
         return f, g
 
     def _embed(self, variables, token_BT, keys):
-        return drop(variables.params["embed"][token_BT], self.architecture.dropout, keys, 0)
+        embed_VD = variables.params["embed"]
+        embed_VD = gather(self.rules, "embed", embed_VD, embed_VD.dtype)
+        x_BTD = by_batch(lambda embed_VD, token_BT: embed_VD[token_BT], whole=1)(embed_VD, token_BT)
+        return drop(x_BTD, self.architecture.dropout, keys, 0)
 
     def _normalise(self, variables, x_BTD):
         norm = {"scale": variables.params["head"]["scale"]}
@@ -255,12 +278,14 @@ class LanguageModel(Transformer):
 
     def _head_kernel(self, variables):
         if self.architecture.tied:
-            return variables.params["embed"].T
-        return variables.params["head"]["kernel"]
+            return gather(self.rules, "embed", variables.params["embed"], self.compute_dtype).T
+        head = gather(self.rules, "head", variables.params["head"], self.compute_dtype)
+        return head["kernel"]
 
     def _logits(self, kernel_DV, x):
+        wide = x.dtype
         x, kernel_DV = x.astype(self.compute_dtype), kernel_DV.astype(self.compute_dtype)
-        return jnp.matmul(x, kernel_DV, preferred_element_type=jnp.float32)
+        return jnp.matmul(x, kernel_DV, preferred_element_type=wide)
 
 
 def _in_chunks(arrays, chunk):

@@ -29,7 +29,8 @@ from revnet_jax.core import (
 from revnet_jax.models.architecture import Architecture, chains, groups
 from revnet_jax.models.bridge import PureModule
 from revnet_jax.models.invertible import PadStem, squeeze
-from revnet_jax.models.residual import Head, ResidualBranch, Stem, make_shortcut
+from revnet_jax.models.partition import gather, on_batch
+from revnet_jax.models.residual import RULES, Head, ResidualBranch, Stem, make_shortcut
 from revnet_jax.models.strategies import assign_strategies
 
 
@@ -62,6 +63,8 @@ class Network:
     grid: where the streams of a RevNet live; None for free floats.
     check_exactness: whether `probes` has any: the check keeps each chain's input.
     """
+
+    rules = RULES
 
     def __init__(
         self,
@@ -110,7 +113,7 @@ class Network:
             for name, unit, _ in self.groups
             if unit and not unit.keeps_shape
         }
-        self._head = _pure(Head, channels[-1], architecture.num_classes)
+        self._head = _pure(Head, channels[-1], architecture.num_classes, **common)
 
     @property
     def invertible(self) -> bool:
@@ -180,8 +183,10 @@ class Network:
         x_BHWC, new_stats = self.features(
             variables, image_BHWC, train=train, probes=probes, lockstep=lockstep
         )
+        # Computed in the features' dtype, and so sent in it.
+        head = gather(RULES, "head", variables.params["head"], x_BHWC.dtype)
         logits_BV, new_stats["head"] = self._head.apply(
-            variables.params["head"], variables.stats["head"], x_BHWC, train=train
+            head, variables.stats["head"], x_BHWC, train=train
         )
         return logits_BV, new_stats
 
@@ -197,10 +202,9 @@ class Network:
         """(what the head sees: the streams joined, [B, H', W', channels[-1]]; running averages)."""
         params, stats = variables
         new_stats = {}
-        x_BHWC, new_stats["stem"] = self._stem.apply(
-            params["stem"], stats["stem"], image_BHWC, train=train
-        )
-        x = tuple(jnp.split(x_BHWC, self.architecture.num_streams, axis=-1))
+        stem = self._gather("stem", params["stem"])
+        x_BHWC, new_stats["stem"] = self._stem.apply(stem, stats["stem"], image_BHWC, train=train)
+        x = on_batch(tuple(jnp.split(x_BHWC, self.architecture.num_streams, axis=-1)))
         for name, _, _ in self.groups:
             if name in self.chains:
                 chain, strategy = self.chains[name], self.strategies[name]
@@ -238,6 +242,9 @@ class Network:
         x = sequence_inverse(self._sections(chain, variables, train), y)
         return jnp.concatenate(x, axis=-1)[..., : architecture.image_shape[2]]
 
+    def _gather(self, group, params):
+        return gather(RULES, group, params, self.compute_dtype)
+
     def _sections(self, chain, variables, train, lockstep=None):
         def section(group):
             if group.unit is None:
@@ -256,6 +263,7 @@ class Network:
 
         def branch(module, i):
             def run(params, x_BHWC, context):
+                params = self._gather(f"{name}/{i}", params)
                 return module.apply(params, context.data[i], x_BHWC, train=train)
 
             return run
@@ -276,6 +284,7 @@ class Network:
         branches, shortcuts = self._branches[name], self._shortcuts[name]
 
         def run(params, stats, x):
+            params = self._gather(name, params)
             n = len(branches)
             y, new_stats = [], list(stats)
             for i in range(n):

@@ -1,7 +1,7 @@
 """The parts of residual image networks: stem, branches, shortcuts, head (Gomez et al. 2017).
 
 Streams are float32. What happens between two streams is computed in `dtype`; batch statistics are
-always float32.
+always float32 at least.
 """
 
 from __future__ import annotations
@@ -14,8 +14,22 @@ from flax import nnx
 from jax import lax
 
 from revnet_jax.models.conv import conv
+from revnet_jax.models.dtypes import at_least_float32
 
-BATCH_NORM = {"momentum": 0.99, "epsilon": 1e-3, "dtype": jnp.float32}
+# How units are split over a mesh: the channels inside them over "tensor", the others over "fsdp".
+RULES = (
+    (r"stem/conv/kernel$", (None, "fsdp")),
+    (r"head/dense/kernel$", ("fsdp", None)),
+    (r"convs/0/kernel$", ("fsdp", "tensor")),
+    (r"convs/1/kernel$", ("tensor", "fsdp")),
+    (r"kernel$", ("fsdp", None)),
+)
+
+
+def batch_norm(channels: int, dtype: Any, rngs: nnx.Rngs) -> nnx.BatchNorm:
+    """float32 at least, whatever the convolutions' `dtype`."""
+    wide = at_least_float32(dtype)
+    return nnx.BatchNorm(channels, momentum=0.99, epsilon=1e-3, dtype=wide, rngs=rngs)
 
 
 class Conv(nnx.Module):
@@ -42,7 +56,7 @@ class Stem(nnx.Module):
         size, stride = {"cifar": (3, 1), "imagenet": (7, 2)}[kind]
         self.kind = kind
         self.conv = Conv(in_channels, out_channels, size, stride=stride, dtype=dtype, rngs=rngs)
-        self.norm = nnx.BatchNorm(out_channels, **BATCH_NORM, rngs=rngs)
+        self.norm = batch_norm(out_channels, dtype, rngs)
 
     def __call__(self, image_BHWC: jax.Array, *, train: bool) -> jax.Array:
         x_BHWC = nnx.relu(self.norm(self.conv(image_BHWC), use_running_average=not train))
@@ -70,7 +84,7 @@ class ResidualBranch(nnx.Module):
         self.norms = nnx.List([])
         for i, size in enumerate(sizes):
             if i > 0 or activate_first:
-                self.norms.append(nnx.BatchNorm(widths[i], **BATCH_NORM, rngs=rngs))
+                self.norms.append(batch_norm(widths[i], dtype, rngs))
             step = stride if i == 0 else 1
             self.convs.append(
                 Conv(widths[i], widths[i + 1], size, stride=step, dtype=dtype, rngs=rngs)
@@ -111,8 +125,8 @@ def make_shortcut(in_channels, out_channels, *, stride, bottleneck, dtype, rngs)
 class Head(nnx.Module):
     """Features -> logits: batch normalisation, ReLU, global average pooling, a dense layer."""
 
-    def __init__(self, channels, num_classes, *, rngs):
-        self.norm = nnx.BatchNorm(channels, **BATCH_NORM, rngs=rngs)
+    def __init__(self, channels, num_classes, *, dtype, rngs):
+        self.norm = batch_norm(channels, dtype, rngs)
         self.dense = nnx.Linear(channels, num_classes, rngs=rngs)
 
     def __call__(self, x_BHWC: jax.Array, *, train: bool) -> jax.Array:

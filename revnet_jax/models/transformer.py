@@ -24,6 +24,7 @@ from revnet_jax.core import (
     reversible_block,
 )
 from revnet_jax.models.network import Lockstep
+from revnet_jax.models.partition import on_batch
 from revnet_jax.models.strategies import Strategy
 
 
@@ -107,6 +108,7 @@ class Transformer:
 
         data: `shared` and `data_L` of `chain`.
         """
+        x = on_batch(x)
         y, aux_L = chain(
             layer,
             params_L,

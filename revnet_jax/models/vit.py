@@ -19,8 +19,19 @@ from flax import nnx
 from revnet_jax.core import Backprop, Exactness, Grid
 from revnet_jax.models.attention import Kernel, attend
 from revnet_jax.models.bridge import PureModule
+from revnet_jax.models.dtypes import at_least_float32
 from revnet_jax.models.network import Lockstep, Variables
+from revnet_jax.models.partition import gather
 from revnet_jax.models.transformer import Transformer, check_positive, drop, init_layers_of
+
+# How it is split over a mesh: heads and hidden units over "tensor", what is left over "fsdp".
+RULES = (
+    (r"head/out/kernel$", ("fsdp", None)),
+    (r"embed/kernel$", (None, "fsdp")),
+    (r"(qkv|up)/kernel$", ("fsdp", "tensor")),
+    (r"(qkv|up)/bias$", ("tensor",)),
+    (r"(out|down)/kernel$", ("tensor", "fsdp")),
+)
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,8 @@ class RevViT(Transformer):
 
     backprop to check_exactness: see `Transformer`. attention: see `attend`.
     """
+
+    rules = RULES
 
     def __init__(
         self,
@@ -126,12 +139,17 @@ class RevViT(Transformer):
 
         def branch(module, i):
             def apply(params, x_BTD, context):
+                params = gather(RULES, f"layers/{i}", params, self.compute_dtype)
                 u_BTD, _ = module.apply(params, {}, x_BTD)
                 return drop(u_BTD, rate, context.data, i), ()
 
             return apply
 
-        x_BTD, _ = self._stem.apply(variables.params["stem"], {}, image_BHWC)
+        stem, head = (
+            gather(RULES, name, variables.params[name], self.compute_dtype)
+            for name in ("stem", "head")
+        )
+        x_BTD, _ = self._stem.apply(stem, {}, image_BHWC)
         x_BTD, _ = self._run(
             self._layer(branch(self._f, 0), branch(self._g, 1)),
             variables.params["layers"],
@@ -142,7 +160,7 @@ class RevViT(Transformer):
         )
         by_token = self.architecture.pool == "token"
         x_BD = x_BTD[:, 0] if by_token else jnp.mean(x_BTD, axis=1)
-        return self._head.apply(variables.params["head"], {}, x_BD)[0], {}
+        return self._head.apply(head, {}, x_BD)[0], {}
 
 
 def _linear(inputs, outputs, *, dtype, rngs, kernel_init=None):
@@ -150,8 +168,9 @@ def _linear(inputs, outputs, *, dtype, rngs, kernel_init=None):
     return nnx.Linear(inputs, outputs, dtype=dtype, kernel_init=kernel_init, rngs=rngs)
 
 
-def _norm(width, rngs):
-    return nnx.LayerNorm(width, epsilon=1e-6, dtype=jnp.float32, rngs=rngs)
+def _norm(width, dtype, rngs):
+    wide = at_least_float32(dtype)
+    return nnx.LayerNorm(width, epsilon=1e-6, dtype=wide, rngs=rngs)
 
 
 class Patches(nnx.Module):
@@ -170,11 +189,11 @@ class Patches(nnx.Module):
         self.position = nnx.Param(0.02 * positions)
 
     def __call__(self, image_BHWC: jax.Array) -> jax.Array:
-        """float32 [B, T, D]."""
+        """[B, T, D], in the positions' dtype."""
         B, H, W, C = image_BHWC.shape
         p = self.patch
         x = image_BHWC.reshape(B, H // p, p, W // p, p, C).transpose(0, 1, 3, 2, 4, 5)
-        x_BTD = self.embed(x.reshape(B, -1, p * p * C)).astype(jnp.float32)
+        x_BTD = self.embed(x.reshape(B, -1, p * p * C)).astype(self.position[...].dtype)
         if self.has_token:
             token = jnp.broadcast_to(self.token[...], (B, 1, x_BTD.shape[-1]))
             x_BTD = jnp.concatenate([token, x_BTD], axis=1)
@@ -186,14 +205,15 @@ class SelfAttention(nnx.Module):
 
     def __init__(self, *, width: int, heads: int, kernel: Kernel, dtype, rngs: nnx.Rngs):
         self.heads, self.kernel = heads, kernel
-        self.norm = _norm(width, rngs)
+        self.norm = _norm(width, dtype, rngs)
         self.qkv = _linear(width, 3 * width, dtype=dtype, rngs=rngs)
         self.out = _linear(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         B, T, D = x_BTD.shape
-        qkv = self.qkv(self.norm(x_BTD)).reshape(B, T, 3, self.heads, D // self.heads)
-        mixed = attend(*jnp.unstack(qkv, axis=2), causal=False, kernel=self.kernel)
+        # All that a head reads next to each other: devices have whole heads.
+        qkv = self.qkv(self.norm(x_BTD)).reshape(B, T, self.heads, 3, D // self.heads)
+        mixed = attend(*jnp.unstack(qkv, axis=3), causal=False, kernel=self.kernel)
         return self.out(mixed.reshape(B, T, D))
 
 
@@ -201,7 +221,7 @@ class Mlp(nnx.Module):
     """Two layers with GELU between; normalises what it reads."""
 
     def __init__(self, *, width: int, hidden: int, dtype, rngs: nnx.Rngs):
-        self.norm = _norm(width, rngs)
+        self.norm = _norm(width, dtype, rngs)
         self.up = _linear(width, hidden, dtype=dtype, rngs=rngs)
         self.down = _linear(hidden, width, dtype=dtype, rngs=rngs)
 
@@ -213,9 +233,9 @@ class Head(nnx.Module):
     """Normalises, and predicts by a matrix that starts at zero."""
 
     def __init__(self, *, width: int, num_classes: int, dtype, rngs: nnx.Rngs):
-        self.norm = _norm(width, rngs)
+        self.norm = _norm(width, dtype, rngs)
         zeros = nnx.initializers.zeros
         self.out = _linear(width, num_classes, dtype=dtype, rngs=rngs, kernel_init=zeros)
 
     def __call__(self, x_BD: jax.Array) -> jax.Array:
-        return self.out(self.norm(x_BD)).astype(jnp.float32)
+        return self.out(self.norm(x_BD)).astype(x_BD.dtype)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from revnet_jax.config import ConfigError, settings
@@ -26,6 +27,7 @@ from revnet_jax.models import (
 from revnet_jax.models.attention import kernel_for
 from revnet_jax.training.lockstep import LockstepOptimizer, check_layerwise
 from revnet_jax.training.optimizer import make_optimizer, make_schedule
+from revnet_jax.training.sharding import batch_parts
 from revnet_jax.training.step import Optimizer
 from revnet_jax.training.task import Classification, Model, NextToken, Task
 
@@ -214,14 +216,17 @@ class Data(NamedTuple):
     record: dict[str, Any]
 
 
-def build_data(config: ConfigDict, eval_batch_size: int | None = None) -> Data:
+def build_data(
+    config: ConfigDict, eval_batch_size: int | None = None, *, share: tuple[int, int] = (0, 1)
+) -> Data:
     """Loads the data, checks that they are what the config says, and says how they are read.
 
-    eval_batch_size: in place of the config's.
+    eval_batch_size: in place of the config's. share: (which, of how many) part of each batch to
+    read: see `batch_share`.
     """
     shared = {
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
+        "process_index": share[0],
+        "process_count": share[1],
         "num_threads": config.data.num_threads,
         "prefetch": config.data.prefetch,
     }
@@ -292,14 +297,20 @@ def pipeline_settings(config: ConfigDict) -> dict[str, Any]:
     }
 
 
-def check_batch_sizes(config: ConfigDict) -> None:
-    """Raises ConfigError unless all devices get equal parts of every batch."""
-    devices = jax.device_count()
+def check_split(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises ConfigError unless batches and heads can be split over the mesh in equal parts."""
+    parts = batch_parts(mesh)
     for name in ("batch_size", "eval_batch_size"):
-        if config[name] % devices:
+        if config[name] % parts:
             raise ConfigError(
-                f"config.{name}: got {config[name]} for {devices} devices, expected a multiple of "
-                f"{devices}, so that each gets an equal part"
+                f"config.{name}: got {config[name]}, expected a multiple of {parts}: so many parts "
+                f"are batches split into over {mesh.size} devices"
+            )
+    for name in ("kv_heads", "heads"):
+        if name in config.model and config.model[name] % mesh.shape["tensor"]:
+            raise ConfigError(
+                f"config.model.{name}: got {config.model[name]}, expected a multiple of "
+                f"config.mesh.tensor, {mesh.shape['tensor']}: heads are split over it"
             )
 
 

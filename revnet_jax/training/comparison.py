@@ -56,7 +56,7 @@ class Trainer:
         self.exactness: list[Exactness] = []
         keys = jax.random.split(jax.random.key(0), (seeds, 2))
         init = lambda: (jax.vmap(network.init)(keys[:, 0]), keys[:, 1])
-        self._fresh = jit_initialization(init, None)()  # of all seeds, by one program
+        self._fresh = jit_initialization(init)()  # of all seeds, by one program
         self.state: RunState | None = None
         self._programs: dict[Backprop, jax.stages.Compiled] = {}
         self._update = jit(self._updated, donate_argnums=0)

@@ -17,12 +17,13 @@ from revnet_jax.core import trees
 
 
 class LayerState(NamedTuple):
-    """An optimizer's state for all layers of one group, its leaves in their order.
+    """An optimizer's state for all layers of one group.
 
-    floats_L: stacked like the parameters. counters: the same for every layer.
+    floats_L: the state's tree, stacked like the parameters, with None in place of counters.
+    counters: the same for every layer and group.
     """
 
-    floats_L: list[jax.Array]
+    floats_L: Any
     counters: list[jax.Array]
 
 
@@ -36,7 +37,7 @@ class LockstepState(NamedTuple):
 class Carried(NamedTuple):
     """What the sweep carries for each layer: optimizer state, and how large its gradient was."""
 
-    floats: list[jax.Array]
+    floats: Any
     squared_norm: jax.Array
 
 
@@ -70,7 +71,8 @@ class LockstepOptimizer(NamedTuple):
             layer_state = self._join(params, carried.floats, counters)
             updates, layer_state = self.layer.update(dparams, layer_state, params)
             squared_norm = optax.tree.norm(dparams, squared=True).astype(jnp.float32)
-            return optax.apply_updates(params, updates), Carried(_floats(layer_state), squared_norm)
+            floats, _ = trees.split(layer_state)
+            return optax.apply_updates(params, updates), Carried(floats, squared_norm)
 
         carried = {
             name: Carried(layers.floats_L, jnp.zeros(_depth(params[name]), jnp.float32))
@@ -103,20 +105,19 @@ class LockstepOptimizer(NamedTuple):
         return new_params, LockstepState(outside_state, new_state), jnp.sqrt(squared_norm)
 
     def _init_layers(self, params_L):
-        state_L = jax.vmap(self.layer.init)(params_L)
-        return LayerState(_floats(state_L), [leaf[0] for leaf in _others(state_L)])
+        floats_L, counters_L = trees.split(jax.vmap(self.layer.init)(params_L))
+        return LayerState(floats_L, [leaf[0] for leaf in jax.tree.leaves(counters_L)])
 
     def _count(self, params_L, state):
         """The counters after a step: whatever the gradient was. The compiler drops all else."""
         params, floats = jax.tree.map(lambda leaf: leaf[0], (params_L, state.floats_L))
         gradient = jax.tree.map(jnp.zeros_like, params)
         _, new = self.layer.update(gradient, self._join(params, floats, state.counters), params)
-        return _others(new)
+        return jax.tree.leaves(trees.split(new)[1])
 
     def _join(self, params, floats, counters):
-        leaves, structure = jax.tree.flatten(jax.eval_shape(self.layer.init, params))
-        sources = {True: iter(floats), False: iter(counters)}
-        return structure.unflatten([next(sources[trees.is_inexact(leaf)]) for leaf in leaves])
+        _, others = trees.split(jax.eval_shape(self.layer.init, params))
+        return trees.join(floats, jax.tree.unflatten(jax.tree.structure(others), counters))
 
     def _split(self, groups):
         outside = {name: tree for name, tree in groups.items() if name not in self.stacked}
@@ -135,7 +136,7 @@ def check_layerwise(optimizer: optax.GradientTransformation, params: Any) -> Non
         tiny = jax.tree.map(lambda leaf: jnp.ones([2] * leaf.ndim, leaf.dtype), params)
         gradient = jax.tree.map(lambda leaf: (0.5 * leaf).at[1].set(other), tiny)
         updates, state = optimizer.update(gradient, optimizer.init(tiny), tiny)
-        return [leaf[0] for leaf in jax.tree.leaves(updates)], _others(state)
+        return [leaf[0] for leaf in jax.tree.leaves(updates)], trees.split(state)[1]
 
     pairs = zip(*(jax.tree.leaves(update(other)) for other in (0.5, jnp.nan)), strict=True)
     if not all(jnp.array_equal(a, b) for a, b in pairs):
@@ -144,14 +145,6 @@ def check_layerwise(optimizer: optax.GradientTransformation, params: Any) -> Non
             "expected one that looks at a layer's: gradients of a chain never exist together. Clip "
             "each layer by its own norm: clip='layer'"
         )
-
-
-def _floats(state):
-    return [leaf for leaf in jax.tree.leaves(state) if trees.is_inexact(leaf)]
-
-
-def _others(state):
-    return [leaf for leaf in jax.tree.leaves(state) if not trees.is_inexact(leaf)]
 
 
 def _depth(params_L):

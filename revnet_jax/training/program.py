@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from revnet_jax.config import ConfigError
-from revnet_jax.training.build import build_recipe
+from revnet_jax.training.build import build_recipe, check_split
 from revnet_jax.training.compiler import jit
-from revnet_jax.training.sharding import abstract, on_mesh, replicated
+from revnet_jax.training.sharding import batch_sharding, make_mesh, on_mesh, placed
 from revnet_jax.training.step import TrainState, init_state, make_train_step
 from revnet_jax.training.task import Batch, Model
 
@@ -30,30 +28,26 @@ class StepProgram(NamedTuple):
 
 
 def step_program(config: ConfigDict, devices: Sequence[jax.Device]) -> StepProgram:
-    """The real step of `config`: state on every device, batches split over all of them.
+    """The real step of `config`, split over a mesh of the devices as the config says.
 
     devices: of one kind; those of a topology (`jax.experimental.topologies`) will do.
 
     Nothing is computed. Raises ConfigError for settings that cannot be used.
     """
     task, schedule, optimizer = build_recipe(config, platform=devices[0].platform)
-    if config.batch_size % len(devices):
-        raise ConfigError(
-            f"config.batch_size: got {config.batch_size} for {len(devices)} devices, expected a "
-            f"multiple of {len(devices)}, so that each gets an equal part"
-        )
-    mesh = Mesh(devices, ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = make_mesh(devices, **config.mesh)
+    check_split(config, mesh)
     step = make_train_step(task, optimizer, schedule, microbatches=config.microbatches)
     step = on_mesh(step, mesh)
     # What `jit` asks of the compiler on CPU, other compilers do not know.
     compiled_by = jit if devices[0].platform == "cpu" else jax.jit
-    split = NamedSharding(mesh, PartitionSpec("data"))
+    init = lambda: init_state(task.network, optimizer, config.seed)
     return StepProgram(
         network=task.network,
         step=compiled_by(step, donate_argnums=0),
-        state=abstract(lambda: init_state(task.network, optimizer, config.seed), replicated(mesh)),
+        state=placed(init, task.network.rules, mesh),
         batch={
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split)
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=batch_sharding(mesh))
             for name, leaf in task.batch_shapes(config.batch_size).items()
         },
     )

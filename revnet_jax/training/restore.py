@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from revnet_jax.data.vocabulary import vocabulary_from
@@ -15,7 +16,7 @@ from revnet_jax.training.checkpoint import CheckpointError
 from revnet_jax.training.compiler import jit
 from revnet_jax.training.evaluation import evaluate
 from revnet_jax.training.loop import open_checkpoints
-from revnet_jax.training.sharding import abstract, data_mesh, on_mesh, replicated
+from revnet_jax.training.sharding import batch_parts, batch_share, make_mesh, on_mesh, placed
 from revnet_jax.training.step import TrainState
 from revnet_jax.training.task import Task
 from revnet_jax.training.workdir import load_config, load_record
@@ -34,7 +35,9 @@ class Restored(NamedTuple):
 
 
 def restore_run(workdir: Path, which: Which = "newest") -> Restored:
-    """The variables in a checkpoint of a run, on every device; changes nothing in its folder.
+    """The variables in a checkpoint of a run; changes nothing in its folder.
+
+    Whatever mesh it was trained on, weights are split over all devices that are here now.
 
     Raises UserError in one line: no run or no checkpoint there.
     """
@@ -44,7 +47,7 @@ def restore_run(workdir: Path, which: Which = "newest") -> Restored:
     if not (workdir / "checkpoints").exists():
         raise CheckpointError(f"{workdir} holds no checkpoints: has its run saved any yet?")
     with open_checkpoints(workdir, task, read_only=True) as checkpoints:
-        state = abstract(init, replicated(data_mesh()))
+        state = placed(init, task.network.rules, all_fsdp())
         restored = checkpoints.restore(state, which=which, partial=True)
     if restored is None:
         raise CheckpointError(f"{workdir / 'checkpoints'} is empty: has its run saved any yet?")
@@ -66,14 +69,20 @@ def evaluate_run(
     config = load_config(workdir)
     if data_dir is not None:
         config.data.dir = data_dir
+    mesh = all_fsdp()
     # Batches are padded anyway: rounded up, any number of devices can share them.
-    devices = jax.device_count()
-    data = build_data(config, -(-config.eval_batch_size // devices) * devices)
+    parts = batch_parts(mesh)
+    batch_size = -(-config.eval_batch_size // parts) * parts
+    data = build_data(config, batch_size, share=batch_share(mesh))
     run = restore_run(workdir, which)
     if "vocabulary" in run.data:
         found, expected = (vocabulary_from(r["vocabulary"]) for r in (data.record, run.data))
         found.check_same_ids(expected, f"the run in {workdir}")
     task = run.task.of_data(data.record)
-    mesh = data_mesh()
     means = evaluate(jit(on_mesh(task.sums, mesh)), run.variables, data.test(), mesh)
     return {"step": run.step, "checkpoint": which, **task.scores(means)}
+
+
+def all_fsdp() -> Mesh:
+    """A mesh for every model and any number of devices."""
+    return make_mesh(jax.devices(), data=1, fsdp=-1)

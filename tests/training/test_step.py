@@ -3,11 +3,11 @@
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import NamedSharding, PartitionSpec
 
 from revnet_jax.config import ConfigError, language_model
 from revnet_jax.training.build import build_data, build_recipe
-from revnet_jax.training.sharding import put_batch, replicated
+from revnet_jax.training.sharding import make_mesh, put_batch
 from revnet_jax.training.step import init_state, make_train_step
 from revnet_jax.training.task import cross_entropy
 
@@ -20,9 +20,11 @@ def test_one_device_and_two_make_the_same_update(tiny_config):
     state = init_state(task.network, optimizer, seed=0)
     updates = []
     for count in (1, 2):
-        mesh = Mesh(np.asarray(jax.devices()[:count]), ("data",))
+        mesh = make_mesh(jax.devices()[:count])
         step = jax.jit(make_train_step(task, optimizer, schedule))
-        new_state, metrics = step(jax.device_put(state, replicated(mesh)), put_batch(batch, mesh))
+        new_state, metrics = step(
+            jax.device_put(state, NamedSharding(mesh, PartitionSpec())), put_batch(batch, mesh)
+        )
         assert metrics["exact_mismatches"] == 0
         change = jax.tree.map(
             lambda after, before: np.ravel(np.asarray(after) - np.asarray(before)),
