@@ -1,0 +1,157 @@
+"""A mesh of devices trains what one device does."""
+
+import functools
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from revnet_jax.config import ConfigError, image_classification, language_model
+from revnet_jax.models.partition import spec_of
+from revnet_jax.training.build import build_recipe, check_split
+from revnet_jax.training.sharding import batch_share, make_mesh, placed
+from revnet_jax.training.step import init_state
+
+# Learning rates so small that ten steps do not amplify roundings: not chaos is to be compared.
+COMMON = {"num_steps": 20, "batch_size": 16, "schedule.warmup_steps": 0, "optimizer.name": "sgd"}
+TRANSFORMER = {"schedule.learning_rate": 0.01, "model.layers": 3, "model.width": 32}
+FAMILIES = {
+    "revnet": {
+        "schedule.learning_rate": 0.002,
+        "model.units": (2, 2),
+        "model.channels": (16, 16, 32),
+    },
+    "vit": {**TRANSFORMER, "model.heads": 4, "model.hidden": 64, "model.patch": 2},
+    "decoder": {
+        **TRANSFORMER,
+        "data.vocab_size": 32,
+        "data.context": 16,
+        "model.heads": 4,
+        "model.kv_heads": 2,
+        "model.hidden": 48,
+    },
+}
+REVNET38 = {
+    "schedule.learning_rate": 0.001,
+    "model.units": (3, 3, 3),
+    "model.channels": (32, 32, 64, 112),
+    "data.image_shape": (32, 32, 3),
+}
+MESHES = [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
+# float32 streams on a grid so fine that sums in another order do not round otherwise.
+TOLERANCES = {"float32": 1e-5, "float64": 1e-10}
+GRID_BITS = {"float32": 18, "float64": 12}
+
+
+def differences(family, settings, cases):
+    """Of (strategy, in lockstep, mesh, dtype): what `sharded_steps.py` prints."""
+    written = [
+        {
+            "family": family,
+            "settings": {
+                **COMMON,
+                **settings,
+                "model.backprop": backprop,
+                "optimizer.lockstep": lockstep,
+                "model.grid_bits": GRID_BITS[dtype],
+            },
+            "mesh": mesh,
+            "dtype": dtype,
+        }
+        for backprop, lockstep, mesh, dtype in cases
+    ]
+    done = subprocess.run(
+        [sys.executable, str(pathlib.Path(__file__).with_name("sharded_steps.py"))],
+        input=json.dumps(written),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(cases)
+    return found
+
+
+def check(found):
+    for each in found:
+        tolerance = TOLERANCES[each["dtype"]]
+        assert each["fell"], each
+        assert each["mismatches"] == 0, each
+        assert each["losses"] < tolerance, each
+        assert each["params"] < tolerance, each
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ten_steps_on_eight_devices_are_those_on_one(family):
+    cases = [("reverse", True, MESHES[2], "float64"), ("store", False, MESHES[1], "float64")]
+    check(differences(family, FAMILIES[family], cases))
+
+
+ALL = [
+    (backprop, lockstep, mesh, dtype)
+    for dtype in TOLERANCES
+    for backprop, lockstep in (
+        ("store", False),
+        ("remat", False),
+        ("reverse", False),
+        ("reverse", True),
+    )
+    for mesh in MESHES
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_mesh_and_strategy(family):
+    check(differences(family, REVNET38 if family == "revnet" else FAMILIES[family], ALL))
+
+
+def test_what_lies_where():
+    """Weights, and what the optimizer keeps of them, in equal parts; the rest is small."""
+    config = language_model()
+    config.update_from_flattened_dict(FAMILIES["decoder"])
+    mesh = make_mesh(jax.devices(), data=1, fsdp=2)
+    for lockstep in (False, True):
+        config.optimizer.lockstep = lockstep
+        task, _, optimizer = build_recipe(config)
+        init = functools.partial(init_state, task.network, optimizer, 0)
+        state = placed(init, task.network.rules, mesh)
+        leaves = jax.tree.leaves((state.variables, state.opt_state))
+        whole = sum(leaf.size for leaf in leaves)
+        part = sum(
+            leaf.sharding.shard_shape(leaf.shape) != leaf.shape and leaf.size for leaf in leaves
+        )
+        assert part > 0.98 * whole
+
+
+def test_axes_that_do_not_divide_leave_a_dimension_whole():
+    mesh = make_mesh(jax.devices(), data=1, fsdp=2)
+    rules = ((r"kernel$", ("fsdp", "tensor")), (r"", (None,)))
+    assert spec_of(rules, "layers/kernel", (5, 6, 4), mesh) == jax.P(None, "fsdp", "tensor")
+    assert spec_of(rules, "layers/kernel", (5, 3, 4), mesh) == jax.P(None, None, "tensor")
+    assert spec_of(rules, "bias", (6,), mesh) == jax.P(None)
+    assert spec_of(rules, "scale", (), mesh) == jax.P()
+
+
+def test_meshes():
+    two = jax.devices()
+    assert dict(make_mesh(two).shape) == {"data": 2, "fsdp": 1, "tensor": 1}
+    assert dict(make_mesh(two, data=1, tensor=-1).shape) == {"data": 1, "fsdp": 1, "tensor": 2}
+    assert batch_share(make_mesh(two)) == (0, 1)
+    for sizes in ({"data": 3}, {"data": -1, "fsdp": -1}, {"fsdp": 4}, {"data": 0}, {"data": 1}):
+        with pytest.raises(
+            ConfigError, match=r"config.mesh: got data=.* expected sizes whose product"
+        ):
+            make_mesh(two, **sizes)
+    config = image_classification()
+    config.batch_size = 3
+    with pytest.raises(ConfigError, match=r"config.batch_size: got 3, expected a multiple of 2"):
+        check_split(config, make_mesh(two))
+    check_split(config, make_mesh(two[:1]))
+    config = language_model()
+    config.model.kv_heads = 1
+    with pytest.raises(ConfigError, match=r"config.model.kv_heads: got 1, expected a multiple of"):
+        check_split(config, make_mesh(two, data=1, tensor=2))
