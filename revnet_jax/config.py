@@ -38,6 +38,10 @@ def image_classification() -> ConfigDict:
     config.eval_every_steps = 200
     config.checkpoint_every_steps = 200
 
+    config.profile = ConfigDict()  # a trace of some steps, in WORKDIR/profile
+    config.profile.start_step = 10
+    config.profile.num_steps = 0  # 0: none
+
     config.mesh = ConfigDict()  # how devices are arranged; -1: as many as are left
     config.mesh.data = -1  # batches split over so many
     config.mesh.fsdp = 1  # and over these, which hold a part of the weights each

@@ -189,6 +189,7 @@ def _forward(sections, x, shared, backprop="reverse"):
         layer = remembering(section.layer.forward, backprop, alone=alone)
         evaluate = evaluator(section.length, backprop)
 
+        @jax.named_scope("forward")
         def body(x, layer_slice, layer=layer, evaluate=evaluate):
             params, data = layer_slice
             y, aux, residue = evaluate(layer, params, x, Context(shared, data), witness=x)

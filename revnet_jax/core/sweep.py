@@ -47,6 +47,7 @@ def update_in_place(params_L: Any, state_L: Any, update: Update) -> Consumer:
     """Keeps none: `written` is (params_L, state_L), new from the layer that was swept last."""
     floats_L, rest_L = trees.split(params_L)
 
+    @jax.named_scope("update")
     def write(written, i, params, dparams):
         if not jax.tree.leaves(dparams):
             return written
@@ -91,6 +92,7 @@ def _forward_run(run, section, x, shared):
         y, aux, pullback = differentiate(remembered, params, x, context)
         return y, (aux, Kept.of(pullback, (params, context)))
 
+    @jax.named_scope("forward")
     def body(carry, _):
         i, x = carry
         params, data = _at((section.params_L, section.data_L), i)
@@ -159,7 +161,8 @@ def _sweep_run(run, section, consumer, carry, daux_L, kept_L, shared):
         daux, kept = slices
         params, data = _at((consumer.read(written), section.data_L), i)
         arguments = params, x, dx, daux, kept, Context(shared, data)
-        x, dx, dparams, layer_dshared = evaluate(layer, *arguments, witness=dx)
+        with jax.named_scope("rewind" if run.backprop == "reverse" else "backward"):
+            x, dx, dparams, layer_dshared = evaluate(layer, *arguments, witness=dx)
         if max_abs is not None:
             max_abs = jnp.maximum(max_abs, largest(x))
         written = consumer.write(written, i, params, dparams)

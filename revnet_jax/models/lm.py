@@ -202,6 +202,7 @@ class LanguageModel(Transformer):
         )
         return jnp.sum(nll_B) / jnp.sum(weight_BT), aux_L
 
+    @jax.named_scope("head")
     def _nll(self, kernel_DV, x_BTD, target_BT, weight_BT):
         """[B]: the weighted sums over each sequence, from one chunk of tokens after the other."""
 
@@ -266,16 +267,19 @@ class LanguageModel(Transformer):
 
         return f, g
 
+    @jax.named_scope("stem")
     def _embed(self, variables, token_BT, keys):
         embed_VD = variables.params["embed"]
         embed_VD = gather(self.rules, "embed", embed_VD, embed_VD.dtype)
         x_BTD = by_batch(lambda embed_VD, token_BT: embed_VD[token_BT], whole=1)(embed_VD, token_BT)
         return drop(x_BTD, self.architecture.dropout, keys, 0)
 
+    @jax.named_scope("head")
     def _normalise(self, variables, x_BTD):
         norm = {"scale": variables.params["head"]["scale"]}
         return self._norm.apply(norm, {}, x_BTD)[0]
 
+    @jax.named_scope("head")
     def _head_kernel(self, variables):
         if self.architecture.tied:
             return gather(self.rules, "embed", variables.params["embed"], self.compute_dtype).T

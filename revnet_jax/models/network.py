@@ -183,11 +183,12 @@ class Network:
         x_BHWC, new_stats = self.features(
             variables, image_BHWC, train=train, probes=probes, lockstep=lockstep
         )
-        # Computed in the features' dtype, and so sent in it.
-        head = gather(RULES, "head", variables.params["head"], x_BHWC.dtype)
-        logits_BV, new_stats["head"] = self._head.apply(
-            head, variables.stats["head"], x_BHWC, train=train
-        )
+        with jax.named_scope("head"):
+            # Computed in the features' dtype, and so sent in it.
+            head = gather(RULES, "head", variables.params["head"], x_BHWC.dtype)
+            logits_BV, new_stats["head"] = self._head.apply(
+                head, variables.stats["head"], x_BHWC, train=train
+            )
         return logits_BV, new_stats
 
     def features(
@@ -202,8 +203,11 @@ class Network:
         """(what the head sees: the streams joined, [B, H', W', channels[-1]]; running averages)."""
         params, stats = variables
         new_stats = {}
-        stem = self._gather("stem", params["stem"])
-        x_BHWC, new_stats["stem"] = self._stem.apply(stem, stats["stem"], image_BHWC, train=train)
+        with jax.named_scope("stem"):
+            stem = self._gather("stem", params["stem"])
+            x_BHWC, new_stats["stem"] = self._stem.apply(
+                stem, stats["stem"], image_BHWC, train=train
+            )
         x = on_batch(tuple(jnp.split(x_BHWC, self.architecture.num_streams, axis=-1)))
         for name, _, _ in self.groups:
             if name in self.chains:
@@ -279,6 +283,7 @@ class Network:
 
         return PlainLayer(residual)
 
+    @jax.named_scope("transition")
     def _transition(self, name, params, stats, x, train):
         """A unit that changes width or resolution: not invertible, so its input is kept."""
         branches, shortcuts = self._branches[name], self._shortcuts[name]

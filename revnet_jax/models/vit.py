@@ -145,11 +145,9 @@ class RevViT(Transformer):
 
             return apply
 
-        stem, head = (
-            gather(RULES, name, variables.params[name], self.compute_dtype)
-            for name in ("stem", "head")
-        )
-        x_BTD, _ = self._stem.apply(stem, {}, image_BHWC)
+        with jax.named_scope("stem"):
+            stem = gather(RULES, "stem", variables.params["stem"], self.compute_dtype)
+            x_BTD, _ = self._stem.apply(stem, {}, image_BHWC)
         x_BTD, _ = self._run(
             self._layer(branch(self._f, 0), branch(self._g, 1)),
             variables.params["layers"],
@@ -159,8 +157,10 @@ class RevViT(Transformer):
             lockstep=lockstep,
         )
         by_token = self.architecture.pool == "token"
-        x_BD = x_BTD[:, 0] if by_token else jnp.mean(x_BTD, axis=1)
-        return self._head.apply(head, {}, x_BD)[0], {}
+        with jax.named_scope("head"):
+            head = gather(RULES, "head", variables.params["head"], self.compute_dtype)
+            x_BD = x_BTD[:, 0] if by_token else jnp.mean(x_BTD, axis=1)
+            return self._head.apply(head, {}, x_BD)[0], {}
 
 
 def _linear(inputs, outputs, *, dtype, rngs, kernel_init=None):

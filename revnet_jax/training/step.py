@@ -77,8 +77,9 @@ def make_train_step(
 
     def ordinary(params, opt_state, stats, batch, key):
         found, (grads, exactness) = accumulate(gradient, params, stats, batch, key, microbatches)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        params = optax.apply_updates(params, updates)
+        with jax.named_scope("update"):
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            params = optax.apply_updates(params, updates)
         return found, params, opt_state, exactness, optax.tree.norm(grads)
 
     def in_lockstep(params, opt_state, stats, batch, key):
@@ -90,7 +91,8 @@ def make_train_step(
         found, (cotangents, exactness, carried) = jax.value_and_grad(
             loss, argnums=(0, 1, 2), has_aux=True
         )(params, network.probes(), carried)
-        params, opt_state, norm = optimizer.finish(params, opt_state, cotangents, carried)
+        with jax.named_scope("update"):
+            params, opt_state, norm = optimizer.finish(params, opt_state, cotangents, carried)
         return found, params, opt_state, exactness, norm
 
     if isinstance(optimizer, LockstepOptimizer) and microbatches > 1:

@@ -1,0 +1,48 @@
+"""A trace of some training steps, for TensorBoard's profile plugin or xprof."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+class Trace:
+    """Records steps `start_step` to `start_step + num_steps - 1` in `folder`; a context.
+
+    Operations carry the names of what they belong to: forward, rewind (or backward), update, stem,
+    transition, head. Of several processes each records its own devices.
+    """
+
+    def __init__(self, folder: Path, *, start_step: int, num_steps: int):
+        if start_step < 1 or num_steps < 0:
+            raise ValueError(
+                f"got start_step={start_step}, num_steps={num_steps}, expected a step from 1, and "
+                "0 (none) or more steps"
+            )
+        self._folder, self._steps = folder, range(start_step, start_step + num_steps)
+        self._tracing = False
+
+    def __enter__(self) -> Trace:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stop()
+
+    def before(self, step: int) -> None:
+        """Call before a step is dispatched."""
+        if self._steps and step == self._steps[0]:
+            jax.profiler.start_trace(str(self._folder))
+            self._tracing = True
+
+    def after(self, step: int, results: Any) -> None:
+        """Call after it: waits for `results` at the end of the trace, and never else."""
+        if self._tracing and step == self._steps[-1]:
+            jax.block_until_ready(results)
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._tracing = False

@@ -1,0 +1,33 @@
+"""A trace of some steps, and the names that operations carry in it."""
+
+import re
+
+import jax
+import pytest
+
+from revnet_jax.config import ConfigError
+from revnet_jax.training.loop import train
+from revnet_jax.training.program import step_program
+
+
+def test_a_run_leaves_a_trace_of_the_steps_asked_for(tiny_config, tmp_path):
+    tiny_config.update_from_flattened_dict(
+        {"num_steps": 4, "eval_every_steps": 4, "profile.start_step": 2, "profile.num_steps": 2}
+    )
+    train(tiny_config, tmp_path / "run")
+    (trace,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+    names = {event.name for plane in planes for line in plane.lines for event in line.events}
+    assert any("train_step" in name for name in names)
+    tiny_config.profile.start_step = 0
+    with pytest.raises(ConfigError, match=r"config.profile: got start_step=0"):
+        train(tiny_config, tmp_path / "other")
+
+
+@pytest.mark.parametrize("lockstep", [False, True])
+def test_operations_say_what_they_belong_to(tiny_config, lockstep):
+    tiny_config.optimizer.lockstep = lockstep
+    program = step_program(tiny_config, jax.devices()[:1])
+    text = program.step.lower(program.state, program.batch).compile().as_text()
+    for name in ("forward", "rewind", "update", "stem", "head"):
+        assert re.search(rf"[/(]{name}[/)]", text), name
