@@ -41,9 +41,10 @@ def _count_equation(equation, platform):
         return math.prod(params["grid_mapping"].grid) * sum(
             _count(inner, platform) for inner in jaxprs_in_params(params)
         )
-    if name == "shard_map":  # inside, shapes are those of one device
+    if name == "shard_map":  # inside, shapes are one device's, along the axes that it takes
         inside = sum(_count(inner, platform) for inner in jaxprs_in_params(params))
-        return params["mesh"].size * inside
+        sizes = dict(params["mesh"].shape)
+        return math.prod(sizes[axis] for axis in params["newly_manual_axes"]) * inside
     if name == "ragged_dot_general":
         lhs, (out,) = equation.invars[0].aval, equation.outvars
         return 2 * lhs.size * out.aval.shape[-1]

@@ -47,7 +47,7 @@ class Instruction:
         found = [
             match[2]
             for match in _CALLEES.finditer(self.attributes)
-            if match[1] != "to_apply" or self.opcode == "call"
+            if match[1] != "to_apply" or self.opcode in ("call", "call-start")
         ]
         names = [name.strip(" %") for group in found for name in group.strip("{}").split(",")]
         return tuple(names + _BRANCHES.findall(self.attributes))
@@ -76,8 +76,11 @@ class Computation:
 
 @dataclass(frozen=True)
 class Module:
+    """num_devices: that run it; of several TPU slices those of one, which has this program."""
+
     computations: dict[str, Computation]
     entry: str
+    num_devices: int
 
 
 def parse(text: str) -> Module:
@@ -99,21 +102,44 @@ def parse(text: str) -> Module:
                 root = instruction.name
     if entry is None:
         raise ValueError(f"got {text[:80]!r}, expected the text of a compiled program")
-    return Module(computations, entry)
+    counts = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", text.split("\n", 1)[0])
+    return Module(computations, entry, math.prod(map(int, counts)))
 
 
 def trip_count(module: Module, loop: Instruction) -> int:
-    """How often a while loop runs: as the compiler notes, or the bound of its condition; else 1."""
+    """How often a while loop runs: as the compiler notes, or as its counter says; else 1."""
     if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(noted[1])
-    # A TPU's compiler notes nothing; the loops of a scan count from 0 up to a constant.
+    # A TPU's compiler notes nothing; its loops count from 0 up to a constant.
     (name,) = re.findall(r"\bcondition=%?([\w.\-]+)", loop.attributes)
-    condition = module.computations[name]
-    test = condition.instructions[condition.root]
+    condition = module.computations[name].instructions
+    test = condition[module.computations[name].root]
     if test.opcode != "compare" or "direction=LT" not in test.attributes:
         return 1
-    bound = condition.instructions[test.operands[1]]
-    return int(bound.arguments) if bound.opcode == "constant" else 1
+    counter, bound = (condition[operand] for operand in test.operands)
+    if bound.opcode != "constant":
+        return 1
+    return -(-int(bound.arguments) // _step(module, loop, counter))
+
+
+def _step(module, loop, counter):
+    """What a loop adds to its counter: 2, say, where two rounds were made one; 1 if not found."""
+    body = module.computations[loop.callees[0]]
+    index = re.search(r"\bindex=(\d+)", counter.attributes)
+    root = body.instructions[body.root]
+    if counter.opcode != "get-tuple-element" or root.opcode != "tuple" or not index:
+        return 1
+    added = 0
+    value = body.instructions[root.operands[int(index[1])]]
+    while value.opcode in ("add", "copy"):
+        terms = [body.instructions[name] for name in value.operands]
+        constants = [term for term in terms if term.opcode == "constant"]
+        added += sum(int(constant.arguments) for constant in constants)
+        others = [term for term in terms if term.opcode != "constant"]
+        if len(others) != 1:
+            return 1
+        (value,) = others
+    return added if value.opcode == "get-tuple-element" and added > 0 else 1
 
 
 def _instruction(line):

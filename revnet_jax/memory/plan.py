@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from revnet_jax.errors import UserError
-from revnet_jax.memory.chips import Chip, chip_of, least_seconds
+from revnet_jax.memory.chips import Chip, chip_of, step_seconds
 from revnet_jax.memory.compile import CompiledStep, Compiler, NotCompiled
 from revnet_jax.memory.largest import largest_that_fits
 from revnet_jax.memory.traffic import Traffic
@@ -33,7 +33,8 @@ def plan(
       further compilations of each.
 
     Returns settings of the plan, a list of rows, and a recommendation. Sizes are bytes, and flops,
-    of one device; `least_ms` and `utilization` are null for devices that are not in `CHIPS`.
+    of one device; `least_ms` (all that is sent is sent beside what is computed), `in_turn_ms` (one
+    after the other) and `utilization` (by `least_ms`) are null for devices not in `CHIPS`.
 
     Raises UserError for a strategy there is not, and where nothing could be compiled.
     """
@@ -97,25 +98,21 @@ def _failed(name, step):
 
 
 def _row(name: str, step: CompiledStep, chip: Chip | None, model_flops: int | None) -> Row:
-    seconds = utilization = None
-    if chip and not step.out_of_memory:
-        seconds = least_seconds(
-            chip,
-            flops=step.flops / step.num_devices,
-            **step.traffic,
-            num_devices=step.num_devices,
-        )
-        if model_flops is not None:
-            utilization = model_flops / (seconds * chip.peak_flops * step.num_devices)
+    flops = step.flops // step.num_devices
+    seconds = step_seconds(chip, flops=flops, **step.traffic) if chip and step.traffic else None
+    utilization = None
+    if seconds and model_flops is not None:
+        utilization = model_flops / (seconds.overlapped * chip.peak_flops * step.num_devices)
     return {
         "strategy": name,
         "error": None,
         "fits": step.fits,
         "needed_bytes": step.needed_bytes,
         **_parts(step),
-        "flops": step.flops // step.num_devices,
+        "flops": flops,
         **(step.traffic or dict.fromkeys(Traffic._fields)),
-        "least_ms": None if seconds is None else 1000 * seconds,
+        "least_ms": seconds and 1000 * seconds.overlapped,
+        "in_turn_ms": seconds and 1000 * seconds.in_turn,
         "utilization": utilization,
         "compile_seconds": step.compile_seconds,
     }

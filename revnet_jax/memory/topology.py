@@ -1,17 +1,27 @@
-"""Names of the devices that a program is compiled for: v5e:2x4, or local."""
+"""Names of the devices that a program is compiled for: v5e:2x4, 4xv5e:16x16, or local."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
 from typing import Any, NamedTuple
 
 from revnet_jax.errors import UserError
 
 LOCAL = "local"
 _SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_CUBES = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
-# What libtpu knows of each, as tried by compiling; larger pods are several of these.
-TOPOLOGIES = {"v4": _CUBES, "v5e": _SQUARES, "v5p": _CUBES, "v6e": _SQUARES, "tpu7x": _CUBES}
+_CUBES = (
+    *("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
+    *("8x8x16", "8x16x16", "16x16x16"),
+)
+# What libtpu knows of each, as tried by compiling; larger squares it does not.
+TOPOLOGIES = {
+    "v4": _CUBES,
+    "v5e": _SQUARES,
+    "v5p": (*_CUBES, "16x16x24"),
+    "v6e": _SQUARES,
+    "tpu7x": _CUBES,
+}
 
 
 class TopologyError(UserError, ValueError):
@@ -19,11 +29,15 @@ class TopologyError(UserError, ValueError):
 
 
 class Topology(NamedTuple):
-    """name: as the user gave it; chip: a name in `CHIPS`, or None for this machine's devices."""
+    """name: as the user gave it; chip: a name in `CHIPS`, or None for this machine's devices.
+
+    shape: of one slice; slices: how many of these, with the data center's network between them.
+    """
 
     name: str
     chip: str | None
     shape: str
+    slices: int = 1
 
     @property
     def environment(self) -> dict[str, str]:
@@ -44,16 +58,20 @@ def parse_topology(name: str) -> Topology:
     """Raises TopologyError, at once, for what cannot be compiled for here."""
     if name == LOCAL:
         return Topology(name, None, "")
-    chip, _, shape = name.partition(":")
+    found = re.fullmatch(r"(?:([1-9]\d*)x)?(\w+):([\dx]+)", name)
+    slices, chip, shape = found.groups() if found else (None, "", "")
     if shape not in TOPOLOGIES.get(chip, ()):
         known = "; ".join(f"{chip}:{{{', '.join(names)}}}" for chip, names in TOPOLOGIES.items())
-        raise TopologyError(f"got topology {name!r}, expected one of {LOCAL}; {known}")
+        raise TopologyError(
+            f"got topology {name!r}, expected one of {LOCAL}; {known}; or several such slices, as "
+            "in 4xv5e:16x16"
+        )
     if importlib.util.find_spec("libtpu") is None:
         raise TopologyError(
             f"got topology {name!r}, but the TPU compiler is not installed: run "
             f"scripts/setup.sh tpu, or take --topology={LOCAL}"
         )
-    return Topology(name, chip, shape)
+    return Topology(name, chip, shape, int(slices or 1))
 
 
 def devices(topology: Topology) -> list[Any]:
@@ -68,6 +86,8 @@ def devices(topology: Topology) -> list[Any]:
         settings["chips_per_host_bounds"] = (1, 1, 1)
     if topology.chip == "v4":
         settings["chip_config_name"] = "megacore"  # two cores as one device
+    if topology.slices > 1:
+        settings["num_slices"] = topology.slices
     return topologies.get_topology_desc(
-        platform="tpu", topology_name=topology.name, **settings
+        platform="tpu", topology_name=f"{topology.chip}:{topology.shape}", **settings
     ).devices

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from revnet_jax.memory import collectives
 from revnet_jax.memory.hlo import Array, Computation, Instruction, Module, parse, trip_count
 
-COLLECTIVES = (
-    "all-reduce",
-    "all-gather",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-)
 _FREE = {
     "parameter",
     "constant",
@@ -36,30 +30,40 @@ class Traffic(NamedTuple):
 
     hbm_bytes: read from and written to its memory; what stays on the chip does not count.
     host_bytes: the same of the host's memory, of what is kept there for the device.
-    collectives: bytes that enter collective operations (all-gather: that leave), by their kind.
+    ici_bytes: what it sends to others of its slice, by kind of collective operation.
+    dcn_bytes: what it sends to other slices, likewise.
     """
 
     hbm_bytes: int
     host_bytes: int
-    collectives: dict[str, int]
+    ici_bytes: dict[str, int]
+    dcn_bytes: dict[str, int]
 
 
-def traffic(text: str) -> Traffic:
+def traffic(text: str, slices: Sequence[int] = ()) -> Traffic:
     """Counts the operands and results of every instruction that is not fused into another.
 
     text: of a compiled program, `compiled.as_text()`.
+    slices: of each device, in the program's order; without any, all are in one.
 
     A loop's body counts as often as it runs, and of a condition's branches the dearest. A slice
     read from or written into a longer array counts by its own size. An estimate: caches (of a
     CPU or GPU) and what a compiler prefetches twice are unknown.
+
+    Of a collective operation among n devices counts what each must send: (n - 1) / n of what is
+    gathered, scattered or exchanged, twice that where all learn a sum, and all that is permuted
+    (as in products that a compiler splits into rounds, each sending a part on). An operation that
+    runs beside others, and is in the text of each, counts once. It goes over DCN if a group has
+    devices of two slices. TPUs of several slices run a program each, whose sums over slices
+    are left to the host: those count here as if done like any other.
     """
     module = parse(text)
-    return _Counter(module).computation(module.entry)
+    return _Counter(module, slices).computation(module.entry)
 
 
 class _Counter:
-    def __init__(self, module: Module):
-        self._module = module
+    def __init__(self, module: Module, slices: Sequence[int]):
+        self._module, self._slices = module, slices
         self._known: dict[str, Traffic] = {}
 
     def computation(self, name: str) -> Traffic:
@@ -67,6 +71,8 @@ class _Counter:
             computation = self._module.computations[name]
             parts = [self._instruction(i, computation) for i in computation.instructions.values()]
             self._known[name] = _total(parts)
+            if name.startswith("all-reduce-scatter"):  # a sum of which each keeps a part
+                self._known[name] = _as_reduce_scatter(self._known[name])
         return self._known[name]
 
     def _instruction(self, instruction: Instruction, computation: Computation) -> Traffic:
@@ -78,35 +84,43 @@ class _Counter:
             return _total([body], times=n)
         if opcode == "conditional":
             return max(inner, key=lambda branch: branch.hbm_bytes)
-        if opcode in ("call", "async-start"):
+        if opcode in ("call", "call-start", "async-start"):
             return _total(inner)
         if opcode in _FREE or opcode.endswith("-done") or opcode == "async-update":
             return _NOTHING
         if opcode == "custom-call" and any(t in instruction.attributes for t in _FREE_CUSTOM_CALLS):
             return _NOTHING
         operands = [computation.instructions[name].result for name in instruction.operands]
-        collectives = _total(inner).collectives  # of a fusion with a collective inside
-        kind = opcode.removesuffix("-start")
-        if kind in COLLECTIVES:
-            payload = _bytes(sum(operands, ()))
-            if kind == "all-gather":  # by what it makes; an asynchronous one returns both
-                payload = _bytes(instruction.result) - (payload if opcode != kind else 0)
-            collectives = {kind: payload}
+        sent = _total(inner)  # of a fusion with a collective inside
+        if collectives.kind_of(instruction) or collectives.megascale(instruction):
+            sent = self._sent(instruction, computation, _bytes(sum(operands, ())))
         hbm_bytes, host_bytes = (
             self._moved(instruction, operands, space) for space in (_HBM, _HOST)
         )
-        return Traffic(hbm_bytes, host_bytes, collectives)
+        return sent._replace(hbm_bytes=hbm_bytes, host_bytes=host_bytes)
+
+    def _sent(self, instruction, computation, payload):
+        """What one collective sends; `payload` is the bytes of its operands."""
+        if exchange := collectives.megascale(instruction):
+            kind, n = exchange
+            gathered = n * payload if kind == "all-gather" else payload
+            return _NOTHING._replace(dcn_bytes={kind: collectives.sent_bytes(kind, gathered, n)})
+        if not _starts(instruction, computation):
+            return _NOTHING
+        kind = collectives.kind_of(instruction)
+        if kind == "all-gather":  # by what it makes; an asynchronous one returns both
+            payload = _bytes(instruction.result) - (payload if instruction.opcode != kind else 0)
+        members = collectives.members(instruction, self._module.num_devices)
+        num_bytes = collectives.sent_bytes(kind, payload, members.shape[1])
+        if collectives.network_of(members, self._slices) == collectives.DCN:
+            return _NOTHING._replace(dcn_bytes={kind: num_bytes})
+        return _NOTHING._replace(ici_bytes={kind: num_bytes})
 
     def _moved(self, instruction, operands, space):
         """Bytes through a memory, for an instruction that is neither control flow nor free."""
         opcode, result = instruction.opcode, instruction.result
         if opcode == "fusion":
-            body = self._module.computations[instruction.callees[0]]
-            read = sum(
-                min(_bytes(arrays, space), self._read(body, parameter.name))
-                for arrays, parameter in zip(operands, body.parameters, strict=True)
-            )
-            return read + min(_bytes(result, space), self._written(body, body.root))
+            return self._fused(instruction, operands, space)
         if opcode in ("dynamic-slice", "slice"):
             return _through(operands[0], space, _bytes(result)) + _bytes(result, space)
         if opcode in ("dynamic-slice-start", "slice-start"):
@@ -116,7 +130,24 @@ class _Counter:
             return _bytes(operands[1], space) + _through(operands[0], space, _bytes(operands[1]))
         if opcode == "copy-start":  # its result is the copy, the original, and a context
             return _bytes(operands[0], space) + _bytes(result[:1], space)
+        if opcode == "send":
+            return _bytes(operands[0], space)
+        if opcode == "recv":  # its result is what is received, and a context
+            return _bytes(result[:1], space)
+        if opcode in ("all-gather-start", "collective-permute-start"):
+            return _bytes(result, space)  # the operands, and what is received
         return sum(_bytes(arrays, space) for arrays in operands) + _bytes(result, space)
+
+    def _fused(self, instruction, operands, space):
+        body = self._module.computations[instruction.callees[0]]
+        given, made = _passed_on(instruction, body)
+        read = sum(
+            min(_bytes(arrays, space), self._read(body, parameter.name))
+            for i, (arrays, parameter) in enumerate(zip(operands, body.parameters, strict=True))
+            if i not in given
+        )
+        result = [array for i, array in enumerate(instruction.result) if i not in made]
+        return read + min(_bytes(result, space), self._written(body, body.root))
 
     def _read(self, body: Computation, name: str) -> int:
         """Bytes of `name` that a fused computation reads."""
@@ -131,11 +162,20 @@ class _Counter:
                     for parameter, operand in zip(nested.parameters, user.operands, strict=True)
                     if operand == name
                 )
+                if self._passes_through(nested, user, name):
+                    total += self._read(body, user.name)
             elif user.opcode in ("dynamic-slice", "slice") and user.operands[0] == name:
                 total += _bytes(user.result)
             elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
                 total += _bytes(body.instructions[name].result)
         return total
+
+    def _passes_through(self, nested: Computation, user: Instruction, name: str) -> bool:
+        """Whether a fusion inside another one returns its operand `name` as it is."""
+        root = nested.instructions[nested.root]
+        while root.opcode == "bitcast":
+            root = nested.instructions[root.operands[0]]
+        return root.opcode == "parameter" and user.operands[int(root.arguments)] == name
 
     def _written(self, body: Computation, name: str) -> int:
         """Bytes that a fused computation writes for its result `name`."""
@@ -150,13 +190,36 @@ class _Counter:
         return _bytes(instruction.result)
 
 
+def _starts(instruction: Instruction, computation: Computation) -> bool:
+    """False in the later ones of the fusions that carry on an asynchronous collective."""
+    if "chain_id=" not in instruction.attributes:
+        return True
+    users = computation.users[instruction.name]
+    return any('"AsyncCollectiveStart"' in user.attributes for user in users)
+
+
+def _passed_on(instruction: Instruction, body: Computation) -> tuple[set[int], set[int]]:
+    """Operands and results that a fusion carries through, of a collective under way beside it."""
+    if not any("chain_id=" in inner.attributes for inner in body.instructions.values()):
+        return set(), set()
+    _, _, aliases = instruction.attributes.partition("output_to_operand_aliasing={")
+    pairs = re.findall(r"\{(\d*)\}: \((\d+), \{\}\)", aliases)
+    return {int(operand) for _, operand in pairs}, {int(result or 0) for result, _ in pairs}
+
+
+def _as_reduce_scatter(found: Traffic) -> Traffic:
+    half = lambda sent: {"reduce-scatter": sum(sent.values()) // 2} if sent else {}
+    return found._replace(ici_bytes=half(found.ici_bytes), dcn_bytes=half(found.dcn_bytes))
+
+
 def _total(parts: Iterable[Traffic], times: int = 1) -> Traffic:
-    hbm_bytes, host_bytes, collectives = 0, 0, Counter()
+    hbm_bytes, host_bytes, ici, dcn = 0, 0, Counter(), Counter()
     for part in parts:
         hbm_bytes += times * part.hbm_bytes
         host_bytes += times * part.host_bytes
-        collectives.update({kind: times * n for kind, n in part.collectives.items()})
-    return Traffic(hbm_bytes, host_bytes, dict(collectives))
+        for total, sent in ((ici, part.ici_bytes), (dcn, part.dcn_bytes)):
+            total.update({kind: times * n for kind, n in sent.items()})
+    return Traffic(hbm_bytes, host_bytes, dict(ici), dict(dcn))
 
 
 _NOTHING = _total([])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -22,7 +23,7 @@ from ml_collections import ConfigDict
 
 from revnet_jax.config import ConfigError
 from revnet_jax.errors import UserError
-from revnet_jax.memory import hlo, traffic, units
+from revnet_jax.memory import collectives, hlo, traffic, units
 from revnet_jax.memory.chips import chip_of
 from revnet_jax.memory.counts import arithmetic
 from revnet_jax.memory.topology import Topology, devices, parse_topology
@@ -54,7 +55,7 @@ def measure(config: ConfigDict, topology: Topology, cache_dir: Path) -> dict[str
     path = cache_dir / f"{_digest(lowered.as_text(), topology, targets)}.json"
     cached = path.exists()
     if not cached:
-        compiled = json.dumps(_compile(lowered, platform))
+        compiled = json.dumps(_compile(lowered, platform, _slices(program)))
         cache_dir.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")
         temporary.write_text(compiled)
@@ -92,7 +93,7 @@ def asked_bytes(message: str) -> int | None:
     return units.parse_size(found[1], found[2]) if found else None
 
 
-def _compile(lowered, platform):
+def _compile(lowered, platform, slices):
     started = time.monotonic()
     try:
         compiled = lowered.compile()
@@ -107,16 +108,22 @@ def _compile(lowered, platform):
             "out_of_memory": False,
             "needed_bytes": auto.program_bytes(stats, platform),
             "argument_bytes": stats.argument_size_in_bytes,
-            "traffic": traffic.traffic(compiled.as_text())._asdict(),
+            "traffic": traffic.traffic(compiled.as_text(), slices)._asdict(),
         }
     return {**found, "compile_seconds": time.monotonic() - started}
+
+
+def _slices(program: StepProgram) -> list[int]:
+    """The slice that each device is in, in the order of the mesh."""
+    mesh = jax.tree.leaves(program.batch)[0].sharding.mesh
+    return [getattr(device, "slice_index", None) or 0 for device in mesh.devices.flat]
 
 
 def _digest(text: str, topology: Topology, targets: list[Any]) -> str:
     """Of everything that decides what is found: program, devices, compiler, and who reads it."""
     versions = [jax.__version__, targets[0].client.platform_version, targets[0].device_kind]
     options = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
-    modules = [sys.modules[__name__], hlo, traffic, units, auto, compiler]
+    modules = [sys.modules[__name__], hlo, collectives, traffic, units, auto, compiler]
     readers = [Path(str(module.__file__)).read_text() for module in modules]
     parts = [text, topology.name, str(len(targets)), *versions, *options, *readers]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
@@ -132,12 +139,11 @@ def _limit_bytes(device: jax.Device) -> int | None:
 
 def _sizes(program: StepProgram, config: ConfigDict) -> dict[str, int]:
     """Bytes of what one device holds from step to step, and of its part of a batch."""
-    num_devices = jax.tree.leaves(program.batch)[0].sharding.num_devices
     return {
         "weights_bytes": tree_bytes(program.state.variables),
         "gradient_bytes": _gradient_bytes(program, config),
         "optimizer_bytes": tree_bytes(program.state.opt_state),
-        "batch_bytes": tree_bytes(program.batch) // num_devices,
+        "batch_bytes": tree_bytes(program.batch),
     }
 
 
@@ -152,8 +158,11 @@ def _gradient_bytes(program: StepProgram, config: ConfigDict) -> int:
 
 
 def tree_bytes(tree: Any) -> int:
-    """Bytes of all arrays of a tree; their shapes suffice."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """Bytes of one device's parts of all arrays of a tree; their shapes and shardings suffice."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import pytest
 
-from revnet_jax.memory.chips import CHIPS, chip_of, least_seconds
+from revnet_jax.memory.chips import CHIPS, chip_of, step_seconds
 
 V5E = CHIPS["v5e"]
 
@@ -22,27 +22,39 @@ def test_figures_are_of_the_right_size(chip):
     assert 1e10 < chip.hbm_bytes < 2e11
     assert 5e11 < chip.hbm_bandwidth < 1e13
     assert 1e11 < chip.link_bandwidth < 1e12
+    assert chip.dcn_bandwidth is None or 1e9 < chip.dcn_bandwidth < 1e11
     assert chip.source.startswith("https://")
 
 
-def seconds(flops=0, hbm_bytes=0, host_bytes=0, collectives=None, num_devices=4):
-    return least_seconds(
-        V5E,
+def seconds(chip=V5E, flops=0.0, hbm_bytes=0.0, host_bytes=0.0, ici_bytes=(), dcn_bytes=()):
+    return step_seconds(
+        chip,
         flops=flops,
         hbm_bytes=hbm_bytes,
         host_bytes=host_bytes,
-        collectives=collectives or {},
-        num_devices=num_devices,
+        ici_bytes=dict(ici_bytes),
+        dcn_bytes=dict(dcn_bytes),
     )
 
 
 def test_the_slower_of_arithmetic_and_memory_decides():
-    assert seconds(flops=197e12, hbm_bytes=1e9) == 1
-    assert seconds(flops=1e12, hbm_bytes=2 * 819e9) == 2
-    assert seconds(flops=1e12, host_bytes=3 * 16e9) == 3
+    assert seconds(flops=197e12, hbm_bytes=1e9).busy == 1
+    assert seconds(flops=1e12, hbm_bytes=2 * 819e9).busy == 2
+    assert seconds(flops=1e12, host_bytes=3 * 16e9).busy == 3
 
 
-def test_collectives_come_on_top():
-    assert seconds(flops=197e12, collectives={"all-gather": 200e9}) == 1 + 3 / 4
-    assert seconds(collectives={"all-reduce": 200e9}) == 2 * 3 / 4
-    assert seconds(collectives={"all-reduce": 200e9}, num_devices=1) == 0
+def test_what_is_sent_comes_on_top_or_hides_behind():
+    found = seconds(
+        flops=197e12,
+        ici_bytes={"all-gather": 100e9, "reduce-scatter": 50e9},
+        dcn_bytes={"all-reduce": 3.125e9 / 2},
+    )
+    assert found == (1, 0.75, 0.5)
+    assert found.in_turn == 2.25
+    assert found.overlapped == 1
+    assert seconds(ici_bytes={"all-gather": 100e9}).overlapped == 0.5
+
+
+def test_where_no_speed_is_published_there_is_no_time():
+    assert seconds(CHIPS["v4"], dcn_bytes={"all-reduce": 1}) is None
+    assert seconds(CHIPS["v4"], flops=275e12).overlapped == 1

@@ -139,3 +139,17 @@ def test_kernels_and_ragged_products_count():
     rows, kernels = jnp.ones((64, 32)), jnp.ones((4, 32, 40))
     ragged = jax.make_jaxpr(jax.lax.ragged_dot)(rows, kernels, jnp.full(4, 16))
     assert arithmetic(ragged, platform="cpu") == 2 * 64 * 32 * 40
+
+
+def test_a_part_of_a_mesh_that_a_product_is_computed_by_counts_its_axes():
+    """Split by hand over "data" alone, and over "tensor" by the compiler: the same product."""
+    mesh = jax.sharding.AbstractMesh((2, 2), ("data", "tensor"))
+    with jax.sharding.use_abstract_mesh(mesh):
+        run = jax.shard_map(
+            lambda x, w: x @ w,
+            in_specs=(jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()),
+            out_specs=jax.sharding.PartitionSpec("data"),
+            axis_names={"data"},
+            check_vma=False,
+        )
+        assert arithmetic(jax.make_jaxpr(jax.jit(run))(X, W), platform="cpu") == PRODUCT

@@ -1,10 +1,6 @@
 """Plans: from what compilers say to a table and a recommendation."""
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import pytest
@@ -14,7 +10,7 @@ from revnet_jax.errors import UserError
 from revnet_jax.memory.compile import CompiledStep, Compiler, NotCompiled
 from revnet_jax.memory.largest import Largest, largest_that_fits
 from revnet_jax.memory.plan import plan, recommend
-from revnet_jax.memory.topology import TopologyError, parse_topology
+from revnet_jax.memory.topology import parse_topology
 from revnet_jax.memory.units import size
 from revnet_jax.memory.variants import variants
 from revnet_jax.memory.worker import (
@@ -35,7 +31,12 @@ STEP = CompiledStep(
     needed_bytes=9 * GIB,
     out_of_memory=False,
     argument_bytes=6 * GIB,
-    traffic={"hbm_bytes": 819_000_000, "host_bytes": 0, "collectives": {}},
+    traffic={
+        "hbm_bytes": 819_000_000,
+        "host_bytes": 0,
+        "ici_bytes": {"all-gather": 100_000_000},
+        "dcn_bytes": {},
+    },
     flops=4 * 197_000_000_000,
     weights_bytes=1 * GIB,
     gradient_bytes=1 * GIB,
@@ -83,6 +84,8 @@ def test_rows_say_what_fits_and_what_it_is_made_of(tiny_config):
     assert reverse["activation_bytes"] == 1 * GIB
     assert store["activation_bytes"] == (22 - 1 - 2 - 1) * GIB
     assert reverse["least_ms"] == pytest.approx(1.25)
+    assert reverse["in_turn_ms"] == pytest.approx(1.25 + 0.5)
+    assert reverse["ici_bytes"] == {"all-gather": 100_000_000}
     assert reverse["utilization"] == pytest.approx(0.8)  # of 5 operations one is recomputed
     assert store["least_ms"] is None
     assert report["recommendation"]["strategy"] == "reverse"
@@ -206,14 +209,6 @@ def test_a_refusal_says_how_much_was_asked_for(message, num_bytes):
     assert asked_bytes(message) == num_bytes
 
 
-def test_topologies_there_are_not(monkeypatch):
-    with pytest.raises(TopologyError, match=r"got topology 'v5e:3x3', expected one of local; v4:"):
-        parse_topology("v5e:3x3")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(TopologyError, match=r"run scripts/setup\.sh tpu"):
-        parse_topology("v5e:2x2")
-
-
 def test_sizes_read_well():
     assert [size(n) for n in (2**40, 3 * GIB // 2, 2**20, 512)] == [
         "1024.00 GiB",
@@ -236,7 +231,7 @@ def test_a_step_is_compiled_once(tiny_config, tmp_path):
     assert step.num_devices == jax.device_count()
     assert step.fits
     assert step.needed_bytes > step.argument_bytes > step.weights_bytes + step.optimizer_bytes
-    assert step.traffic["collectives"]["all-reduce"] >= step.gradient_bytes
+    assert step.traffic["ici_bytes"]["all-reduce"] >= step.gradient_bytes
 
 
 def test_gradients_that_exist_together_in_lockstep(tiny_config):
@@ -261,20 +256,3 @@ def test_settings_that_do_not_go_together_are_a_line(tiny_config, tmp_path):
     (step,) = compiler.steps({"wrong": settings}).values()
     assert step.error.startswith("config.model: got backprop='backwards', expected one of")
     assert lines[0].startswith("[1/1] wrong: config.model: got backprop='backwards'")
-
-
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra tpu")
-def test_a_program_for_a_tpu_that_is_not_here():
-    code = (
-        "import jax; from revnet_jax.memory.topology import devices, parse_topology\n"
-        "found = devices(parse_topology('v5e:1x1')); print(len(found), found[0].device_kind)"
-    )
-    environment = parse_topology("v5e:1x1").environment
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert result.stdout.split("\n")[0] == "1 TPU v5 lite"

@@ -11,7 +11,7 @@ from revnet_jax.memory.traffic import traffic
 MIB = 2**20
 
 # What libtpu prints, shortened: a scan over 16 weights; the carry stays on the chip, S(1).
-SCAN = """HloModule jit_g, is_scheduled=true
+SCAN = """HloModule jit_g, is_scheduled=true, num_partitions=4
 
 %fused (p0: f32[16,1024,1024], p1: s32[]) -> f32[1,1024,1024] {
   %p0 = f32[16,1024,1024]{2,1,0:T(8,128)} parameter(0)
@@ -68,7 +68,7 @@ def test_a_loop_reads_slices_and_what_is_on_the_chip_is_free():
     moved = traffic(SCAN)
     # x once; and sixteen times a weight, a row of what is kept, and a sum of 4 KiB.
     assert moved.hbm_bytes == 16 * MIB + 16 * (4 * MIB + 16 * MIB + 4096)
-    assert moved.collectives == {"all-reduce": 16 * 4096}
+    assert moved.ici_bytes == {"all-reduce": 16 * 4096 * 2 * 3 // 4}
     assert moved.host_bytes == 0
 
 
@@ -85,8 +85,21 @@ HOST = """ENTRY %main (i: s32[], xs: f32[10,256,1024], x: f32[1,256,1024]) -> f3
 """  # noqa: E501
 
 
+def test_rounds_that_were_made_one_count_once():
+    """The counter goes up by 2: eight times then, not sixteen."""
+    out = "%out = (s32[]{:T(128)}, f32[4096,1024]{1,0:T(8,128)S(1)}) tuple(%i,"
+    by_two = """%two = s32[] constant(2)
+  %i.2 = s32[]{:T(128)} add(%i, %two)
+  ROOT """ + out.replace("(%i,", "(%i.2,")
+    condition = "%i.1 = s32[]{:T(128)} get-tuple-element(%arg.1), index=0"
+    assert out in SCAN
+    assert condition in SCAN
+    moved = traffic(SCAN.replace("ROOT " + out, by_two))
+    assert moved.ici_bytes == {"all-reduce": 8 * 4096 * 2 * 3 // 4}
+
+
 def test_transfers_from_and_to_the_host_are_counted_apart():
-    assert traffic(HOST) == (2 * MIB, 2 * MIB, {})
+    assert traffic(HOST) == (2 * MIB, 2 * MIB, {}, {})
 
 
 def array_bytes(text):
@@ -140,6 +153,5 @@ def test_what_devices_exchange_is_counted():
     x = jax.ShapeDtypeStruct(
         (8, 1024), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("data"))
     )
-    assert traffic(compiled_text(lambda x: jnp.sum(x, axis=0), x)).collectives == {
-        "all-reduce": 4096
-    }
+    moved = traffic(compiled_text(lambda x: jnp.sum(x, axis=0), x))
+    assert moved.ici_bytes == {"all-reduce": 4096}  # of two devices each sends half, twice

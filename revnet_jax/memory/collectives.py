@@ -1,0 +1,130 @@
+"""What a collective operation of a compiled program sends, and over which network."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from revnet_jax.memory.hlo import Instruction
+
+KINDS = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+ICI, DCN = "ici", "dcn"  # inside a slice, and between slices
+
+_MESH = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(((?:[^()]|\([\d,]*\))*)\))? \{([^}]*)\}"
+)
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_LISTS = re.compile(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}")
+_PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
+_AXIS = re.compile(r"'?(\w+)'?=(\d+)")
+_USED = re.compile(r"'?(\w+)'?(?::\((\d+)\)(\d+))?(?:,|$)")
+
+
+def kind_of(instruction: Instruction) -> str | None:
+    """One of `KINDS`, of an operation that sends; None for all others, and where one ends."""
+    kind = instruction.opcode.removesuffix("-start")
+    return kind if kind in KINDS else None
+
+
+def sent_bytes(kind: str, payload_bytes: int, n: int) -> int:
+    """What each of n devices sends, done the cheapest way.
+
+    payload_bytes: of what is gathered, and of what is reduced or permuted, on one device.
+    """
+    if kind in ("collective-permute", "collective-broadcast"):
+        return payload_bytes if n > 1 else 0
+    # A reduction that all devices learn is a reduce-scatter and an all-gather.
+    return (2 if kind == "all-reduce" else 1) * payload_bytes * (n - 1) // n
+
+
+def network_of(members: np.ndarray, slices: Sequence[int]) -> str:
+    """DCN where any row of `members` has devices of two slices.
+
+    members: [groups, devices in each], their places in the program.
+    slices: of every device, in that order; without any, all are in one.
+    """
+    if not slices:
+        return ICI
+    slice_of = np.asarray(slices)[members]
+    return DCN if np.any(slice_of != slice_of[:, :1]) else ICI
+
+
+def members(instruction: Instruction, num_devices: int) -> np.ndarray:
+    """[groups, devices in each]: who sends to whom; a permutation's pairs are groups of two.
+
+    Raises ValueError for a format of `replica_groups` that is not known.
+    """
+    text = instruction.attributes
+    if found := _PAIRS.search(text):
+        return np.asarray(_integers(found[1]), int).reshape(-1, 2)
+    if found := _MESH.search(text):
+        return _of_mesh(*found.groups())
+    if found := _IOTA.search(text):
+        shape, *numbering = found.groups()
+        return _numbered(*numbering).reshape(_integers(shape))
+    if found := _LISTS.search(text):
+        groups = [_integers(group) for group in re.findall(r"\{([\d,]*)\}", found[1])]
+        if groups:
+            return np.asarray(groups, int)
+    elif "replica_groups=" in text:
+        raise ValueError(f"got {text[:120]!r}, expected replica_groups in a format that is known")
+    return np.arange(num_devices)[None]  # all of them
+
+
+def megascale(instruction: Instruction) -> tuple[str, int] | None:
+    """(kind, slices) of a `send` to the host's process that exchanges with other slices."""
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+    if instruction.opcode != "send" or not kind:
+        return None
+    target = re.search(r'_xla_megascale_target="\{([\d,:]*)\}', instruction.attributes)
+    slices = 0
+    for part in target[1].split(",") if target else ():
+        first, _, last = part.partition(":")
+        slices += int(last or first) - int(first) + 1
+    return kind[1].lower().replace("_", "-"), slices
+
+
+def _of_mesh(mesh, device_ids, used):
+    """mesh['a'=4,'b'=2] {'b'}: groups along b; 'a':(2)2 is a part of a, of size 2 after 2."""
+    used = [match.groups() for match in _USED.finditer(used)]
+    shape, grouped = [], []
+    for name, size in _AXIS.findall(mesh):
+        spans = [
+            (int(before or 1), int(before or 1) * int(length or size))
+            for other, before, length in used
+            if other == name
+        ]
+        bounds = sorted({1, int(size), *itertools.chain(*spans)})
+        for low, high in itertools.pairwise(bounds):
+            shape.append(high // low)
+            grouped.append(any(first <= low < last for first, last in spans))
+    order = [i for i, inside in enumerate(grouped) if not inside]
+    inside = [i for i, inside in enumerate(grouped) if inside]
+    size = int(np.prod([shape[i] for i in inside], dtype=int))
+    ids = _of_text(device_ids) if device_ids else np.arange(np.prod(shape, dtype=int))
+    return ids.reshape(shape).transpose(order + inside).reshape(-1, size)
+
+
+def _of_text(device_ids):
+    """0,2,1,3; or [2,2]T(1,0)."""
+    found = re.match(r"(?:<=)?\[([\d,]+)\](?:T\(([\d,]+)\))?$", device_ids)
+    return _numbered(*found.groups()) if found else np.asarray(_integers(device_ids))
+
+
+def _numbered(dims, order):
+    dims = _integers(dims)
+    return np.arange(np.prod(dims)).reshape(dims).transpose(_integers(order) if order else None)
+
+
+def _integers(text):
+    return [int(n) for n in re.findall(r"\d+", text)]
