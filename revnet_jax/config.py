@@ -313,7 +313,7 @@ def _parse(argv: list[str], required: tuple[str, ...]) -> list[str]:
         if flags.FLAGS[name].value is None:
             sys.exit(f"error: --{name} is missing: see --help")
     config = flags.FLAGS["config"].value if "config" in flags.FLAGS else ConfigDict()
-    if not isinstance(config, ConfigDict):  # a stand-in that raises whenever it is used
+    if not isinstance(config, ConfigDict | None):  # a stand-in that raises whenever it is used
         sys.exit(f"error: got {_config_path(argv)!r} as --config, expected a file that exists")
     return rest
 

@@ -4,8 +4,12 @@
     python scripts/benchmark.py --models=mlp --strategies=store,reverse --seconds=20
     python scripts/benchmark.py --suite=gpu --jsonl=benchmark.jsonl  # one GPU, under 8 minutes
 
+    python scripts/benchmark.py --config=FILE --config.data.dir=DIR  # its data pipeline
+
 `laptop` compares the time of a step, strategies taking turns; `gpu` also finds the largest batch
-and depth that each strategy survives. Prints a Markdown table; --json prints JSON lines instead.
+and depth that each strategy survives. With a config, measures how fast this host prepares batches,
+next to how fast its devices train on them. Prints a Markdown table; --json prints JSON lines
+instead.
 """
 
 import json
@@ -19,6 +23,7 @@ from absl import flags
 from revnet_jax import config as configs
 from revnet_jax.figures import load_figure_class
 
+CONFIG = configs.define_config_flag()
 SUITE = flags.DEFINE_enum("suite", "laptop", ["laptop", "gpu"], "What is measured.")
 MODELS = flags.DEFINE_list("models", None, "Some of the suite's models, by name; all by default.")
 STRATEGIES = flags.DEFINE_list("strategies", None, "Some strategies, by name; all by default.")
@@ -39,8 +44,13 @@ def main(argv):
     import jax
 
     from revnet_jax.memory import benchmark_report as report
+    from revnet_jax.memory.benchmark_pipeline import feed
     from revnet_jax.memory.benchmark_suites import run, select, suites
 
+    if CONFIG.value is not None:
+        row = feed(CONFIG.value, 10.0 if SECONDS.value is None else SECONDS.value)
+        print(json.dumps(row) if JSON.value else report.as_sentence(row))
+        return
     config = runpy.run_path(str(CIFAR_CONFIG))["get_config"]()
     suite = select(
         suites(config)[SUITE.value],

@@ -132,3 +132,12 @@ def _table(columns, rows, baselines):
     kept = [i for i in range(len(columns)) if any(line[i] != "-" for line in lines[2:])]
     widths = {i: max(len(line[i]) for line in lines) for i in kept}
     return "\n".join(f"| {' | '.join(line[i].ljust(widths[i]) for i in kept)} |" for line in lines)
+
+
+def as_sentence(row: dict[str, Any]) -> str:
+    """Of what `benchmark_pipeline.feed` measured."""
+    return (
+        f"The pipeline prepares {row['pipeline_per_second']:,.0f} {row['unit']} a second on this "
+        f"host, by {row['num_threads']} threads; a step takes {row['step_per_second']:,.0f}: "
+        f"{row['times_the_need']:.3g} times what is needed."
+    )

@@ -206,3 +206,18 @@ def test_the_script_says_what_is_wrong():
     status, stdout, stderr = run_benchmark("--layers=2,x")
     assert (status, stdout) == (1, "")
     assert stderr.strip() == "error: got --layers=2,x, expected numbers from 1"
+
+
+def test_a_pipeline_next_to_its_step():
+    status, stdout, _ = run_benchmark(
+        "--config=configs/digits.py",
+        "--config.batch_size=4",
+        "--config.model.units=1,1",
+        "--config.model.channels=4,4,8",
+        "--seconds=0.1",
+        "--json",
+    )
+    row = json.loads(stdout)
+    assert status == 0
+    assert row["unit"] == "examples"
+    assert row["times_the_need"] == row["pipeline_per_second"] / row["step_per_second"] > 0

@@ -1,0 +1,58 @@
+"""How fast this host prepares batches, next to how fast its devices train on them."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from revnet_jax.training.build import build_data, build_recipe, check_split
+from revnet_jax.training.compiler import initialized
+from revnet_jax.training.program import step_program
+from revnet_jax.training.sharding import batch_share, make_mesh, put_batch
+from revnet_jax.training.step import init_state
+
+
+def feed(config: ConfigDict, seconds: float) -> dict[str, Any]:
+    """Examples (or tokens) per second and host, of the config's pipeline alone and of its step.
+
+    seconds: for each of them, and three steps at least. What is prepared ahead is taken first, so
+    that a burst is not mistaken for speed.
+
+    Raises UserError for settings or data that cannot be used.
+    """
+    task, _, optimizer = build_recipe(config)
+    mesh = make_mesh(jax.devices(), **config.mesh)
+    check_split(config, mesh)
+    data = build_data(config, share=batch_share(mesh))
+    with contextlib.closing(data.train(0)) as batches:
+        for _ in range(config.data.prefetch + 1):
+            batch = next(batches)
+        read, ends, started = 0, time.monotonic() + seconds, time.monotonic()
+        while read < 3 or time.monotonic() < ends:
+            next(batches)
+            read += 1
+        pipeline_seconds = (time.monotonic() - started) / read
+    program = step_program(config, jax.devices())
+    state = initialized(lambda: init_state(task.network, optimizer, config.seed), program.state)
+    step = program.step.lower(program.state, program.batch).compile()
+    batch, steps = put_batch(batch, mesh), []
+    ends = time.monotonic() + seconds
+    while len(steps) < 4 or time.monotonic() < ends:
+        started = time.monotonic()
+        state, _ = jax.block_until_ready(step(state, batch))
+        steps.append(time.monotonic() - started)
+    units = task.units(config.batch_size // batch_share(mesh)[1])
+    made, needed = units / pipeline_seconds, units / statistics.median(steps[1:])
+    return {
+        "unit": task.unit,
+        "pipeline_per_second": made,
+        "step_per_second": needed,
+        "times_the_need": made / needed,
+        "num_threads": config.data.num_threads,
+        "processes": jax.process_count(),
+    }
