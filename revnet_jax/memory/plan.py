@@ -45,11 +45,11 @@ def plan(
         raise UserError(next(iter(steps.values())).error)
     any_step = next(iter(compiled.values()))
     chip = chip_of(any_step.device_kind)
-    stored = compiled.get("store")
+    stored = compiled.get("store") or compiled.get("store/lockstep")
     rows = [
         _failed(name, step)
         if isinstance(step, NotCompiled)
-        else _row(name, step, chip, stored and stored.flops)
+        else row_of(name, step, chip, stored and stored.flops)
         for name, step in steps.items()
     ]
     if largest:
@@ -97,7 +97,8 @@ def _failed(name, step):
     return {"strategy": name, "error": step.error, "fits": None}
 
 
-def _row(name: str, step: CompiledStep, chip: Chip | None, model_flops: int | None) -> Row:
+def row_of(name: str, step: CompiledStep, chip: Chip | None, model_flops: int | None = None) -> Row:
+    """The row of a strategy that compiled. model_flops: of `store`, for the utilization."""
     flops = step.flops // step.num_devices
     seconds = step_seconds(chip, flops=flops, **step.traffic) if chip and step.traffic else None
     utilization = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -38,6 +39,14 @@ class Topology(NamedTuple):
     chip: str | None
     shape: str
     slices: int = 1
+
+    @property
+    def num_devices(self) -> int:
+        """As JAX counts them; of this machine's, which takes importing it, all that it has."""
+        if self.chip is None:
+            return len(devices(self))
+        chips = self.slices * math.prod(map(int, self.shape.split("x")))
+        return chips * (2 if self.chip == "tpu7x" else 1)
 
     @property
     def environment(self) -> dict[str, str]:
