@@ -118,6 +118,7 @@ class LanguageModel(Transformer):
                 "tokens are routed together"
             )
         self.architecture, self.loss_chunk = architecture, loss_chunk
+        self._in_chunks = feed_forward_chunks > 1
         a = architecture
         # So that 2 L updates add up to about 1 in every element.
         out_std = lambda inputs: (inputs * 2 * a.layers) ** -0.5
@@ -196,20 +197,19 @@ class LanguageModel(Transformer):
         x_BTD, aux_L = self.features(variables, token_BT, **options)
         if weight_BT is None:
             weight_BT = jnp.ones(target_BT.shape, x_BTD.dtype)
-        # Each device adds up the gradient of its own chunks, before any is sent.
-        nll_B = by_batch(self._nll, whole=1)(
-            self._head_kernel(variables), x_BTD, target_BT, weight_BT
-        )
+        group, kernel = self._head_kernel(variables)
+        nll = by_batch(self._nll, self.rules, group, self.compute_dtype)
+        nll_B = nll(kernel, x_BTD, target_BT, weight_BT)
         return jnp.sum(nll_B) / jnp.sum(weight_BT), aux_L
 
     @jax.named_scope("head")
-    def _nll(self, kernel_DV, x_BTD, target_BT, weight_BT):
+    def _nll(self, kernel, x_BTD, target_BT, weight_BT):
         """[B]: the weighted sums over each sequence, from one chunk of tokens after the other."""
 
         @jax.checkpoint
         def chunk_loss(nll_B, part):
             x_BTD, target_BT, weight_BT = part
-            logits_BTV = self._logits(kernel_DV, x_BTD)
+            logits_BTV = self._logits(kernel, x_BTD)
             true_BT = jnp.take_along_axis(logits_BTV, target_BT[..., None], axis=-1)[..., 0]
             nll_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - true_BT
             return nll_B + jnp.sum(weight_BT * nll_BT, axis=1), None
@@ -221,7 +221,7 @@ class LanguageModel(Transformer):
     def logits(self, variables: Variables, token_BT: jax.Array) -> jax.Array:
         """float32 [B, T, V]: of all tokens at once."""
         x_BTD, _ = self.features(variables, token_BT)
-        return self._logits(self._head_kernel(variables), x_BTD)
+        return self._logits(self._head_kernel(variables)[1], x_BTD)
 
     def empty_cache(self, batch_size: int, length: int) -> Cache:
         """For `extend`: room for so many tokens, stacked over layers."""
@@ -246,7 +246,7 @@ class LanguageModel(Transformer):
             lockstep=None,
         )
         x_BD = self._normalise(variables, x_BTD)[:, -1]
-        return self._logits(self._head_kernel(variables), x_BD), cache
+        return self._logits(self._head_kernel(variables)[1], x_BD), cache
 
     def _branches(self):
         """(f, g). Shared: the first token's position; a layer's data: (cache, dropout keys)."""
@@ -260,18 +260,23 @@ class LanguageModel(Transformer):
 
         def g(params, x_BTD, context):
             _, keys = context.data or (None, None)
-            params = gather(self.rules, "layers/1", params, self.compute_dtype)
-            u_BTD, _ = self._g.apply(params, {}, x_BTD)
+            u_BTD = self._feed_forward(params, x_BTD)
             u_BTD, *aux = u_BTD if self.architecture.experts else (u_BTD,)
             return drop(u_BTD, rate, keys, 1), tuple(aux)
 
         return f, g
 
+    def _feed_forward(self, params, x_BTD):
+        apply = lambda params, x_BTD: self._g.apply(params, {}, x_BTD)[0]
+        if self._in_chunks:
+            return by_batch(apply, self.rules, "layers/1", self.compute_dtype)(params, x_BTD)
+        return apply(gather(self.rules, "layers/1", params, self.compute_dtype), x_BTD)
+
     @jax.named_scope("stem")
     def _embed(self, variables, token_BT, keys):
         embed_VD = variables.params["embed"]
-        embed_VD = gather(self.rules, "embed", embed_VD, embed_VD.dtype)
-        x_BTD = by_batch(lambda embed_VD, token_BT: embed_VD[token_BT], whole=1)(embed_VD, token_BT)
+        look_up = lambda embed_VD, token_BT: embed_VD[token_BT]
+        x_BTD = by_batch(look_up, self.rules, "embed", embed_VD.dtype)(embed_VD, token_BT)
         return drop(x_BTD, self.architecture.dropout, keys, 0)
 
     @jax.named_scope("head")
@@ -279,16 +284,16 @@ class LanguageModel(Transformer):
         norm = {"scale": variables.params["head"]["scale"]}
         return self._norm.apply(norm, {}, x_BTD)[0]
 
-    @jax.named_scope("head")
     def _head_kernel(self, variables):
+        """(its path, the kernel): [V, D] if tied, else [D, V]."""
         if self.architecture.tied:
-            return gather(self.rules, "embed", variables.params["embed"], self.compute_dtype).T
-        head = gather(self.rules, "head", variables.params["head"], self.compute_dtype)
-        return head["kernel"]
+            return "embed", variables.params["embed"]
+        return "head/kernel", variables.params["head"]["kernel"]
 
-    def _logits(self, kernel_DV, x):
+    def _logits(self, kernel, x):
         wide = x.dtype
-        x, kernel_DV = x.astype(self.compute_dtype), kernel_DV.astype(self.compute_dtype)
+        x, kernel = x.astype(self.compute_dtype), kernel.astype(self.compute_dtype)
+        kernel_DV = kernel.T if self.architecture.tied else kernel
         return jnp.matmul(x, kernel_DV, preferred_element_type=wide)
 
 

@@ -55,8 +55,7 @@ def gather(rules: Rules, group: str, params: Any, dtype: Any) -> Any:
         return params
 
     def gathered(path, leaf):
-        keys = jax.tree_util.keystr(path, simple=True, separator="/")
-        split = spec_of(rules, f"{group}/{keys}".rstrip("/"), leaf.shape, mesh)
+        split = spec_of(rules, _name(group, path), leaf.shape, mesh)
         if "fsdp" not in split:
             return leaf
         whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in split))
@@ -116,22 +115,45 @@ def by_device(
     return jax.shard_map(function, in_specs=in_specs, out_specs=spec(out_axes), check_vma=False)
 
 
-def by_batch(function: Callable[..., Any], *, whole: int) -> Callable[..., Any]:
-    """The function, computed by every device for its own part of the batch.
+def by_batch(
+    function: Callable[..., Any], rules: Rules, group: str, dtype: Any
+) -> Callable[..., Any]:
+    """`function(params, *batches)`, computed by every device for its own part of the batches.
 
-    Its first `whole` arguments are no batches; all others, and the result, have them as their first
-    axis. Compilers go on splitting the arithmetic inside over "tensor".
+    For weights that are used in a loop over parts of the tokens: they are gathered once, and each
+    device adds up the gradients of its own tokens before it sends any. Arguments as of `gather`.
+    Compilers go on splitting the arithmetic inside over "tensor".
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return function
     axes = batch_axes(mesh)
-    part = PartitionSpec(axes)
 
-    def mapped(*args):
-        specs = (PartitionSpec(),) * whole + (part,) * (len(args) - whole)
+    def split(path, leaf):
+        spec = spec_of(rules, _name(group, path), leaf.shape, mesh)
+        return PartitionSpec(*("fsdp" if axis == "fsdp" else None for axis in spec))
+
+    def whole(leaf, spec):
+        if "fsdp" not in spec:
+            return leaf
+        parts = leaf.astype(dtype)
+        # Back in its own dtype, in which gradients of the parts are to be added up.
+        return lax.all_gather(parts, "fsdp", axis=spec.index("fsdp"), tiled=True).astype(leaf.dtype)
+
+    def mapped(params, *batches):
+        specs = jax.tree_util.tree_map_with_path(split, params)
+        inside = lambda params, *batches: function(jax.tree.map(whole, params, specs), *batches)
+        part = PartitionSpec(axes)
         return jax.shard_map(
-            function, in_specs=specs, out_specs=part, axis_names=set(axes), check_vma=False
-        )(*args)
+            inside,
+            in_specs=(specs, *[part] * len(batches)),
+            out_specs=part,
+            axis_names=set(axes),
+            check_vma=False,
+        )(params, *batches)
 
     return mapped
+
+
+def _name(group, path):
+    return f"{group}/{jax.tree_util.keystr(path, simple=True, separator='/')}".rstrip("/")

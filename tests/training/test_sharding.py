@@ -109,6 +109,11 @@ def test_every_mesh_and_strategy(family):
     check(differences(family, REVNET38 if family == "revnet" else FAMILIES[family], ALL))
 
 
+def test_a_checkpoint_of_eight_devices_is_one_of_four_and_of_one(tmp_path):
+    program = pathlib.Path(__file__).with_name("sharded_checkpoint.py")
+    subprocess.run([sys.executable, str(program), str(tmp_path / "checkpoints")], check=True)
+
+
 def test_what_lies_where():
     """Weights, and what the optimizer keeps of them, in equal parts; the rest is small."""
     config = language_model()
