@@ -1,5 +1,6 @@
 """Weights split over devices: what compiled steps hold of them, and gather of them at a time."""
 
+import importlib.util
 import math
 import re
 
@@ -9,6 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from revnet_jax.config import language_model
+from revnet_jax.memory.topology import devices, parse_topology
 from revnet_jax.memory.traffic import traffic
 from revnet_jax.training.program import step_program
 from revnet_jax.training.sharding import make_mesh
@@ -93,3 +95,35 @@ def test_the_check_sees_all_layers_at_once(on_cpu):
     one_layer = "%x = f32[64,2,176] all-gather(%y)\n"
     with pytest.raises(AssertionError, match="all layers at once"):
         check_gathers(one_layer + text, program, layers=7)
+
+
+@pytest.fixture
+def tpus(monkeypatch):
+    topology = parse_topology("v5e:4x4")
+    for name, value in topology.environment.items():
+        monkeypatch.setenv(name, value)
+    return devices(topology)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no TPU compiler")
+def test_parts_of_sixteen_tpus(tpus):
+    """A device's arguments, gathers and temporaries, of four and of eight layers."""
+    sizes = {"width": 1024, "heads": 8, "kv_heads": 4, "hidden": 2816, "compute_dtype": "bfloat16"}
+    changes = {f"model.{name}": value for name, value in sizes.items()}
+    changes |= {"data.context": 1024, "data.vocab_size": 4096}
+    changes |= {"batch_size": 16, "eval_batch_size": 16}
+    beside = {}
+    for layers in (4, 8):
+        config = small_decoder(**changes, **{"model.layers": layers})
+        program, compiled = compiled_step(config, tpus)
+        assert argument_share(program, compiled) == pytest.approx(1 / 16, rel=0.02)
+        check_gathers(compiled.as_text(), program, layers)
+        memory = compiled.memory_analysis()
+        results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        beside[layers] = memory.peak_memory_in_bytes - memory.argument_size_in_bytes - results
+    leaves = jax.tree.leaves(program.state.variables.params["layers"])
+    shard = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / 8 / 16
+    growth = (beside[8] - beside[4]) / 4
+    print(f"{growth / shard:.2f} bytes a byte of a layer's part; {beside[4] / 2**20:,.0f} MiB of 4")
+    assert growth <= 2 * shard + 2**16
