@@ -249,6 +249,7 @@ LM_LAPTOP = {
     "log_every_steps": 1,
     "eval_every_steps": 20,
     "checkpoint_every_steps": 10,
+    "mesh.fsdp": 1,
     "data.context": 128,
     "model.layers": 4,
     "model.width": 128,
