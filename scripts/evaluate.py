@@ -1,4 +1,4 @@
-"""Restores a run and evaluates it on the whole test split; prints JSON.
+"""Restores a run and evaluates it on the test split, as the run itself does; prints JSON.
 
     python scripts/evaluate.py --workdir=/tmp/digits
 

@@ -25,13 +25,13 @@ def main(argv):
     del argv
     figure_class = load_figure_class("out", OUT.value)
     from revnet_jax.memory import timeline
+    from revnet_jax.training.build import build_task
 
     config = CONFIG.value
     lines = timeline.timelines(config, LAYERS.value, STRATEGIES.value)
-    title = (
-        f"{config.model.family}, {LAYERS.value} layers a chain, "
-        f"{config.batch_size} images of {'x'.join(map(str, config.data.image_shape))}"
-    )
+    shapes = build_task(config).batch_shapes(config.batch_size).values()
+    shape = "x".join(map(str, next(iter(shapes)).shape))
+    title = f"{config.model.family}, {LAYERS.value} layers a chain, batch {shape}"
     timeline.draw(lines, title, figure_class).savefig(OUT.value, dpi=120)
     report = {"title": title, "timelines": timeline.as_report(lines)}
     print(json.dumps(report, indent=2) if JSON.value else timeline.as_table(lines))

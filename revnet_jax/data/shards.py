@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from revnet_jax.data.dataset import DataError
-from revnet_jax.data.vocabulary import Vocabulary, load_tokenizer
+from revnet_jax.data.vocabulary import Vocabulary, largest_id, load_tokenizer
 
 _PIECE_BYTES = 2**20
 _PIECES = 16  # tokenized together
@@ -44,7 +44,7 @@ def load_shards(folder: Path) -> tuple[Shards, Shards, Vocabulary, float]:
     path = folder / "tokens.json"
     try:
         found = json.loads(path.read_text())
-        dtype = np.dtype(found["dtype"])
+        dtype = {"uint16": np.dtype(np.uint16), "uint32": np.dtype(np.uint32)}[found["dtype"]]
         vocabulary = Vocabulary(
             "tokenizer", int(found["vocab_size"]), tokenizer_sha256=found["tokenizer_sha256"]
         )
@@ -95,7 +95,7 @@ def tokenize_files(
     if (out / "tokens.json").exists():
         raise DataError(f"{out} holds tokens already: choose another folder")
     tokenizer, sha256 = load_tokenizer(tokenizer_file)
-    vocab_size = tokenizer.get_vocab_size()
+    vocab_size = largest_id(tokenizer) + 1
     end = [] if end_token is None else [tokenizer.token_to_id(end_token)]
     if None in end:
         raise ValueError(f"got end_token={end_token!r}, expected a token of {tokenizer_file}")
@@ -136,7 +136,9 @@ def tokenize_files(
         "splits": splits,
         "test_bytes_per_token": test_bytes / test_tokens,
     }
-    (out / "tokens.json").write_text(json.dumps(description, indent=2) + "\n")
+    partial = out / "tokens.json.tmp"
+    partial.write_text(json.dumps(description, indent=2) + "\n")
+    partial.replace(out / "tokens.json")  # whole, or not there
     return description
 
 

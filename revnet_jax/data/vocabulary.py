@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -73,10 +74,7 @@ def codec(vocabulary: Vocabulary, tokenizer: Path | None = None) -> Codec:
     known = {character: i for i, character in enumerate(vocabulary.characters)}
 
     def encode(text):
-        try:
-            content = text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"got prompt {text!r}, expected UTF-8") from error
+        content = _utf8(text)
         symbols = content.decode("latin-1") if vocabulary.kind == "bytes" else text
         for symbol in symbols:
             if symbol not in known:
@@ -123,31 +121,50 @@ def load_tokenizer(path: Path) -> tuple[Any, str]:
     return tokenizer, hashlib.sha256(content).hexdigest()
 
 
+def largest_id(tokenizer: Any) -> int:
+    """Added tokens may leave holes: there can be fewer tokens than ids."""
+    return max(tokenizer.get_vocab().values())
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"got prompt {text!r}, expected UTF-8") from error
+
+
 def _of_tokenizer(vocabulary, path):
     if path is None:
         raise DataError("got no --tokenizer, expected the file its tokens were made with")
     tokenizer, sha256 = load_tokenizer(path)
-    found = Vocabulary("tokenizer", tokenizer.get_vocab_size(), tokenizer_sha256=sha256)
+    found = Vocabulary("tokenizer", largest_id(tokenizer) + 1, tokenizer_sha256=sha256)
     found.check_same_ids(vocabulary, "the checkpoint")
 
     def decoder(prompt):
         # How a token reads depends on those before it, but on few of them.
-        ids = list(prompt)[-_LOOK_BACK:]
-        said = tokenizer.decode(ids)
+        read = functools.partial(tokenizer.decode, skip_special_tokens=False)
+        ids, held = list(prompt)[-_LOOK_BACK:], 0
+        said = read(ids)
 
         def decode(i):
-            nonlocal ids, said
+            nonlocal ids, held, said
             ids.append(i)
-            text = tokenizer.decode(ids)
-            if text.endswith("\N{REPLACEMENT CHARACTER}"):  # bytes of a character to be completed
+            text = read(ids)
+            # Bytes of a character to be completed, which has four at most.
+            if text.endswith("\N{REPLACEMENT CHARACTER}") and held < 3:
+                held += 1
                 return ""
-            new, ids = text[len(said) :], ids[-_LOOK_BACK:]
-            said = tokenizer.decode(ids)
+            new, ids, held = text[len(said) :], ids[-_LOOK_BACK:], 0
+            said = read(ids)
             return new
 
         return decode
 
-    return Codec(lambda text: tokenizer.encode(text, add_special_tokens=False).ids, decoder)
+    def encode(text):
+        _utf8(text)
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    return Codec(encode, decoder)
 
 
 def _version(vocabulary):

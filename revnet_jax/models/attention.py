@@ -38,9 +38,12 @@ def attend(
       arXiv:2205.14135), for lengths that are multiples of 128. Where a fused one does not take
       what it gets, it is chunked.
 
-    Softmax is float32 at least. Cost: 4 B T T N K operations, half of that if a causal kernel is
-    fused.
+    Softmax is float32 at least. Cost: 4 B T T N K operations; about half of that if
+    causal, since later keys are not looked at.
     """
+    if kernel not in KERNELS.values():
+        known = ", ".join(sorted(set(KERNELS.values())))
+        raise ValueError(f"got attention={kernel!r}, expected one of {known}")
     T = q_BTNK.shape[1]
     K = q_BTNK.shape[-1]
     half = q_BTNK.dtype in (jnp.bfloat16, jnp.float16)

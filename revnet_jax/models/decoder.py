@@ -123,7 +123,8 @@ class FeedForward(nnx.Module):
     """SwiGLU: (silu(x A) * x B) C (Shazeer 2020, arXiv:2002.05202).
 
     chunks: parts of the tokens that are computed one after the other, each again in the backward
-      pass: the hidden activations of all of them never exist together.
+      pass: the hidden activations of all of them never exist together. One part, where they do not
+      divide the tokens (of a prompt).
     """
 
     def __init__(
@@ -134,9 +135,9 @@ class FeedForward(nnx.Module):
         self.down = Linear(hidden, width, std=out_std, dtype=dtype, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        if self.chunks == 1:
-            return self._apply(x_BTD)
         B, T, D = x_BTD.shape
+        if self.chunks == 1 or T % self.chunks:
+            return self._apply(x_BTD)
         parts = jnp.swapaxes(x_BTD.reshape(B, self.chunks, T // self.chunks, D), 0, 1)
         u = lax.map(jax.checkpoint(self._apply), parts)
         return jnp.swapaxes(u, 0, 1).reshape(B, T, D)

@@ -57,16 +57,21 @@ class Decoder:
 
     def __post_init__(self):
         check_positive(self, ("vocab_size", "layers", "width", "heads", "kv_heads", "hidden"))
-        if self.width % self.heads or self.width // self.heads % 2:
+        if self.width % (2 * self.heads):
             raise ValueError(
-                f"got width={self.width} and heads={self.heads}, expected heads of an even size"
+                f"got width={self.width} and heads={self.heads}, expected a width that heads of an "
+                f"even size make up: a multiple of {2 * self.heads}"
             )
+        if self.rotary_base <= 0:
+            raise ValueError(f"got rotary_base={self.rotary_base}, expected more than 0")
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"got kv_heads={self.kv_heads}, expected a divisor of heads={self.heads}"
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"got dropout={self.dropout}, expected a share in [0, 1)")
+        if self.experts < 0:
+            raise ValueError(f"got experts={self.experts}, expected 0 (none) or more")
         if self.experts and not 1 <= self.experts_per_token <= self.experts:
             raise ValueError(
                 f"got experts_per_token={self.experts_per_token}, expected 1 to {self.experts}"

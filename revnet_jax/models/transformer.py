@@ -61,7 +61,7 @@ class Transformer:
             )
         if backprop == "reverse" and not reversible:
             raise ValueError(
-                "got backprop='reverse' for a model of one stream, expected 'store' or 'remat': "
+                "got backprop='reverse' for a model of one stream, expected any other: "
                 "its layers have no inverse. Take reversible=True to store nothing"
             )
         self.invertible, self.grid = reversible, grid

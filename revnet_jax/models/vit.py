@@ -130,11 +130,11 @@ class RevViT(Transformer):
     ) -> tuple[jax.Array, Any]:
         """(logits [B, num_classes] float32, no running averages).
 
-        train: with dropout, by the key. lockstep: see `Network.apply`.
+        train: with dropout, by the key; without one, without. lockstep: see `Network.apply`.
         """
         rate = self.architecture.dropout
         keys = None
-        if train and rate:
+        if train and rate and key is not None:
             keys = jax.random.split(key, (self.architecture.layers + 1, 2))
 
         def branch(module, i):

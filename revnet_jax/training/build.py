@@ -57,6 +57,8 @@ def build_recipe(
         _at_least_one(name, config[name])
     _at_least_one("eval_every_steps", config.eval_every_steps)
     _at_least_one("checkpoint_every_steps", config.checkpoint_every_steps)
+    if not 0 <= config.seed < 2**32:
+        raise ConfigError(f"config.seed: got {config.seed}, expected 0 to 2**32 - 1")
     with settings("schedule"):
         schedule = make_schedule(num_steps=config.num_steps, **config.schedule)
     task = build_task(config, stored_layers, platform=platform)
@@ -300,17 +302,24 @@ def pipeline_settings(config: ConfigDict) -> dict[str, Any]:
 def check_split(config: ConfigDict, mesh: Mesh) -> None:
     """Raises ConfigError unless batches and heads can be split over the mesh in equal parts."""
     parts = batch_parts(mesh)
-    for name in ("batch_size", "eval_batch_size"):
-        if config[name] % parts:
+    for name, microbatches in (("batch_size", config.microbatches), ("eval_batch_size", 1)):
+        if config[name] % (parts * microbatches):
             raise ConfigError(
-                f"config.{name}: got {config[name]}, expected a multiple of {parts}: so many parts "
-                f"are batches split into over {mesh.size} devices"
+                f"config.{name}: got {config[name]}, expected a multiple of "
+                f"{parts * microbatches}: batches are split over {mesh.size} devices into {parts} "
+                f"parts" + (f", each of {microbatches} microbatches" * (microbatches > 1))
             )
+    tensor = mesh.shape["tensor"]
+    if "experts" in config.model and config.model.experts and config.model.hidden % tensor:
+        raise ConfigError(
+            f"config.model.hidden: got {config.model.hidden}, expected a multiple of "
+            f"config.mesh.tensor, {tensor}: hidden units of experts are split over it"
+        )
     for name in ("kv_heads", "heads"):
-        if name in config.model and config.model[name] % mesh.shape["tensor"]:
+        if name in config.model and config.model[name] % tensor:
             raise ConfigError(
                 f"config.model.{name}: got {config.model[name]}, expected a multiple of "
-                f"config.mesh.tensor, {mesh.shape['tensor']}: heads are split over it"
+                f"config.mesh.tensor, {tensor}: heads are split over it"
             )
 
 

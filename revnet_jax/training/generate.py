@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -38,7 +39,9 @@ def generate_text(
     Raises UserError in one line, before anything is computed: no language model there, a prompt of
     nothing or of what the model cannot have seen, another tokenizer, settings out of range.
     """
-    if temperature < 0 or not 0 < top_p <= 1 or num_tokens < 0:
+    if not 0 <= seed < 2**32:
+        raise UserError(f"got seed={seed}, expected 0 to 2**32 - 1")
+    if not 0 <= temperature < math.inf or not 0 < top_p <= 1 or num_tokens < 0:
         raise UserError(
             f"got temperature={temperature}, top_p={top_p}, num_tokens={num_tokens}, expected "
             "temperature 0 or more, top_p in (0, 1], num_tokens 0 or more"
@@ -116,7 +119,8 @@ def sample(logits_V: jax.Array, key: jax.Array, *, temperature: float, top_p: fl
     if temperature == 0:
         return jnp.argmax(logits_V)
     order_V = jnp.argsort(-logits_V)
-    sorted_V = logits_V[order_V] / temperature
+    # From the largest down: however small the temperature, nothing overflows but to -inf.
+    sorted_V = (logits_V[order_V] - jnp.max(logits_V)) / temperature
     probability_V = jax.nn.softmax(sorted_V)
     before_V = jnp.cumsum(probability_V) - probability_V
     return order_V[jax.random.categorical(key, jnp.where(before_V < top_p, sorted_V, -jnp.inf))]

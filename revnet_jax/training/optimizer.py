@@ -26,7 +26,9 @@ def make_schedule(
     warmup_steps: linear, from 0 to the peak `learning_rate`; counted within the schedule's steps.
     """
     if not 0 <= warmup_steps < num_steps:
-        raise ValueError(f"got warmup_steps={warmup_steps}, expected 0 to num_steps - 1")
+        raise ValueError(
+            f"got warmup_steps={warmup_steps}, expected 0 to {num_steps - 1}, less than num_steps"
+        )
     if name == "constant":
         schedule = optax.constant_schedule(learning_rate)
     elif name == "cosine":

@@ -42,6 +42,8 @@ def restore_run(workdir: Path, which: Which = "newest") -> Restored:
     Raises UserError in one line: no run or no checkpoint there.
     """
     config = load_config(workdir)
+    if "attention" in config.model:
+        config.model.attention = "auto"  # the run may have been on other devices
     task = build_recipe(config).task
     init = lambda: TrainState.of_variables(task.network.init(jax.random.key(config.seed)))
     if not (workdir / "checkpoints").exists():

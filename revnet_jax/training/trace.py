@@ -15,11 +15,12 @@ class Trace:
     transition, head. Of several processes each records its own devices.
     """
 
-    def __init__(self, folder: Path, *, start_step: int, num_steps: int):
-        if start_step < 1 or num_steps < 0:
+    def __init__(self, folder: Path, *, start_step: int, num_steps: int, last_step: int):
+        end = start_step + num_steps - 1
+        if start_step < 1 or num_steps < 0 or (num_steps and end > last_step):
             raise ValueError(
-                f"got start_step={start_step}, num_steps={num_steps}, expected a step from 1, and "
-                "0 (none) or more steps"
+                f"got start_step={start_step}, num_steps={num_steps}, expected steps of 1 to "
+                f"{last_step}, or none: num_steps=0"
             )
         self._folder, self._steps = folder, range(start_step, start_step + num_steps)
         self._tracing = False

@@ -233,8 +233,10 @@ def test_experts_on_two_devices(backprop, axis):
     [
         ({"kv_heads": 0}, "got kv_heads=0, expected a whole number from 1"),
         ({"options": {"loss_chunk": 0}}, "loss_chunk=0, expected 1 or more"),
-        ({"heads": 3}, "got width=16 and heads=3, expected heads of an even size"),
+        ({"heads": 3}, "got width=16 and heads=3, expected a width that heads of an even size"),
         ({"kv_heads": 3}, "got kv_heads=3, expected a divisor of heads=4"),
+        ({"rotary_base": 0.0}, "got rotary_base=0.0, expected more than 0"),
+        ({"experts": -1}, "got experts=-1, expected 0"),
         ({"dropout": 1.0}, "got dropout=1.0, expected a share"),
         ({"experts": 1}, "got experts_per_token=2, expected 1 to 1"),
         ({"reversible": False, "backprop": "reverse"}, "for a model of one stream"),

@@ -39,7 +39,9 @@ TINY = {
 def test_from_text_to_a_model_to_text(tmp_path):
     (tmp_path / "text").write_text(TEXT)
     config = language_model()
-    config.update_from_flattened_dict({**TINY, "data.dir": str(tmp_path / "text")})
+    config.update_from_flattened_dict(
+        {**TINY, "data.dir": str(tmp_path / "text"), "model.feed_forward_chunks": 2}
+    )
     workdir = tmp_path / "run"
     summary = train(config, workdir)
     assert summary["exact_mismatches"] == 0
@@ -53,8 +55,11 @@ def test_from_text_to_a_model_to_text(tmp_path):
         next(generate_text(workdir, "az", num_tokens=1))
     with pytest.raises(UserError, match="got prompt '', expected one token at least"):
         next(generate_text(workdir, "", num_tokens=1))
-    with pytest.raises(UserError, match="got temperature=-1"):
-        next(generate_text(workdir, "a", num_tokens=1, temperature=-1))
+    for temperature in (-1, np.nan):
+        with pytest.raises(UserError, match=f"got temperature={temperature}"):
+            next(generate_text(workdir, "a", num_tokens=1, temperature=temperature))
+    with pytest.raises(UserError, match="got seed=-1"):
+        next(generate_text(workdir, "a", num_tokens=1, seed=-1))
     (tmp_path / "other").write_text("abcdefgi" * 200)
     with pytest.raises(UserError, match="got a vocabulary of 8 characters, expected that of"):
         evaluate_run(workdir, data_dir=str(tmp_path / "other"))

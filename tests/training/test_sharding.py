@@ -156,7 +156,13 @@ def test_meshes():
     with pytest.raises(ConfigError, match=r"config.batch_size: got 3, expected a multiple of 2"):
         check_split(config, make_mesh(two))
     check_split(config, make_mesh(two[:1]))
+    config.update({"batch_size": 6, "microbatches": 2})
+    with pytest.raises(ConfigError, match=r"got 6, expected a multiple of 4: .* of 2 microbatches"):
+        check_split(config, make_mesh(two))
     config = language_model()
-    config.model.kv_heads = 1
+    config.model.update({"experts": 4, "hidden": 49})
+    with pytest.raises(ConfigError, match=r"config.model.hidden: got 49, expected a multiple of"):
+        check_split(config, make_mesh(two, data=1, tensor=2))
+    config.model.update({"kv_heads": 1, "hidden": 48})
     with pytest.raises(ConfigError, match=r"config.model.kv_heads: got 1, expected a multiple of"):
         check_split(config, make_mesh(two, data=1, tensor=2))
