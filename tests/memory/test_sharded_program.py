@@ -126,4 +126,5 @@ def test_parts_of_sixteen_tpus(tpus):
     shard = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / 8 / 16
     growth = (beside[8] - beside[4]) / 4
     print(f"{growth / shard:.2f} bytes a byte of a layer's part; {beside[4] / 2**20:,.0f} MiB of 4")
-    assert growth <= 2 * shard + 2**16
+    # 0.00 in place; 1.89 if the gradients of all layers are there together.
+    assert growth <= 0.6 * shard
