@@ -3,6 +3,15 @@
     python scripts/train.py --config=configs/digits.py --workdir=/tmp/digits
 
 Every setting is a flag: --config.model.backprop=store. Prints summary.json at the end.
+
+On several hosts, start it once on each, with the same flags: JAX finds the others on Cloud TPU,
+under Slurm and the like. Elsewhere say where the first one listens, how many they are, and which
+this one is; --workdir is a folder that all of them see:
+
+    python scripts/train.py ... --coordinator_address=HOST:PORT --num_processes=2 --process_id=0
+
+Exit status: 0 finished; 75 preempted (SIGTERM) after saving a checkpoint, start it again; otherwise
+an error, which one line says.
 """
 
 import json
@@ -14,12 +23,21 @@ from revnet_jax import config as configs
 
 CONFIG = configs.define_config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command resumes it.")
+COORDINATOR_ADDRESS = flags.DEFINE_string(
+    "coordinator_address", None, "host:port of the first of several processes."
+)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
+HEARTBEAT_TIMEOUT_SECONDS = flags.DEFINE_integer(
+    "heartbeat_timeout_seconds", 60, "After so long without a sign of it a process is dead."
+)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check and print the config; train nothing.")
 
 
 def main(argv):
     del argv
     # After the flags are parsed: JAX takes seconds to import, a misspelt flag should not.
+    from revnet_jax.training import distributed
     from revnet_jax.training.dry_run import dry_run
     from revnet_jax.training.loop import train
 
@@ -28,8 +46,16 @@ def main(argv):
     elif WORKDIR.value is None:
         raise configs.ConfigError("--workdir is missing: name the folder of the run")
     else:
-        report = train(CONFIG.value, Path(WORKDIR.value))
-    print(json.dumps(report, indent=2))
+        distributed.start(
+            COORDINATOR_ADDRESS.value,
+            NUM_PROCESSES.value,
+            PROCESS_ID.value,
+            HEARTBEAT_TIMEOUT_SECONDS.value,
+        )
+        with distributed.shared_fate():
+            report = train(CONFIG.value, Path(WORKDIR.value))
+    if report:
+        print(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":

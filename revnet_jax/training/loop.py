@@ -15,24 +15,26 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from revnet_jax.config import settings
-from revnet_jax.errors import UserError
+from revnet_jax.config import ConfigError, settings
+from revnet_jax.errors import Preempted, UserError
 from revnet_jax.models import num_params
 from revnet_jax.training import workdir as workdirs
-from revnet_jax.training.auto import largest_stored_layers
+from revnet_jax.training.auto import largest_stored_layers, memory_bytes
 from revnet_jax.training.build import (
     build_data,
     build_recipe,
     build_task,
-    check_batch_sizes,
+    check_split,
 )
 from revnet_jax.training.checkpoint import Checkpoints
-from revnet_jax.training.compiler import jit, jit_initialization
+from revnet_jax.training.compiler import initialized, jit
+from revnet_jax.training.distributed import Stop, is_first, of_first, smallest, wait_for_all
 from revnet_jax.training.evaluation import evaluate
 from revnet_jax.training.metrics import DelayedFetch, MetricsWriter, Progress, peak_memory_bytes
-from revnet_jax.training.sharding import abstract, data_mesh, on_mesh, put_batch, replicated
+from revnet_jax.training.sharding import batch_share, make_mesh, on_mesh, placed, put_batch
 from revnet_jax.training.step import TrainState, init_state, make_train_step
 from revnet_jax.training.task import Model, Task
+from revnet_jax.training.trace import Trace
 
 
 class NonFiniteError(UserError):
@@ -42,44 +44,54 @@ class NonFiniteError(UserError):
 def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Trains, or goes on with, the run in `workdir`; returns what its summary.json holds.
 
+    Of several processes the first one alone writes and shows what the run tells; the others return
+    nothing, `{}`. They train and save together.
+
     Everything that can be found wrong with config, data and folder is found before anything is
     compiled. A run killed at any moment and started again ends with the same metrics.
 
-    Raises UserError (ConfigError, DataError, CheckpointError, NonFiniteError) with one clear line.
+    Raises UserError (ConfigError, DataError, CheckpointError, NonFiniteError) with one clear line,
+    and Preempted once it saved what it had when told to stop.
     """
     started = time.monotonic()
     task, schedule, optimizer = build_recipe(config)
-    check_batch_sizes(config)
-    data = build_data(config)
-    mesh = data_mesh()
-    placed = replicated(mesh)
+    mesh = make_mesh(jax.devices(), **config.mesh)
+    check_split(config, mesh)
+    data = build_data(config, share=batch_share(mesh))
     init = lambda: init_state(task.network, optimizer, config.seed)
+    abstract_state = placed(init, task.network.rules, mesh)
     with settings("data"), contextlib.closing(data.train(0)), contextlib.closing(data.test()):
         pass  # their arguments are sound
-    workdirs.claim(workdir, config, data.record)
+    with settings("profile"):
+        traced = Trace(workdir / "profile", **config.profile, last_step=config.num_steps)
+    claim(workdir, config, data.record)
     if config.model.stored_layers == "auto":
         task = build_task(config, resolve_auto(config, workdir))
     task = task.of_data(data.record)
     sums = jit(on_mesh(task.sums, mesh))
     train_step = make_train_step(task, optimizer, schedule, microbatches=config.microbatches)
     train_step = jit(on_mesh(train_step, mesh), donate_argnums=0)
-    with open_checkpoints(workdir, task) as checkpoints:
-        restored = checkpoints.restore(abstract(init, placed))
-        start, state = restored or (0, jit_initialization(init, placed)())
+    with Stop() as stop, open_checkpoints(workdir, task) as checkpoints:
+        restored = checkpoints.restore(abstract_state)
+        start, state = restored or (0, initialized(init, abstract_state))
         if start == 0:
             workdirs.check_fresh(workdir, config.checkpoint_every_steps)
-        if start == config.num_steps and (workdir / "summary.json").exists():
-            return json.loads((workdir / "summary.json").read_text())  # it is finished
+        if of_first(start == config.num_steps and (workdir / "summary.json").exists()):
+            return json.loads((workdir / "summary.json").read_text()) if is_first() else {}
         with (
             contextlib.closing(data.train(start)) as batches,
             Recorder(workdir, config, task, start) as recorder,
+            traced,
         ):
             for step in range(start + 1, config.num_steps + 1):
+                traced.before(step)
                 state, metrics = train_step(state, put_batch(next(batches), mesh))
+                traced.after(step, metrics)
                 recorder.training(step, metrics)
                 last = step == config.num_steps
                 evaluating = last or step % config.eval_every_steps == 0
-                if evaluating or step % config.checkpoint_every_steps == 0:
+                stopping = not last and stop.requested(step)
+                if evaluating or stopping or step % config.checkpoint_every_steps == 0:
                     recorder.flush()  # stops the run before anything not finite is saved
                     scores = {}
                     if evaluating:
@@ -87,20 +99,46 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                         scores = task.scores(means)
                         recorder.evaluation(step, scores)
                     checkpoints.save(step, state, scores)
+                if stopping:
+                    checkpoints.wait()
+                    raise Preempted(step)
+    if not is_first():
+        return {}
     speed = {f"{task.unit}_per_second": recorder.per_second}
     summary = summarize(workdir, task.network, state, speed, started)
     workdirs.write_json(workdir / "summary.json", summary)
     return summary
 
 
+def claim(workdir: Path, config: ConfigDict, data: Mapping[str, Any]) -> None:
+    """Makes `workdir` this config's: the first process does, the others check that it is theirs."""
+    if is_first():
+        workdirs.claim(workdir, config, data)
+    wait_for_all("workdir claimed")
+    if not is_first():
+        if not (workdir / "config.json").exists():
+            raise ConfigError(
+                f"--workdir {workdir}: got a folder without the config.json that the first process "
+                "wrote there, expected one that all processes share"
+            )
+        workdirs.claim(workdir, config, data)
+
+
 def resolve_auto(config: ConfigDict, workdir: Path) -> int:
     """The number that stored_layers=auto stands for; the same whenever this run is resumed."""
     path = workdir / "auto.json"
-    if not path.exists():
-        report = lambda line: print(line, file=sys.stderr, flush=True)
-        stored_layers = largest_stored_layers(config, jax.devices(), report)
+    known = of_first(json.loads(path.read_text())["stored_layers"] if path.exists() else -1)
+    if known >= 0:
+        return known
+    # All compile the same programs for the same limit: on GPUs they share the search for kernels.
+    limited = config.copy_and_resolve_references()
+    if not limited.memory_limit_gib:
+        limited.memory_limit_gib = smallest(memory_bytes(jax.local_devices()[0]) or 0) / 2**30
+    report = lambda line: print(line, file=sys.stderr, flush=True) if is_first() else None
+    stored_layers = largest_stored_layers(limited, jax.devices(), report)
+    if is_first():
         workdirs.write_json(path, {"stored_layers": stored_layers})
-    return json.loads(path.read_text())["stored_layers"]
+    return stored_layers
 
 
 def open_checkpoints(workdir: Path, task: Task, *, read_only: bool = False) -> Checkpoints:
@@ -112,13 +150,16 @@ def open_checkpoints(workdir: Path, task: Task, *, read_only: bool = False) -> C
 
 
 class Recorder:
-    """Writes rows and progress, one step late, and stops the run at a step that is not finite."""
+    """Writes rows and progress, one step late, and stops the run at a step that is not finite.
+
+    Only that in processes other than the first.
+    """
 
     def __init__(self, workdir: Path, config: ConfigDict, task: Task, start: int):
         self._workdir = workdir
         self._num_steps, self._log_every = config.num_steps, config.log_every_steps
         self._fetch = DelayedFetch()
-        self._writer = MetricsWriter(workdir, resume_step=start or None)
+        self._writer = MetricsWriter(workdir, resume_step=start or None) if is_first() else None
         self._unit, units = task.unit, task.units(config.batch_size)
         self._progress = Progress(config.num_steps, examples_per_step=units, unit=task.unit)
         self._rates: list[float] = []
@@ -128,7 +169,8 @@ class Recorder:
 
     def __exit__(self, *exc_info: object) -> None:
         self._progress.close()
-        self._writer.close()
+        if self._writer:
+            self._writer.close()
 
     def training(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Takes the metrics of a step just dispatched; records those of the step before."""
@@ -140,7 +182,8 @@ class Recorder:
 
     def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
         self._check_finite(step, scores, scores)
-        self._writer.write(step, scores)
+        if self._writer:
+            self._writer.write(step, scores)
 
     @property
     def per_second(self) -> float | None:
@@ -152,14 +195,14 @@ class Recorder:
             if not math.isfinite(values[name]):
                 raise NonFiniteError(
                     f"{name} is {values[name]} at step {step}, expected a finite number. The last "
-                    f"good checkpoint is kept in {self._workdir / 'checkpoints'}. Lower the "
+                    f"good checkpoint, if any, is in {self._workdir / 'checkpoints'}. Lower the "
                     "learning rate or warm it up (config.schedule), in another --workdir"
                 )
 
     def _record(self, rows: list[tuple[int, dict[str, float]]]) -> None:
         for step, values in rows:
             self._check_finite(step, values, ("train_loss", "gradient_norm", "variables_norm"))
-            if step % self._log_every == 0 or step == self._num_steps:
+            if self._writer and (step % self._log_every == 0 or step == self._num_steps):
                 rate = self._progress.update(
                     step, loss=values["train_loss"], learning_rate=values["learning_rate"]
                 )

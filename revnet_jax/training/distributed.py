@@ -1,0 +1,215 @@
+"""A run of several processes, one per host: how they start, stop and fail together."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax._src import distributed as jax_distributed  # its key-value store has no public name
+from jax.experimental import multihost_utils
+
+from revnet_jax.errors import Preempted, UserError
+
+_FAILURES = "revnet_jax/failures/"  # keys in the store of the first process
+
+
+class LaunchError(UserError):
+    """The processes of a run cannot be brought together as they were started."""
+
+
+def start(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    heartbeat_timeout_seconds: int = 60,
+) -> None:
+    """Joins the other processes of the run; call it before anything asks JAX for its devices.
+
+    Without the first three, JAX looks for a cluster (Cloud TPU, Slurm, Open MPI, Kubernetes); where
+    there is none, this is the only process and nothing happens. `num_processes=1` alone says so.
+
+    coordinator_address: host:port, where the first process (process_id 0) listens for the others.
+    heartbeat_timeout_seconds: a process unheard of for so long is dead, and JAX ends the others.
+
+    Raises LaunchError in one line: arguments incomplete, out of range, or half a cluster. Processes
+    that do not come within five minutes abort those that wait for them.
+    """
+    explicit = {
+        "coordinator_address": coordinator_address,
+        "num_processes": num_processes,
+        "process_id": process_id,
+    }
+    _check(explicit, heartbeat_timeout_seconds)
+    if num_processes == 1 and coordinator_address is None:
+        return
+    waiting = threading.Timer(10, logging.warning, ("waiting for the other processes of the run",))
+    waiting.daemon = True
+    waiting.start()
+    try:
+        jax.distributed.initialize(**explicit, heartbeat_timeout_seconds=heartbeat_timeout_seconds)
+    except ValueError as error:
+        if num_processes is None and "coordinator_address" in str(error):
+            return  # no cluster
+        raise LaunchError(
+            f"got half a cluster from the environment ({error}), expected all that JAX needs: give "
+            "--coordinator_address, --num_processes and --process_id"
+        ) from error
+    finally:
+        waiting.cancel()
+    atexit.register(jax.distributed.shutdown)  # each waits there until the others are done, too
+
+
+def _check(explicit: dict[str, Any], heartbeat_timeout_seconds: int) -> None:
+    missing = [f"--{name}" for name, value in explicit.items() if value is None]
+    given = [f"--{name}={value}" for name, value in explicit.items() if value is not None]
+    if missing and given and given != ["--num_processes=1"]:
+        raise LaunchError(
+            f"got {' and '.join(given)} without {' and '.join(missing)}, expected all three, or "
+            "none where JAX finds the cluster by itself"
+        )
+    if heartbeat_timeout_seconds < 1:
+        raise LaunchError(
+            f"got --heartbeat_timeout_seconds={heartbeat_timeout_seconds}, expected at least 1"
+        )
+    if missing:
+        return
+    host, _, port = explicit["coordinator_address"].rpartition(":")
+    if not host or not port.isdecimal():
+        raise LaunchError(
+            f"got --coordinator_address={explicit['coordinator_address']}, expected host:port of "
+            "the process with --process_id=0"
+        )
+    if not 0 <= explicit["process_id"] < explicit["num_processes"]:
+        raise LaunchError(
+            f"got --process_id={explicit['process_id']} of "
+            f"--num_processes={explicit['num_processes']}, expected ids from 0 up, one less than "
+            "there are processes at most"
+        )
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and shows what a run tells."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(what: str) -> None:
+    """Returns when all processes have called it."""
+    multihost_utils.sync_global_devices(what)
+
+
+def of_first(value: int) -> int:
+    """The value that the first process gave."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def smallest(value: int) -> int:
+    """Of the values that all processes gave."""
+    words = np.array([value], np.int64).view(np.uint32)  # JAX has no wider ones by default
+    return int(multihost_utils.process_allgather(words).view(np.int64).min())
+
+
+@contextlib.contextmanager
+def shared_fate() -> Iterator[None]:
+    """An error that leaves this in one process ends all programs, with its line and status 1.
+
+    They may be waiting for the failed one in a computation that no exception can interrupt, so a
+    thread asks for failures and ends the process: as if killed, which runs survive.
+
+    A process that dies without a word is found by its heartbeats instead: see `start`.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    over = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(over,), daemon=True)
+    watcher.start()
+    try:
+        yield
+    except Preempted:
+        raise  # all of them
+    except BaseException as error:
+        over.set()
+        atexit.register(_leave)
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            _store().key_value_set(f"{_FAILURES}{jax.process_index()}", _line(error))
+        raise
+    finally:
+        over.set()
+        watcher.join()
+
+
+def _watch(over: threading.Event) -> None:
+    while not over.wait(timeout=1):
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            for key, line in _store().key_value_dir_get(_FAILURES):
+                if over.is_set():
+                    return
+                who = key.rpartition("/")[2]
+                print(f"error: process {who}: {line}", file=sys.stderr)
+                _leave()
+
+
+def _leave() -> None:
+    """Ends the process once all have heard of the failure, and waits for no computation.
+
+    Python's own end would: for one, perhaps, of which the others are no longer a part.
+    """
+    try:
+        jax.distributed.shutdown()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _line(error: BaseException) -> str:
+    name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    return f"{name}{error}".partition("\n")[0]
+
+
+def _store() -> Any:
+    return jax_distributed.global_state.client
+
+
+class Stop:
+    """Whether the run is to stop because its machines are taken away: a SIGTERM announces it.
+
+    Of several processes any one may get the signal, and all stop at the same step. A single one
+    catches it while this context is open, where Python lets it: in the main thread.
+    """
+
+    def __init__(self):
+        self._signalled, self._next = False, 0
+        self._handler: Any = None
+
+    def __enter__(self) -> Stop:
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and not jax.distributed.is_initialized():  # else JAX catches it
+            self._handler = signal.signal(signal.SIGTERM, self._note) or signal.SIG_DFL
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._handler is not None:
+            signal.signal(signal.SIGTERM, self._handler)
+
+    def _note(self, *signal_and_frame: Any) -> None:
+        self._signalled = True
+
+    def requested(self, step: int) -> bool:
+        """Ask after every step, in every process: True in all of them after the same step."""
+        if not jax.distributed.is_initialized():
+            return self._signalled
+        # JAX picks a step that no process has asked about, and says so when asked about that very
+        # step: one before the first of a resumed run, if the signal came while it was starting.
+        steps = range(self._next, step + 1)
+        self._next = step + 1
+        return any(multihost_utils.reached_preemption_sync_point(each) for each in steps)

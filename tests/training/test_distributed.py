@@ -1,0 +1,334 @@
+"""Processes on one machine, as if each were a host: they train, stop and fail together.
+
+That no two of them read the same example is in tests/data/test_data_pipeline.py, and in the losses.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from revnet_jax.errors import PREEMPTED_STATUS
+from revnet_jax.training.distributed import LaunchError, Stop
+from revnet_jax.training.distributed import start as join
+from tests.training.conftest import ROOT, TINY
+
+FLAGS = {
+    **TINY,
+    "num_steps": 120,
+    "eval_every_steps": 1000,  # at the end
+    "checkpoint_every_steps": 119,  # and at the end; others were saved because of a signal
+    "model.units": (2,),
+    "model.channels": (8, 8),
+    "schedule.name": "constant",
+    "schedule.learning_rate": 1e-3,  # so small that different roundings stay different roundings
+}
+# Sums over devices differ in the last bit, 1e-7; a hundred steps make 3e-5 of it. A batch more or
+# less, or a part of it seen twice, is a difference of percents at the next step.
+TOLERANCE = 1e-3
+PATIENCE_SECONDS = 240
+# Compile quickly rather than well: every second process does it anew.
+QUICKLY = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count"
+
+
+def start(workdir, *flags, devices, **settings):
+    """Starts `scripts/train.py` on so many simulated devices."""
+    text = lambda value: "".join(f"{x}," for x in value) if isinstance(value, tuple) else value
+    config = [f"--config.{key}={text(value)}" for key, value in {**FLAGS, **settings}.items()]
+    program = ["scripts/train.py", "--config=configs/digits.py", f"--workdir={workdir}"]
+    return start_python(workdir.parent, *program, *config, *flags, devices=devices)
+
+
+def start_python(folder, *args, devices):
+    """Its output goes to files in the folder."""
+    log = folder / f"{time.monotonic_ns()}"
+    with open(f"{log}.out", "w") as stdout, open(f"{log}.err", "w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, *args],
+            cwd=ROOT,
+            env={**os.environ, "XLA_FLAGS": f"{QUICKLY}={devices}"},
+            stdout=stdout,
+            stderr=stderr,
+        )
+    process.log = log
+    return process
+
+
+def start_two(workdir, *, of_second=None, **settings):
+    """Two processes of four devices each. of_second: settings of its own."""
+    flags = [f"--coordinator_address={free_address()}", "--num_processes=2"]
+    flags += ["--heartbeat_timeout_seconds=10"]
+    second = {**settings, **(of_second or {})}
+    return [
+        start(workdir, *flags, "--process_id=0", devices=4, **settings),
+        start(workdir, *flags, "--process_id=1", devices=4, **second),
+    ]
+
+
+def free_address():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return f"localhost:{free.getsockname()[1]}"
+
+
+def ended(process, seconds=PATIENCE_SECONDS):
+    """Waits for the end of a process: its status, stdout and stderr."""
+    try:
+        process.wait(seconds)
+    finally:
+        process.kill()
+    stdout, stderr = (Path(f"{process.log}.{name}").read_text() for name in ("out", "err"))
+    return SimpleNamespace(status=process.returncode, stdout=stdout, stderr=stderr)
+
+
+def rows(workdir):
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def column(name, rows):
+    """Of the rows that have it: their steps, and its values."""
+    found = [(row["step"], row[name]) for row in rows if name in row]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def saved(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+def events(workdir):
+    return len(list((workdir / "tensorboard").glob("events*")))
+
+
+def wait_until(condition, process):
+    """While the process is going on."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert process.poll() is None, ended(process).stderr
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A run that nothing happens to: one process, eight devices."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    found = ended(start(workdir, devices=8))
+    assert found.status == 0, found.stderr
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def troubled(tmp_path_factory):
+    """The run of `alone` on two processes, which meets one trouble after the other."""
+    workdir = tmp_path_factory.mktemp("troubled") / "run"
+    found = SimpleNamespace(workdir=workdir)
+
+    both = start_two(workdir)
+    wait_until(lambda: len(rows(workdir)) >= 2, both[0])
+    for process in both:
+        process.send_signal(signal.SIGTERM)
+    found.both_told = [ended(process) for process in both]
+    found.both_saved, found.both_rows = saved(workdir), rows(workdir)
+
+    both = start_two(workdir)
+    wait_until(lambda: events(workdir) == 2, both[0])  # before the first step, which is compiled
+    both[1].send_signal(signal.SIGTERM)
+    found.one_told = [ended(process) for process in both]
+    found.one_saved, found.one_rows = saved(workdir), rows(workdir)
+
+    found.rest = ended(start(workdir, devices=4))
+    return found
+
+
+def test_a_signal_stops_both_at_the_same_step(alone, troubled):
+    assert [found.status for found in troubled.both_told] == [PREEMPTED_STATUS] * 2
+    (step,) = troubled.both_saved
+    for found in troubled.both_told:
+        line = f"preempted: saved step {step}; the same command goes on from there"
+        assert found.stderr.splitlines()[-1] == line
+    # What they tell is told once, by the first, and is what one process tells.
+    first, second = troubled.both_told
+    assert f"step {step}/120" in first.stderr
+    assert "/120" not in second.stderr
+    told, losses = column("train_loss", troubled.both_rows)
+    assert told == list(range(1, step + 1))
+    np.testing.assert_allclose(losses, column("train_loss", rows(alone))[1][:step], rtol=1e-5)
+    assert set(column("exact_mismatches", troubled.both_rows)[1]) == {0}
+
+
+def test_a_signal_to_one_stops_both_even_before_the_first_step(troubled):
+    assert [found.status for found in troubled.one_told] == [PREEMPTED_STATUS] * 2
+    step = troubled.one_saved[-1]
+    assert step > troubled.both_saved[-1]
+    assert all(f"preempted: saved step {step};" in found.stderr for found in troubled.one_told)
+    assert column("train_loss", troubled.one_rows)[0] == list(range(1, step + 1))
+
+
+def test_one_process_goes_on_where_two_were_stopped(alone, troubled):
+    """On half as many devices."""
+    assert troubled.rest.status == 0, troubled.rest.stderr
+    for name in ("train_loss", "eval_loss"):
+        told, values = column(name, rows(troubled.workdir))
+        expected_told, expected = column(name, rows(alone))
+        assert told == expected_told
+        np.testing.assert_allclose(values, expected, rtol=TOLERANCE)
+    assert events(troubled.workdir) == 3  # one for each start
+
+
+def test_two_processes_finish_a_run(alone, tmp_path):
+    """Its last step and evaluation are missing; when they are not, none has anything to do."""
+    workdir = tmp_path / "run"
+    shutil.copytree(alone, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "120")
+    (workdir / "summary.json").unlink()
+    for _ in range(2):
+        first, second = [ended(process) for process in start_two(workdir)]
+        assert first.status == second.status == 0, first.stderr + second.stderr
+        summary = json.loads(first.stdout[first.stdout.index("{") :])
+        assert summary == json.loads((workdir / "summary.json").read_text())
+        assert summary["steps"] == 120
+        assert summary["devices"] == "8 x cpu"
+        assert "{" not in second.stdout
+        assert not second.stderr
+        assert summary["eval_loss"] == pytest.approx(rows(alone)[-1]["eval_loss"], rel=1e-5)
+        assert [row["step"] for row in rows(workdir)] == [row["step"] for row in rows(alone)]
+        assert events(workdir) == 2
+
+
+def test_an_error_in_one_ends_both_with_its_line(alone):
+    """The second finds the folder to be another config's, while the first goes on and waits."""
+    first, second = [ended(process) for process in start_two(alone, of_second={"seed": 1})]
+    line = f"{alone} holds a run of another config: got seed=1 (there: 0); choose another"
+    assert first.status == second.status == 1
+    assert first.stderr.startswith(f"error: process 1: {line}")
+    assert second.stderr.startswith(f"error: {line}")
+    assert first.stderr.count("\n") == second.stderr.count("\n") == 1
+
+
+STUCK = """
+import sys, time
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from revnet_jax import config, errors
+from revnet_jax.training import distributed
+
+address, process_id, raises = sys.argv.pop(), sys.argv.pop(), sys.argv.pop()
+
+def main(argv):
+    distributed.start(address, 2, int(process_id), heartbeat_timeout_seconds=10)
+    with distributed.shared_fate():
+        mesh = Mesh(jax.devices(), "d")
+        ones = jax.numpy.ones(8, device=NamedSharding(mesh, PartitionSpec("d")))
+        total = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, PartitionSpec()))
+        print(total(ones), flush=True)
+        if process_id == "1":
+            time.sleep(1000)
+        never = total(ones)
+        if raises == "yes":
+            raise errors.UserError("got no second process, expected one")
+        never.block_until_ready()
+
+config.run(main, required=())
+"""
+
+
+def start_stuck(folder, raises):
+    """Two processes, one of which begins a computation that the other takes no part in."""
+    address = free_address()
+    return [start_python(folder, "-c", STUCK, raises, str(i), address, devices=4) for i in range(2)]
+
+
+def test_an_error_is_not_held_up_by_a_computation(tmp_path):
+    first, second = [ended(process, 120) for process in start_stuck(tmp_path, "yes")]
+    assert first.status == second.status == 1, first.stderr + second.stderr
+    assert first.stderr == "error: got no second process, expected one\n"
+    assert second.stderr == "error: process 0: got no second process, expected one\n"
+
+
+def test_the_death_of_one_ends_the_other(tmp_path):
+    """After the timeout, here 10 s: two minutes are for the machine to be busy."""
+    first, second = start_stuck(tmp_path, "no")
+    wait_until(lambda: "8.0" in Path(f"{second.log}.out").read_text(), second)
+    second.kill()
+    second.wait()
+    survivor = ended(first, 120)
+    assert survivor.status not in (0, PREEMPTED_STATUS)
+    assert "heartbeat" in survivor.stderr
+
+
+def test_a_signal_stops_a_single_process(alone, tmp_path):
+    workdir = tmp_path / "run"
+    process = start(workdir, devices=8)
+    wait_until(lambda: len(rows(workdir)) >= 5, process)
+    process.send_signal(signal.SIGTERM)
+    found = ended(process)
+    (step,) = saved(workdir)
+    assert found.status == PREEMPTED_STATUS, found.stderr
+    assert f"preempted: saved step {step};" in found.stderr
+    assert column("train_loss", rows(workdir))[0] == list(range(1, step + 1))
+    found = ended(start(workdir, devices=8))
+    assert found.status == 0, found.stderr
+    assert (workdir / "metrics.jsonl").read_bytes() == (alone / "metrics.jsonl").read_bytes()
+
+
+def test_the_handler_is_ours_while_a_run_goes_on():
+    before = signal.getsignal(signal.SIGTERM)
+    with Stop() as stop:
+        assert not stop.requested(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested(2)
+        with Stop() as another:
+            assert not another.requested(1)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+    def elsewhere():
+        with Stop() as stop:
+            found.extend([stop.requested(1), signal.getsignal(signal.SIGTERM)])
+
+    found = []
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert found == [False, before]
+
+
+def test_incomplete_flags(run_program, tiny_flags, tmp_path):
+    flags = [f"--workdir={tmp_path / 'run'}", "--num_processes=2", "--process_id=0"]
+    status, stdout, stderr = run_program("train", *tiny_flags, *flags)
+    assert (status, stdout) == (1, "")
+    assert stderr == (
+        "error: got --num_processes=2 and --process_id=0 without --coordinator_address, expected "
+        "all three, or none where JAX finds the cluster by itself\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("host:1", None, None), "got --coordinator_address=host:1 without --num_processes"),
+        ((None, 3, None), "got --num_processes=3 without"),
+        (("host:1", 2, 2), "got --process_id=2 of --num_processes=2, expected"),
+        (("host:1", 2, -1), "got --process_id=-1 of"),
+        (("host:1", 0, 0), "got --process_id=0 of --num_processes=0, expected"),
+        (("host", 2, 0), "got --coordinator_address=host, expected host:port"),
+        ((None, None, None, 0), "got --heartbeat_timeout_seconds=0, expected at least 1"),
+    ],
+)
+def test_flags_out_of_range(arguments, message):
+    with pytest.raises(LaunchError) as caught:
+        join(*arguments)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
