@@ -141,7 +141,7 @@ def draw(report: Mapping[str, Any], figure_class: Any) -> Any:
         axis.set_xticks(devices, [row["topology"] for row in rows], rotation=45, ha="right")
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-        axis.legend()
+        axis.legend(loc="lower left")
     figure.suptitle(f"{report['strategy']}, {report['batch_per_device']} examples a device")
     return figure
 
