@@ -119,7 +119,7 @@ def smallest(value: int) -> int:
 
 @contextlib.contextmanager
 def shared_fate() -> Iterator[None]:
-    """An error that leaves this in one process ends all programs, with its line and status 1.
+    """An error that leaves this in one process ends them all, with its line and status 1.
 
     They may be waiting for the failed one in a computation that no exception can interrupt, so a
     thread asks for failures and ends the process: as if killed, which runs survive.
