@@ -149,7 +149,7 @@ def test_a_checkpoint_of_another_architecture(tiny_config, tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("batch_size", 15, "config.batch_size: got 15 for 2 devices, expected a multiple of 2"),
+        ("batch_size", 15, "config.batch_size: got 15, expected a multiple of 2"),
         ("batch_size", 2000, "config.data: got batch_size=2000"),
         ("num_steps", 0, "config.num_steps: got 0, expected at least 1"),
         ("data.name", "mnist", "config.data: got data set 'mnist'"),
