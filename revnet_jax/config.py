@@ -23,6 +23,23 @@ class ConfigError(UserError, ValueError):
     """A setting that cannot be used; one line that says got, expected and what to do."""
 
 
+def _profile() -> ConfigDict:
+    """A trace of some steps, in WORKDIR/profile."""
+    profile = ConfigDict()
+    profile.start_step = 10
+    profile.num_steps = 0  # 0: none
+    return profile
+
+
+def _mesh() -> ConfigDict:
+    """How devices are arranged; -1: as many as are left."""
+    mesh = ConfigDict()
+    mesh.data = -1  # batches split over so many
+    mesh.fsdp = 1  # and over these, which hold a part of the weights each
+    mesh.tensor = 1  # heads and hidden units split over so many
+    return mesh
+
+
 def image_classification() -> ConfigDict:
     """Every knob of an image classification run."""
     config = ConfigDict()
@@ -38,14 +55,7 @@ def image_classification() -> ConfigDict:
     config.eval_every_steps = 200
     config.checkpoint_every_steps = 200
 
-    config.profile = ConfigDict()  # a trace of some steps, in WORKDIR/profile
-    config.profile.start_step = 10
-    config.profile.num_steps = 0  # 0: none
-
-    config.mesh = ConfigDict()  # how devices are arranged; -1: as many as are left
-    config.mesh.data = -1  # batches split over so many
-    config.mesh.fsdp = 1  # and over these, which hold a part of the weights each
-    config.mesh.tensor = 1  # heads and hidden units split over so many
+    config.profile, config.mesh = _profile(), _mesh()
 
     config.data = ConfigDict()
     config.data.name = "digits"  # digits | cifar10 | cifar100 | image_folder

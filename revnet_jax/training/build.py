@@ -304,10 +304,11 @@ def check_split(config: ConfigDict, mesh: Mesh) -> None:
     parts = batch_parts(mesh)
     for name, microbatches in (("batch_size", config.microbatches), ("eval_batch_size", 1)):
         if config[name] % (parts * microbatches):
+            each = f", each of {microbatches} microbatches" if microbatches > 1 else ""
             raise ConfigError(
                 f"config.{name}: got {config[name]}, expected a multiple of "
                 f"{parts * microbatches}: batches are split over {mesh.size} devices into {parts} "
-                f"parts" + (f", each of {microbatches} microbatches" * (microbatches > 1))
+                f"parts{each}"
             )
     tensor = mesh.shape["tensor"]
     if "experts" in config.model and config.model.experts and config.model.hidden % tensor:
