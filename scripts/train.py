@@ -32,6 +32,12 @@ HEARTBEAT_TIMEOUT_SECONDS = flags.DEFINE_integer(
     "heartbeat_timeout_seconds", 60, "After so long without a sign of it a process is dead."
 )
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check and print the config; train nothing.")
+NUM_DEVICES = flags.DEFINE_integer(
+    "num_devices",
+    None,
+    "With --dry_run: check config.mesh too, as on so many devices of all hosts.",
+)
+NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "With --num_devices: TPU slices they are in.")
 
 
 def main(argv):
@@ -42,7 +48,12 @@ def main(argv):
     from revnet_jax.training.loop import train
 
     if DRY_RUN.value:
-        report = dry_run(CONFIG.value)
+        report = dry_run(CONFIG.value, NUM_DEVICES.value, NUM_SLICES.value)
+    elif NUM_DEVICES.value is not None:
+        raise configs.ConfigError(
+            "--num_devices: got it without --dry_run, expected both: a run takes the devices that "
+            "are there"
+        )
     elif WORKDIR.value is None:
         raise configs.ConfigError("--workdir is missing: name the folder of the run")
     else:

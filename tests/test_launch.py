@@ -251,7 +251,7 @@ def test_workers_and_devices_of_a_type(place, type_, workers, devices):
     if workers > 1:  # which have no workdir in common
         assert f"--bucket is missing: the {workers} workers" in result.stderr
         result = place.run("tpu_vm", "--bucket=b-1", *args)
-    assert f"_device_count={devices} .venv/bin/python scripts/train.py" in result.stdout
+    assert f" --dry_run --num_devices={devices} --num_slices=1\n" in result.stdout
 
 
 # -- Mistakes: one line, before anything runs ----------------------------------------------------
@@ -308,13 +308,21 @@ def test_what_gcloud_lacks_is_said_before_anything_is_created(place):
         assert "create" not in place.verbs()
 
 
+MESHES = {
+    "tpu_vm": ["--num_devices=16", "--num_slices=1"],
+    "tpu_queued": ["--num_devices=16", "--num_slices=1"],
+    "gke_xpk": ["--num_devices=32", "--num_slices=2"],
+    "slurm": ["--num_devices=16", "--num_slices=1"],
+}
+
+
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_a_config_that_train_refuses_costs_nothing(cloud, name):
     write_script(cloud.clone / ".venv" / "bin" / "python", 'echo "error: $*" >&2; exit 1')
     result = cloud.run(name, *LAUNCHERS[name], "--", *TRAIN)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1] == "error: " + " ".join(
-        ["scripts/train.py", *TRAIN, "--dry_run"]
+        ["scripts/train.py", *TRAIN, "--dry_run", *MESHES[name]]
     )
     assert "create" not in cloud.verbs()
     assert "sbatch" not in [call[0] for call in cloud.calls()]
@@ -358,7 +366,7 @@ def test_a_slice_in_another_state_is_refused(cloud):
     assert cloud.verbs() == []
 
 
-@pytest.mark.parametrize(("statuses", "status"), [([70], 70), ([75], 75), ([255, 1, 0], 0)])
+@pytest.mark.parametrize(("statuses", "status"), [([70], 70), ([75], 75), ([255, 71, 0], 0)])
 def test_how_a_run_on_a_slice_ends(cloud, statuses, status):
     cloud.plan({**EMPTY, "tpu_worker.sh run": [[code, ""] for code in statuses]})
     result = cloud.run("tpu_vm", *LAUNCHERS["tpu_vm"], "--", *TRAIN)
@@ -373,6 +381,26 @@ def test_a_slice_that_cannot_be_reached_is_not_deleted(cloud):
     assert result.returncode == 1
     assert "the run goes on, and costs" in result.stderr
     assert cloud.verbs() == ["create", "scp", "install", *["run"] * 5]
+
+
+def test_a_slice_that_cannot_be_made_ready_is_deleted_if_it_is_new(cloud):
+    plan = {**EMPTY, "tpu_worker.sh install": [[1, ""]]}
+    cloud.plan(plan)
+    result = cloud.run("tpu_vm", *LAUNCHERS["tpu_vm"], "--", *TRAIN)
+    assert "error: rev could not be made ready, see above\n" in result.stderr
+    assert (result.returncode, cloud.verbs()[-1]) == (1, "delete")
+    cloud.plan({**plan, "tpu-vm list": [[0, "READY"]]})
+    result = cloud.run("tpu_vm", *LAUNCHERS["tpu_vm"], "--", *TRAIN)
+    assert "it is kept, and costs" in result.stderr
+    assert (result.returncode, cloud.verbs()[-1]) == (1, "install")
+
+
+def test_a_stopped_run_goes_on_from_the_slice_that_holds_its_checkpoint(cloud):
+    cloud.plan({**EMPTY, "tpu_worker.sh run": [[75, ""]]})
+    args = ["--name=rev", "--zone=us-west4-a", "--type=v6e-8", "--delete", "--", *TRAIN]
+    result = cloud.run("tpu_vm", *args)
+    assert "rev is kept, and costs" in result.stderr
+    assert "delete" not in cloud.verbs()
 
 
 def test_results_that_are_on_the_slice_alone_keep_it(cloud):
@@ -542,12 +570,12 @@ def until(path: Path) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize(("ends", "status"), [(0, 0), (75, 75), (1, 70), (134, 70), (255, 70)])
+@pytest.mark.parametrize(("ends", "status"), [(0, 0), (75, 75), (1, 70), (134, 71), (255, 70)])
 def test_a_worker_tells_how_train_ended(machine, ends, status):
     (machine.home / "ends").write_text(str(ends))
     result = machine.run("tpu_worker", "run", *TRAIN)
     assert result.returncode == status
-    assert ("step 1" in result.stderr) == (status == 70)  # the log of a worker that failed
+    assert ("step 1" in result.stderr) == (status in (70, 71))  # the log of a worker that failed
     args = (machine.home / "args").read_text().split("\0")[:-1]
     assert args == ["-u", "scripts/train.py", *TRAIN]
 

@@ -1,8 +1,12 @@
 """Batches for training and evaluation, as numpy arrays.
 
 Both pipelines are stateless: the batch of a step is a function of the seed and the step. Resuming
-needs the step and nothing else, and the global batch is the same however many processes share it.
+needs the step and nothing else. A process asks for its rows of a global batch, which is the same
+however many processes there are.
 """
+
+import functools
+from collections.abc import Callable
 
 import grain
 import numpy as np
@@ -10,6 +14,8 @@ import numpy as np
 from revnet_jax.data.dataset import Dataset
 
 Batch = dict[str, np.ndarray]
+
+LAST_STEP = 2**48  # of iterators that have no end
 
 
 def train_batches(
@@ -23,14 +29,12 @@ def train_batches(
     min_crop_area: float,
     num_threads: int,
     prefetch: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> grain.DatasetIterator[Batch]:
-    """An endless iterator over shuffled, augmented batches of this process; `close()` it.
+    """An endless iterator over shuffled, augmented batches; `close()` it.
 
     Every epoch is a new permutation of the training split, and the next one follows without a
-    gap, so a batch may hold the end of one and the start of another. Process p holds rows
-    [p * b, (p + 1) * b) of each global batch, b = batch_size // process_count.
+    gap, so a batch may hold the end of one and the start of another.
 
     Args:
       dataset: what to read.
@@ -43,17 +47,16 @@ def train_batches(
         image_folder only; other data sets have images of one size and take 1.0.
       num_threads: threads that prepare batches; 0 prepares them in the caller's.
       prefetch: batches prepared ahead; 0 for none.
-      process_index, process_count: which part of the global batch to produce.
+      rows: which rows of each global batch to produce; all of them by default.
 
     Yields:
-      {"image": float32 [b, H, W, C], "label": int32 [b]}
+      {"image": float32 [b, H, W, C], "label": int32 [b]}, b the number of rows
 
     Raises:
-      ValueError: an argument out of its range, or a batch size that the processes cannot share or
-        the training split cannot fill.
+      ValueError: an argument out of its range, or a batch size that the training split cannot fill.
       DataError: while iterating, an image that cannot be decoded.
     """
-    local_batch_size = _local_batch_size(batch_size, process_index, process_count)
+    rows = rows_of(batch_size, rows)
     split = dataset.train
     if batch_size > len(split):
         raise ValueError(
@@ -70,10 +73,11 @@ def train_batches(
             f"got min_crop_area={min_crop_area} for {dataset.name}, expected 1.0: its images have "
             "one size; use crop_padding"
         )
-    rows = local_rows(batch_size, process_index, process_count)
+    order = shuffled(len(split), seed)
 
-    def make_batch(step: int, indices_B: np.ndarray) -> Batch:
-        # Drawn for the whole global batch and then sliced: the processes need not talk.
+    def make_batch(step: int) -> Batch:
+        indices_B = order(step * batch_size + rows)
+        # Drawn for the whole global batch and then picked: the processes need not talk.
         rng = np.random.default_rng([seed, step])
         crop_uniforms_BU = rng.random((batch_size, split.num_crop_uniforms), np.float32)
         offsets_B2 = rng.integers(2 * crop_padding + 1, size=(batch_size, 2))
@@ -87,39 +91,47 @@ def train_batches(
         )
         return {"image": image_BHWC, "label": split.labels[indices_B]}
 
-    batches = (
-        grain.MapDataset.range(len(split))
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .batch(local_batch_size, drop_remainder=True, batch_fn=np.asarray)
-        # Consecutive local batches are the consecutive parts of a global one.
-        .slice(slice(process_index, None, process_count))
-        .map_with_index(make_batch)
-        .slice(slice(start_step, None))
-    )
+    batches = grain.MapDataset.range(start_step, LAST_STEP).map(make_batch)
     return iterate(batches, num_threads, prefetch)
+
+
+def shuffled(size: int, seed: int) -> Callable[[np.ndarray], np.ndarray]:
+    """What is at given positions of an endless sequence: permutations of range(size), one an epoch.
+
+    Memory: 16 bytes per element, for two epochs; a batch is of no more.
+    """
+
+    @functools.lru_cache(2)
+    def permutation(epoch: int) -> np.ndarray:
+        # The 1 sets it apart from the augmentation's [seed, step].
+        return np.random.default_rng([seed, epoch, 1]).permutation(size)
+
+    def order(positions: np.ndarray) -> np.ndarray:
+        epochs, places = np.divmod(positions, size)
+        indices = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            indices[epochs == epoch] = permutation(epoch)[places[epochs == epoch]]
+        return indices
+
+    return order
 
 
 def eval_batches(
     dataset: Dataset,
     *,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
     num_threads: int = 2,
     prefetch: int = 4,
+    rows: np.ndarray | None = None,
 ) -> grain.DatasetIterator[Batch]:
     """One pass over the test split in order, without augmentation; `close()` the iterator.
 
-    All batches are full: the last is padded with zero images of weight 0. Every process yields
-    the same number of batches, ceil(N / batch_size), and every image has weight 1 in exactly one.
+    All ceil(N / batch_size) batches are full: the last is padded with zero images of weight 0.
 
     Args:
       dataset: what to read.
-      batch_size: images in a global batch, shared by the processes as in `train_batches`.
-      process_index, process_count: which part of the global batch to produce.
-      num_threads, prefetch: as in `train_batches`.
+      batch_size: images in a global batch.
+      num_threads, prefetch, rows: as in `train_batches`.
 
     Yields:
       {"image": float32 [b, H, W, C], "label": int32 [b], "weight": float32 [b]}
@@ -128,19 +140,19 @@ def eval_batches(
       ValueError: an argument out of its range.
       DataError: while iterating, an image that cannot be decoded.
     """
-    local_batch_size = _local_batch_size(batch_size, process_index, process_count)
+    rows = rows_of(batch_size, rows)
     split = dataset.test
 
     def make_batch(step: int) -> Batch:
-        start = step * batch_size + process_index * local_batch_size
-        indices_R = np.arange(start, min(start + local_batch_size, len(split)))  # the real ones
+        indices_B = step * batch_size + rows
+        indices_R = indices_B[indices_B < len(split)]  # the real ones
         num_real = len(indices_R)
-        image_BHWC = np.zeros((local_batch_size, *dataset.image_shape), np.float32)
-        label_B = np.zeros(local_batch_size, np.int32)
+        image_BHWC = np.zeros((len(rows), *dataset.image_shape), np.float32)
+        label_B = np.zeros(len(rows), np.int32)
         if num_real:
             image_BHWC[:num_real] = dataset.normalise(split.read(indices_R))
             label_B[:num_real] = split.labels[indices_R]
-        weight_B = (np.arange(local_batch_size) < num_real).astype(np.float32)
+        weight_B = (indices_B < len(split)).astype(np.float32)
         return {"image": image_BHWC, "label": label_B, "weight": weight_B}
 
     num_batches = -(-len(split) // batch_size)
@@ -188,22 +200,15 @@ def iterate(batches: grain.MapDataset, num_threads: int, prefetch: int) -> grain
     return iter(batches.to_iter_dataset(options))
 
 
-def local_rows(batch_size: int, process_index: int, process_count: int) -> slice:
-    """Which rows of a global batch are this process's; ValueError for what cannot be shared."""
-    size = _local_batch_size(batch_size, process_index, process_count)
-    return slice(process_index * size, (process_index + 1) * size)
-
-
-def _local_batch_size(batch_size: int, process_index: int, process_count: int) -> int:
+def rows_of(batch_size: int, rows: np.ndarray | None) -> np.ndarray:
+    """Which rows of a batch are asked for, by default all; ValueError if it has no such rows."""
     _check_range("batch_size", batch_size, 1)
-    _check_range("process_count", process_count, 1)
-    _check_range("process_index", process_index, 0, process_count - 1)
-    if batch_size % process_count:
+    rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+    if not len(rows) or rows[0] < 0 or rows[-1] >= batch_size or (np.diff(rows) < 1).any():
         raise ValueError(
-            f"got batch_size={batch_size} for {process_count} processes, expected a multiple of "
-            f"{process_count}; round it"
+            f"got rows={rows.tolist()}, expected ascending ones of the {batch_size} of a batch"
         )
-    return batch_size // process_count
+    return rows
 
 
 def _check_range(name: str, value: int, low: int, high: int | None = None) -> None:

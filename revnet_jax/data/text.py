@@ -11,7 +11,7 @@ import grain
 import numpy as np
 
 from revnet_jax.data.dataset import DataError
-from revnet_jax.data.pipeline import Batch, iterate, local_rows
+from revnet_jax.data.pipeline import LAST_STEP, Batch, iterate, rows_of
 from revnet_jax.data.shards import Shards, load_shards
 from revnet_jax.data.vocabulary import Vocabulary
 
@@ -106,18 +106,17 @@ def train_windows(
     start_step: int,
     num_threads: int,
     prefetch: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> grain.DatasetIterator[Batch]:
     """An endless iterator over windows at random places of the training split; `close()` it.
 
-    Stateless: the batch of a step is a function of the seed and the step, whatever the number of
-    processes; process p holds its rows of each global batch, as in `train_batches`.
+    Stateless: the batch of a step is a function of the seed and the step. rows: which of each
+    global batch to produce; all of them by default.
 
     Yields {"token": int32 [b, context], "target": the tokens that follow}. Raises ValueError for a
-    text shorter than the context, and for what the processes cannot share.
+    text shorter than the context.
     """
-    rows = local_rows(batch_size, process_index, process_count)
+    rows = rows_of(batch_size, rows)
     if seed < 0:
         raise ValueError(f"got seed={seed}, expected 0 or more")
     places = len(text.train) - context
@@ -132,7 +131,7 @@ def train_windows(
         windows = text.train[starts_B[:, None] + np.arange(context + 1)]
         return _checked(windows, text)
 
-    batches = grain.MapDataset.range(start_step, 2**48).map(make_batch)
+    batches = grain.MapDataset.range(start_step, LAST_STEP).map(make_batch)
     return iterate(batches, num_threads, prefetch)
 
 
@@ -144,15 +143,14 @@ def eval_windows(
     max_batches: int = 0,
     num_threads: int = 2,
     prefetch: int = 4,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> grain.DatasetIterator[Batch]:
     """One pass over the test split in windows that do not overlap; `close()` the iterator.
 
     max_batches: to stop after; 0: every token but the first is a target once. Yields as
     `train_windows`, with "weight", float32 [b, context]: 0 where the last windows are filled up.
     """
-    rows = local_rows(batch_size, process_index, process_count)
+    rows = rows_of(batch_size, rows)
     targets = len(text.test) - 1
     if targets < 1:
         raise ValueError(f"got {len(text.test)} tokens of test text, expected two or more")
@@ -160,7 +158,7 @@ def eval_windows(
         raise ValueError(f"got eval_batches={max_batches}, expected 0 (all) or more")
 
     def make_batch(step: int) -> Batch:
-        starts_B = (step * batch_size + np.arange(batch_size)[rows]) * context
+        starts_B = (step * batch_size + rows) * context
         places = starts_B[:, None] + np.arange(context + 1)
         batch = _checked(text.test[np.minimum(places, targets)], text)
         return {**batch, "weight": (places[:, 1:] <= targets).astype(np.float32)}

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from revnet_jax.training.build import build_data, build_recipe, check_split
 from revnet_jax.training.compiler import initialized
 from revnet_jax.training.program import step_program
-from revnet_jax.training.sharding import batch_share, make_mesh, put_batch
+from revnet_jax.training.sharding import local_rows, make_mesh, put_batch
 from revnet_jax.training.step import init_state
 
 
@@ -28,7 +28,7 @@ def feed(config: ConfigDict, seconds: float) -> dict[str, Any]:
     task, _, optimizer = build_recipe(config)
     mesh = make_mesh(jax.devices(), **config.mesh)
     check_split(config, mesh)
-    data = build_data(config, share=batch_share(mesh))
+    data = build_data(config, mesh)
     with contextlib.closing(data.train(0)) as batches:
         for _ in range(config.data.prefetch + 1):
             batch = next(batches)
@@ -46,7 +46,7 @@ def feed(config: ConfigDict, seconds: float) -> dict[str, Any]:
         started = time.monotonic()
         state, _ = jax.block_until_ready(step(state, batch))
         steps.append(time.monotonic() - started)
-    units = task.units(config.batch_size // batch_share(mesh)[1])
+    units = task.units(len(local_rows(mesh, config.batch_size)))
     made, needed = units / pipeline_seconds, units / statistics.median(steps[1:])
     return {
         "unit": task.unit,

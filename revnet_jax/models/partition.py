@@ -125,13 +125,14 @@ def by_batch(
     Compilers go on splitting the arithmetic inside over "tensor".
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    # Where none is left, compilers cannot tell what is computed by device from what they split.
+    axes = tuple(axis for axis in batch_axes(mesh) if mesh.shape[axis] > 1)
+    if not axes:
         return function
-    axes = batch_axes(mesh)
 
     def split(path, leaf):
         spec = spec_of(rules, _name(group, path), leaf.shape, mesh)
-        return PartitionSpec(*("fsdp" if axis == "fsdp" else None for axis in spec))
+        return PartitionSpec(*(axis if axis in axes else None for axis in spec))
 
     def whole(leaf, spec):
         if "fsdp" not in spec:

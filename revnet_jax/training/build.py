@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from revnet_jax.config import ConfigError, settings
@@ -27,7 +27,7 @@ from revnet_jax.models import (
 from revnet_jax.models.attention import kernel_for
 from revnet_jax.training.lockstep import LockstepOptimizer, check_layerwise
 from revnet_jax.training.optimizer import make_optimizer, make_schedule
-from revnet_jax.training.sharding import batch_parts
+from revnet_jax.training.sharding import batch_parts, local_rows
 from revnet_jax.training.step import Optimizer
 from revnet_jax.training.task import Classification, Model, NextToken, Task
 
@@ -210,7 +210,7 @@ def _kernel(name, platform):
 class Data(NamedTuple):
     """What a run reads. train: `(start_step) -> batches` without an end; test: `() -> batches`.
 
-    Both are iterators to be closed, of this process's part of each batch.
+    Both are iterators to be closed, of this process's rows of each batch.
     """
 
     train: Callable[[int], Any]
@@ -218,28 +218,33 @@ class Data(NamedTuple):
     record: dict[str, Any]
 
 
-def build_data(
-    config: ConfigDict, eval_batch_size: int | None = None, *, share: tuple[int, int] = (0, 1)
-) -> Data:
+def build_data(config: ConfigDict, mesh: Mesh) -> Data:
     """Loads the data, checks that they are what the config says, and says how they are read.
 
-    eval_batch_size: in place of the config's. share: (which, of how many) part of each batch to
-    read: see `batch_share`.
+    mesh: this process reads the rows of each batch that its devices there hold.
     """
-    shared = {
-        "process_index": share[0],
-        "process_count": share[1],
-        "num_threads": config.data.num_threads,
-        "prefetch": config.data.prefetch,
-    }
-    test = {**shared, "batch_size": eval_batch_size or config.eval_batch_size}
+    data = config.data
+
+    def batches_of(size: int) -> dict[str, Any]:
+        reading = {"num_threads": data.num_threads, "prefetch": data.prefetch}
+        return {"batch_size": size, "rows": local_rows(mesh, size), **reading}
+
     if config.model.family == "decoder":
         text = build_text(config)
-        context = {"context": config.data.context}
-        train = {"batch_size": config.batch_size, "seed": config.seed, **context, **shared}
         return Data(
-            lambda step: train_windows(text, **train, start_step=step),
-            lambda: eval_windows(text, max_batches=config.data.eval_batches, **context, **test),
+            lambda step: train_windows(
+                text,
+                context=data.context,
+                seed=config.seed,
+                start_step=step,
+                **batches_of(config.batch_size),
+            ),
+            lambda: eval_windows(
+                text,
+                context=data.context,
+                max_batches=data.eval_batches,
+                **batches_of(config.eval_batch_size),
+            ),
             {
                 "sha256": text.sha256,
                 "bytes_per_token": text.bytes_per_token,
@@ -247,10 +252,17 @@ def build_data(
             },
         )
     dataset = build_dataset(config)
-    train = {**pipeline_settings(config), **shared}
     return Data(
-        lambda step: train_batches(dataset, **train, start_step=step),
-        lambda: eval_batches(dataset, **test),
+        lambda step: train_batches(
+            dataset,
+            seed=config.seed,
+            start_step=step,
+            crop_padding=data.crop_padding,
+            flip=data.flip,
+            min_crop_area=data.min_crop_area,
+            **batches_of(config.batch_size),
+        ),
+        lambda: eval_batches(dataset, **batches_of(config.eval_batch_size)),
         {},
     )
 
@@ -287,19 +299,7 @@ def build_dataset(config: ConfigDict) -> Dataset:
     return dataset
 
 
-def pipeline_settings(config: ConfigDict) -> dict[str, Any]:
-    """The arguments of `train_batches` that are settings, threads aside."""
-    data = config.data
-    return {
-        "batch_size": config.batch_size,
-        "seed": config.seed,
-        "crop_padding": data.crop_padding,
-        "flip": data.flip,
-        "min_crop_area": data.min_crop_area,
-    }
-
-
-def check_split(config: ConfigDict, mesh: Mesh) -> None:
+def check_split(config: ConfigDict, mesh: Mesh | AbstractMesh) -> None:
     """Raises ConfigError unless batches and heads can be split over the mesh in equal parts."""
     parts = batch_parts(mesh)
     for name, microbatches in (("batch_size", config.microbatches), ("eval_batch_size", 1)):

@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
-from revnet_jax.config import flatten
+from revnet_jax.config import flatten, settings
 from revnet_jax.models import num_params
-from revnet_jax.training.build import build_recipe
+from revnet_jax.training.build import build_recipe, check_split
+from revnet_jax.training.sharding import AXES, mesh_sizes, on_mesh
 from revnet_jax.training.step import init_state, make_train_step
+from revnet_jax.training.trace import Trace
 
 
-def dry_run(config: ConfigDict) -> dict[str, Any]:
+def dry_run(
+    config: ConfigDict, num_devices: int | None = None, num_slices: int = 1
+) -> dict[str, Any]:
     """Resolves a config and evaluates initialisation and one step abstractly: no data, no compiler.
 
+    num_devices: checks the config's mesh too, as on so many devices (none need be there), in
+      `num_slices` slices.
+
     Returns the settings by dotted key and the number of trainable parameters.
+
+    Raises ConfigError for settings that cannot be used.
     """
     task, schedule, optimizer = build_recipe(config)
+    with settings("profile"):
+        Trace(Path(), **config.profile, last_step=config.num_steps)
+    step = make_train_step(task, optimizer, schedule, microbatches=config.microbatches)
+    if num_devices is not None:
+        sizes = mesh_sizes(num_devices, slices=num_slices, **config.mesh)
+        mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        check_split(config, mesh)
+        step = on_mesh(step, mesh)
     state = jax.eval_shape(lambda: init_state(task.network, optimizer, config.seed))
-    batch = task.batch_shapes(config.batch_size)
-    jax.eval_shape(make_train_step(task, optimizer, schedule), state, batch)
+    jax.eval_shape(step, state, task.batch_shapes(config.batch_size))
     return {"config": flatten(config), "num_params": num_params(state.variables)}

@@ -31,7 +31,8 @@ from revnet_jax.training.compiler import initialized, jit
 from revnet_jax.training.distributed import Stop, is_first, of_first, smallest, wait_for_all
 from revnet_jax.training.evaluation import evaluate
 from revnet_jax.training.metrics import DelayedFetch, MetricsWriter, Progress, peak_memory_bytes
-from revnet_jax.training.sharding import batch_share, make_mesh, on_mesh, placed, put_batch
+from revnet_jax.training.program import jit_step
+from revnet_jax.training.sharding import make_mesh, on_mesh, placed, put_batch
 from revnet_jax.training.step import TrainState, init_state, make_train_step
 from revnet_jax.training.task import Model, Task
 from revnet_jax.training.trace import Trace
@@ -57,7 +58,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     task, schedule, optimizer = build_recipe(config)
     mesh = make_mesh(jax.devices(), **config.mesh)
     check_split(config, mesh)
-    data = build_data(config, share=batch_share(mesh))
+    data = build_data(config, mesh)
     init = lambda: init_state(task.network, optimizer, config.seed)
     abstract_state = placed(init, task.network.rules, mesh)
     with settings("data"), contextlib.closing(data.train(0)), contextlib.closing(data.test()):
@@ -70,7 +71,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     task = task.of_data(data.record)
     sums = jit(on_mesh(task.sums, mesh))
     train_step = make_train_step(task, optimizer, schedule, microbatches=config.microbatches)
-    train_step = jit(on_mesh(train_step, mesh), donate_argnums=0)
+    train_step = jit_step(train_step, mesh, abstract_state)
     with Stop() as stop, open_checkpoints(workdir, task) as checkpoints:
         restored = checkpoints.restore(abstract_state)
         start, state = restored or (0, initialized(init, abstract_state))

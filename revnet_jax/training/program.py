@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from revnet_jax.training.build import build_recipe, check_split
@@ -13,6 +14,18 @@ from revnet_jax.training.compiler import jit
 from revnet_jax.training.sharding import batch_sharding, make_mesh, on_mesh, placed
 from revnet_jax.training.step import TrainState, init_state, make_train_step
 from revnet_jax.training.task import Batch, Model
+
+
+def jit_step(
+    step: Callable[..., Any], mesh: Mesh, state: Any, compiled_by: Callable[..., Any] = jit
+) -> Callable[..., Any]:
+    """The step on a mesh, jitted: its state is donated, and lies afterwards where it lay before.
+
+    state: shapes and placement, as of `placed`. Left to itself the compiler may place what a step
+    returns in another way, and the next step would be compiled anew.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return compiled_by(on_mesh(step, mesh), donate_argnums=0, out_shardings=(shardings, None))
 
 
 class StepProgram(NamedTuple):
@@ -38,14 +51,14 @@ def step_program(config: ConfigDict, devices: Sequence[jax.Device]) -> StepProgr
     mesh = make_mesh(devices, **config.mesh)
     check_split(config, mesh)
     step = make_train_step(task, optimizer, schedule, microbatches=config.microbatches)
-    step = on_mesh(step, mesh)
+    init = lambda: init_state(task.network, optimizer, config.seed)
+    state = placed(init, task.network.rules, mesh)
     # What `jit` asks of the compiler on CPU, other compilers do not know.
     compiled_by = jit if devices[0].platform == "cpu" else jax.jit
-    init = lambda: init_state(task.network, optimizer, config.seed)
     return StepProgram(
         network=task.network,
-        step=compiled_by(step, donate_argnums=0),
-        state=placed(init, task.network.rules, mesh),
+        step=jit_step(step, mesh, state, compiled_by),
+        state=state,
         batch={
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=batch_sharding(mesh))
             for name, leaf in task.batch_shapes(config.batch_size).items()

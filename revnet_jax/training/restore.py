@@ -16,7 +16,7 @@ from revnet_jax.training.checkpoint import CheckpointError
 from revnet_jax.training.compiler import jit
 from revnet_jax.training.evaluation import evaluate
 from revnet_jax.training.loop import open_checkpoints
-from revnet_jax.training.sharding import batch_parts, batch_share, make_mesh, on_mesh, placed
+from revnet_jax.training.sharding import batch_parts, make_mesh, on_mesh, placed
 from revnet_jax.training.step import TrainState
 from revnet_jax.training.task import Task
 from revnet_jax.training.workdir import load_config, load_record
@@ -74,8 +74,8 @@ def evaluate_run(
     mesh = all_fsdp()
     # Batches are padded anyway: rounded up, any number of devices can share them.
     parts = batch_parts(mesh)
-    batch_size = -(-config.eval_batch_size // parts) * parts
-    data = build_data(config, batch_size, share=batch_share(mesh))
+    config.eval_batch_size = -(-config.eval_batch_size // parts) * parts
+    data = build_data(config, mesh)
     run = restore_run(workdir, which)
     if "vocabulary" in run.data:
         found, expected = (vocabulary_from(r["vocabulary"]) for r in (data.record, run.data))

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from revnet_jax.config import ConfigError
 from revnet_jax.models.partition import BATCH, Rules, batch_axes, spec_of
@@ -18,30 +18,42 @@ from revnet_jax.models.partition import BATCH, Rules, batch_axes, spec_of
 AXES = (*BATCH, "tensor")
 
 
-def make_mesh(
-    devices: Sequence[jax.Device], *, data: int = -1, fsdp: int = 1, tensor: int = 1
-) -> Mesh:
-    """The devices along the axes of `AXES`; one size may be -1: as many as are left.
+def mesh_sizes(
+    num_devices: int, *, data: int = -1, fsdp: int = 1, tensor: int = 1, slices: int = 1
+) -> tuple[int, ...]:
+    """The sizes of a mesh along `AXES`; one may be -1: as many as are left.
 
-    Neighbours on "tensor" are nearest to each other, then those on "fsdp". Of several TPU slices,
-    each has whole copies of both: only "data" goes through the network between them.
-
-    Raises ConfigError for sizes that do not make up the number of devices.
+    Raises ConfigError for sizes that do not make up the number of devices, or of slices.
     """
-    sizes, n = [data, fsdp, tensor], len(devices)
+    sizes = [data, fsdp, tensor]
     known = math.prod(size for size in sizes if size != -1)
-    if sizes.count(-1) == 1 and known > 0 and n % known == 0:
-        sizes[sizes.index(-1)] = n // known
-    if min(sizes) < 1 or math.prod(sizes) != n:
+    if sizes.count(-1) == 1 and known > 0 and num_devices % known == 0:
+        sizes[sizes.index(-1)] = num_devices // known
+    if min(sizes) < 1 or math.prod(sizes) != num_devices:
         raise ConfigError(
-            f"config.mesh: got data={data}, fsdp={fsdp}, tensor={tensor} for {n} devices, expected "
-            f"sizes whose product is {n}; one may be -1, for what is left"
+            f"config.mesh: got data={data}, fsdp={fsdp}, tensor={tensor} for {num_devices} "
+            f"devices, expected sizes whose product is {num_devices}; one may be -1, for what is "
+            "left"
         )
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
     if sizes[0] % slices:
         raise ConfigError(
             f"config.mesh.data: got {sizes[0]} for {slices} slices, expected a multiple"
         )
+    return tuple(sizes)
+
+
+def make_mesh(
+    devices: Sequence[jax.Device], *, data: int = -1, fsdp: int = 1, tensor: int = 1
+) -> Mesh:
+    """The devices along the axes of `AXES`; sizes, and errors, as of `mesh_sizes`.
+
+    Neighbours on "tensor" are nearest to each other, then those on "fsdp". Of several TPU slices,
+    each has whole copies of both: only "data" goes through the network between them.
+    """
+    # GPUs count hosts as slices, but a collective takes them as they come.
+    on_tpu = devices[0].platform == "tpu"
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
+    sizes = mesh_sizes(len(devices), data=data, fsdp=fsdp, tensor=tensor, slices=slices)
     if slices == 1:
         array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     else:
@@ -52,7 +64,7 @@ def make_mesh(
     return Mesh(array, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 
 
-def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+def on_mesh(function: Callable[..., Any], mesh: Mesh | AbstractMesh) -> Callable[..., Any]:
     """The function, traced where `jax.sharding.get_abstract_mesh` says what mesh it runs on."""
 
     @functools.wraps(function)
@@ -82,31 +94,33 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(batch_axes(mesh)))
 
 
-def batch_parts(mesh: Mesh) -> int:
+def batch_parts(mesh: Mesh | AbstractMesh) -> int:
     """How many parts a batch is split into."""
     return math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
 
 
-def batch_share(mesh: Mesh) -> tuple[int, int]:
-    """(which, of how many): the part of every batch that this process reads.
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """The rows of a global batch that this process's devices hold, ascending.
 
-    Processes whose devices differ along "tensor" alone read the same part.
+    Neighbours in a mesh are neighbours on the wires, whichever host they are in, so these rows need
+    not be. Processes whose devices differ along "tensor" alone hold the same rows.
     """
-    parts = batch_parts(mesh)
-    indices = batch_sharding(mesh).addressable_devices_indices_map((parts,)).values()
-    rows = {index[0].indices(parts)[0] for index in indices}
-    if parts % len(rows) or max(rows) - min(rows) + 1 != len(rows) or min(rows) % len(rows):
-        raise ConfigError(
-            f"config.mesh: got sizes {dict(mesh.shape)} that give process {jax.process_index()} "
-            f"the parts {sorted(rows)} of a batch, expected neighbours: take a larger data axis"
-        )
-    return min(rows) // len(rows), parts // len(rows)
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held]))
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's part of a global batch, as global arrays split along their first axis."""
-    sharding = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, array)
-        for name, array in batch.items()
-    }
+    """This process's rows of a global batch, as global arrays split along their first axis."""
+    sharding, parts = batch_sharding(mesh), batch_parts(mesh)
+    held = local_rows(mesh, parts)
+
+    def put(array):
+        rows = len(array) // len(held)  # of a part
+
+        def part(index):
+            at = rows * np.searchsorted(held, index[0].indices(rows * parts)[0] // rows)
+            return array[at : at + rows]
+
+        return jax.make_array_from_callback((rows * parts, *array.shape[1:]), sharding, part)
+
+    return jax.tree.map(put, batch)

@@ -12,7 +12,7 @@ class Trace:
     """Records steps `start_step` to `start_step + num_steps - 1` in `folder`; a context.
 
     Operations carry the names of what they belong to: forward, rewind (or backward), update, stem,
-    transition, head. Of several processes each records its own devices.
+    transition, head. Each of several processes records its own devices, in `folder/process_N`.
     """
 
     def __init__(self, folder: Path, *, start_step: int, num_steps: int, last_step: int):
@@ -34,7 +34,10 @@ class Trace:
     def before(self, step: int) -> None:
         """Call before a step is dispatched."""
         if self._steps and step == self._steps[0]:
-            jax.profiler.start_trace(str(self._folder))
+            # A trace is named after its host, which may have several processes.
+            of_several = jax.process_count() > 1
+            own = f"process_{jax.process_index()}" if of_several else ""
+            jax.profiler.start_trace(str(self._folder / own))
             self._tracing = True
 
     def after(self, step: int, results: Any) -> None:

@@ -106,16 +106,17 @@ check_clone() {
       "$(git log -1 --format='%h of %cs')"
 }
 
-# resolve_config DEVICES: train.py checks its flags, as on that many devices, while it costs nothing.
+# resolve_config DEVICES [SLICES]: train.py checks its flags, and the mesh on that many devices, while
+# it costs nothing.
 resolve_config() {
-  run env JAX_PLATFORMS=cpu "XLA_FLAGS=--xla_force_host_platform_device_count=$1" \
-    .venv/bin/python scripts/train.py "${train_args[@]}" --dry_run >/dev/null
+  run env JAX_PLATFORMS=cpu .venv/bin/python scripts/train.py "${train_args[@]}" --dry_run \
+    --num_devices="$1" --num_slices="${2:-1}" >/dev/null
 }
 
 # The same, where there is what it takes: a launcher's machine need not have installed anything.
 resolve_config_if_installed() {
   if [ -x .venv/bin/python ]; then
-    resolve_config "$1"
+    resolve_config "$@"
   else
     note "warning: train.py's flags were not checked, for want of .venv: scripts/setup.sh makes it"
   fi

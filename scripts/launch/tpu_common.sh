@@ -68,7 +68,8 @@ install_on_slice() {
 }
 
 # Starts the run or finds it live, and follows it. Status 0: complete; 75: it saved a checkpoint and
-# stopped; 70: train.py failed; any other: ssh or gcloud failed, and nothing is known of the run.
+# stopped; 70: train.py failed; any other: a worker, ssh or gcloud failed, and the run is to be found
+# again, or resumed.
 run_on_slice() { on_workers all "$worker run $(quote "${train_args[@]}")"; }
 
 # fetch_results WORKDIR
@@ -87,7 +88,11 @@ finish() {
     [ -n "$bucket" ] || fail "the results of $workdir could not be fetched: $name is kept, and costs"
     note "warning: $workdir could not be fetched; it is gs://$bucket/$workdir"
   fi
-  if $delete; then delete_slice; else note "$name is kept, and costs: --delete deletes it"; fi
+  if $delete && ! { [ -z "$bucket" ] && [ "$1" = 75 ]; }; then
+    delete_slice
+  else # without a bucket, what a run that stopped goes on from is on the slice alone
+    note "$name is kept, and costs: --delete deletes it"
+  fi
   if $dry_run; then exit; fi
   case $1 in
     0) note "the run is complete" ;;

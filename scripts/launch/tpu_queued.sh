@@ -92,11 +92,12 @@ check_run
 failures=0 # of gcloud, in a row
 for ((restarts = 0; ; restarts++)); do
   wait_for_slice
-  status=0
+  status=0 started=$SECONDS
   { install_on_slice && run_on_slice; } || status=$?
   case $status in
     0 | 70) finish "$status" ;;
     75) failures=0 ;;
+    *) ((SECONDS - started < 600)) || failures=0 ;; # so long it was well
   esac
   [ "$restarts" -lt "$max_restarts" ] || finish 75
   note "$(date +%H:%M:%S) interrupted (status $status); resuming"

@@ -12,7 +12,8 @@
 #                     slices of more than one worker need it
 #   --project         gcloud's default, if not given
 #   --version         of the machines' image, if not the one for the type
-#   --delete          deletes the slice, however the run ended, once the results are safe;
+#   --delete          deletes the slice, however the run ended, once the results are safe (without
+#                     --bucket not one that stopped: it goes on from there);
 #                     without it the slice is kept, and costs
 #   --stop            alone: has the run save a checkpoint and stop
 #   --fetch=WORKDIR   alone: fetches its results (checkpoints stay in a bucket)
@@ -25,7 +26,7 @@
 set -euo pipefail
 flags="name zone type bucket project version delete stop fetch poll_seconds dry_run"
 name='' zone='' type='' bucket='' project='' version='' fetch=''
-delete=false stop=false dry_run=false poll_seconds=30
+delete=false stop=false dry_run=false poll_seconds=30 created=false
 # shellcheck source-path=SCRIPTDIR source=common.sh
 . "$(dirname "$0")/common.sh"
 parse_flags "$@"
@@ -42,10 +43,17 @@ create_or_reuse() {
     '')
       run gcloud compute tpus tpu-vm create "$name" "${place[@]}" --accelerator-type="$type" \
         --version="$version"
+      created=true
       ;;
     READY) note "taking the slice $name that is there" ;;
     *) fail "got the slice $name in state $state, expected READY: wait, or delete it by --delete" ;;
   esac
+}
+
+install() {
+  install_on_slice && return
+  if $created && $delete; then delete_slice && fail "$name could not be made ready, see above"; fi
+  fail "$name could not be made ready, see above; it is kept, and costs: --delete deletes it"
 }
 
 # Follows the run through lost connections, of which nobody needs to know.
@@ -68,7 +76,7 @@ if [ ${#train_args[@]} = 0 ]; then
 else
   check_run
   create_or_reuse
-  install_on_slice
+  install
   status=0
   follow || status=$?
   finish "$status"

@@ -7,7 +7,8 @@
 #
 # The run is detached: it outlives the connection, and asking for it again follows it again. It
 # holds the lock ~/revnet_jax.lock while it lives; its log is ~/revnet_jax.log.
-# `run` exits with 0 or 75 if train.py did, and with 70 if it failed: every other status is ssh's.
+# `run` exits with 0 or 75 if train.py did, with 70 if it failed, and with 71 if JAX aborted it because
+# another worker is gone: every other status is ssh's.
 set -euo pipefail
 self=$(cd "$(dirname "$0")" && pwd)/$(basename "$0")
 clone=$(cd "$(dirname "$0")/../.." && pwd)
@@ -85,6 +86,7 @@ run() {
   case $status in 0 | 75) exit "$status" ;; esac
   if [ "$worker" != 0 ]; then tail -n 30 revnet_jax.log >&2; fi
   echo "error: train.py ended with status $status on worker $worker" >&2
+  if [ "$status" = 134 ]; then exit 71; fi
   exit 70
 }
 

@@ -60,8 +60,8 @@ def test_training_windows_depend_on_seed_and_step_alone():
         np.testing.assert_array_equal(batch["token"][:, 1:], batch["target"][:, :-1])
         np.testing.assert_array_equal(np.diff(batch["target"]), 1)  # consecutive, in this text
     np.testing.assert_array_equal(batches(start_step=3)[0]["token"], whole[3]["token"])
-    halves = [batches(start_step=0, process_index=i, process_count=2)[2]["token"] for i in (0, 1)]
-    np.testing.assert_array_equal(np.concatenate(halves), whole[2]["token"])
+    some = batches(start_step=0, rows=np.asarray([0, 3]))[2]["token"]
+    np.testing.assert_array_equal(some, whole[2]["token"][[0, 3]])
     assert not np.array_equal(batches(start_step=0, seed=4)[0]["token"], whole[0]["token"])
     starts = {int(row[0]) for batch in whole for row in batch["token"]}
     assert len(starts) > 10

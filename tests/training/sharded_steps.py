@@ -6,6 +6,7 @@ A program of its own, with eight simulated devices. A case has the settings of a
 key, "family", "mesh" (sizes by axis) and "dtype".
 """
 
+import functools
 import json
 import os
 import sys
@@ -21,11 +22,16 @@ import numpy as np
 from revnet_jax.config import image_classification, language_model, vision_transformer
 from revnet_jax.training import build
 from revnet_jax.training.compiler import jit
-from revnet_jax.training.sharding import make_mesh, on_mesh, placed, put_batch
+from revnet_jax.training.program import jit_step
+from revnet_jax.training.sharding import make_mesh, placed, put_batch
 from revnet_jax.training.step import init_state, make_train_step
 
 CONFIGS = {"revnet": image_classification, "vit": vision_transformer, "decoder": language_model}
 STEPS = 10
+COMPILED = []  # the names of events
+jax.monitoring.register_event_duration_secs_listener(
+    lambda name, *_, **__: "backend_compile" in name and COMPILED.append(name)
+)
 
 
 def train(config, dtype, devices):
@@ -39,19 +45,23 @@ def train(config, dtype, devices):
         variables = jax.tree.map(lambda leaf: leaf.astype(dtype), state.variables)
         return state._replace(variables=variables, opt_state=optimizer.init(variables.params))
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, placed(init, task.network.rules, mesh))
+    there = placed(init, task.network.rules, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, there)
     state = jax.device_put(jit(init, quickly=True)(), shardings)  # the same on any mesh
     step = make_train_step(task, optimizer, schedule, microbatches=config.microbatches)
-    step = jit(on_mesh(step, mesh), quickly=True, donate_argnums=0, out_shardings=(shardings, None))
+    step = jit_step(step, mesh, there, functools.partial(jit, quickly=True))
     rng, batch, losses = np.random.default_rng(0), {}, []
     for name, leaf in task.batch_shapes(config.batch_size).items():
         if leaf.dtype == jnp.float32:
             batch[name] = rng.normal(size=leaf.shape).astype(dtype)
         else:
             batch[name] = rng.integers(10, size=leaf.shape).astype(np.int32)
-    for _ in range(STEPS):
+    for taken in range(STEPS):
+        compiled = len(COMPILED)
         state, metrics = step(state, put_batch(batch, mesh))
         losses.append(float(metrics["train_loss"]))
+        # What the first one returns lies where the next one takes it.
+        assert taken == 0 or len(COMPILED) == compiled
     return losses, jax.tree.map(np.asarray, state.variables.params), float(state.exact_mismatches)
 
 

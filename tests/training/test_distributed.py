@@ -209,6 +209,39 @@ def test_two_processes_finish_a_run(alone, tmp_path):
         assert events(workdir) == 2
 
 
+ROWS = """
+import sys
+import jax
+import numpy as np
+from revnet_jax.training import distributed, sharding
+
+distributed.start(sys.argv[2], 2, int(sys.argv[1]), heartbeat_timeout_seconds=10)
+near = [jax.devices()[i] for i in (0, 4, 1, 5, 7, 2, 3, 6)]  # not by process, as on a torus
+for sizes in ((8, 1, 1), (2, 4, 1), (4, 1, 2), (1, 1, 8)):
+    mesh = jax.sharding.Mesh(np.reshape(near, sizes), sharding.AXES)
+    batch = {"x": np.arange(48).reshape(24, 2)}
+    rows = sharding.local_rows(mesh, 24)
+    whole = sharding.put_batch({name: array[rows] for name, array in batch.items()}, mesh)
+    for shard in whole["x"].addressable_shards:
+        assert (np.asarray(shard.data) == batch["x"][shard.index]).all(), (sizes, shard)
+    print(len(rows), whole["x"].shape)
+"""
+
+
+def test_processes_put_batches_together_wherever_their_devices_are_in_the_mesh(tmp_path):
+    address = free_address()
+    both = [start_python(tmp_path, "-c", ROWS, str(i), address, devices=4) for i in range(2)]
+    for found in map(ended, both):
+        assert found.status == 0, found.stderr
+        assert found.stdout.split("\n") == [
+            "12 (24, 2)",
+            "12 (24, 2)",
+            "24 (24, 2)",
+            "24 (24, 2)",
+            "",
+        ]
+
+
 def test_an_error_in_one_ends_both_with_its_line(alone):
     """The second finds the folder to be another config's, while the first goes on and waits."""
     first, second = [ended(process) for process in start_two(alone, of_second={"seed": 1})]

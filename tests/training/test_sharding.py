@@ -12,7 +12,7 @@ import pytest
 from revnet_jax.config import ConfigError, image_classification, language_model
 from revnet_jax.models.partition import spec_of
 from revnet_jax.training.build import build_recipe, check_split
-from revnet_jax.training.sharding import batch_share, make_mesh, placed
+from revnet_jax.training.sharding import local_rows, make_mesh, mesh_sizes, placed
 from revnet_jax.training.step import init_state
 
 # Learning rates so small that ten steps do not amplify roundings: not chaos is to be compared.
@@ -90,6 +90,22 @@ def test_ten_steps_on_eight_devices_are_those_on_one(family):
     check(differences(family, FAMILIES[family], cases))
 
 
+@pytest.mark.parametrize(
+    ("changes", "meshes"),
+    [
+        (
+            {"model.feed_forward_chunks": 2, "model.loss_chunk": 4, "model.tied": True},
+            [{"data": 1, "tensor": 8}, {"data": 1, "fsdp": 4, "tensor": 2}],
+        ),
+        ({"model.experts": 4, "model.dropout": 0.1, "microbatches": 2}, [MESHES[2]]),
+    ],
+)
+def test_weights_in_loops_and_in_experts(changes, meshes):
+    settings = {**FAMILIES["decoder"], "model.heads": 8, "model.kv_heads": 8, **changes}
+    cases = [("reverse", False, mesh, "float64") for mesh in meshes]
+    check(differences("decoder", settings, cases))
+
+
 ALL = [
     (backprop, lockstep, mesh, dtype)
     for dtype in TOLERANCES
@@ -145,7 +161,10 @@ def test_meshes():
     two = jax.devices()
     assert dict(make_mesh(two).shape) == {"data": 2, "fsdp": 1, "tensor": 1}
     assert dict(make_mesh(two, data=1, tensor=-1).shape) == {"data": 1, "fsdp": 1, "tensor": 2}
-    assert batch_share(make_mesh(two)) == (0, 1)
+    assert mesh_sizes(16, data=-1, fsdp=4, slices=2) == (4, 4, 1)
+    with pytest.raises(ConfigError, match=r"mesh.data: got 1 for 2 slices, expected a multiple"):
+        mesh_sizes(16, data=1, fsdp=-1, slices=2)
+    assert local_rows(make_mesh(two), 4).tolist() == [0, 1, 2, 3]
     for sizes in ({"data": 3}, {"data": -1, "fsdp": -1}, {"fsdp": 4}, {"data": 0}, {"data": 1}):
         with pytest.raises(
             ConfigError, match=r"config.mesh: got data=.* expected sizes whose product"

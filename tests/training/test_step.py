@@ -14,7 +14,7 @@ from revnet_jax.training.task import cross_entropy
 
 def test_one_device_and_two_make_the_same_update(tiny_config):
     task, schedule, optimizer = build_recipe(tiny_config)
-    batches = build_data(tiny_config).train(0)
+    batches = build_data(tiny_config, make_mesh(jax.devices()[:1])).train(0)
     batch = next(batches)
     batches.close()
     state = init_state(task.network, optimizer, seed=0)
