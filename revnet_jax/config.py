@@ -289,6 +289,28 @@ def define_config_flag() -> flags.FlagHolder:
     return config_flags.DEFINE_config_file("config", None, "FILE[:arm] of the experiment.")
 
 
+def define_process_flags() -> Callable[[], dict[str, Any]]:
+    """The flags that say which of several processes this is; what it returns reads them.
+
+    What that returns are the arguments of `training.distributed.start`.
+    """
+    holders = {
+        "coordinator_address": flags.DEFINE_string(
+            "coordinator_address", None, "host:port of the first of several processes."
+        ),
+        "num_processes": flags.DEFINE_integer(
+            "num_processes", None, "How many processes work together."
+        ),
+        "process_id": flags.DEFINE_integer(
+            "process_id", None, "Which of them this one is, from 0."
+        ),
+        "heartbeat_timeout_seconds": flags.DEFINE_integer(
+            "heartbeat_timeout_seconds", 60, "After so long without a sign of it a process is dead."
+        ),
+    }
+    return lambda: {name: holder.value for name, holder in holders.items()}
+
+
 def run(main: Callable[[list[str]], Any], *, required: tuple[str, ...]) -> None:
     """`absl.app.run`, except that what the user can mend is one line on stderr and status 1.
 

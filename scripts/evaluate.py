@@ -2,7 +2,8 @@
 
     python scripts/evaluate.py --workdir=/tmp/digits
 
-Changes nothing in the run's folder, which may be one that is still training.
+Changes nothing in the run's folder, which may be one that is still training. On several hosts,
+start it on each, as train.py.
 """
 
 import json
@@ -14,14 +15,20 @@ from revnet_jax import config as configs
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 WHICH = flags.DEFINE_enum("checkpoint", "newest", ["newest", "best"], "Which checkpoint.")
+PROCESSES = configs.define_process_flags()
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the data are, if not where they were.")
 
 
 def main(argv):
     del argv
+    from revnet_jax.training import distributed
     from revnet_jax.training.restore import evaluate_run
 
-    print(json.dumps(evaluate_run(Path(WORKDIR.value), WHICH.value, DATA_DIR.value), indent=2))
+    distributed.start(**PROCESSES())
+    with distributed.shared_fate():
+        report = evaluate_run(Path(WORKDIR.value), WHICH.value, DATA_DIR.value)
+    if distributed.is_first():
+        print(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":

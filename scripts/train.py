@@ -23,14 +23,7 @@ from revnet_jax import config as configs
 
 CONFIG = configs.define_config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command resumes it.")
-COORDINATOR_ADDRESS = flags.DEFINE_string(
-    "coordinator_address", None, "host:port of the first of several processes."
-)
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
-HEARTBEAT_TIMEOUT_SECONDS = flags.DEFINE_integer(
-    "heartbeat_timeout_seconds", 60, "After so long without a sign of it a process is dead."
-)
+PROCESSES = configs.define_process_flags()
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check and print the config; train nothing.")
 NUM_DEVICES = flags.DEFINE_integer(
     "num_devices",
@@ -38,6 +31,9 @@ NUM_DEVICES = flags.DEFINE_integer(
     "With --dry_run: check config.mesh too, as on so many devices of all hosts.",
 )
 NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "With --num_devices: TPU slices they are in.")
+PLATFORM = flags.DEFINE_enum(
+    "platform", None, ["cpu", "gpu", "tpu"], "With --num_devices: what they are."
+)
 
 
 def main(argv):
@@ -48,7 +44,7 @@ def main(argv):
     from revnet_jax.training.loop import train
 
     if DRY_RUN.value:
-        report = dry_run(CONFIG.value, NUM_DEVICES.value, NUM_SLICES.value)
+        report = dry_run(CONFIG.value, NUM_DEVICES.value, NUM_SLICES.value, PLATFORM.value)
     elif NUM_DEVICES.value is not None:
         raise configs.ConfigError(
             "--num_devices: got it without --dry_run, expected both: a run takes the devices that "
@@ -57,12 +53,7 @@ def main(argv):
     elif WORKDIR.value is None:
         raise configs.ConfigError("--workdir is missing: name the folder of the run")
     else:
-        distributed.start(
-            COORDINATOR_ADDRESS.value,
-            NUM_PROCESSES.value,
-            PROCESS_ID.value,
-            HEARTBEAT_TIMEOUT_SECONDS.value,
-        )
+        distributed.start(**PROCESSES())
         with distributed.shared_fate():
             report = train(CONFIG.value, Path(WORKDIR.value))
     if report:

@@ -85,6 +85,21 @@ def test_one_step_can_be_traced(name):
     assert report["config"]["model.family"] == load(name).model.family
 
 
+def test_a_mesh_is_checked_for_devices_that_are_elsewhere():
+    config = load("lm_1b")
+    config.update({"batch_size": 32})
+    dry_run(config, 32, num_slices=2, platform="tpu")
+    for devices, slices, platform, attention, message in (
+        (24, 1, "tpu", "auto", r"config.mesh: got .* for 24 devices, expected sizes whose product"),
+        (16, 2, "tpu", "auto", r"config.mesh.data: got 1 for 2 slices, expected a multiple"),
+        (64, 1, "tpu", "auto", r"config.batch_size: got 32, expected a multiple of 64"),
+        (16, 1, "gpu", "flash", r"config.model.attention: got 'flash' on gpu"),
+    ):
+        config.model.attention = attention
+        with pytest.raises(ConfigError, match=message):
+            dry_run(config, devices, slices, platform)
+
+
 # The published vision transformers, to the last parameter; language models to what they are named.
 @pytest.mark.parametrize(
     ("name", "expected"),

@@ -251,7 +251,7 @@ def test_workers_and_devices_of_a_type(place, type_, workers, devices):
     if workers > 1:  # which have no workdir in common
         assert f"--bucket is missing: the {workers} workers" in result.stderr
         result = place.run("tpu_vm", "--bucket=b-1", *args)
-    assert f" --dry_run --num_devices={devices} --num_slices=1\n" in result.stdout
+    assert f" --dry_run --platform=tpu --num_devices={devices} --num_slices=1\n" in result.stdout
 
 
 # -- Mistakes: one line, before anything runs ----------------------------------------------------
@@ -309,10 +309,10 @@ def test_what_gcloud_lacks_is_said_before_anything_is_created(place):
 
 
 MESHES = {
-    "tpu_vm": ["--num_devices=16", "--num_slices=1"],
-    "tpu_queued": ["--num_devices=16", "--num_slices=1"],
-    "gke_xpk": ["--num_devices=32", "--num_slices=2"],
-    "slurm": ["--num_devices=16", "--num_slices=1"],
+    "tpu_vm": ["--platform=tpu", "--num_devices=16", "--num_slices=1"],
+    "tpu_queued": ["--platform=tpu", "--num_devices=16", "--num_slices=1"],
+    "gke_xpk": ["--platform=tpu", "--num_devices=32", "--num_slices=2"],
+    "slurm": ["--platform=gpu", "--num_devices=16", "--num_slices=1"],
 }
 
 

@@ -1,4 +1,4 @@
-"""How fast this host prepares batches, next to how fast its devices train on them."""
+"""How fast a process prepares batches, next to how fast its devices train on them."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from revnet_jax.training.build import build_data, build_recipe, check_split
+from revnet_jax.training.build import build_data
 from revnet_jax.training.compiler import initialized
 from revnet_jax.training.program import step_program
-from revnet_jax.training.sharding import local_rows, make_mesh, put_batch
-from revnet_jax.training.step import init_state
+from revnet_jax.training.sharding import local_rows, put_batch
 
 
 def feed(config: ConfigDict, seconds: float) -> dict[str, Any]:
-    """Examples (or tokens) per second and host, of the config's pipeline alone and of its step.
+    """Examples (or tokens) per second, of the config's pipeline alone and of its step.
+
+    Of one process, which on TPUs is a host: it reads its own rows of each batch.
 
     seconds: for each of them, and three steps at least. What is prepared ahead is taken first, so
     that a burst is not mistaken for speed.
 
     Raises UserError for settings or data that cannot be used.
     """
-    task, _, optimizer = build_recipe(config)
-    mesh = make_mesh(jax.devices(), **config.mesh)
-    check_split(config, mesh)
+    program = step_program(config, jax.devices())
+    task, mesh = program.task, program.mesh
     data = build_data(config, mesh)
     with contextlib.closing(data.train(0)) as batches:
         for _ in range(config.data.prefetch + 1):
@@ -37,8 +37,7 @@ def feed(config: ConfigDict, seconds: float) -> dict[str, Any]:
             next(batches)
             read += 1
         pipeline_seconds = (time.monotonic() - started) / read
-    program = step_program(config, jax.devices())
-    state = initialized(lambda: init_state(task.network, optimizer, config.seed), program.state)
+    state = initialized(program.init, program.state)
     step = program.step.lower(program.state, program.batch).compile()
     batch, steps = put_batch(batch, mesh), []
     ends = time.monotonic() + seconds

@@ -149,7 +149,7 @@ def _sizes(program: StepProgram, config: ConfigDict) -> dict[str, int]:
 
 def _gradient_bytes(program: StepProgram, config: ConfigDict) -> int:
     """Of the gradients that exist together: lockstep has one layer's of all that are in chains."""
-    params, in_chains = program.state.variables.params, program.network.stacked
+    params, in_chains = program.state.variables.params, program.task.network.stacked
     if config.optimizer.lockstep:
         layer = lambda name: tree_bytes(params[name]) // jax.tree.leaves(params[name])[0].shape[0]
         outside = tree_bytes([tree for name, tree in params.items() if name not in in_chains])

@@ -55,9 +55,7 @@ def needed_bytes(
     config: ConfigDict, devices: Sequence[jax.Device], stored_layers: int
 ) -> int | None:
     """What a device needs for the step, state and results included; None if it does not compile."""
-    changed = config.copy_and_resolve_references()
-    changed.model.stored_layers = str(stored_layers)
-    program = step_program(changed, devices)
+    program = step_program(config, devices, stored_layers)
     try:
         compiled = program.step.lower(program.state, program.batch).compile()
     except jax.errors.JaxRuntimeError as error:

@@ -18,18 +18,25 @@ from revnet_jax.training.trace import Trace
 
 
 def dry_run(
-    config: ConfigDict, num_devices: int | None = None, num_slices: int = 1
+    config: ConfigDict,
+    num_devices: int | None = None,
+    num_slices: int = 1,
+    platform: str | None = None,
 ) -> dict[str, Any]:
     """Resolves a config and evaluates initialisation and one step abstractly: no data, no compiler.
 
     num_devices: checks the config's mesh too, as on so many devices (none need be there), in
-      `num_slices` slices.
+      `num_slices` slices. platform: "cpu", "gpu" or "tpu", if theirs is another than here.
 
     Returns the settings by dotted key and the number of trainable parameters.
 
     Raises ConfigError for settings that cannot be used.
     """
-    task, schedule, optimizer = build_recipe(config)
+    task, schedule, optimizer = build_recipe(config, platform=platform)
+    if platform not in (None, jax.default_backend()) and "attention" in config.model:
+        traced = config.copy_and_resolve_references()
+        traced.model.attention = "chunked"  # cuDNN's asks for cuDNN, even to be traced
+        task, schedule, optimizer = build_recipe(traced)
     with settings("profile"):
         Trace(Path(), **config.profile, last_step=config.num_steps)
     step = make_train_step(task, optimizer, schedule, microbatches=config.microbatches)

@@ -20,20 +20,15 @@ from revnet_jax.errors import Preempted, UserError
 from revnet_jax.models import num_params
 from revnet_jax.training import workdir as workdirs
 from revnet_jax.training.auto import largest_stored_layers, memory_bytes
-from revnet_jax.training.build import (
-    build_data,
-    build_recipe,
-    build_task,
-    check_split,
-)
+from revnet_jax.training.build import build_data
 from revnet_jax.training.checkpoint import Checkpoints
 from revnet_jax.training.compiler import initialized, jit
 from revnet_jax.training.distributed import Stop, is_first, of_first, smallest, wait_for_all
 from revnet_jax.training.evaluation import evaluate
 from revnet_jax.training.metrics import DelayedFetch, MetricsWriter, Progress, peak_memory_bytes
-from revnet_jax.training.program import jit_step
-from revnet_jax.training.sharding import make_mesh, on_mesh, placed, put_batch
-from revnet_jax.training.step import TrainState, init_state, make_train_step
+from revnet_jax.training.program import step_program
+from revnet_jax.training.sharding import on_mesh, put_batch
+from revnet_jax.training.step import TrainState
 from revnet_jax.training.task import Model, Task
 from revnet_jax.training.trace import Trace
 
@@ -55,26 +50,21 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     and Preempted once it saved what it had when told to stop.
     """
     started = time.monotonic()
-    task, schedule, optimizer = build_recipe(config)
-    mesh = make_mesh(jax.devices(), **config.mesh)
-    check_split(config, mesh)
+    program = step_program(config, jax.devices())
+    mesh = program.mesh
     data = build_data(config, mesh)
-    init = lambda: init_state(task.network, optimizer, config.seed)
-    abstract_state = placed(init, task.network.rules, mesh)
     with settings("data"), contextlib.closing(data.train(0)), contextlib.closing(data.test()):
         pass  # their arguments are sound
     with settings("profile"):
         traced = Trace(workdir / "profile", **config.profile, last_step=config.num_steps)
     claim(workdir, config, data.record)
     if config.model.stored_layers == "auto":
-        task = build_task(config, resolve_auto(config, workdir))
-    task = task.of_data(data.record)
+        program = step_program(config, jax.devices(), resolve_auto(config, workdir))
+    task = program.task.of_data(data.record)
     sums = jit(on_mesh(task.sums, mesh))
-    train_step = make_train_step(task, optimizer, schedule, microbatches=config.microbatches)
-    train_step = jit_step(train_step, mesh, abstract_state)
     with Stop() as stop, open_checkpoints(workdir, task) as checkpoints:
-        restored = checkpoints.restore(abstract_state)
-        start, state = restored or (0, initialized(init, abstract_state))
+        restored = checkpoints.restore(program.state)
+        start, state = restored or (0, initialized(program.init, program.state))
         if start == 0:
             workdirs.check_fresh(workdir, config.checkpoint_every_steps)
         if of_first(start == config.num_steps and (workdir / "summary.json").exists()):
@@ -86,7 +76,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         ):
             for step in range(start + 1, config.num_steps + 1):
                 traced.before(step)
-                state, metrics = train_step(state, put_batch(next(batches), mesh))
+                state, metrics = program.step(state, put_batch(next(batches), mesh))
                 traced.after(step, metrics)
                 recorder.training(step, metrics)
                 last = step == config.num_steps

@@ -13,11 +13,52 @@ from revnet_jax.training.build import build_recipe, check_split
 from revnet_jax.training.compiler import jit
 from revnet_jax.training.sharding import batch_sharding, make_mesh, on_mesh, placed
 from revnet_jax.training.step import TrainState, init_state, make_train_step
-from revnet_jax.training.task import Batch, Model
+from revnet_jax.training.task import Batch, Task
+
+
+class StepProgram(NamedTuple):
+    """`step(state, batch)` as it trains, and the shapes and placement of what it takes.
+
+    init: `() -> state`, to be jitted. step: jitted, its state donated; to look at what is compiled:
+      `step.lower(state, batch).compile()`.
+    """
+
+    task: Task
+    mesh: Mesh
+    init: Callable[[], TrainState]
+    step: Any
+    state: TrainState
+    batch: Batch
+
+
+def step_program(
+    config: ConfigDict, devices: Sequence[jax.Device], stored_layers: int | None = None
+) -> StepProgram:
+    """The step of `config`, split over a mesh of the devices as the config says.
+
+    devices: of one kind; those of a topology (`jax.experimental.topologies`) will do.
+    stored_layers: in place of the config's.
+
+    Nothing is computed. Raises ConfigError for settings that cannot be used.
+    """
+    platform = devices[0].platform
+    task, schedule, optimizer = build_recipe(config, stored_layers, platform=platform)
+    mesh = make_mesh(devices, **config.mesh)
+    check_split(config, mesh)
+    init = lambda: init_state(task.network, optimizer, config.seed)
+    step = make_train_step(task, optimizer, schedule, microbatches=config.microbatches)
+    state = placed(init, task.network.rules, mesh)
+    # What `jit` asks of the compiler on CPU, other compilers do not know.
+    step = jit_step(step, mesh, state, jit if platform == "cpu" else jax.jit)
+    batch = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=batch_sharding(mesh))
+        for name, leaf in task.batch_shapes(config.batch_size).items()
+    }
+    return StepProgram(task, mesh, init, step, state, batch)
 
 
 def jit_step(
-    step: Callable[..., Any], mesh: Mesh, state: Any, compiled_by: Callable[..., Any] = jit
+    step: Callable[..., Any], mesh: Mesh, state: Any, jit: Callable[..., Any]
 ) -> Callable[..., Any]:
     """The step on a mesh, jitted: its state is donated, and lies afterwards where it lay before.
 
@@ -25,42 +66,4 @@ def jit_step(
     returns in another way, and the next step would be compiled anew.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return compiled_by(on_mesh(step, mesh), donate_argnums=0, out_shardings=(shardings, None))
-
-
-class StepProgram(NamedTuple):
-    """`step(state, batch)` as it trains, and the shapes and placement of what it takes.
-
-    step: jitted, its state donated: `step.lower(state, batch).compile()`.
-    """
-
-    network: Model
-    step: Any
-    state: TrainState
-    batch: Batch
-
-
-def step_program(config: ConfigDict, devices: Sequence[jax.Device]) -> StepProgram:
-    """The real step of `config`, split over a mesh of the devices as the config says.
-
-    devices: of one kind; those of a topology (`jax.experimental.topologies`) will do.
-
-    Nothing is computed. Raises ConfigError for settings that cannot be used.
-    """
-    task, schedule, optimizer = build_recipe(config, platform=devices[0].platform)
-    mesh = make_mesh(devices, **config.mesh)
-    check_split(config, mesh)
-    step = make_train_step(task, optimizer, schedule, microbatches=config.microbatches)
-    init = lambda: init_state(task.network, optimizer, config.seed)
-    state = placed(init, task.network.rules, mesh)
-    # What `jit` asks of the compiler on CPU, other compilers do not know.
-    compiled_by = jit if devices[0].platform == "cpu" else jax.jit
-    return StepProgram(
-        network=task.network,
-        step=jit_step(step, mesh, state, compiled_by),
-        state=state,
-        batch={
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=batch_sharding(mesh))
-            for name, leaf in task.batch_shapes(config.batch_size).items()
-        },
-    )
+    return jit(on_mesh(step, mesh), donate_argnums=0, out_shardings=(shardings, None))

@@ -106,11 +106,11 @@ check_clone() {
       "$(git log -1 --format='%h of %cs')"
 }
 
-# resolve_config DEVICES [SLICES]: train.py checks its flags, and the mesh on that many devices, while
-# it costs nothing.
+# resolve_config PLATFORM DEVICES [SLICES]: train.py checks its flags, and the mesh on that many
+# devices, while it costs nothing.
 resolve_config() {
   run env JAX_PLATFORMS=cpu .venv/bin/python scripts/train.py "${train_args[@]}" --dry_run \
-    --num_devices="$1" --num_slices="${2:-1}" >/dev/null
+    --platform="$1" --num_devices="$2" --num_slices="${3:-1}" >/dev/null
 }
 
 # The same, where there is what it takes: a launcher's machine need not have installed anything.

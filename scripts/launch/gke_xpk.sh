@@ -65,7 +65,7 @@ check_clone
 check_gcloud
 need xpk "pip install xpk"
 case $type in v4-* | v5p-*) devices=$((${type##*-} / 2)) ;; *) devices=${type##*-} ;; esac
-resolve_config_if_installed $((devices * num_slices)) "$num_slices"
+resolve_config_if_installed tpu $((devices * num_slices)) "$num_slices"
 
 # xpk puts the folder into the image, where it is the current one.
 folder=${TMPDIR:-/tmp}/revnet_jax-$name

@@ -36,7 +36,7 @@ read_train_flags
 need sbatch "run this on a login node of the cluster"
 
 run scripts/setup.sh "$extra"
-resolve_config $((nodes * gpus_per_node))
+resolve_config gpu $((nodes * gpus_per_node))
 run mkdir -p runs
 # JAX takes process i of a node to own GPU i of those it sees: as many tasks as GPUs, and no
 # --gpus-per-task, which would show each task its own GPU only.

@@ -47,7 +47,7 @@ check_run() {
   [ "$workers" = 1 ] || [ -n "$bucket" ] ||
     fail "--bucket is missing: the $workers workers of $type need a --workdir that all of them see"
   check_gcloud
-  resolve_config_if_installed "$devices"
+  resolve_config_if_installed tpu "$devices"
   # On the machines a bucket's folders are under the mount.
   [ -z "$bucket" ] || train_args=("${train_args[@]/#--workdir=/--workdir=/mnt/bucket/}")
   trap 'note "$name is kept, and costs: the same command goes on with it"; exit 130' INT

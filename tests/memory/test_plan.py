@@ -242,7 +242,7 @@ def test_gradients_that_exist_together_in_lockstep(tiny_config):
         program = step_program(tiny_config, jax.devices())
         sizes[lockstep] = _gradient_bytes(program, tiny_config)
     params = program.state.variables.params
-    in_chains = {name: tree_bytes(params[name]) for name in program.network.stacked}
+    in_chains = {name: tree_bytes(params[name]) for name in program.task.network.stacked}
     assert sizes[False] == tree_bytes(params)
     chain_1, chain_2 = in_chains.values()  # of 1 and of 2 layers
     largest_layer = max(chain_1, chain_2 // 2)

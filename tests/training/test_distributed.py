@@ -68,13 +68,18 @@ def start_python(folder, *args, devices):
 
 def start_two(workdir, *, of_second=None, **settings):
     """Two processes of four devices each. of_second: settings of its own."""
-    flags = [f"--coordinator_address={free_address()}", "--num_processes=2"]
-    flags += ["--heartbeat_timeout_seconds=10"]
-    second = {**settings, **(of_second or {})}
+    first, second = flags_of_two()
+    of_second = {**settings, **(of_second or {})}
     return [
-        start(workdir, *flags, "--process_id=0", devices=4, **settings),
-        start(workdir, *flags, "--process_id=1", devices=4, **second),
+        start(workdir, *first, devices=4, **settings),
+        start(workdir, *second, devices=4, **of_second),
     ]
+
+
+def flags_of_two():
+    both = [f"--coordinator_address={free_address()}", "--num_processes=2"]
+    both += ["--heartbeat_timeout_seconds=10"]
+    return [*both, "--process_id=0"], [*both, "--process_id=1"]
 
 
 def free_address():
@@ -133,18 +138,21 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def troubled(tmp_path_factory):
-    """The run of `alone` on two processes, which meets one trouble after the other."""
+    """The run of `alone` on two processes, which meets one trouble after the other.
+
+    On one mesh after the other, too: weights are split over all devices, over four, and not at all.
+    """
     workdir = tmp_path_factory.mktemp("troubled") / "run"
     found = SimpleNamespace(workdir=workdir)
 
-    both = start_two(workdir)
+    both = start_two(workdir, **{"mesh.data": 1, "mesh.fsdp": 8})
     wait_until(lambda: len(rows(workdir)) >= 2, both[0])
     for process in both:
         process.send_signal(signal.SIGTERM)
     found.both_told = [ended(process) for process in both]
     found.both_saved, found.both_rows = saved(workdir), rows(workdir)
 
-    both = start_two(workdir)
+    both = start_two(workdir, **{"mesh.data": 2, "mesh.fsdp": 4})
     wait_until(lambda: events(workdir) == 2, both[0])  # before the first step, which is compiled
     both[1].send_signal(signal.SIGTERM)
     found.one_told = [ended(process) for process in both]
@@ -226,6 +234,17 @@ for sizes in ((8, 1, 1), (2, 4, 1), (4, 1, 2), (1, 1, 8)):
         assert (np.asarray(shard.data) == batch["x"][shard.index]).all(), (sizes, shard)
     print(len(rows), whole["x"].shape)
 """
+
+
+def test_two_processes_evaluate_a_run(alone):
+    program = ["scripts/evaluate.py", f"--workdir={alone}"]
+    both = [start_python(alone.parent, *program, *flags, devices=4) for flags in flags_of_two()]
+    first, second = map(ended, both)
+    assert first.status == second.status == 0, first.stderr + second.stderr
+    expected = rows(alone)[-1]["eval_loss"]
+    report = json.loads(first.stdout[first.stdout.index("{") :])
+    assert report["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert "{" not in second.stdout
 
 
 def test_processes_put_batches_together_wherever_their_devices_are_in_the_mesh(tmp_path):
