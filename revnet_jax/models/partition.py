@@ -102,7 +102,8 @@ def by_device(
     """The function, computed by every device for its own part: for what compilers cannot split.
 
     in_axes, out_axes: for each dimension of an argument, or of the result, the mesh axis or axes it
-      is split over; missing ones are whole. Outside a mesh it is the function itself.
+      is split over; missing ones are whole, and their gradients added up over all devices. Outside
+      a mesh it is the function itself.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

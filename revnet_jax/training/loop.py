@@ -168,13 +168,16 @@ class Recorder:
         self._record(self._fetch.exchange(step, metrics))
 
     def flush(self) -> None:
-        """Records the metrics still held; waits for the device."""
+        """Records the metrics still held, for good; waits for the device."""
         self._record(self._fetch.flush())
+        if self._writer:
+            self._writer.sync()
 
     def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
         self._check_finite(step, scores, scores)
         if self._writer:
             self._writer.write(step, scores)
+            self._writer.sync()
 
     @property
     def per_second(self) -> float | None:

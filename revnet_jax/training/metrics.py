@@ -81,6 +81,10 @@ class MetricsWriter:
             for name, value in {**numbers, **(timings or {})}.items():
                 self._events.add_scalar(name, float(value), int(step))
 
+    def sync(self) -> None:
+        """Returns when the rows are where a machine that is lost cannot take them along."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         self._file.close()
         if self._events is not None:

@@ -58,7 +58,8 @@ def start_python(folder, *args, devices):
         process = subprocess.Popen(
             [sys.executable, *args],
             cwd=ROOT,
-            env={**os.environ, "XLA_FLAGS": f"{QUICKLY}={devices}"},
+            # A device may block several threads in collectives: let there be enough of them.
+            env={**os.environ, "XLA_FLAGS": f"{QUICKLY}={devices}", "PJRT_NPROC": "16"},
             stdout=stdout,
             stderr=stderr,
         )

@@ -114,7 +114,7 @@ def test_weights_in_loops_and_in_experts(changes, meshes):
 )
 @pytest.mark.parametrize("family", ["revnet38", "vit", "decoder"])
 def test_every_mesh_and_strategy(family, backprop, lockstep, dtype):
-    settings = FAMILIES[family] if family in FAMILIES else REVNET38
+    settings = FAMILIES.get(family, REVNET38)
     cases = [(backprop, lockstep, mesh, dtype) for mesh in MESHES]
     found = differences("revnet" if family == "revnet38" else family, settings, cases)
     print(*({name: each[name] for name in ("mesh", "losses", "params")} for each in found))
