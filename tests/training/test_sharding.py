@@ -35,7 +35,6 @@ FAMILIES = {
     },
 }
 REVNET38 = {
-    "schedule.learning_rate": 0.001,
     "model.units": (3, 3, 3),
     "model.channels": (32, 32, 64, 112),
     "data.image_shape": (16, 16, 3),
@@ -115,6 +114,10 @@ def test_weights_in_loops_and_in_experts(changes, meshes):
 @pytest.mark.parametrize("family", ["revnet38", "vit", "decoder"])
 def test_every_mesh_and_strategy(family, backprop, lockstep, dtype):
     settings = FAMILIES.get(family, REVNET38)
+    if family == "revnet38":
+        # So deep, in float32, that two sums in another order change the gradient by 1e-4 to 1e-3.
+        rate = {"float32": 1e-5, "float64": 1e-3}[dtype]
+        settings = {**settings, "schedule.learning_rate": rate}
     cases = [(backprop, lockstep, mesh, dtype) for mesh in MESHES]
     found = differences("revnet" if family == "revnet38" else family, settings, cases)
     print(*({name: each[name] for name in ("mesh", "losses", "params")} for each in found))
