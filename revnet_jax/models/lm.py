@@ -27,7 +27,7 @@ from revnet_jax.models.decoder import (
     RMSNorm,
 )
 from revnet_jax.models.network import Lockstep, Variables
-from revnet_jax.models.partition import by_batch, gather
+from revnet_jax.models.partition import by_batch, gather, on_batch
 from revnet_jax.models.transformer import Transformer, check_positive, drop, init_layers_of
 
 
@@ -260,14 +260,14 @@ class LanguageModel(Transformer):
         def f(params, x_BTD, context):
             cache, keys = context.data or (None, None)
             params = gather(self.rules, "layers/0", params, self.compute_dtype)
-            (u_BTD, cache), _ = self._f.apply(params, {}, x_BTD, context.shared, cache)
-            return drop(u_BTD, rate, keys, 0), cache
+            (u_BTD, cache), _ = self._f.apply(params, {}, on_batch(x_BTD), context.shared, cache)
+            return on_batch(drop(u_BTD, rate, keys, 0)), cache
 
         def g(params, x_BTD, context):
             _, keys = context.data or (None, None)
-            u_BTD = self._feed_forward(params, x_BTD)
+            u_BTD = self._feed_forward(params, on_batch(x_BTD))
             u_BTD, *aux = u_BTD if self.architecture.experts else (u_BTD,)
-            return drop(u_BTD, rate, keys, 1), tuple(aux)
+            return on_batch(drop(u_BTD, rate, keys, 1)), tuple(aux)
 
         return f, g
 

@@ -227,6 +227,7 @@ class Network:
                 }
             elif name in self._shortcuts:
                 x, new_stats[name] = self._transition(name, params[name], stats[name], x, train)
+                x = on_batch(x)
         return jnp.concatenate(x, axis=-1), new_stats
 
     def inverse(self, variables: Variables, x_BHWC: jax.Array, *, train: bool) -> jax.Array:
@@ -268,7 +269,9 @@ class Network:
         def branch(module, i):
             def run(params, x_BHWC, context):
                 params = self._gather(f"{name}/{i}", params)
-                return module.apply(params, context.data[i], x_BHWC, train=train)
+                x_BHWC = on_batch(x_BHWC)
+                u_BHWC, stats = module.apply(params, context.data[i], x_BHWC, train=train)
+                return on_batch(u_BHWC), stats
 
             return run
 

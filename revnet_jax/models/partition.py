@@ -83,7 +83,11 @@ _gathered.defvjp(_gathered_fwd, _gathered_bwd)
 
 
 def on_batch(tree: Any) -> Any:
-    """Arrays with the batch as their first axis, split over it alone."""
+    """Arrays with the batch as their first axis, split over it alone; their cotangents, too.
+
+    For what branches read and return. Left to themselves compilers may split the arithmetic of a
+    rewind in another way than a forward pass's, which sums in another order, and rounds otherwise.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return tree

@@ -21,7 +21,7 @@ from revnet_jax.models.attention import Kernel, attend
 from revnet_jax.models.bridge import PureModule
 from revnet_jax.models.dtypes import at_least_float32
 from revnet_jax.models.network import Lockstep, Variables
-from revnet_jax.models.partition import gather
+from revnet_jax.models.partition import gather, on_batch
 from revnet_jax.models.transformer import Transformer, check_positive, drop, init_layers_of
 
 # How it is split over a mesh: heads and hidden units over "tensor", what is left over "fsdp".
@@ -140,8 +140,8 @@ class RevViT(Transformer):
         def branch(module, i):
             def apply(params, x_BTD, context):
                 params = gather(RULES, f"layers/{i}", params, self.compute_dtype)
-                u_BTD, _ = module.apply(params, {}, x_BTD)
-                return drop(u_BTD, rate, context.data, i), ()
+                u_BTD, _ = module.apply(params, {}, on_batch(x_BTD))
+                return on_batch(drop(u_BTD, rate, context.data, i)), ()
 
             return apply
 

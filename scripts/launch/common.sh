@@ -74,7 +74,8 @@ need() {
   $dry_run || command -v "$1" >/dev/null || fail "got no $1 on PATH, expected it: $2"
 }
 
-# Sets config and workdir to train.py's flags of these names.
+# Sets config and workdir to train.py's flags of these names. Its flags that say where it runs, or
+# that it does not, are the launcher's business.
 read_train_flags() {
   local arg
   config='' workdir=''
@@ -83,6 +84,9 @@ read_train_flags() {
       --config=*) config=${arg#*=} ;;
       --workdir=*) workdir=${arg#*=} ;;
       --config | --workdir) fail "got $arg, expected $arg=VALUE" ;;
+      --dry_run* | --nodry_run* | --num_devices* | --num_slices* | --platform* | \
+        --coordinator_address* | --num_processes* | --process_id*)
+        fail "got $arg after --, expected flags of the run alone: the launcher sets it itself" ;;
     esac
   done
   [ -n "$config" ] || fail "--config is missing after --: expected --config=configs/FILE.py"
@@ -91,26 +95,34 @@ read_train_flags() {
     fail "got --config=$config, expected a file of this clone, such as configs/lm_1b.py"
 }
 
+# check_folder FLAG PATH: of a bucket, or of the clone on a machine, and here.
+check_folder() {
+  case $2 in
+    /* | . | ./* | .. | ../* | */. | */./* | */.. | */../* | *//* | *://*)
+      fail "got --$1=$2, expected a relative path such as runs/NAME: a folder of the bucket or the" \
+        "clone" ;;
+  esac
+}
+
 # The machines get HEAD: what runs is in the history.
 check_clone() {
   git rev-parse --verify --quiet HEAD >/dev/null ||
     fail "got no commit in $PWD, expected a git clone: its HEAD is what the machines get"
   git cat-file -e "HEAD:./${config%%:*}" 2>/dev/null ||
     fail "got --config=$config, expected a file of HEAD, which is what the machines get: commit it"
-  case $workdir in
-    /* | .. | ../* | */.. | */../*)
-      fail "got --workdir=$workdir, expected a relative path: a folder of the bucket or the clone" ;;
-  esac
+  check_folder workdir "$workdir"
   [ -z "$(git status --porcelain --untracked-files=no)" ] ||
     note "warning: uncommitted changes stay here; the machines get HEAD," \
       "$(git log -1 --format='%h of %cs')"
 }
 
 # resolve_config PLATFORM DEVICES [SLICES]: train.py checks its flags, and the mesh on that many
-# devices, while it costs nothing.
+# devices, while it costs nothing; in a dry run too.
 resolve_config() {
-  run env JAX_PLATFORMS=cpu .venv/bin/python scripts/train.py "${train_args[@]}" --dry_run \
-    --platform="$1" --num_devices="$2" --num_slices="${3:-1}" >/dev/null
+  local check=(env JAX_PLATFORMS=cpu .venv/bin/python scripts/train.py "${train_args[@]}" --dry_run
+    --platform="$1" --num_devices="$2" --num_slices="${3:-1}")
+  run "${check[@]}" >/dev/null
+  if $dry_run && [ -x .venv/bin/python ]; then "${check[@]}" >/dev/null; fi
 }
 
 # The same, where there is what it takes: a launcher's machine need not have installed anything.
@@ -122,19 +134,30 @@ resolve_config_if_installed() {
   fi
 }
 
-# gcloud is there and knows who asks for what; so does the bucket, if any is named.
+# expect_bucket: --bucket, if it is given, looks like one.
+expect_bucket() {
+  [ -z "$bucket" ] || expect bucket '[a-z0-9][-a-z0-9_.]+[a-z0-9]' \
+    "a bucket's name, without gs://, of three or more letters and digits"
+}
+
+# gcloud is there and knows who asks for what.
 check_gcloud() {
   need gcloud "install the Google Cloud CLI"
   [ -n "$(query someone gcloud auth list '--filter=status:ACTIVE' '--format=value(account)')" ] ||
     fail "got no active account from gcloud, expected one: gcloud auth login"
   [ -n "$project" ] || [ -n "$(query some-project gcloud config get-value project)" ] ||
     fail "--project is missing, and gcloud has no default: gcloud config set project PROJECT"
+}
+
+# The bucket is there, if any is named.
+check_bucket() {
   [ -z "$bucket" ] || query "$bucket" gcloud storage buckets describe "gs://$bucket" \
     '--format=value(name)' >/dev/null || fail "got --bucket=$bucket, expected a bucket that exists"
 }
 
 # fetch_bucket FOLDER: copies it here. Checkpoints are large, and safe where they are.
 fetch_bucket() {
+  check_bucket
   run mkdir -p "$1" &&
     run gcloud storage rsync --recursive '--exclude=^checkpoints/' "gs://$bucket/$1" "$1"
 }

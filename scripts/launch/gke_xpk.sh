@@ -35,16 +35,17 @@ num_slices=1 base_image=python:3.12 priority=medium max_restarts=100 delete=fals
 . "$(dirname "$0")/common.sh"
 parse_flags "$@"
 
-expect cluster '[a-z]([-a-z0-9]*[a-z0-9])?' "the name of a cluster"
+expect cluster '[a-z]([-a-z0-9]*[a-z0-9])?' "a cluster's name: lower-case letters, digits, hyphens"
 expect zone '[a-z]+-[a-z]+[0-9]+-[a-z]' "a zone, such as us-west4-a"
 expect name '[a-z]([-a-z0-9]{0,38}[a-z0-9])?' "up to 40 lower-case letters, digits and hyphens"
-[ -z "$bucket" ] || expect bucket '[a-z0-9][-a-z0-9_.]+[a-z0-9]' "a bucket's name, without gs://"
+expect_bucket
 workload=(--workload="$name" --cluster="$cluster" --zone="$zone" ${project:+--project="$project"})
 
 if [ ${#train_args[@]} = 0 ]; then
   $delete || [ -n "$fetch" ] ||
     fail "got nothing to do, expected train.py's flags after --, --fetch=WORKDIR or --delete"
   [ -z "$fetch" ] || [ -n "$bucket" ] || fail "--bucket is missing: expected the one to fetch from"
+  [ -z "$fetch" ] || check_folder fetch "$fetch"
   check_gcloud
   if [ -n "$fetch" ]; then fetch_bucket "$fetch"; fi
   if $delete; then
@@ -55,7 +56,8 @@ if [ ${#train_args[@]} = 0 ]; then
 fi
 
 if $delete || [ -n "$fetch" ]; then fail "got --delete or --fetch with a run, expected them alone"; fi
-expect type '(v4|v5p|v5litepod|v6e|tpu7x)-[1-9][0-9]*' "a TPU type, such as v5litepod-16"
+expect type '(v4|v5p|tpu7x)-[1-9][0-9]*|(v5litepod|v6e)-(1|4|8|16|32|64|128|256)' \
+  "a TPU type, such as v5litepod-16 or v5p-32"
 expect num_slices '[1-9][0-9]*' "a number of slices"
 expect storage '[a-z]([-a-z0-9]*[a-z0-9])?' "the name of a storage that xpk attached (see --help)"
 expect max_restarts '[0-9]+' "a number"

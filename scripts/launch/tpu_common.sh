@@ -8,7 +8,7 @@ worker=revnet_jax/scripts/launch/tpu_worker.sh
 check_slice() {
   expect name '[a-z]([-a-z0-9]{0,60}[a-z0-9])?' "a name of lower-case letters, digits and hyphens"
   expect zone '[a-z]+-[a-z]+[0-9]+-[a-z]' "a zone, such as us-west4-a"
-  [ -z "$bucket" ] || expect bucket '[a-z0-9][-a-z0-9_.]+[a-z0-9]' "a bucket's name, without gs://"
+  expect_bucket
   [ -z "$project" ] || expect project '[a-z0-9][-a-z0-9.:]+' "the id of a project"
   expect poll_seconds '[0-9]+' "a number of seconds"
   place=(--zone="$zone" ${project:+--project="$project"} --quiet)
@@ -47,6 +47,7 @@ check_run() {
   [ "$workers" = 1 ] || [ -n "$bucket" ] ||
     fail "--bucket is missing: the $workers workers of $type need a --workdir that all of them see"
   check_gcloud
+  check_bucket
   resolve_config_if_installed tpu "$devices"
   # On the machines a bucket's folders are under the mount.
   [ -z "$bucket" ] || train_args=("${train_args[@]/#--workdir=/--workdir=/mnt/bucket/}")
@@ -106,6 +107,7 @@ finish() {
 without_run() {
   $stop || $delete || [ -n "$fetch" ] ||
     fail "got nothing to do, expected train.py's flags after --, --stop, --fetch=WORKDIR or --delete"
+  [ -z "$fetch" ] || check_folder fetch "$fetch"
   check_gcloud
   if $stop; then on_workers all "$worker stop"; fi
   if [ -n "$fetch" ]; then fetch_results "$fetch"; fi

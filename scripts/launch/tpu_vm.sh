@@ -42,7 +42,8 @@ create_or_reuse() {
   case $state in
     '')
       run gcloud compute tpus tpu-vm create "$name" "${place[@]}" --accelerator-type="$type" \
-        --version="$version"
+        --version="$version" ||
+        fail "$name could not be created, see above; --delete deletes what there may be of it"
       created=true
       ;;
     READY) note "taking the slice $name that is there" ;;

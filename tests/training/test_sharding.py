@@ -15,13 +15,12 @@ from revnet_jax.training.build import build_recipe, check_split
 from revnet_jax.training.sharding import local_rows, make_mesh, mesh_sizes, placed
 from revnet_jax.training.step import init_state
 
-# Learning rates so small that ten steps do not amplify roundings: not chaos is to be compared.
+# Learning rates so small that ten steps do not amplify roundings: chaos is not to be compared.
 COMMON = {"num_steps": 20, "batch_size": 16, "schedule.warmup_steps": 0, "optimizer.name": "sgd"}
 TRANSFORMER = {"schedule.learning_rate": 0.01, "model.layers": 3, "model.width": 32}
 FAMILIES = {
     "revnet": {
-        "schedule.learning_rate": 0.002,
-        "model.units": (2, 2),
+        "model.units": (2, 3),  # of each stage but the first one less is in a chain
         "model.channels": (16, 16, 32),
     },
     "vit": {**TRANSFORMER, "model.heads": 4, "model.hidden": 64, "model.patch": 2},
@@ -43,16 +42,21 @@ MESHES = [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 
 # float32 streams on a grid so fine that sums in another order do not round otherwise.
 TOLERANCES = {"float32": 1e-5, "float64": 1e-10}
 GRID_BITS = {"float32": 18, "float64": 12}
+# In float32 sums in another order change the gradient of a RevNet-38 by 1e-4 to 1e-3: each ReLU is
+# a decision.
+REVNET_RATES = {"float32": 1e-5, "float64": 1e-3}
 
 
 def differences(family, settings, cases):
     """Of (strategy, in lockstep, mesh, dtype): what `sharded_steps.py` prints."""
+    rate = lambda dtype: {"schedule.learning_rate": REVNET_RATES[dtype]}
     written = [
         {
             "family": family,
             "settings": {
                 **COMMON,
                 **settings,
+                **(rate(dtype) if family == "revnet" else {}),
                 "model.backprop": backprop,
                 "optimizer.lockstep": lockstep,
                 "model.grid_bits": GRID_BITS[dtype],
@@ -85,7 +89,7 @@ def check(found):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ten_steps_on_eight_devices_are_those_on_one(family):
-    cases = [("reverse", True, MESHES[2], "float64"), ("store", False, MESHES[1], "float64")]
+    cases = [("reverse", True, MESHES[2], "float64"), ("reverse", False, MESHES[1], "float32")]
     check(differences(family, FAMILIES[family], cases))
 
 
@@ -114,10 +118,6 @@ def test_weights_in_loops_and_in_experts(changes, meshes):
 @pytest.mark.parametrize("family", ["revnet38", "vit", "decoder"])
 def test_every_mesh_and_strategy(family, backprop, lockstep, dtype):
     settings = FAMILIES.get(family, REVNET38)
-    if family == "revnet38":
-        # So deep, in float32, that two sums in another order change the gradient by 1e-4 to 1e-3.
-        rate = {"float32": 1e-5, "float64": 1e-3}[dtype]
-        settings = {**settings, "schedule.learning_rate": rate}
     cases = [(backprop, lockstep, mesh, dtype) for mesh in MESHES]
     found = differences("revnet" if family == "revnet38" else family, settings, cases)
     print(*({name: each[name] for name in ("mesh", "losses", "params")} for each in found))
