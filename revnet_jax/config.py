@@ -328,6 +328,8 @@ def run(main: Callable[[list[str]], Any], *, required: tuple[str, ...]) -> None:
         except Preempted as stop:
             print(stop, file=sys.stderr)
             sys.exit(PREEMPTED_STATUS)
+        except KeyboardInterrupt:
+            sys.exit("interrupted")
 
     app.run(guarded, flags_parser=lambda argv: _parse(argv, required))
 

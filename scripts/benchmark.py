@@ -4,7 +4,7 @@
     python scripts/benchmark.py --models=mlp --strategies=store,reverse --seconds=20
     python scripts/benchmark.py --suite=gpu --jsonl=benchmark.jsonl  # one GPU, under 8 minutes
 
-    python scripts/benchmark.py --config=FILE --config.data.dir=DIR  # its data pipeline
+    python scripts/benchmark.py --config=FILE --config.data.dir=DIR  # a pipeline, on one host
 
 `laptop` compares the time of a step, strategies taking turns; `gpu` also finds the largest batch
 and depth that each strategy survives. With a config, measures how fast this host prepares batches,
@@ -48,6 +48,9 @@ def main(argv):
     from revnet_jax.memory.benchmark_suites import run, select, suites
 
     if CONFIG.value is not None:
+        for_suites = (SUITE, MODELS, STRATEGIES, LAYERS, BATCH, LIMIT_GIB, JSONL, PLOT)
+        if given := [f"--{flag.name}" for flag in for_suites if flag.present]:
+            raise configs.ConfigError(f"got {', '.join(given)} with --config, expected one of both")
         row = feed(CONFIG.value, 10.0 if SECONDS.value is None else SECONDS.value)
         print(json.dumps(row) if JSON.value else report.as_sentence(row))
         return

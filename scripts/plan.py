@@ -38,6 +38,10 @@ def main(argv):
     from revnet_jax.memory import plan_report, scaling
     from revnet_jax.memory.plan import plan
 
+    if SCALING.value and (TOPOLOGY.present or LARGEST.value):
+        raise configs.ConfigError(
+            "got --scaling with --topology or --largest, expected it alone: it names topologies"
+        )
     names = SCALING.value or [TOPOLOGY.value]
     cache_dir = Path(CACHE_DIR.value).expanduser()
     report = lambda line: print(line, file=sys.stderr, flush=True)

@@ -10,16 +10,19 @@ this one is; --workdir is a folder that all of them see:
 
     python scripts/train.py ... --coordinator_address=HOST:PORT --num_processes=2 --process_id=0
 
-Exit status: 0 finished; 75 preempted (SIGTERM) after saving a checkpoint, start it again; otherwise
-an error, which one line says.
+Exit status: 0 finished; 75 preempted (SIGTERM) after saving a checkpoint, start it again; 1 an
+error, which one line says; 134 another process is gone without a word, start them again.
 """
 
 import json
+import signal
+import sys
 from pathlib import Path
 
 from absl import flags
 
 from revnet_jax import config as configs
+from revnet_jax.errors import PREEMPTED_STATUS
 
 CONFIG = configs.define_config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command resumes it.")
@@ -38,20 +41,29 @@ PLATFORM = flags.DEFINE_enum(
 
 def main(argv):
     del argv
+    # Until there is something to save; then the run looks after it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED_STATUS))
     # After the flags are parsed: JAX takes seconds to import, a misspelt flag should not.
     from revnet_jax.training import distributed
     from revnet_jax.training.dry_run import dry_run
     from revnet_jax.training.loop import train
 
+    elsewhere = (NUM_DEVICES, NUM_SLICES, PLATFORM)
+    if not DRY_RUN.value and any(flag.present for flag in elsewhere):
+        raise configs.ConfigError(
+            "got --num_devices, --num_slices or --platform without --dry_run, expected none of "
+            "them: a run takes the devices that are there"
+        )
+    if NUM_DEVICES.value is None and NUM_SLICES.present:
+        raise configs.ConfigError("got --num_slices alone, expected --num_devices with it")
     if DRY_RUN.value:
         report = dry_run(CONFIG.value, NUM_DEVICES.value, NUM_SLICES.value, PLATFORM.value)
-    elif NUM_DEVICES.value is not None:
-        raise configs.ConfigError(
-            "--num_devices: got it without --dry_run, expected both: a run takes the devices that "
-            "are there"
-        )
     elif WORKDIR.value is None:
         raise configs.ConfigError("--workdir is missing: name the folder of the run")
+    elif "://" in WORKDIR.value:
+        raise configs.ConfigError(
+            f"got --workdir={WORKDIR.value}, expected a folder: one of the bucket, mounted"
+        )
     else:
         distributed.start(**PROCESSES())
         with distributed.shared_fate():

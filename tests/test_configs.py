@@ -88,8 +88,13 @@ def test_one_step_can_be_traced(name):
 def test_a_mesh_is_checked_for_devices_that_are_elsewhere():
     config = load("lm_1b")
     config.update({"batch_size": 32})
+    with pytest.raises(ConfigError, match=r"config.data.dir: got none for shards, expected where"):
+        dry_run(config, 32, num_slices=2, platform="tpu")
+    config.data.dir = "there"
     dry_run(config, 32, num_slices=2, platform="tpu")
     for devices, slices, platform, attention, message in (
+        (0, 1, "tpu", "auto", r"config.mesh: got 0 devices, expected at least 1"),
+        (16, 0, "tpu", "auto", r"config.mesh: got 0 slices, expected at least 1"),
         (24, 1, "tpu", "auto", r"config.mesh: got .* for 24 devices, expected sizes whose product"),
         (16, 2, "tpu", "auto", r"config.mesh.data: got 1 for 2 slices, expected a multiple"),
         (64, 1, "tpu", "auto", r"config.batch_size: got 32, expected a multiple of 64"),

@@ -273,12 +273,16 @@ def test_mistakes_are_one_line_and_run_nothing(cloud, name):
         ([*good, "--", "--config", "configs/lm.py"], "got --config, expected --config=VALUE"),
         ([*good, "--", "--config=configs/lm.py"], "--workdir is missing"),
         ([*good, "--", "--config=no.py", "--workdir=w"], "got --config=no.py, expected a file"),
+        ([*good, "--", *TRAIN, "--dry_run"], "got --dry_run after --, expected flags of the run"),
+        ([*good, "--", *TRAIN, "--num_processes=2"], "got --num_processes=2 after --"),
     ]
     if name != "slurm":
         cases += [
             ([*good, "--", "--config=configs/new.py", "--workdir=w"], "HEAD, which is what"),
             ([*good, "--", "--config=configs/lm.py", "--workdir=/w"], "expected a relative path"),
             ([*good, "--", "--config=configs/lm.py", "--workdir=../w"], "expected a relative path"),
+            ([*good, "--", "--config=configs/lm.py", "--workdir=."], "expected a relative path"),
+            ([*good, "--", "--config=configs/lm.py", "--workdir=gs://b/w"], "a relative path"),
             ([*good, "--zone=us-west4", "--", *TRAIN], "expected a zone, such as us-west4-a"),
             ([*without("--type"), "--type=v7-8", "--", *TRAIN], "got --type=v7-8, expected"),
             ([*without("--delete")], "got nothing to do"),
@@ -413,6 +417,16 @@ def test_results_that_are_on_the_slice_alone_keep_it(cloud):
     result = cloud.run("tpu_vm", *one)
     assert "rev is kept" in result.stderr
     assert cloud.verbs()[-1] == "scp"
+
+
+@pytest.mark.parametrize("name", ["tpu_vm", "tpu_queued"])
+def test_a_bucket_that_is_gone_keeps_no_slice(cloud, name):
+    where = ["--name=rev", "--zone=us-west4-a", "--bucket=b-1"]
+    cloud.plan({"storage buckets describe": [[1, ""]], **EMPTY})
+    assert cloud.run(name, *where, "--delete").returncode == 0
+    assert cloud.verbs() == ["delete"]
+    result = cloud.run(name, *where, "--fetch=/w")
+    assert "got --fetch=/w, expected a relative path" in result.stderr
 
 
 @pytest.mark.parametrize("name", ["tpu_vm", "tpu_queued"])

@@ -32,6 +32,12 @@ class Text:
     sha256: str
 
 
+NEEDS_PATH = {
+    "characters": "the path of a text file",
+    "shards": "the folder that tokenize_text.py wrote",
+}
+
+
 def load_text(name: str, *, path: str = "", train_share: float = 0.9) -> Text:
     """Reads a text; everything that can be checked is checked here, before training starts.
 
@@ -44,13 +50,13 @@ def load_text(name: str, *, path: str = "", train_share: float = 0.9) -> Text:
     """
     if not 0 < train_share < 1:
         raise ValueError(f"got train_share={train_share}, expected a share in (0, 1)")
+    if name in NEEDS_PATH and not path:
+        raise ValueError(f"got no dir for {name}, expected {NEEDS_PATH[name]}")
     if name == "shards":
         *splits, per_token = load_shards(Path(path))
         return Text(*splits, per_token, _sha256(_read(Path(path) / "tokens.json")))
     if name not in ("bytes", "characters"):
         raise ValueError(f"got name={name!r}, expected one of bytes, characters, shards")
-    if name == "characters" and not path:
-        raise ValueError("got no dir for characters, expected the path of a text file")
     content = _read(Path(path) if path else _embedded())
     if name == "bytes":
         tokens = np.frombuffer(content, np.uint8)
@@ -140,31 +146,33 @@ def eval_windows(
     *,
     context: int,
     batch_size: int,
-    max_batches: int = 0,
+    max_windows: int = 0,
     num_threads: int = 2,
     prefetch: int = 4,
     rows: np.ndarray | None = None,
 ) -> grain.DatasetIterator[Batch]:
     """One pass over the test split in windows that do not overlap; `close()` the iterator.
 
-    max_batches: to stop after; 0: every token but the first is a target once. Yields as
-    `train_windows`, with "weight", float32 [b, context]: 0 where the last windows are filled up.
+    max_windows: to stop after; 0: every token but the first is a target once. Yields as
+    `train_windows`, with "weight", float32 [b, context]: 0 where the last batch is filled up.
     """
     rows = rows_of(batch_size, rows)
     targets = len(text.test) - 1
     if targets < 1:
         raise ValueError(f"got {len(text.test)} tokens of test text, expected two or more")
-    if max_batches < 0:
-        raise ValueError(f"got eval_batches={max_batches}, expected 0 (all) or more")
+    if max_windows < 0:
+        raise ValueError(f"got max_windows={max_windows}, expected 0 (all) or more")
+    num_windows = -(-targets // context)
+    num_windows = min(num_windows, max_windows or num_windows)
 
     def make_batch(step: int) -> Batch:
-        starts_B = (step * batch_size + rows) * context
-        places = starts_B[:, None] + np.arange(context + 1)
+        windows_B = step * batch_size + rows
+        places = windows_B[:, None] * context + np.arange(context + 1)
         batch = _checked(text.test[np.minimum(places, targets)], text)
-        return {**batch, "weight": (places[:, 1:] <= targets).astype(np.float32)}
+        counts = (places[:, 1:] <= targets) & (windows_B < num_windows)[:, None]
+        return {**batch, "weight": counts.astype(np.float32)}
 
-    num_batches = -(-targets // (context * batch_size))
-    num_batches = min(num_batches, max_batches or num_batches)
+    num_batches = -(-num_windows // batch_size)
     return iterate(grain.MapDataset.range(num_batches).map(make_batch), num_threads, prefetch)
 
 

@@ -1,4 +1,4 @@
-"""How fast a process prepares batches, next to how fast its devices train on them."""
+"""How fast this host prepares batches, next to how fast its devices train on them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ml_collections import ConfigDict
 from revnet_jax.training.build import build_data
 from revnet_jax.training.compiler import initialized
 from revnet_jax.training.program import step_program
-from revnet_jax.training.sharding import local_rows, put_batch
+from revnet_jax.training.sharding import put_batch
 
 
 def feed(config: ConfigDict, seconds: float) -> dict[str, Any]:
     """Examples (or tokens) per second, of the config's pipeline alone and of its step.
 
-    Of one process, which on TPUs is a host: it reads its own rows of each batch.
+    Of this host alone, and of the devices that it has.
 
     seconds: for each of them, and three steps at least. What is prepared ahead is taken first, so
     that a burst is not mistaken for speed.
@@ -45,7 +45,7 @@ def feed(config: ConfigDict, seconds: float) -> dict[str, Any]:
         started = time.monotonic()
         state, _ = jax.block_until_ready(step(state, batch))
         steps.append(time.monotonic() - started)
-    units = task.units(len(local_rows(mesh, config.batch_size)))
+    units = task.units(config.batch_size)
     made, needed = units / pipeline_seconds, units / statistics.median(steps[1:])
     return {
         "unit": task.unit,
@@ -53,5 +53,4 @@ def feed(config: ConfigDict, seconds: float) -> dict[str, Any]:
         "step_per_second": needed,
         "times_the_need": made / needed,
         "num_threads": config.data.num_threads,
-        "processes": jax.process_count(),
     }

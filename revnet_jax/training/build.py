@@ -218,18 +218,24 @@ class Data(NamedTuple):
     record: dict[str, Any]
 
 
-def build_data(config: ConfigDict, mesh: Mesh) -> Data:
+def build_data(config: ConfigDict, mesh: Mesh, eval_batch_size: int | None = None) -> Data:
     """Loads the data, checks that they are what the config says, and says how they are read.
 
-    mesh: this process reads the rows of each batch that its devices there hold.
+    mesh: this process reads the rows of each batch that its devices there hold. eval_batch_size: in
+    place of the config's, for the same examples.
     """
     data = config.data
+    eval_batch_size = eval_batch_size or config.eval_batch_size
 
     def batches_of(size: int) -> dict[str, Any]:
         reading = {"num_threads": data.num_threads, "prefetch": data.prefetch}
         return {"batch_size": size, "rows": local_rows(mesh, size), **reading}
 
     if config.model.family == "decoder":
+        if data.eval_batches < 0:
+            raise ConfigError(
+                f"config.data.eval_batches: got {data.eval_batches}, expected 0 (all) or more"
+            )
         text = build_text(config)
         return Data(
             lambda step: train_windows(
@@ -242,8 +248,8 @@ def build_data(config: ConfigDict, mesh: Mesh) -> Data:
             lambda: eval_windows(
                 text,
                 context=data.context,
-                max_batches=data.eval_batches,
-                **batches_of(config.eval_batch_size),
+                max_windows=data.eval_batches * config.eval_batch_size,
+                **batches_of(eval_batch_size),
             ),
             {
                 "sha256": text.sha256,
@@ -262,7 +268,7 @@ def build_data(config: ConfigDict, mesh: Mesh) -> Data:
             min_crop_area=data.min_crop_area,
             **batches_of(config.batch_size),
         ),
-        lambda: eval_batches(dataset, **batches_of(config.eval_batch_size)),
+        lambda: eval_batches(dataset, **batches_of(eval_batch_size)),
         {},
     )
 
@@ -305,10 +311,11 @@ def check_split(config: ConfigDict, mesh: Mesh | AbstractMesh) -> None:
     for name, microbatches in (("batch_size", config.microbatches), ("eval_batch_size", 1)):
         if config[name] % (parts * microbatches):
             each = f", each of {microbatches} microbatches" if microbatches > 1 else ""
+            unit = parts * microbatches
             raise ConfigError(
-                f"config.{name}: got {config[name]}, expected a multiple of "
-                f"{parts * microbatches}: batches are split over {mesh.size} devices into {parts} "
-                f"parts{each}"
+                f"config.{name}: got {config[name]}, expected a multiple of {unit}: batches are "
+                f"split over {mesh.size} devices into {parts} parts{each}; take "
+                f"--config.{name}={-(-config[name] // unit) * unit}"
             )
     tensor = mesh.shape["tensor"]
     if "experts" in config.model and config.model.experts and config.model.hidden % tensor:
@@ -322,6 +329,13 @@ def check_split(config: ConfigDict, mesh: Mesh | AbstractMesh) -> None:
                 f"config.model.{name}: got {config.model[name]}, expected a multiple of "
                 f"config.mesh.tensor, {tensor}: heads are split over it"
             )
+
+
+def check_data_dir(config: ConfigDict) -> None:
+    """Raises ConfigError for data that are somewhere, but the config does not say where."""
+    name = config.data.name
+    if not config.data.dir and name not in ("digits", "bytes"):
+        raise ConfigError(f"config.data.dir: got none for {name}, expected where its files will be")
 
 
 def _at_least_one(name: str, value: int) -> None:

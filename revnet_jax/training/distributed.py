@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import json
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +21,8 @@ from jax.experimental import multihost_utils
 from revnet_jax.errors import Preempted, UserError
 
 _FAILURES = "revnet_jax/failures/"  # keys in the store of the first process
+_SETTINGS = "revnet_jax/settings"
+_PATIENCE_MS = 300_000  # what `initialize` has with processes that come late
 
 
 class LaunchError(UserError):
@@ -99,6 +102,28 @@ def _check(explicit: dict[str, Any], heartbeat_timeout_seconds: int) -> None:
 def is_first() -> bool:
     """Whether this process is the one that writes and shows what a run tells."""
     return jax.process_index() == 0
+
+
+def check_agreement(settings: Mapping[str, Any]) -> None:
+    """Raises LaunchError where a process has other settings than the first one.
+
+    They would wait for one another in different programs.
+    """
+    if jax.process_count() == 1:
+        return
+    mine = {name: json.dumps(value) for name, value in settings.items()}
+    if is_first():
+        _store().key_value_set(_SETTINGS, json.dumps(mine))
+        return
+    firsts = json.loads(_store().blocking_key_value_get(_SETTINGS, _PATIENCE_MS))
+    names = sorted(
+        name for name in mine.keys() | firsts.keys() if mine.get(name) != firsts.get(name)
+    )
+    if names:
+        told = ", ".join(
+            f"{name}={mine.get(name)} (the first: {firsts.get(name)})" for name in names
+        )
+        raise LaunchError(f"got {told}, expected the flags of the first process in all of them")
 
 
 def wait_for_all(what: str) -> None:

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from revnet_jax.config import flatten, settings
 from revnet_jax.models import num_params
-from revnet_jax.training.build import build_recipe, check_split
+from revnet_jax.training.build import build_recipe, check_data_dir, check_split
 from revnet_jax.training.sharding import AXES, mesh_sizes, on_mesh
 from revnet_jax.training.step import init_state, make_train_step
 from revnet_jax.training.trace import Trace
@@ -26,7 +26,8 @@ def dry_run(
     """Resolves a config and evaluates initialisation and one step abstractly: no data, no compiler.
 
     num_devices: checks the config's mesh too, as on so many devices (none need be there), in
-      `num_slices` slices. platform: "cpu", "gpu" or "tpu", if theirs is another than here.
+      `num_slices` slices, and that it says where they find the data. platform: "cpu", "gpu" or
+      "tpu", if theirs is another than here.
 
     Returns the settings by dotted key and the number of trainable parameters.
 
@@ -44,6 +45,7 @@ def dry_run(
         sizes = mesh_sizes(num_devices, slices=num_slices, **config.mesh)
         mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
         check_split(config, mesh)
+        check_data_dir(config)
         step = on_mesh(step, mesh)
     state = jax.eval_shape(lambda: init_state(task.network, optimizer, config.seed))
     jax.eval_shape(step, state, task.batch_shapes(config.batch_size))

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from revnet_jax.config import ConfigError, settings
+from revnet_jax.config import ConfigError, flatten, settings
 from revnet_jax.errors import Preempted, UserError
 from revnet_jax.models import num_params
 from revnet_jax.training import workdir as workdirs
@@ -23,7 +23,14 @@ from revnet_jax.training.auto import largest_stored_layers, memory_bytes
 from revnet_jax.training.build import build_data
 from revnet_jax.training.checkpoint import Checkpoints
 from revnet_jax.training.compiler import initialized, jit
-from revnet_jax.training.distributed import Stop, is_first, of_first, smallest, wait_for_all
+from revnet_jax.training.distributed import (
+    Stop,
+    check_agreement,
+    is_first,
+    of_first,
+    smallest,
+    wait_for_all,
+)
 from revnet_jax.training.evaluation import evaluate
 from revnet_jax.training.metrics import DelayedFetch, MetricsWriter, Progress, peak_memory_bytes
 from revnet_jax.training.program import step_program
@@ -50,6 +57,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     and Preempted once it saved what it had when told to stop.
     """
     started = time.monotonic()
+    check_agreement({k: v for k, v in flatten(config).items() if k not in workdirs.PER_HOST})
     program = step_program(config, jax.devices())
     mesh = program.mesh
     data = build_data(config, mesh)

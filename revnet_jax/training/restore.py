@@ -47,7 +47,9 @@ def restore_run(workdir: Path, which: Which = "newest") -> Restored:
     task = build_recipe(config).task
     init = lambda: TrainState.of_variables(task.network.init(jax.random.key(config.seed)))
     if not (workdir / "checkpoints").exists():
-        raise CheckpointError(f"{workdir} holds no checkpoints: has its run saved any yet?")
+        raise CheckpointError(
+            f"{workdir} holds no checkpoints: has its run saved any, and were they fetched?"
+        )
     with open_checkpoints(workdir, task, read_only=True) as checkpoints:
         state = placed(init, task.network.rules, all_fsdp())
         restored = checkpoints.restore(state, which=which, partial=True)
@@ -74,8 +76,8 @@ def evaluate_run(
     mesh = all_fsdp()
     # Batches are padded anyway: rounded up, any number of devices can share them.
     parts = batch_parts(mesh)
-    config.eval_batch_size = -(-config.eval_batch_size // parts) * parts
-    data = build_data(config, mesh)
+    batch_size = -(-config.eval_batch_size // parts) * parts
+    data = build_data(config, mesh, batch_size)
     run = restore_run(workdir, which)
     if "vocabulary" in run.data:
         found, expected = (vocabulary_from(r["vocabulary"]) for r in (data.record, run.data))

@@ -25,6 +25,9 @@ def mesh_sizes(
 
     Raises ConfigError for sizes that do not make up the number of devices, or of slices.
     """
+    for name, count in (("devices", num_devices), ("slices", slices)):
+        if count < 1:
+            raise ConfigError(f"config.mesh: got {count} {name}, expected at least 1")
     sizes = [data, fsdp, tensor]
     known = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) == 1 and known > 0 and num_devices % known == 0:

@@ -20,13 +20,12 @@ from revnet_jax.config import (
     vision_transformer,
 )
 
+# Hosts of one run have their own of these; all else they must agree on.
+PER_HOST = ("data.dir", "data.verify_images", "data.num_threads", "data.prefetch")
 # Neither where data lie and how fast they are read, nor on what and how closely a run is watched,
 # changes what is computed; other devices add numbers up in another order, no more.
 MAY_DIFFER = (
-    "data.dir",
-    "data.verify_images",
-    "data.num_threads",
-    "data.prefetch",
+    *PER_HOST,
     "mesh.data",
     "mesh.fsdp",
     "mesh.tensor",

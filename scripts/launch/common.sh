@@ -98,7 +98,7 @@ read_train_flags() {
 # check_folder FLAG PATH: of a bucket, or of the clone on a machine, and here.
 check_folder() {
   case $2 in
-    /* | . | ./* | .. | ../* | */. | */./* | */.. | */../* | *//* | *://*)
+    /* | . | ./* | .. | ../* | */. | */./* | */.. | */../* | *//*)
       fail "got --$1=$2, expected a relative path such as runs/NAME: a folder of the bucket or the" \
         "clone" ;;
   esac
@@ -157,7 +157,6 @@ check_bucket() {
 
 # fetch_bucket FOLDER: copies it here. Checkpoints are large, and safe where they are.
 fetch_bucket() {
-  check_bucket
   run mkdir -p "$1" &&
     run gcloud storage rsync --recursive '--exclude=^checkpoints/' "gs://$bucket/$1" "$1"
 }

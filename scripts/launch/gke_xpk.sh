@@ -2,7 +2,8 @@
 # Trains on TPU slices of a GKE cluster, as an xpk workload that restarts after preemption.
 #
 #   scripts/launch/gke_xpk.sh --cluster=my-cluster --zone=us-west4-a --name=rev --type=v5litepod-16 \
-#     --storage=revnet -- --config=configs/lm_1b.py --workdir=runs/lm1b
+#     --storage=revnet \
+#     -- --config=configs/lm_1b.py --config.data.dir=/mnt/bucket/data --workdir=runs/lm1b
 #   scripts/launch/gke_xpk.sh --cluster=my-cluster --zone=us-west4-a --name=rev --delete
 #
 #   --cluster, --zone  of the cluster; xpk cluster create makes one
@@ -47,6 +48,7 @@ if [ ${#train_args[@]} = 0 ]; then
   [ -z "$fetch" ] || [ -n "$bucket" ] || fail "--bucket is missing: expected the one to fetch from"
   [ -z "$fetch" ] || check_folder fetch "$fetch"
   check_gcloud
+  [ -z "$fetch" ] || check_bucket
   if [ -n "$fetch" ]; then fetch_bucket "$fetch"; fi
   if $delete; then
     need xpk "pip install xpk"

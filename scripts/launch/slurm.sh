@@ -3,7 +3,7 @@
 # its time is up, goes back into the queue, and resumes, until the run is complete.
 #
 #   scripts/launch/slurm.sh --name=rev --nodes=2 --gpus_per_node=8 --time=12:00:00 --partition=gpu \
-#     -- --config=configs/lm_1b.py --workdir=/scratch/me/runs/lm1b
+#     -- --config=configs/lm_1b.py --config.data.dir=/scratch/me/data --workdir=/scratch/me/runs/lm1b
 #
 #   --name            of the job
 #   --nodes           1

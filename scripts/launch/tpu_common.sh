@@ -109,6 +109,7 @@ without_run() {
     fail "got nothing to do, expected train.py's flags after --, --stop, --fetch=WORKDIR or --delete"
   [ -z "$fetch" ] || check_folder fetch "$fetch"
   check_gcloud
+  [ -z "$fetch" ] || check_bucket
   if $stop; then on_workers all "$worker stop"; fi
   if [ -n "$fetch" ]; then fetch_results "$fetch"; fi
   if $delete; then delete_slice; fi

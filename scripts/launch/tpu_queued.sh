@@ -3,7 +3,8 @@
 # tpu_vm.sh does, and when it is preempted asks for another and resumes, until the run is complete.
 #
 #   scripts/launch/tpu_queued.sh --name=rev --zone=us-west4-a --type=v5litepod-16 --spot \
-#     --bucket=my-bucket --delete -- --config=configs/lm_1b.py --workdir=runs/lm1b
+#     --bucket=my-bucket --delete \
+#     -- --config=configs/lm_1b.py --config.data.dir=/mnt/bucket/data --workdir=runs/lm1b
 #   scripts/launch/tpu_queued.sh --name=rev --zone=us-west4-a --delete
 #
 #   --name, --zone    of the queued resource, and of its slice

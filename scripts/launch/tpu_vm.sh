@@ -3,7 +3,7 @@
 # on every worker, runs scripts/train.py, shows worker 0's log, and fetches the results.
 #
 #   scripts/launch/tpu_vm.sh --name=rev --zone=us-west4-a --type=v5litepod-16 --bucket=my-bucket \
-#     -- --config=configs/lm_1b.py --workdir=runs/lm1b
+#     -- --config=configs/lm_1b.py --config.data.dir=/mnt/bucket/data --workdir=runs/lm1b
 #   scripts/launch/tpu_vm.sh --name=rev --zone=us-west4-a --delete
 #
 #   --name, --zone    of the slice

@@ -78,9 +78,15 @@ def test_every_token_but_the_first_is_a_target_once():
     np.testing.assert_array_equal(target[weight == 1], test[1:])
     np.testing.assert_array_equal(token[weight == 1], test[:-1])
     assert target.shape == (8, 6)  # two full batches
-    options = {"context": 6, "batch_size": 4, "max_batches": 1, **READ}
-    with contextlib.closing(eval_windows(text_of([], test), **options)) as windows:
-        np.testing.assert_array_equal([b["target"] for b in windows], target[None, :4])
+    for batch_size in (2, 4, 5):  # the same windows, however many are read at a time
+        options = {"context": 6, "batch_size": batch_size, "max_windows": 4, **READ}
+        with contextlib.closing(eval_windows(text_of([], test), **options)) as windows:
+            batches = list(windows)
+        found = np.concatenate([batch["target"] for batch in batches])
+        weight = np.concatenate([batch["weight"] for batch in batches])
+        assert found.shape == (max(4, batch_size), 6)
+        np.testing.assert_array_equal(found[:4], target[:4])
+        np.testing.assert_array_equal(weight, np.arange(len(found))[:, None] < 4 + np.zeros(6))
 
 
 @pytest.fixture
@@ -184,6 +190,8 @@ def test_mistakes(path, tokenizer_file, tmp_path):
         next(batches)
     with pytest.raises(ValueError, match="got name='words', expected one of bytes"):
         load_text("words")
+    with pytest.raises(ValueError, match="got no dir for shards, expected the folder that"):
+        load_text("shards")
     with pytest.raises(ValueError, match="got no dir for characters"):
         load_text("characters")
     with pytest.raises(ValueError, match="got seed=-1, expected 0 or more"):

@@ -263,9 +263,10 @@ def test_processes_put_batches_together_wherever_their_devices_are_in_the_mesh(t
 
 
 def test_an_error_in_one_ends_both_with_its_line(alone):
-    """The second finds the folder to be another config's, while the first goes on and waits."""
-    first, second = [ended(process) for process in start_two(alone, of_second={"seed": 1})]
-    line = f"{alone} holds a run of another config: got seed=1 (there: 0); choose another"
+    """The second would wait in another program, for another mesh."""
+    both = start_two(alone, of_second={"mesh.fsdp": 2, "seed": 1})
+    first, second = [ended(process) for process in both]
+    line = "got mesh.fsdp=2 (the first: 1), seed=1 (the first: 0), expected the flags of the first"
     assert first.status == second.status == 1
     assert first.stderr.startswith(f"error: process 1: {line}")
     assert second.stderr.startswith(f"error: {line}")
