@@ -6,4 +6,5 @@ scripts/setup.sh dev
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/ty check revnet_jax/core
-exec .venv/bin/python -m pytest "$@"
+# One worker more than cores: some tests wait for programs of their own.
+exec .venv/bin/python -m pytest --numprocesses=$(($(nproc) + 1)) "$@"

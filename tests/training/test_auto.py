@@ -1,19 +1,23 @@
 """stored_layers=auto fills the memory there is, and stays what it was."""
 
+import functools
 import json
 
 import jax
 import pytest
 
 from revnet_jax.config import ConfigError
+from revnet_jax.training import auto
 from revnet_jax.training.auto import largest_stored_layers, needed_bytes
 from revnet_jax.training.loop import resolve_auto
 
 
-def test_the_largest_that_fits_and_the_next_does_not(tiny_config, tmp_path):
+def test_the_largest_that_fits_and_the_next_does_not(tiny_config, tmp_path, monkeypatch):
     tiny_config.model.update({"units": (4, 2), "stored_layers": "auto"})
     devices = jax.devices()[:1]
-    need = {m: needed_bytes(tiny_config, devices, m) for m in (0, 2, 3)}
+    compiled = functools.cache(lambda m: needed_bytes(tiny_config, devices, m))
+    monkeypatch.setattr(auto, "needed_bytes", lambda config, devices, m: compiled(m))
+    need = {m: compiled(m) for m in (0, 2, 3)}
     assert need[0] < need[2] < need[3]
     tiny_config.memory_limit_gib = (need[2] + need[3]) / 2 / 2**30
     lines = []

@@ -23,8 +23,6 @@ from revnet_jax.training.distributed import LaunchError, Stop
 from revnet_jax.training.distributed import start as join
 from tests.training.conftest import ROOT, TINY
 
-pytestmark = pytest.mark.xdist_group("processes")  # in one worker: they share their runs
-
 FLAGS = {
     **TINY,
     "num_steps": 120,
@@ -137,65 +135,46 @@ def alone(tmp_path_factory):
     return workdir
 
 
-@pytest.fixture(scope="module")
-def troubled(tmp_path_factory):
-    """The run of `alone` on two processes, which meets one trouble after the other.
-
-    On one mesh after the other, too: weights are split over all devices, over four, and not at all.
-    """
-    workdir = tmp_path_factory.mktemp("troubled") / "run"
-    found = SimpleNamespace(workdir=workdir)
-
+def test_two_processes_are_stopped_and_one_goes_on(alone, tmp_path):
+    """One trouble after the other, and one mesh: weights split over all, over four, not at all."""
+    workdir = tmp_path / "run"
     both = start_two(workdir, **{"mesh.data": 1, "mesh.fsdp": 8})
     wait_until(lambda: len(rows(workdir)) >= 2, both[0])
     for process in both:
         process.send_signal(signal.SIGTERM)
-    found.both_told = [ended(process) for process in both]
-    found.both_saved, found.both_rows = saved(workdir), rows(workdir)
+    step = check_both_saved(both, workdir, alone)
 
     both = start_two(workdir, **{"mesh.data": 2, "mesh.fsdp": 4})
     wait_until(lambda: events(workdir) == 2, both[0])  # before the first step, which is compiled
-    both[1].send_signal(signal.SIGTERM)
-    found.one_told = [ended(process) for process in both]
-    found.one_saved, found.one_rows = saved(workdir), rows(workdir)
+    both[1].send_signal(signal.SIGTERM)  # to one alone
+    assert check_both_saved(both, workdir, alone) > step
 
-    found.rest = ended(start(workdir, devices=4))
-    return found
-
-
-def test_a_signal_stops_both_at_the_same_step(alone, troubled):
-    assert [found.status for found in troubled.both_told] == [PREEMPTED_STATUS] * 2
-    (step,) = troubled.both_saved
-    for found in troubled.both_told:
-        line = f"preempted: saved step {step}; the same command goes on from there"
-        assert found.stderr.splitlines()[-1] == line
-    # What they tell is told once, by the first, and is what one process tells.
-    first, second = troubled.both_told
-    assert f"step {step}/120" in first.stderr
-    assert "/120" not in second.stderr
-    told, losses = column("train_loss", troubled.both_rows)
-    assert told == list(range(1, step + 1))
-    np.testing.assert_allclose(losses, column("train_loss", rows(alone))[1][:step], rtol=1e-5)
-    assert set(column("exact_mismatches", troubled.both_rows)[1]) == {0}
-
-
-def test_a_signal_to_one_stops_both_even_before_the_first_step(troubled):
-    assert [found.status for found in troubled.one_told] == [PREEMPTED_STATUS] * 2
-    step = troubled.one_saved[-1]
-    assert step > troubled.both_saved[-1]
-    assert all(f"preempted: saved step {step};" in found.stderr for found in troubled.one_told)
-    assert column("train_loss", troubled.one_rows)[0] == list(range(1, step + 1))
-
-
-def test_one_process_goes_on_where_two_were_stopped(alone, troubled):
-    """On half as many devices."""
-    assert troubled.rest.status == 0, troubled.rest.stderr
+    rest = ended(start(workdir, devices=4))
+    assert rest.status == 0, rest.stderr
     for name in ("train_loss", "eval_loss"):
-        told, values = column(name, rows(troubled.workdir))
+        told, values = column(name, rows(workdir))
         expected_told, expected = column(name, rows(alone))
         assert told == expected_told
         np.testing.assert_allclose(values, expected, rtol=TOLERANCE)
-    assert events(troubled.workdir) == 3  # one for each start
+    assert set(column("exact_mismatches", rows(workdir))[1]) == {0}
+    assert events(workdir) == 3  # one for each start
+
+
+def check_both_saved(both, workdir, alone):
+    """That they stopped at the same step, which is returned, and told so far what one tells."""
+    first, second = map(ended, both)
+    step = saved(workdir)[-1]
+    for found in (first, second):
+        assert found.status == PREEMPTED_STATUS, found.stderr
+        line = f"preempted: saved step {step}; the same command goes on from there"
+        assert found.stderr.splitlines()[-1] == line
+    # What they tell is told once, by the first.
+    assert f"step {step}/120" in first.stderr
+    assert "/120" not in second.stderr
+    told, losses = column("train_loss", rows(workdir))
+    assert told == list(range(1, step + 1))
+    np.testing.assert_allclose(losses, column("train_loss", rows(alone))[1][:step], rtol=1e-5)
+    return step
 
 
 def test_two_processes_finish_a_run(alone, tmp_path):

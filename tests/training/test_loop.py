@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from revnet_jax.config import ConfigError
-from revnet_jax.core import STRATEGIES
 from revnet_jax.training.loop import NonFiniteError, train
 from revnet_jax.training.restore import evaluate_run
 
@@ -67,7 +66,7 @@ def test_the_strategies_train_alike(tiny_config, tmp_path):
     tiny_config.num_steps = 50
     tiny_config.eval_every_steps = tiny_config.checkpoint_every_steps = 50
     losses = {}
-    for backprop in STRATEGIES:
+    for backprop in ("store", "remat", "reverse"):
         tiny_config.model.backprop = backprop
         summary = train(tiny_config, tmp_path / backprop)
         assert summary["exact_mismatches"] == (0 if backprop == "reverse" else None)
