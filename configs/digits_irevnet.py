@@ -3,7 +3,7 @@
     python scripts/train.py --config=configs/digits_irevnet.py --workdir=WORKDIR
 
 From the image to the features nothing is stored and nothing is lost. On two CPU cores: 96.4 % test
-accuracy in 39 seconds.
+accuracy in 17 seconds.
 """
 
 from revnet_jax.config import digits, with_arms
