@@ -10,7 +10,7 @@ import pytest
 from revnet_jax.memory.topology import TopologyError, parse_topology
 
 
-def test_topologies_there_are_not(monkeypatch):
+def test_unknown_topologies(monkeypatch):
     with pytest.raises(TopologyError, match=r"got topology 'v5e:3x3', expected one of local; v4:"):
         parse_topology("v5e:3x3")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -24,7 +24,7 @@ def test_several_slices_are_a_topology(monkeypatch):
     assert (found.chip, found.shape, found.slices) == ("v5e", "16x16", 4)
     assert parse_topology("v5p:16x16x24").slices == 1
     for wrong in ("0xv5e:16x16", "xv5e:2x2", "4xlocal", "2x2xv5e:2x2", "v5e", ":2x2"):
-        with pytest.raises(TopologyError, match="or several such slices, as in 4xv5e:16x16"):
+        with pytest.raises(TopologyError, match="or several such slices or hosts, as in 4xv5e:16x16"):
             parse_topology(wrong)
 
 
