@@ -54,6 +54,7 @@ def image_classification() -> ConfigDict:
     config.log_every_steps = 20
     config.eval_every_steps = 200
     config.checkpoint_every_steps = 200
+    config.on_mismatch = "warn"  # warn | stop: if the backward pass disagrees with the forward pass
 
     config.profile, config.mesh = _profile(), _mesh()
 

@@ -26,6 +26,7 @@ from revnet_jax.models import (
 )
 from revnet_jax.models.attention import kernel_for
 from revnet_jax.training.lockstep import LockstepOptimizer, check_layerwise
+from revnet_jax.training.mismatch import ACTIONS
 from revnet_jax.training.optimizer import make_optimizer, make_schedule
 from revnet_jax.training.sharding import batch_parts, local_rows
 from revnet_jax.training.step import Optimizer
@@ -59,12 +60,26 @@ def build_recipe(
     _at_least_one("checkpoint_every_steps", config.checkpoint_every_steps)
     if not 0 <= config.seed < 2**32:
         raise ConfigError(f"config.seed: got {config.seed}, expected 0 to 2**32 - 1")
+    check_on_mismatch(config)
     with settings("schedule"):
         schedule = make_schedule(num_steps=config.num_steps, **config.schedule)
     task = build_task(config, stored_layers, platform=platform)
     with settings("optimizer"):
         optimizer = build_optimizer(config, task.network, schedule)
     return Recipe(task, schedule, optimizer)
+
+
+def check_on_mismatch(config: ConfigDict) -> None:
+    """Raises ConfigError for an unknown action, and for "stop" where nothing is checked."""
+    if config.on_mismatch not in ACTIONS:
+        raise ConfigError(
+            f"config.on_mismatch: got {config.on_mismatch!r}, expected one of {', '.join(ACTIONS)}"
+        )
+    if config.on_mismatch == "stop" and not config.model.check_exactness:
+        raise ConfigError(
+            "config.on_mismatch: got 'stop' and model.check_exactness=False, expected True: "
+            "without the check no mismatch is found"
+        )
 
 
 def build_task(

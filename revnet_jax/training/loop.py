@@ -33,6 +33,7 @@ from revnet_jax.training.distributed import (
 )
 from revnet_jax.training.evaluation import evaluate
 from revnet_jax.training.metrics import DelayedFetch, MetricsWriter, Progress, peak_memory_bytes
+from revnet_jax.training.mismatch import MismatchAlarm
 from revnet_jax.training.program import step_program
 from revnet_jax.training.sharding import on_mesh, put_batch
 from revnet_jax.training.step import TrainState
@@ -53,8 +54,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     Everything that can be found wrong with config, data and folder is found before anything is
     compiled. A run killed at any moment and started again ends with the same metrics.
 
-    Raises UserError (ConfigError, DataError, CheckpointError, NonFiniteError) with one clear line,
-    and Preempted once it saved what it had when told to stop.
+    Raises UserError (ConfigError, DataError, CheckpointError, NonFiniteError, MismatchError) with
+    one clear line, and Preempted once it saved what it had when told to stop.
     """
     started = time.monotonic()
     check_agreement({k: v for k, v in flatten(config).items() if k not in workdirs.PER_HOST})
@@ -79,7 +80,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             return json.loads((workdir / "summary.json").read_text()) if is_first() else {}
         with (
             contextlib.closing(data.train(start)) as batches,
-            Recorder(workdir, config, task, start) as recorder,
+            Recorder(workdir, config, task, start, seen=state.exact_mismatches) as recorder,
             traced,
         ):
             for step in range(start + 1, config.num_steps + 1):
@@ -91,7 +92,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 evaluating = last or step % config.eval_every_steps == 0
                 stopping = not last and stop.requested(step)
                 if evaluating or stopping or step % config.checkpoint_every_steps == 0:
-                    recorder.flush()  # stops the run before anything not finite is saved
+                    recorder.flush()  # stops the run before anything that is wrong is saved
                     scores = {}
                     if evaluating:
                         means = evaluate(sums, state.variables, data.test(), mesh)
@@ -151,10 +152,15 @@ def open_checkpoints(workdir: Path, task: Task, *, read_only: bool = False) -> C
 class Recorder:
     """Writes rows and progress, one step late, and stops the run at a step that is not finite.
 
-    Only that in processes other than the first.
+    So it does, or warns, at the first step whose backward pass disagrees with its forward pass
+    (`config.on_mismatch`). Processes other than the first stop too, and write nothing.
+
+    seen: mismatches before the step `start`, which is restored.
     """
 
-    def __init__(self, workdir: Path, config: ConfigDict, task: Task, start: int):
+    def __init__(
+        self, workdir: Path, config: ConfigDict, task: Task, start: int, *, seen: Any = 0.0
+    ):
         self._workdir = workdir
         self._num_steps, self._log_every = config.num_steps, config.log_every_steps
         self._fetch = DelayedFetch()
@@ -162,6 +168,8 @@ class Recorder:
         self._unit, units = task.unit, task.units(config.batch_size)
         self._progress = Progress(config.num_steps, examples_per_step=units, unit=task.unit)
         self._rates: list[float] = []
+        say = self._progress.say if is_first() else lambda line: None
+        self._alarm = MismatchAlarm(config.on_mismatch, float(seen), say)
 
     def __enter__(self) -> Recorder:
         return self
@@ -211,6 +219,7 @@ class Recorder:
                 self._rates += [] if rate is None else [rate]
                 timings = {} if rate is None else {f"{self._unit}_per_second": rate}
                 self._writer.write(step, values, timings=timings)
+            self._alarm.check(step, values)  # after the row, which shows what was wrong
 
 
 def summarize(

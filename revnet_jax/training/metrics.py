@@ -198,6 +198,13 @@ class Progress:
             self._show(now)
         return rate
 
+    def say(self, line: str) -> None:
+        """Shows a line that stays, above the progress line."""
+        erase = f"\r{' ' * self._width}\r" if self._in_place else ""
+        self._stream.write(f"{erase}{line}\n")
+        self._stream.flush()
+        self._width = 0
+
     def close(self) -> None:
         """Shows the last line, if it was not, and ends it."""
         if self._unshown:

@@ -23,9 +23,11 @@ from revnet_jax.config import (
 # Hosts of one run have their own of these; all else they must agree on.
 PER_HOST = ("data.dir", "data.verify_images", "data.num_threads", "data.prefetch")
 # Neither where data lie and how fast they are read, nor on what and how closely a run is watched,
-# changes what is computed; other devices add numbers up in another order, no more.
+# changes what is computed; other devices add numbers up in another order, no more. A run that
+# on_mismatch stopped may go on with a warning.
 MAY_DIFFER = (
     *PER_HOST,
+    "on_mismatch",
     "mesh.data",
     "mesh.fsdp",
     "mesh.tensor",

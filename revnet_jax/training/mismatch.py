@@ -1,0 +1,78 @@
+"""What a run does when the backward pass disagrees with the forward pass."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+
+from revnet_jax.errors import UserError
+
+ACTIONS = ("warn", "stop")
+
+
+class MismatchError(UserError):
+    """The exactness check of a step failed, and `config.on_mismatch` is "stop"."""
+
+
+class MismatchAlarm:
+    """Looks at the exactness check of every step: the first mismatch is a loud line, or the end.
+
+    It reads metrics that are on the host already, so it costs no synchronisation.
+
+    Args:
+      action: "warn" or "stop", `config.on_mismatch`.
+      seen: mismatches of the run before this start, which were reported then.
+      say: shows a line.
+    """
+
+    def __init__(self, action: str, seen: float = 0.0, say: Callable[[str], None] | None = None):
+        self._action, self._seen = action, seen
+        self._say = say or (lambda line: print(line, file=sys.stderr, flush=True))
+        self._silent = False
+
+    def check(self, step: int, values: Mapping[str, float]) -> None:
+        """Takes the metrics of a step, which are without `exact_...` where nothing is checked.
+
+        Raises MismatchError for a mismatch if the action is "stop".
+        """
+        total = values.get("exact_mismatches", 0.0)
+        if self._silent or total <= self._seen:
+            return
+        line = describe(step, total - self._seen, values)
+        if self._action == "stop":
+            raise MismatchError(
+                f"{line}. config.on_mismatch=stop ended the run; the last checkpoint before, if "
+                "any, is kept, and --config.on_mismatch=warn goes on from it"
+            )
+        self._silent = True
+        self._say(
+            f"WARNING: {line}. --config.on_mismatch=stop would end the run here; mismatches of "
+            "later steps are in metrics.jsonl only"
+        )
+
+
+def describe(step: int, mismatches: float, values: Mapping[str, float]) -> str:
+    """One line: what differed, by how much, and what to try."""
+    largest = values["exact_max_difference"]
+    # It is of the rebuilt inputs: 0 where only intermediates of a branch differed.
+    by = f", by at most {largest:.3g}" if largest else ""
+    return (
+        f"step {step}: {mismatches:,.0f} values of the backward pass differed from the forward "
+        f"pass's{by}, so its gradient is not exact. {_advice(values.get('grid_range_used'))}"
+    )
+
+
+def _advice(range_used):
+    """What to try, by the share of the grid's range in use; None where there is no grid."""
+    otherwise = "--config.model.backprop=store or remat, which rebuild nothing"
+    if range_used is None:
+        return f"Streams drift without a grid: try --config.model.grid=True, or {otherwise}"
+    if range_used >= 1:
+        return (
+            f"Streams reached {range_used:.3g} times the range of the grid: try fewer "
+            f"--config.model.grid_bits (one less doubles the range), or {otherwise}"
+        )
+    return (
+        "The compiler made the backward pass round otherwise, or a branch is no pure function: "
+        f"try {otherwise}"
+    )
