@@ -24,7 +24,9 @@ def test_several_slices_are_a_topology(monkeypatch):
     assert (found.chip, found.shape, found.slices) == ("v5e", "16x16", 4)
     assert parse_topology("v5p:16x16x24").slices == 1
     for wrong in ("0xv5e:16x16", "xv5e:2x2", "4xlocal", "2x2xv5e:2x2", "v5e", ":2x2"):
-        with pytest.raises(TopologyError, match="or several such slices or hosts, as in 4xv5e:16x16"):
+        with pytest.raises(
+            TopologyError, match="or several such slices or hosts, as in 4xv5e:16x16"
+        ):
             parse_topology(wrong)
 
 
