@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -33,13 +34,20 @@ def attend(
 
     causal: token t reads tokens up to itself.
     kernel: "chunked": scores of a block of queries at a time, in plain JAX, computed again in the
-      backward pass; "cudnn": `jax.nn.dot_product_attention`'s fused one, for NVIDIA GPUs and 16
-      bits; "flash": the Pallas kernel for TPUs that comes with JAX (Dao et al. 2022,
-      arXiv:2205.14135), for lengths that are multiples of 128. Where a fused one does not take
-      what it gets, it is chunked.
+      backward pass; "cudnn": `jax.nn.dot_product_attention`'s fused one, for NVIDIA GPUs, 16 bits
+      and heads of up to 128, see `padded_to_even`; "flash": the Pallas kernel for TPUs that comes
+      with JAX (Dao et al. 2022, arXiv:2205.14135), for lengths that are multiples of 128. Where a
+      fused one does not take what it gets, it is chunked.
 
     Softmax is float32 at least. Cost: 4 B T T N K operations; about half of that if
     causal, since later keys are not looked at.
+
+    Determinism: all of them give the same values for the same inputs each time, which rebuilding
+    streams rests on. Gradients too, except with "cudnn": its backward kernel adds up in an order
+    that varies, unless XLA_FLAGS has --xla_gpu_deterministic_ops=true or
+    --xla_gpu_exclude_nondeterministic_ops=true, by which XLA asks cuDNN for its deterministic,
+    slower algorithm (openxla/xla#14125). So two gradients of one program, or of `store` and
+    `reverse`, may differ by rounding while no stream does.
     """
     if kernel not in KERNELS.values():
         known = ", ".join(sorted(set(KERNELS.values())))
@@ -48,9 +56,8 @@ def attend(
     K = q_BTNK.shape[-1]
     half = q_BTNK.dtype in (jnp.bfloat16, jnp.float16)
     if kernel == "cudnn" and half and K % 8 == 0 and K <= 128:
-        return jax.nn.dot_product_attention(
-            q_BTNK, k_BTGK, v_BTGK, is_causal=causal, implementation="cudnn"
-        )
+        kernel_for_even = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+        return padded_to_even(kernel_for_even, q_BTNK, k_BTGK, v_BTGK, causal=causal)
     if kernel == "flash" and T % _FLASH_BLOCK == 0 and (K <= 128 or K % 128 == 0):
         return _flash(q_BTNK, k_BTGK, v_BTGK, causal=causal)
     chunk = max(128, -(-T // _MOST_CHUNKS))
@@ -80,6 +87,38 @@ def scores_times_values(
         scores = jnp.where(mask_TS[None, None, None], scores, jnp.finfo(scores.dtype).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BSGK.dtype)
     return jnp.einsum("bgrts,bsgk->btgrk", weights, v_BSGK).reshape(B, T, N, K)
+
+
+def padded_to_even(
+    kernel: Callable[..., jax.Array],
+    q_BTNK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    *,
+    causal: bool,
+) -> jax.Array:
+    """`kernel(q, k, v, is_causal=...)` of a number of tokens that is made even by one of zeros.
+
+    When JAX differentiates cuDNN's attention it takes even lengths only (up to 0.12.0, in
+    `check_is_flash_attention`: it mistakes the absent bias for one). A vision transformer with a
+    class token has an odd one, 65 or 197.
+
+    The key of the added token is masked, so its weight is exactly 0; causally it comes after all
+    that read. What its query reads is cut off, so its gradient is exactly 0. That query is not
+    masked: cuDNN would leave its result and its sum of weights, which are kept for the backward
+    pass, to chance.
+
+    kernel: takes `key_value_seq_lengths` too, as `jax.nn.dot_product_attention` does.
+
+    Cost: one token. Compiled for an H100, a branch of ViT-B at 197 tokens and its gradient, 256
+    images in bfloat16, reads and writes 4.2 GiB; chunked it is 18.5 GiB, padded to 256 tokens 4.7.
+    """
+    B, T = q_BTNK.shape[:2]
+    if T % 2 == 0:
+        return kernel(q_BTNK, k_BTGK, v_BTGK, is_causal=causal)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q_BTNK, k_BTGK, v_BTGK))
+    lengths_B = None if causal else jnp.full((B,), T, jnp.int32)
+    return kernel(q, k, v, is_causal=causal, key_value_seq_lengths=lengths_B)[:, :T]
 
 
 def _flash(q_BTNK, k_BTGK, v_BTGK, *, causal):
