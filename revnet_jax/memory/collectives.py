@@ -18,7 +18,6 @@ KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
-ICI, DCN = "ici", "dcn"  # inside a slice, and between slices
 
 _MESH = re.compile(
     r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(((?:[^()]|\([\d,]*\))*)\))? \{([^}]*)\}"
@@ -47,16 +46,30 @@ def sent_bytes(kind: str, payload_bytes: int, n: int) -> int:
     return (2 if kind == "all-reduce" else 1) * payload_bytes * (n - 1) // n
 
 
-def network_of(members: np.ndarray, slices: Sequence[int]) -> str:
-    """DCN where any row of `members` has devices of two slices.
+def sent_by_network(
+    kind: str, payload_bytes: int, members: np.ndarray, slices: Sequence[int]
+) -> tuple[int, int]:
+    """What each device sends within its slice, and to other slices.
 
+    kind, payload_bytes: as in `sent_bytes`.
     members: [groups, devices in each], their places in the program.
-    slices: of every device, in that order; without any, all are in one.
+    slices: of every device, in that order (GPUs: the host); without any, all are in one.
+
+    A group with k devices in each of h slices does it in two stages, as NCCL's rings do in effect:
+    the k exchange everything; the h that have the same place in their slices exchange the k-th
+    part that is theirs. What each sends of all together is the same as in one stage.
     """
-    if not slices:
-        return ICI
-    slice_of = np.asarray(slices)[members]
-    return DCN if np.any(slice_of != slice_of[:, :1]) else ICI
+    slice_of = np.asarray(slices)[members] if len(slices) else np.zeros_like(members)
+    h = max(len(set(row)) for row in slice_of.tolist())
+    if h == 1:
+        return sent_bytes(kind, payload_bytes, members.shape[1]), 0
+    if kind in ("collective-permute", "collective-broadcast"):
+        return 0, sent_bytes(kind, payload_bytes, members.shape[1])
+    k = -(-members.shape[1] // h)
+    if kind == "all-to-all":  # a part for each of the others, which stages would not make smaller
+        inside = payload_bytes * (k - 1) // (h * k)
+        return inside, sent_bytes(kind, payload_bytes, h * k) - inside
+    return sent_bytes(kind, payload_bytes, k), sent_bytes(kind, payload_bytes // k, h)
 
 
 def members(instruction: Instruction, num_devices: int) -> np.ndarray:

@@ -18,7 +18,8 @@ def arithmetic(jaxpr: ClosedJaxpr, *, platform: str) -> int:
     condition's branches the dearest, and nothing whose result is not used. Products with the
     zeros that pad or dilate a convolution are left out, as XLA's own cost analysis does; unlike
     that, which counts every loop once, this knows how long they are. Of a kernel written by hand
-    all blocks count, those that it skips (half of causal attention) too; cuDNN's are not seen.
+    all blocks count, those that it skips (half of causal attention) too. cuDNN's attention counts
+    as 2 products forward and 5 backward, where the scores are computed again; half if causal.
     """
     needed, _ = dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.out_avals))
     return _count(needed, {"gpu": "cuda"}.get(platform, platform))
@@ -27,6 +28,13 @@ def arithmetic(jaxpr: ClosedJaxpr, *, platform: str) -> int:
 def _count(jaxpr: Jaxpr | ClosedJaxpr, platform: str) -> int:
     jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
     return sum(_count_equation(equation, platform) for equation in jaxpr.eqns)
+
+
+# What `jax.nn.dot_product_attention(implementation="cudnn")` is traced to.
+_CUDNN_PRODUCTS = {
+    "dot_product_attention_fwd_wrapper": 2,
+    "dot_product_attention_bwd_wrapper": 5,
+}
 
 
 def _count_equation(equation, platform):
@@ -45,6 +53,8 @@ def _count_equation(equation, platform):
         inside = sum(_count(inner, platform) for inner in jaxprs_in_params(params))
         sizes = dict(params["mesh"].shape)
         return math.prod(sizes[axis] for axis in params["newly_manual_axes"]) * inside
+    if name in _CUDNN_PRODUCTS:
+        return _CUDNN_PRODUCTS[name] * _scores(equation)
     if name == "ragged_dot_general":
         lhs, (out,) = equation.invars[0].aval, equation.outvars
         return 2 * lhs.size * out.aval.shape[-1]
@@ -65,6 +75,14 @@ def _dot(equation):
     (contracted, _), _ = equation.params["dimension_numbers"]
     lhs, (out,) = equation.invars[0].aval, equation.outvars
     return 2 * math.prod(out.aval.shape) * math.prod(lhs.shape[i] for i in contracted)
+
+
+def _scores(equation):
+    """One product of T x S scores of each head, by cuDNN."""
+    query, key = (var.aval.shape for var in equation.invars[:2])
+    tokens, heads = (1, 2) if equation.params["layout"] == 0 else (2, 1)  # BTNH or BNTH
+    full = 2 * query[0] * query[heads] * query[tokens] * key[tokens] * query[3]
+    return full // 2 if equation.params["mask_type"].name.endswith("CAUSAL") else full
 
 
 def _convolution(equation):

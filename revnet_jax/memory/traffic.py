@@ -23,6 +23,11 @@ _FREE = {
 }
 _HBM, _HOST = 0, 5  # memory spaces, as compilers number them
 _FREE_CUSTOM_CALLS = ('"AllocateBuffer"', '"ConcatBitcast"')
+_NVIDIA_LIBRARIES = ('"__cublas', '"__cudnn')  # targets of custom calls
+# Asynchronous ones whose result is what they take, followed by what they make.
+_RESULT_HAS_OPERANDS = tuple(
+    f"{kind}-start" for kind in ("all-gather", "collective-permute", "reduce-scatter", "all-to-all")
+)
 
 
 class Traffic(NamedTuple):
@@ -30,8 +35,9 @@ class Traffic(NamedTuple):
 
     hbm_bytes: read from and written to its memory; what stays on the chip does not count.
     host_bytes: the same of the host's memory, of what is kept there for the device.
-    ici_bytes: what it sends to others of its slice, by kind of collective operation.
-    dcn_bytes: what it sends to other slices, likewise.
+    ici_bytes: what it sends to others of its slice, by kind of collective operation; a GPU, to
+      others of its host, by NVLink.
+    dcn_bytes: what it sends to other slices or hosts, likewise.
     """
 
     hbm_bytes: int
@@ -44,18 +50,19 @@ def traffic(text: str, slices: Sequence[int] = ()) -> Traffic:
     """Counts the operands and results of every instruction that is not fused into another.
 
     text: of a compiled program, `compiled.as_text()`.
-    slices: of each device, in the program's order; without any, all are in one.
+    slices: of each device, in the program's order, on GPUs the host; without any, all are in one.
 
     A loop's body counts as often as it runs, and of a condition's branches the dearest. A slice
-    read from or written into a longer array counts by its own size. An estimate: caches (of a
-    CPU or GPU) and what a compiler prefetches twice are unknown.
+    read from or written into a longer array counts by its own size, rows that are gathered from or
+    scattered into it likewise. An estimate: caches (of a CPU or GPU), what a compiler prefetches
+    twice, and the workspace of cuBLAS and cuDNN are unknown.
 
     Of a collective operation among n devices counts what each must send: (n - 1) / n of what is
     gathered, scattered or exchanged, twice that where all learn a sum, and all that is permuted
     (as in products that a compiler splits into rounds, each sending a part on). An operation that
-    runs beside others, and is in the text of each, counts once. It goes over DCN if a group has
-    devices of two slices. TPUs of several slices run a program each, whose sums over slices
-    are left to the host: those count here as if done like any other.
+    runs beside others, and is in the text of each, counts once. Within slices and between them it
+    goes in two stages (`collectives.sent_by_network`). TPUs of several slices run a program each,
+    whose sums over slices are left to the host: those count here as if done like any other.
     """
     module = parse(text)
     return _Counter(module, slices).computation(module.entry)
@@ -111,10 +118,9 @@ class _Counter:
         if kind == "all-gather":  # by what it makes; an asynchronous one returns both
             payload = _bytes(instruction.result) - (payload if instruction.opcode != kind else 0)
         members = collectives.members(instruction, self._module.num_devices)
-        num_bytes = collectives.sent_bytes(kind, payload, members.shape[1])
-        if collectives.network_of(members, self._slices) == collectives.DCN:
-            return _NOTHING._replace(dcn_bytes={kind: num_bytes})
-        return _NOTHING._replace(ici_bytes={kind: num_bytes})
+        found = collectives.sent_by_network(kind, payload, members, self._slices)
+        ici_bytes, dcn_bytes = ({kind: num_bytes} if num_bytes else {} for num_bytes in found)
+        return _NOTHING._replace(ici_bytes=ici_bytes, dcn_bytes=dcn_bytes)
 
     def _moved(self, instruction, operands, space):
         """Bytes through a memory, for an instruction that is neither control flow nor free."""
@@ -134,8 +140,15 @@ class _Counter:
             return _bytes(operands[0], space)
         if opcode == "recv":  # its result is what is received, and a context
             return _bytes(result[:1], space)
-        if opcode in ("all-gather-start", "collective-permute-start"):
-            return _bytes(result, space)  # the operands, and what is received
+        if opcode in _RESULT_HAS_OPERANDS:
+            return _bytes(result, space)
+        if _is_by_rows(instruction):
+            rows = _bytes(result if opcode == "gather" else operands[-1])
+            rest = sum(_bytes(arrays, space) for arrays in operands[1:])
+            # What is gathered is written to the result; what is scattered into, read and written.
+            return _through(operands[0], space, 2 * rows) + rest
+        if opcode == "custom-call" and any(t in instruction.attributes for t in _NVIDIA_LIBRARIES):
+            result = result[:-1]  # the last is a workspace
         return sum(_bytes(arrays, space) for arrays in operands) + _bytes(result, space)
 
     def _fused(self, instruction, operands, space):
@@ -166,6 +179,9 @@ class _Counter:
                     total += self._read(body, user.name)
             elif user.opcode in ("dynamic-slice", "slice") and user.operands[0] == name:
                 total += _bytes(user.result)
+            elif _is_by_rows(user) and user.operands[0] == name:
+                rows = user if user.opcode == "gather" else body.instructions[user.operands[-1]]
+                total += _bytes(rows.result)
             elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
                 total += _bytes(body.instructions[name].result)
         return total
@@ -187,7 +203,15 @@ class _Counter:
             return self._written(nested, nested.root)
         if instruction.opcode == "dynamic-update-slice":
             return _bytes(body.instructions[instruction.operands[1]].result)
+        if instruction.opcode == "scatter" and _is_by_rows(instruction):  # in place
+            return _bytes(body.instructions[instruction.operands[-1]].result)
         return _bytes(instruction.result)
+
+
+def _is_by_rows(instruction: Instruction) -> bool:
+    """Whether it reads or changes a few rows of its first operand, one array."""
+    is_scatter = instruction.opcode == "scatter" and len(instruction.operands) == 3
+    return is_scatter or instruction.opcode == "gather"
 
 
 def _starts(instruction: Instruction, computation: Computation) -> bool:

@@ -1,9 +1,10 @@
 """What devices send one another, worked out by hand from what libtpu prints, shortened."""
 
+import numpy as np
 import pytest
 
 from revnet_jax.memory import hlo
-from revnet_jax.memory.collectives import DCN, ICI, members, network_of, sent_bytes
+from revnet_jax.memory.collectives import members, sent_by_network, sent_bytes
 from revnet_jax.memory.traffic import traffic
 
 MIB = 2**20
@@ -51,24 +52,25 @@ def test_a_format_that_is_not_known_is_refused():
         groups_of("replica_groups=diagonal(4)")
 
 
-def test_a_group_with_devices_of_two_slices_goes_over_dcn():
-    slices = [0] * 4 + [1] * 4
-    for attributes, network in (
-        ("replica_groups=[2,4]<=[8]", ICI),
-        ("replica_groups=[2,4]<=[4,2]T(1,0)", DCN),
-        ("source_target_pairs={{0,1},{1,2}}", ICI),
-        ("source_target_pairs={{3,4},{1,2}}", DCN),
-    ):
-        found = members(
-            hlo.parse(
-                f"ENTRY %e (y: f32[8]) -> f32[8] {{\n  %x = f32[8] all-reduce(%y), {attributes}\n}}"
-            )
-            .computations["e"]
-            .instructions["x"],
-            8,
-        )
-        assert network_of(found, slices) == network
-        assert network_of(found, ()) == ICI
+@pytest.mark.parametrize(
+    ("kind", "groups", "sent"),
+    [
+        # 8 devices, 4 in each of 2 slices; 16 bytes, unless they are all that is gathered.
+        ("all-gather", [[0, 1, 2, 3], [4, 5, 6, 7]], (12, 0)),
+        ("all-gather", [[0, 4], [1, 5], [2, 6], [3, 7]], (0, 8)),
+        ("all-gather", [list(range(8))], (12, 2)),  # 3/4 of all; and half of the quarter
+        ("reduce-scatter", [list(range(8))], (12, 2)),
+        ("all-reduce", [list(range(8))], (24, 4)),
+        ("all-to-all", [list(range(8))], (6, 8)),  # 2 to each of 3 neighbours and 4 others
+        ("collective-permute", [[0, 1], [1, 2]], (16, 0)),
+        ("collective-permute", [[3, 4], [1, 2]], (0, 16)),
+    ],
+)
+def test_within_slices_and_between_them(kind, groups, sent):
+    found = sent_by_network(kind, 16, np.asarray(groups), [0] * 4 + [1] * 4)
+    assert found == sent
+    in_one = sent_by_network(kind, 16, np.asarray(groups), ())
+    assert in_one == (sum(found), 0)  # as much in all, however it is done
 
 
 def test_bytes_sent_are_those_of_the_cheapest_way():
@@ -223,5 +225,6 @@ ENTRY %main (g: f32[1048576]) -> f32[1048576] {{
 }}
 """
     moved = traffic(text, [0] * 8 + [1] * 8)
-    assert moved.ici_bytes == {"all-reduce": 7 * MIB}
-    assert moved.dcn_bytes == {"all-reduce": 7.5 * MIB}
+    # The second sum too is taken within slices first: then half of an eighth goes there and back.
+    assert moved.ici_bytes == {"all-reduce": 14 * MIB}
+    assert moved.dcn_bytes == {"all-reduce": MIB / 2}

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax._src.cudnn import fused_attention_stablehlo
 
 from revnet_jax.memory.counts import arithmetic
 from revnet_jax.models.attention import attend
@@ -139,6 +140,22 @@ def test_kernels_and_ragged_products_count():
     rows, kernels = jnp.ones((64, 32)), jnp.ones((4, 32, 40))
     ragged = jax.make_jaxpr(jax.lax.ragged_dot)(rows, kernels, jnp.full(4, 16))
     assert arithmetic(ragged, platform="cpu") == 2 * 64 * 32 * 40
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_by_cudnn(monkeypatch, causal):
+    """Two products forward, five backward, where scores are computed again; half if causal."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    q = jax.ShapeDtypeStruct((2, 1024, 4, 64), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((2, 512 if not causal else 1024, 4, 64), jnp.bfloat16)
+
+    def run(q, k, v):
+        options = {"is_causal": causal, "implementation": "cudnn"}
+        return jnp.sum(jax.nn.dot_product_attention(q, k, v, **options), dtype=jnp.float32)
+
+    product = 2 * 2 * 4 * 1024 * k.shape[1] * 64 // (2 if causal else 1)
+    assert count(run, q, k, k, platform="gpu") == 2 * product
+    assert count(jax.grad(run, argnums=(0, 1, 2)), q, k, k, platform="gpu") == 7 * product
 
 
 def test_a_part_of_a_mesh_that_a_product_is_computed_by_counts_its_axes():
