@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from revnet_jax.errors import UserError
+from revnet_jax.memory.gpus import GPUS
 
 GIB = 2**30
 _TPU_PAGES = "https://cloud.google.com/tpu/docs/"
@@ -17,13 +21,14 @@ class Chip:
 
     device_kind: how JAX names it; a GPU's name begins with it.
     peak_flops: of bfloat16 matrix products, FLOP/s. On a TPU float32 ones are made of these.
-    hbm_bytes: what a program may fill: on TPUs as their compiler says, on GPUs all there is.
+    hbm_bytes: on TPUs what a program may fill, as their compiler says; on GPUs all that the driver
+      reports, of which JAX takes a share: `fillable_bytes`.
     hbm_bandwidth: bytes/s.
-    link_bandwidth: bytes/s that it can send to the others, all links together: half of what is
-      published as bidirectional.
+    link_bandwidth: bytes/s that it can send to the others of its slice or host, all links together
+      (NVLink on GPUs): half of what is published as bidirectional.
     host_bandwidth: bytes/s from the host's memory, or to it: PCI Express, by generation.
     dcn_bandwidth: bytes/s through the data center's network, a chip's share of what its host or
-      pod has; None where that is not published.
+      pod has; None where that is not published. On GPUs an adapter each, of InfiniBand or Ethernet.
     source: of the published figures.
     """
 
@@ -53,17 +58,29 @@ CHIPS = {
     "tpu7x": Chip(
         "TPU7x", 1153.5e12, int(94.75 * GIB), 3690e9, 300e9, 32e9, 6.25e9, f"{_TPU_PAGES}tpu7x"
     ),
-    # The SXM modules; peaks without sparsity.
+    # The SXM modules; peaks without sparsity. Network adapters are those of NVIDIA's DGX systems,
+    # one for each GPU: ConnectX-6 of 200 Gbit/s in DGX A100
+    # (https://developer.nvidia.com/blog/defining-ai-innovation-with-dgx-a100), ConnectX-7 of 400
+    # in DGX H100, H200 and B200 (https://docs.nvidia.com/dgx-basepod/, core components).
     "a100": Chip(
-        "NVIDIA A100", 312e12, 80 * GIB, 2039e9, 300e9, 32e9, None, f"{_NVIDIA_PAGES}a100"
+        "NVIDIA A100", 312e12, GPUS["a100"].memory_bytes, 2039e9, 300e9, 32e9, 25e9,
+        f"{_NVIDIA_PAGES}a100",
     ),
     "h100": Chip(
-        "NVIDIA H100", 989e12, 80 * GIB, 3350e9, 450e9, 64e9, None, f"{_NVIDIA_PAGES}h100"
+        "NVIDIA H100", 989e12, GPUS["h100"].memory_bytes, 3350e9, 450e9, 64e9, 50e9,
+        f"{_NVIDIA_PAGES}h100",
     ),
     "h200": Chip(
-        "NVIDIA H200", 989e12, 141 * 10**9, 4800e9, 450e9, 64e9, None, f"{_NVIDIA_PAGES}h200"
+        "NVIDIA H200", 989e12, GPUS["h200"].memory_bytes, 4800e9, 450e9, 64e9, 50e9,
+        f"{_NVIDIA_PAGES}h200",
     ),
-}
+    # Of a DGX B200, eight of them: 64 TB/s, 14.4 TB/s of NVLink both ways.
+    "b200": Chip(
+        "NVIDIA B200", 2250e12, GPUS["b200"].memory_bytes, 8000e9, 900e9, 64e9, 50e9,
+        f"{_NVIDIA_PAGES}dgx-b200",
+    ),
+}  # fmt: skip
+_MEM_FRACTION = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # new and old name
 
 
 def chip_of(device_kind: str) -> Chip | None:
@@ -77,6 +94,31 @@ def chip_of(device_kind: str) -> Chip | None:
         and not any(other in device_kind for other in ("PCI", "NVL", "40GB"))
     ]
     return (exact or gpus or [None])[0]
+
+
+def fillable_bytes(chip: Chip) -> int:
+    """What a program may fill of a device's memory.
+
+    JAX takes 75 % of a GPU's memory for its arrays, and programs may fill no more, whether it is
+    taken at once or as needed; the rest is left to CUDA, NCCL and others. XLA_CLIENT_MEM_FRACTION
+    sets another share, for a run and for a plan of it
+    (https://docs.jax.dev/en/latest/gpu_memory_allocation.html).
+
+    Raises UserError for a share that is no number between 0 and 1.
+    """
+    if not chip.device_kind.startswith("NVIDIA"):
+        return chip.hbm_bytes
+    name, share = next(
+        ((name, os.environ[name]) for name in _MEM_FRACTION if os.environ.get(name)),
+        (_MEM_FRACTION[0], "0.75"),
+    )
+    try:
+        fraction = float(share)
+    except ValueError:
+        fraction = 0.0
+    if not 0 < fraction <= 1:
+        raise UserError(f"{name}: got {share!r}, expected a share of memory, as 0.9")
+    return int(fraction * chip.hbm_bytes)
 
 
 class StepSeconds(NamedTuple):

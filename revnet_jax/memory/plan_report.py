@@ -15,6 +15,8 @@ PARTS = {
     "activation_bytes": "activations",
 }
 
+_GPU_MEMORY = "memory of a GPU: the share that JAX takes; XLA_CLIENT_MEM_FRACTION=0.9 takes more"
+
 
 def markdown(cells: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a table; the first row is its header, the first column is text."""
@@ -47,7 +49,9 @@ def as_table(report: Mapping[str, Any]) -> str:
         f"{report['layers']} units, batch {report['batch_size']}",
         "",
     ]
-    networks = {"ici_bytes": "sent", "dcn_bytes": "by DCN"}
+    is_gpu = report["device_kind"].startswith("NVIDIA")
+    names = ("by NVLink", "between hosts") if is_gpu else ("sent", "by DCN")
+    networks = dict(zip(("ici_bytes", "dcn_bytes"), names, strict=True))
     networks = {key: n for key, n in networks.items() if any(r.get(key) for r in report["rows"])}
     header = ["strategy", "fits", "peak", *PARTS.values(), "GFLOP", "moved", *networks.values()]
     header += ["ms at least", "ms in turn", "MFU at most, %"]
@@ -63,6 +67,10 @@ def as_table(report: Mapping[str, Any]) -> str:
         "of one device and step; gradients: at most; activations: all the rest; ms by roofline:",
         "a lower bound, and what is sent after what is computed; MFU: the share of the first that",
         "store's arithmetic takes at the chip's peak",
+        *(
+            ["memory of a GPU: the share that JAX takes; XLA_CLIENT_MEM_FRACTION=0.9 takes more"]
+            * is_gpu
+        ),
         "",
         f"take {found['strategy'] or 'none'}: {found['reason']}",
     ]

@@ -126,7 +126,10 @@ class _Counter:
         """Bytes through a memory, for an instruction that is neither control flow nor free."""
         opcode, result = instruction.opcode, instruction.result
         if opcode == "fusion":
-            return self._fused(instruction, operands, space)
+            return self._fused(instruction, operands, result, space)
+        if opcode == "fusion-start":  # returns its operands, then what it makes, and a context
+            made = result[sum(map(len, operands)) : -1]
+            return self._fused(instruction, operands, made, space)
         if opcode in ("dynamic-slice", "slice"):
             return _through(operands[0], space, _bytes(result)) + _bytes(result, space)
         if opcode in ("dynamic-slice-start", "slice-start"):
@@ -151,7 +154,7 @@ class _Counter:
             result = result[:-1]  # the last is a workspace
         return sum(_bytes(arrays, space) for arrays in operands) + _bytes(result, space)
 
-    def _fused(self, instruction, operands, space):
+    def _fused(self, instruction, operands, result, space):
         body = self._module.computations[instruction.callees[0]]
         given, made = _passed_on(instruction, body)
         read = sum(
@@ -159,7 +162,7 @@ class _Counter:
             for i, (arrays, parameter) in enumerate(zip(operands, body.parameters, strict=True))
             if i not in given
         )
-        result = [array for i, array in enumerate(instruction.result) if i not in made]
+        result = [array for i, array in enumerate(result) if i not in made]
         return read + min(_bytes(result, space), self._written(body, body.root))
 
     def _read(self, body: Computation, name: str) -> int:

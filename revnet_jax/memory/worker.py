@@ -23,8 +23,8 @@ from ml_collections import ConfigDict
 
 from revnet_jax.config import ConfigError
 from revnet_jax.errors import UserError
-from revnet_jax.memory import collectives, hlo, traffic, units
-from revnet_jax.memory.chips import chip_of
+from revnet_jax.memory import collectives, gpus, hlo, traffic, units
+from revnet_jax.memory.chips import chip_of, fillable_bytes
 from revnet_jax.memory.counts import arithmetic
 from revnet_jax.memory.topology import Topology, devices, parse_topology
 from revnet_jax.training import auto, compiler
@@ -114,16 +114,17 @@ def _compile(lowered, platform, slices):
 
 
 def _slices(program: StepProgram) -> list[int]:
-    """The slice that each device is in, in the order of the mesh."""
-    mesh = jax.tree.leaves(program.batch)[0].sharding.mesh
-    return [getattr(device, "slice_index", None) or 0 for device in mesh.devices.flat]
+    """The slice that each device is in, in the order of the mesh; of GPUs, the host."""
+    devices = jax.tree.leaves(program.batch)[0].sharding.mesh.devices.flat
+    name = "process_index" if devices[0].platform == "gpu" else "slice_index"
+    return [getattr(device, name, None) or 0 for device in devices]
 
 
 def _digest(text: str, topology: Topology, targets: list[Any]) -> str:
     """Of everything that decides what is found: program, devices, compiler, and who reads it."""
     versions = [jax.__version__, targets[0].client.platform_version, targets[0].device_kind]
     options = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
-    modules = [sys.modules[__name__], hlo, collectives, traffic, units, auto, compiler]
+    modules = [sys.modules[__name__], gpus, hlo, collectives, traffic, units, auto, compiler]
     readers = [Path(str(module.__file__)).read_text() for module in modules]
     parts = [text, topology.name, str(len(targets)), *versions, *options, *readers]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
@@ -134,7 +135,7 @@ def _limit_bytes(device: jax.Device) -> int | None:
     if device in jax.devices():
         return auto.memory_bytes(device)
     chip = chip_of(device.device_kind)
-    return chip.hbm_bytes if chip else None
+    return fillable_bytes(chip) if chip else None
 
 
 def _sizes(program: StepProgram, config: ConfigDict) -> dict[str, int]:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from revnet_jax.memory.chips import CHIPS, chip_of, step_seconds
+from revnet_jax.errors import UserError
+from revnet_jax.memory.chips import CHIPS, chip_of, fillable_bytes, step_seconds
 
 V5E = CHIPS["v5e"]
 
@@ -11,8 +12,25 @@ def test_chips_are_found_by_the_names_that_devices_have():
     assert chip_of("TPU v5 lite") is V5E
     assert chip_of("TPU v5") is CHIPS["v5p"]
     assert chip_of("NVIDIA H100 80GB HBM3") is CHIPS["h100"]
+    assert chip_of("NVIDIA B200") is CHIPS["b200"]
     for other in ("cpu", "NVIDIA A100-SXM4-40GB", "NVIDIA H100 PCIe"):
         assert chip_of(other) is None
+
+
+def test_of_a_gpu_jax_takes_a_share(monkeypatch):
+    """The allocator's, as `bytes_limit` of a GPU's `memory_stats()` says it."""
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    gib = lambda name: round(fillable_bytes(CHIPS[name]) / 2**30, 2)
+    assert [gib(name) for name in ("h100", "h200", "v5e")] == [59.33, 105.75, 15.75]
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    assert gib("h100") == 71.2
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")
+    assert gib("h100") == 39.55
+    for wrong in ("90", "nine"):
+        monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", wrong)
+        with pytest.raises(UserError, match=f"XLA_CLIENT_MEM_FRACTION: got '{wrong}', expected"):
+            fillable_bytes(CHIPS["h100"])
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
