@@ -2,36 +2,53 @@
 
     python scripts/timeline.py --config=configs/digits.py --out=timeline.png
     python scripts/timeline.py --config=configs/cifar10_revnet38.py --layers=8 --out=FILE.png --json
+    python scripts/timeline.py --config=configs/lm_124m.py --topology=h100:1 --out=FILE.png
 
 Compiles the gradient of the config's network with --layers layers in each chain, and follows the
 compiled program buffer by buffer. Prints the peaks beside the compiler's own figures.
 """
 
 import json
+import os
 
 from absl import flags
 
 from revnet_jax import config as configs
 from revnet_jax.figures import load_figure_class
+from revnet_jax.memory.topology import LOCAL, Topology, TopologyError, devices, parse_topology
 
 CONFIG = configs.define_config_flag()
 LAYERS = flags.DEFINE_integer("layers", 4, "In each chain.", lower_bound=3)
 STRATEGIES = flags.DEFINE_list("strategies", [], "Some of them; by default the basic three.")
+TOPOLOGY = flags.DEFINE_string("topology", LOCAL, "What to compile for: local, or a GPU as h100:1.")
 OUT = flags.DEFINE_string("out", None, "The PNG file to draw into.")
 JSON = flags.DEFINE_bool("json", False, "Print JSON rather than a table.")
+
+
+def one_device(name: str) -> Topology:
+    """Of one GPU or this machine: the TPU compiler does not tell its buffers."""
+    topology = parse_topology(name)
+    if name != LOCAL and not (topology.is_gpu and topology.num_devices == 1):
+        raise TopologyError(f"got topology {name!r}, expected {LOCAL} or one GPU, as h100:1")
+    return topology
 
 
 def main(argv):
     del argv
     figure_class = load_figure_class("out", OUT.value)
+    topology = one_device(TOPOLOGY.value)
+    if topology.is_gpu:  # else JAX finds its devices as ever
+        os.environ.update(topology.environment)
     from revnet_jax.memory import timeline
     from revnet_jax.training.build import build_task
 
     config = CONFIG.value
-    lines = timeline.timelines(config, LAYERS.value, STRATEGIES.value)
+    device = devices(topology)[0]
+    lines = timeline.timelines(config, LAYERS.value, STRATEGIES.value, device)
     shapes = build_task(config).batch_shapes(config.batch_size).values()
     shape = "x".join(map(str, next(iter(shapes)).shape))
     title = f"{config.model.family}, {LAYERS.value} layers a chain, batch {shape}"
+    title += f", {device.device_kind}" if topology.is_gpu else ""
     timeline.draw(lines, title, figure_class).savefig(OUT.value, dpi=120)
     report = {"title": title, "timelines": timeline.as_report(lines)}
     print(json.dumps(report, indent=2) if JSON.value else timeline.as_table(lines))

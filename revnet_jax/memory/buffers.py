@@ -7,7 +7,9 @@ are decoded here; their numbers are those of `hlo.proto` in XLA.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -71,9 +73,22 @@ def assignment(compiled: jax.stages.Compiled) -> Assignment:
     if not buffers or executable is None:
         raise ValueError("got a program without its buffers, expected a compiler that tells them")
     (module,) = executable.hlo_modules()
-    program = module.as_serialized_hlo_module_proto()
-    computations, entry = _computations(program)
+    computations, entry = _computations(module.as_serialized_hlo_module_proto())
     return Assignment(computations, entry, _temporary(buffers))
+
+
+def compiled_for_gpu(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, Assignment]:
+    """Compiles for an NVIDIA GPU, and reads what its compiler writes down of its buffers.
+
+    That compiler hands out no buffers with a program, but dumps an `HloProto` that has both.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_proto": True}
+        compiled = lowered.compile(compiler_options=options)
+        (dumped,) = Path(folder).glob("*.sm_*gpu_after_optimizations.hlo.pb")
+        fields = dict(_fields(dumped.read_bytes()))
+    computations, entry = _computations(fields[1])  # hlo_module
+    return compiled, Assignment(computations, entry, _temporary(fields[3]))  # buffer_assignment
 
 
 def _computations(module):

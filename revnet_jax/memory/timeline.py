@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from revnet_jax.config import flatten
 from revnet_jax.core import STRATEGIES
 from revnet_jax.errors import UserError
-from revnet_jax.memory.buffers import assignment
+from revnet_jax.memory.buffers import assignment, compiled_for_gpu
 from revnet_jax.memory.liveness import liveness
 from revnet_jax.memory.variants import variants
 from revnet_jax.models import Variables
@@ -44,24 +44,39 @@ class Timeline(NamedTuple):
         return int(max(self.live_bytes))
 
 
-def timeline(config: ConfigDict, backprop: str) -> Timeline:
+def timeline(config: ConfigDict, backprop: str, device: jax.Device | None = None) -> Timeline:
     """Compiles the gradient of the config's loss and follows it; runs nothing.
 
     Of one batch, without clipping and microbatches.
 
+    device: to compile for, which need not exist; by default the first that is here.
+
     Raises ConfigError for settings that cannot be used, ValueError for a compiler that does not
     tell its buffers, or where no chain is left a loop to follow.
     """
+    device = device or jax.devices()[0]
     config = config.copy_and_resolve_references()
     config.model.backprop = backprop
-    compiled = compiled_gradient(build_task(config), config.batch_size)
-    found = liveness(assignment(compiled))
+    task = build_task(config, platform=device.platform)
+    lowered = lowered_gradient(task, config.batch_size, device)
+    if device.platform == "gpu":
+        compiled, program = compiled_for_gpu(lowered)
+    else:
+        compiled = lowered.compile()
+        program = assignment(compiled)
     memory: Any = compiled.memory_analysis()
-    return Timeline(backprop, *found, memory.temp_size_in_bytes)
+    return Timeline(backprop, *liveness(program), memory.temp_size_in_bytes)
 
 
-def timelines(config: ConfigDict, layers: int, strategies: Sequence[str] = ()) -> list[Timeline]:
+def timelines(
+    config: ConfigDict,
+    layers: int,
+    strategies: Sequence[str] = (),
+    device: jax.Device | None = None,
+) -> list[Timeline]:
     """One for each strategy, all that the network has by default, with equally deep chains.
+
+    device: as of `timeline`.
 
     Cost: a compilation each. Raises ConfigError for settings that cannot be used, UserError for a
     strategy that there is not.
@@ -71,7 +86,7 @@ def timelines(config: ConfigDict, layers: int, strategies: Sequence[str] = ()) -
         if name not in STRATEGIES:
             raise UserError(f"got strategy {name!r}, expected some of {', '.join(STRATEGIES)}")
     known = [name for name in variants(flatten(config)) if name in ("store", "remat", "reverse")]
-    return [timeline(config, name) for name in strategies or known]
+    return [timeline(config, name, device) for name in strategies or known]
 
 
 def with_layers(config: ConfigDict, layers: int) -> ConfigDict:
@@ -92,19 +107,26 @@ def with_layers(config: ConfigDict, layers: int) -> ConfigDict:
     return config
 
 
-def compiled_gradient(task: Task, batch_size: int) -> jax.stages.Compiled:
+def lowered_gradient(task: Task, batch_size: int, device: jax.Device) -> jax.stages.Lowered:
     """The gradient of the loss by all parameters, as a training step takes it."""
+    on_device = jax.sharding.SingleDeviceSharding(device)
+    shapes = lambda init, *args: jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_device),
+        jax.eval_shape(init, *args),
+    )
 
     def loss_fn(params, probes, stats, batch, key):
         return task.loss(Variables(params, stats), batch, key, probes=probes, lockstep=None)
 
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    variables = jax.eval_shape(task.network.init, key)
+    key = shapes(lambda: jax.random.key(0))
+    variables = shapes(task.network.init, key)
     gradient = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
-    program = jit(gradient, quickly=True)  # machine code that never runs need not be good
-    probes = jax.eval_shape(task.network.probes)
-    batch = task.batch_shapes(batch_size)
-    return program.lower(variables.params, probes, variables.stats, batch, key).compile()
+    # Machine code that never runs need not be good.
+    on_cpu = device.platform == "cpu"
+    program = jit(gradient, quickly=True) if on_cpu else jax.jit(gradient)
+    probes = shapes(task.network.probes)
+    batch = shapes(lambda: task.batch_shapes(batch_size))
+    return program.lower(variables.params, probes, variables.stats, batch, key)
 
 
 def as_table(lines: Sequence[Timeline]) -> str:
