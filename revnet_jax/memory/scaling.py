@@ -8,13 +8,14 @@ from typing import Any
 from revnet_jax.errors import UserError
 from revnet_jax.memory.chips import chip_of
 from revnet_jax.memory.compile import Compiler, NotCompiled
+from revnet_jax.memory.gpus import GPUS
 from revnet_jax.memory.plan import Row, row_of
 from revnet_jax.memory.plan_report import GIB, either, markdown, milliseconds
 from revnet_jax.memory.topology import Topology
 from revnet_jax.memory.units import size
 from revnet_jax.memory.variants import chosen, has_inverse, variants
 
-NETWORKS = {"ici_bytes": "", "dcn_bytes": " by DCN"}
+NETWORKS = ("ici_bytes", "dcn_bytes")
 
 
 def scaling(
@@ -100,7 +101,9 @@ def as_table(report: Mapping[str, Any]) -> str:
         for kind in dict.fromkeys(kind for row in rows for kind in row.get(network) or ())
     ]
     header = ["topology", "devices", "batch", "fits", "peak"]
-    header += [f"{kind}{NETWORKS[network]}" for network, kind in sent]
+    on_gpus = any(name in rows[0]["topology"] for name in GPUS)
+    between = " between hosts" if on_gpus else " by DCN"
+    header += [kind + between * (network == "dcn_bytes") for network, kind in sent]
     header += ["ms at least", "ms in turn", "efficiency, %", "in turn, %"]
     return "\n".join(
         [

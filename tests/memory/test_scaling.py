@@ -102,6 +102,14 @@ def test_efficiency_is_of_throughput_a_device(config):
     assert cells[-5:-1] == ["1,000", "2,500", "100.0", "60.0"]
 
 
+def test_hosts_of_gpus_are_slices(config):
+    asked = compilers(Topology("h100:8", "h100", "8"), Topology("4xh100:8", "h100", "8", 4))
+    report = scaling.scaling(config, asked, strategies=None)
+    assert [row["devices"] for row in report["rows"]] == [8, 32]
+    assert asked[1].asked[0]["mesh.data"] == 4
+    assert "all-gather | all-reduce between hosts" in scaling.as_table(report)
+
+
 def test_a_topology_that_cannot_be_compiled_for_is_a_row(config):
     def some(topology, settings):
         return NotCompiled("a crash") if topology is LARGE else say(topology, settings)

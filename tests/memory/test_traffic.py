@@ -108,6 +108,61 @@ def array_bytes(text):
     return array.num_bytes
 
 
+# What NVIDIA's compiler prints, shortened: a table of 400 KiB whose rows are read, changed, copied
+# to the host; a product with a workspace; a sum of which each device keeps a part.
+NVIDIA = """HloModule jit_f, is_scheduled=true, num_partitions=2
+
+%rows (p0: f32[100,1024], p1: s32[4]) -> f32[4,1024] {
+  %p0 = f32[100,1024]{1,0} parameter(0)
+  %p1 = s32[4]{0} parameter(1)
+  ROOT %taken = f32[4,1024]{1,0} gather(%p0, %p1), offset_dims={1}
+}
+
+%put (q0: f32[100,1024], q1: s32[4], q2: f32[4,1024]) -> f32[100,1024] {
+  %q0 = f32[100,1024]{1,0} parameter(0)
+  %q1 = s32[4]{0} parameter(1)
+  %q2 = f32[4,1024]{1,0} parameter(2)
+  ROOT %changed = f32[100,1024]{1,0} scatter(%q0, %q1, %q2), to_apply=%add
+}
+
+%away (r0: f32[100,1024], r1: f32[1,1024], r2: s32[]) -> f32[100,1024] {
+  %r0 = f32[100,1024]{1,0:S(5)} parameter(0)
+  %r1 = f32[1,1024]{1,0} parameter(1)
+  %row = f32[1,1024]{1,0} copy(%r1)
+  %r2 = s32[] parameter(2)
+  ROOT %updated = f32[100,1024]{1,0:S(5)} dynamic-update-slice(%r0, %row, %r2, %r2)
+}
+
+ENTRY %main (t: f32[100,1024], i: s32[4], host: f32[100,1024], x: bf16[1024,1024], r: f32[1,1024], k: s32[], g: f32[1024]) -> f32[4,1024] {
+  %t = f32[100,1024]{1,0} parameter(0)
+  %i = s32[4]{0} parameter(1)
+  %host = f32[100,1024]{1,0:S(5)} parameter(2)
+  %x = bf16[1024,1024]{1,0} parameter(3)
+  %r = f32[1,1024]{1,0} parameter(4)
+  %k = s32[] parameter(5)
+  %g = f32[1024]{0} parameter(6)
+  %read = f32[4,1024]{1,0} fusion(%t, %i), kind=kLoop, calls=%rows
+  %written = f32[100,1024]{1,0} fusion(%t, %i, %read), kind=kInput, calls=%put
+  %start = ((f32[100,1024]{1,0:S(5)}, f32[1,1024]{1,0}, s32[]), f32[100,1024]{1,0:S(5)}, u32[]) fusion-start(%host, %r, %k), kind=kCustom, calls=%away
+  %done = f32[100,1024]{1,0:S(5)} fusion-done(%start)
+  %product = (bf16[1024,1024]{1,0}, s8[33554432]{0}) custom-call(%x, %x), custom_call_target="__cublas$lt$matmul"
+  %sum = ((f32[1024]{0}), f32[512]{0}) reduce-scatter-start(%g), replica_groups={{0,1}}, to_apply=%add
+  ROOT %part = f32[512]{0} reduce-scatter-done(%sum)
+}
+"""  # noqa: E501
+
+
+def test_a_program_for_gpus():
+    moved = traffic(NVIDIA, [0, 1])
+    row, indices, counter = 4096, 16, 4
+    read = 2 * 4 * row + indices
+    changed = 3 * 4 * row + indices
+    product, summed = 3 * 2 * MIB, 4096 + 2048
+    assert moved.hbm_bytes == read + changed + (row + counter) + product + summed
+    assert moved.host_bytes == row
+    assert (moved.ici_bytes, moved.dcn_bytes) == ({}, {"reduce-scatter": 2048})
+
+
 @pytest.mark.parametrize(
     ("text", "num_bytes"),
     [
