@@ -2,12 +2,16 @@
 
     python scripts/benchmark.py --plot=benchmark.png                 # two cores, under 10 minutes
     python scripts/benchmark.py --models=mlp --strategies=store,reverse --seconds=20
-    python scripts/benchmark.py --suite=gpu --jsonl=benchmark.jsonl  # one GPU, under 8 minutes
+    python scripts/benchmark.py --suite=gpu --jsonl=benchmark.jsonl  # one GPU, under 5 minutes
+    python scripts/benchmark.py --suite=gpu --minutes=40             # with largest batches, depths
 
     python scripts/benchmark.py --config=FILE --config.data.dir=DIR  # a pipeline, on one host
 
-`laptop` compares the time of a step, strategies taking turns; `gpu` also finds the largest batch
-and depth that each strategy survives. With a config, measures how fast this host prepares batches,
+`laptop` compares the time of a step, strategies taking turns. `gpu` first checks that every model's
+rebuilt inputs and gradients are exact, then compares time and memory, then finds the largest batch
+and depth that each strategy survives, as far as --minutes go. There cuDNN's attention makes the
+decoder's gradients vary by rounding unless XLA_FLAGS=--xla_gpu_deterministic_ops=true; rows say
+which flags they were measured with. With a config, measures how fast this host prepares batches,
 next to how fast its devices train on them. Prints a Markdown table; --json prints JSON lines
 instead.
 """
@@ -21,6 +25,7 @@ from pathlib import Path
 from absl import flags
 
 from revnet_jax import config as configs
+from revnet_jax.errors import UserError
 from revnet_jax.figures import load_figure_class
 
 CONFIG = configs.define_config_flag()
@@ -31,6 +36,9 @@ LAYERS = flags.DEFINE_list("layers", None, "Other numbers of layers than the sui
 BATCH = flags.DEFINE_list("batch", None, "Other batch sizes than the suite's.")
 SECONDS = flags.DEFINE_float("seconds", None, "For each model and size, instead of the suite's.")
 LIMIT_GIB = flags.DEFINE_float("limit_gib", None, "Pretend that the device has this much memory.")
+MINUTES = flags.DEFINE_float(
+    "minutes", None, "Skip what may take longer than is left; gpu: 5 by default, laptop: no end."
+)
 JSON = flags.DEFINE_bool("json", False, "Print JSON lines rather than tables.")
 JSONL = flags.DEFINE_string("jsonl", None, "Also append the JSON lines to this file, row by row.")
 PLOT = flags.DEFINE_string("plot", None, "Also draw time and memory into this PNG file.")
@@ -48,7 +56,7 @@ def main(argv):
     from revnet_jax.memory.benchmark_suites import run, select, suites
 
     if CONFIG.value is not None:
-        for_suites = (SUITE, MODELS, STRATEGIES, LAYERS, BATCH, LIMIT_GIB, JSONL, PLOT)
+        for_suites = (SUITE, MODELS, STRATEGIES, LAYERS, BATCH, LIMIT_GIB, MINUTES, JSONL, PLOT)
         if given := [f"--{flag.name}" for flag in for_suites if flag.present]:
             raise configs.ConfigError(f"got {', '.join(given)} with --config, expected one of both")
         row = feed(CONFIG.value, 10.0 if SECONDS.value is None else SECONDS.value)
@@ -68,10 +76,11 @@ def main(argv):
         "suite": SUITE.value,
         "jax": jax.__version__,
         "device": describe_device(jax.devices()[0]),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "command": " ".join(["scripts/benchmark.py", *sys.argv[1:]]),
     }
     rows = []
-    for row in run(suite, limit_bytes=limit_bytes):
+    for row in run(suite, limit_bytes=limit_bytes, minutes=MINUTES.value):
         rows.append(row)
         line = json.dumps(row | common)
         if JSONL.value:
@@ -79,10 +88,13 @@ def main(argv):
                 file.write(line + "\n")
         if JSON.value:
             print(line, flush=True)
+    measured = [row for row in rows if "error" not in row]
     if not JSON.value:
-        print(report.as_tables(rows))
+        print(report.as_tables(measured))
     if figure_class:
-        report.draw(rows, figure_class).savefig(PLOT.value, dpi=100)
+        report.draw(measured, figure_class).savefig(PLOT.value, dpi=100)
+    if len(measured) < len(rows):
+        raise UserError(f"{len(rows) - len(measured)} of {len(rows)} rows failed, as told above")
 
 
 def whole_numbers(name, texts):

@@ -26,6 +26,8 @@ from revnet_jax.training.compiler import jit_initialization
 from revnet_jax.training.metrics import peak_memory_bytes
 
 BASELINES = ("store", "remat", "twin")  # what ratios are of
+# To compile one program of a large GPU's suite and to start it, with 16 cores: 3 to 9 were seen.
+START_SECONDS = 10
 
 
 class Setting(NamedTuple):
@@ -40,6 +42,15 @@ class Setting(NamedTuple):
     batch: int
     strategies: tuple[str, ...]
     seconds: float
+
+    @property
+    def may_take_seconds(self) -> float:
+        """How long it may take, compilation included, on a large GPU's host."""
+        return self.seconds + START_SECONDS * len(self.strategies)
+
+    def __str__(self) -> str:
+        sizes = f"{self.layers} layers, batch {self.batch}"
+        return f"{self.model.name} in {self.model.dtype}, {sizes}: {', '.join(self.strategies)}"
 
 
 class Entrant:
@@ -136,6 +147,7 @@ def describe(setting: Setting, entrant: Entrant, others: dict[str, Entrant]) -> 
     model, layers, batch = setting[:3]
     row: dict[str, Any] = {
         "model": model.name,
+        "dtype": model.dtype,
         "strategy": entrant.strategy,
         "layers": layers,
         "batch": batch,

@@ -67,6 +67,7 @@ def find_limit(
             n = n * 7 // 8 // start * start
     row: dict[str, Any] = {
         "model": model.name,
+        "dtype": model.dtype,
         "strategy": strategy,
         "axis": axis,
         **sizes,

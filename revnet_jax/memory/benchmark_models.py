@@ -202,6 +202,11 @@ class ConfigModel:
     unit: str = "images"
 
     @property
+    def dtype(self) -> str:
+        """Of what branches compute."""
+        return self.config.model.compute_dtype
+
+    @property
     def has_twin(self) -> bool:
         """Whether the model can have one stream in place of two."""
         return "reversible" in self.config.model

@@ -40,17 +40,17 @@ def draw(rows: Sequence[Row], figure_class: Any) -> Any:
     axes[0, 1].set_yscale("log")
     if limits:
         label = "largest that fits"
-        _bars(axes[1, 0], limits, lambda row: row["largest"], label, ("model", "axis"))
+        _bars(axes[1, 0], limits, lambda row: row["largest"], label, ("model", "dtype", "axis"))
         axes[1, 0].set_yscale("log")
         speed = lambda row: row["examples_per_second"]
-        _bars(axes[1, 1], limits, speed, "a second, at the limit", ("model", "axis"))
+        _bars(axes[1, 1], limits, speed, "a second, at the limit", ("model", "dtype", "axis"))
         axes[1, 1].set_yscale("log")
     handles, labels = axes[0, 1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=len(labels))
     return figure
 
 
-def _bars(axis, rows, value, label, keys=("model", "layers", "batch")):
+def _bars(axis, rows, value, label, keys=("model", "dtype", "layers", "batch")):
     groups = list(dict.fromkeys(tuple(row[key] for key in keys) for row in rows))
     strategies = list(dict.fromkeys(row["strategy"] for row in rows))
     width = 0.8 / max(1, len(strategies))
@@ -59,7 +59,7 @@ def _bars(axis, rows, value, label, keys=("model", "layers", "batch")):
         places = [groups.index(tuple(row[key] for key in keys)) + i * width for row in mine]
         axis.bar(places, [value(row) or 0 for row in mine], width, label=strategy)
     middle = 0.4 - width / 2
-    names = ["\n".join([group[0], " x ".join(map(str, group[1:]))]) for group in groups]
+    names = [f"{group[0]}\n{group[1]}\n{' x '.join(map(str, group[2:]))}" for group in groups]
     axis.set_xticks([i + middle for i in range(len(groups))], names, fontsize=8)
     axis.set_ylabel(label)
     axis.grid(axis="y", alpha=0.3)
@@ -71,7 +71,7 @@ def _baselines(rows):
 
 
 def _size(row):
-    return row["model"], row["layers"], row["batch"]
+    return row["model"], row["dtype"], row["layers"], row["batch"]
 
 
 def _number(key, form, scale=1.0):
@@ -92,6 +92,7 @@ def _text(key):
 
 COLUMNS = {
     "model": _text("model"),
+    "dtype": _text("dtype"),
     "layers": _text("layers"),
     "batch": _text("batch"),
     "strategy": _text("strategy"),
@@ -111,6 +112,7 @@ COLUMNS = {
 }
 LIMIT_COLUMNS = {
     "model": _text("model"),
+    "dtype": _text("dtype"),
     "axis": _text("axis"),
     "strategy": _text("strategy"),
     "largest": _number("largest", "{:,.0f}"),
@@ -126,7 +128,9 @@ LIMIT_COLUMNS = {
 
 def _table(columns, rows, baselines):
     lines = [[name for name in columns]]
-    lines.append(["---" if name in ("model", "strategy", "axis") else "---:" for name in columns])
+    lines.append(
+        ["---" if name in ("model", "dtype", "strategy", "axis") else "---:" for name in columns]
+    )
     lines += [[cell(row, baselines.get(_size(row))) for cell in columns.values()] for row in rows]
     # A column in which nothing was measured is left out.
     kept = [i for i in range(len(columns)) if any(line[i] != "-" for line in lines[2:])]

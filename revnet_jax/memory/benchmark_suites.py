@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 import sys
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import jax
 from ml_collections import ConfigDict
 
 from revnet_jax.config import language_model
@@ -22,6 +27,7 @@ from revnet_jax.memory.benchmark_models import (
 )
 
 BASIC = ("store", "remat", "reverse")
+SEARCH_SECONDS = 60  # for a limit under one strategy: up to six programs
 
 
 class Search(NamedTuple):
@@ -35,17 +41,18 @@ class Search(NamedTuple):
 
 
 class Suite(NamedTuple):
+    """minutes: how long it may take by default; None: as long as it takes."""
+
     settings: tuple[Setting, ...]
     searches: tuple[Search, ...] = ()
+    minutes: float | None = None
 
 
 def suites(config: ConfigDict) -> dict[str, Suite]:
     """By name. config: of the RevNet that is measured, with three stages alike."""
-    half = config.copy_and_resolve_references()
-    half.model.compute_dtype = "bfloat16"
     return {
         "laptop": laptop(ConfigModel(config), decoder(width=256, context=512)),
-        "gpu": gpu(ConfigModel(half), decoder(width=1024, context=2048, dtype="bfloat16")),
+        "gpu": gpu(config),
     }
 
 
@@ -79,25 +86,58 @@ def laptop(revnet: ConfigModel, lm: ConfigModel) -> Suite:
     )
 
 
-def gpu(revnet: ConfigModel, lm: ConfigModel) -> Suite:
-    """One GPU of 80 GB or more, under eight minutes."""
-    transformer = Transformer(width=1024, tokens=1024, head_size=128, dtype="bfloat16")
-    mlp = Mlp(width=2048, dtype="bfloat16")
-    most = (*BASIC, "reverse/lockstep", "remat_dots", "offload")
+def gpu(config: ConfigDict, minutes: float = 5.0) -> Suite:
+    """One GPU of 80 GB or more. What is trusted least comes first: whether gradients are exact.
+
+    Every model in bfloat16 and float32, stored against rebuilt; then what else there is to compare
+    in bfloat16; then limits, which five minutes leave no time for.
+    """
+    sizes: dict[str, dict[str, int]] = {
+        "mlp": {"layers": 32, "batch": 8192},
+        "transformer": {"layers": 24, "batch": 8},
+        "decoder": {"layers": 24, "batch": 8},
+        "revnet": {"layers": 27, "batch": 512},
+    }
+    half, full = _gpu_models(config, "bfloat16"), _gpu_models(config, "float32")
+    exact = [
+        # A quarter of the batch: float32 has twice the bytes, and a tenth of the speed.
+        Setting(model, size["layers"], size["batch"] // part, ("store", "reverse"), seconds=3)
+        for models, part in ((half, 1), (full, 4))
+        for model, size in zip(models.values(), sizes.values(), strict=True)
+    ]
+    most = ("store", "remat", "reverse/lockstep", "remat_dots", "offload")
+    compared = {
+        "mlp": most,
+        "transformer": (*most, "reverse+8"),
+        "decoder": ("store", "twin", "remat"),
+        "revnet": ("store", "remat"),
+    }
+    timed = [
+        Setting(half[name], **sizes[name], strategies=strategies, seconds=8)
+        for name, strategies in compared.items()
+    ]
+    searched = (*most, "reverse")
     return Suite(
+        (*exact, *timed),
         (
-            Setting(mlp, layers=32, batch=8192, strategies=most, seconds=10),
-            Setting(transformer, layers=24, batch=8, strategies=(*most, "reverse+8"), seconds=15),
-            Setting(lm, layers=24, batch=8, strategies=("twin", *BASIC), seconds=10),
-            Setting(revnet, layers=27, batch=512, strategies=BASIC, seconds=10),
+            Search(half["transformer"], "batch", layers=24, batch=4, strategies=searched),
+            Search(half["transformer"], "layers", layers=12, batch=16, strategies=searched),
+            Search(half["mlp"], "layers", layers=16, batch=32768, strategies=searched),
+            Search(half["revnet"], "batch", layers=27, batch=512, strategies=BASIC),
         ),
-        (
-            Search(transformer, "batch", layers=24, batch=4, strategies=most),
-            Search(transformer, "layers", layers=12, batch=16, strategies=most),
-            Search(mlp, "layers", layers=16, batch=32768, strategies=most),
-            Search(revnet, "batch", layers=27, batch=512, strategies=BASIC),
-        ),
+        minutes,
     )
+
+
+def _gpu_models(config, dtype):
+    revnet = config.copy_and_resolve_references()
+    revnet.model.compute_dtype = dtype
+    return {
+        "mlp": Mlp(width=2048, dtype=dtype),
+        "transformer": Transformer(width=1024, tokens=1024, head_size=128, dtype=dtype),
+        "decoder": decoder(width=1024, context=2048, dtype=dtype),
+        "revnet": ConfigModel(revnet),
+    }
 
 
 def select(
@@ -129,32 +169,107 @@ def select(
             for setting in timed
             for n, b in itertools.product(layers or [setting.layers], batch or [setting.batch])
         ]
+    if layers or batch or strategies is not None:
+        settings = _merged(settings, strategies)
     if seconds is not None:
         settings = [s._replace(seconds=seconds if s.seconds else 0) for s in settings]
     searches = tuple(search for search in suite.searches if search.model.name in names)
     if strategies is not None:
-        settings = [setting._replace(strategies=tuple(strategies)) for setting in settings]
         searches = tuple(search._replace(strategies=tuple(strategies)) for search in searches)
     for each in (*settings, *searches):  # now, rather than after the measurements before it
         for strategy in each.strategies:
             parse_strategy(strategy, each.layers)
             if strategy == "twin" and not each.model.has_twin:
                 raise UserError(f"got strategy 'twin' for {each.model.name}, which has none")
-    return Suite(tuple(settings), searches)
+    return Suite(tuple(settings), searches, suite.minutes)
 
 
-def run(suite: Suite, *, limit_bytes: int | None = None) -> Iterator[dict[str, Any]]:
+def _merged(settings, strategies):
+    """One setting for each model and size, of all strategies of its settings, or of these."""
+    found: dict[tuple, Setting] = {}
+    for setting in settings:
+        key = setting.model.name, setting.model.dtype, setting.layers, setting.batch
+        first = found.get(key, setting)
+        names = strategies or dict.fromkeys((*first.strategies, *setting.strategies))
+        longer = max(first.seconds, setting.seconds)
+        found[key] = first._replace(strategies=tuple(names), seconds=longer)
+    return list(found.values())
+
+
+class Budget:
+    """What is left of a number of seconds, by the pace at which they were spent so far.
+
+    seconds: None for no end.
+    """
+
+    def __init__(self, seconds: float | None):
+        self._seconds, self._started = seconds, time.monotonic()
+        self._spent = self._expected = 0.0
+
+    @property
+    def left_seconds(self) -> float:
+        if self._seconds is None:
+            return math.inf
+        return self._seconds - (time.monotonic() - self._started)
+
+    def needed(self, may_take_seconds: float) -> float:
+        """That, on this machine: longer where what was done before took longer than it might."""
+        return may_take_seconds * max(1.0, self._spent / self._expected if self._expected else 1.0)
+
+    @contextmanager
+    def spend(self, may_take_seconds: float) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._spent += time.monotonic() - started
+            self._expected += may_take_seconds
+
+
+def run(
+    suite: Suite, *, limit_bytes: int | None = None, minutes: float | None = None
+) -> Iterator[dict[str, Any]]:
     """The rows of a suite, as they are measured; what is under way goes to stderr.
 
+    A setting that the device cannot run is a row with an "error", and the next one is measured.
+
     limit_bytes: where searches end; by default what the device says it has.
+    minutes: what may take longer than is left of them is skipped; by default the suite's.
     """
+    minutes = suite.minutes if minutes is None else minutes
+    budget = Budget(None if minutes is None else 60 * minutes)
     say = lambda *words: print(*words, file=sys.stderr, flush=True)
-    bytes_there = (limit_bytes or device_limit_bytes()) if suite.searches else 0
+    for title, sizes, may_take_seconds, measure in _parts(suite, limit_bytes):
+        needed = budget.needed(may_take_seconds)
+        if needed > budget.left_seconds:
+            left = max(0, budget.left_seconds)
+            say(f"skipped: {title} (may take {needed:.0f} s, {left:.0f} s left of --minutes)")
+            continue
+        say(f"{title} (may take {needed:.0f} s)")
+        try:
+            with budget.spend(may_take_seconds):
+                rows = list(measure())
+        except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+            message = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            say(f"failed: {title}: {message}")
+            rows = [sizes | {"error": message}]
+        yield from rows
+
+
+def _parts(suite: Suite, limit_bytes: int | None) -> Iterator[tuple[str, Any, float, Any]]:
+    """What is measured one after the other: its title and sizes, seconds, and a function for it."""
+    if suite.searches:
+        limit_bytes = limit_bytes or device_limit_bytes()  # which may say what is missing: at once
     for setting in suite.settings:
-        say(f"{setting.model.name}, {setting.layers} layers, batch {setting.batch}")
-        yield from compare(setting)
-    for search in suite.searches:
-        for strategy in search.strategies:
-            say(f"{search.model.name}, the largest {search.axis} under {strategy}")
-            sizes = {"layers": search.layers, "batch": search.batch, "limit_bytes": bytes_there}
-            yield find_limit(search.model, strategy, search.axis, **sizes)
+        model, layers, batch, *_ = setting
+        sizes = {"model": model.name, "dtype": model.dtype, "layers": layers, "batch": batch}
+        yield str(setting), sizes, setting.may_take_seconds, functools.partial(compare, setting)
+    for model, axis, layers, batch, strategies in suite.searches:
+        sizes = {"layers": layers, "batch": batch}
+        for strategy in strategies:
+            find = functools.partial(
+                find_limit, model, strategy, axis, **sizes, limit_bytes=limit_bytes
+            )
+            named = {"model": model.name, "dtype": model.dtype, "strategy": strategy, "axis": axis}
+            title = f"{model.name} in {model.dtype}, the largest {axis} under {strategy}"
+            yield title, named | sizes, SEARCH_SECONDS, lambda find=find: [find()]

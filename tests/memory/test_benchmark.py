@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pathlib
 import subprocess
 import sys
@@ -10,12 +11,15 @@ import jax
 import pytest
 
 from revnet_jax.errors import UserError
+from revnet_jax.memory import benchmark_suites
 from revnet_jax.memory.benchmark import Setting, compare
 from revnet_jax.memory.benchmark_limits import find_limit
 from revnet_jax.memory.benchmark_models import ConfigModel, Mlp, Transformer, parse_strategy
 from revnet_jax.memory.benchmark_report import as_tables, draw
-from revnet_jax.memory.benchmark_suites import select, suites
+from revnet_jax.memory.benchmark_suites import Suite, select, suites
+from revnet_jax.memory.topology import parse_topology
 from revnet_jax.training import compiler
+from tests.nvidia import needs_compiler
 
 MLP = Mlp(width=16)
 BASIC = ("store", "remat", "reverse")
@@ -149,7 +153,8 @@ def test_tables_leave_out_what_was_not_measured(rows):
 
 def test_the_plot_is_small(rows, tmp_path):
     figure = pytest.importorskip("matplotlib.figure").Figure
-    limit = {"model": "mlp", "axis": "batch", "largest": 8, "examples_per_second": 3.5}
+    limit = {"model": "mlp", "dtype": "float32", "axis": "batch", "largest": 8}
+    limit["examples_per_second"] = 3.5
     limits = [{**limit, "strategy": name} for name in BASIC]
     draw(rows + limits, figure).savefig(tmp_path / "plot.png", dpi=100)
     assert 5_000 < (tmp_path / "plot.png").stat().st_size < 150_000
@@ -166,17 +171,133 @@ def test_suites_can_be_narrowed(tiny_config):
     }
     sizes = {"layers": [2, 4], "batch": [8], "seconds": 1.0, "strategies": ["store"]}
     chosen = select(both["gpu"], models=["mlp"], **sizes)
-    assert [setting[1:] for setting in chosen.settings] == [
-        (2, 8, ("store",), 1.0),
-        (4, 8, ("store",), 1.0),
+    assert [(setting.model.dtype, *setting[1:]) for setting in chosen.settings] == [
+        ("bfloat16", 2, 8, ("store",), 1.0),
+        ("bfloat16", 4, 8, ("store",), 1.0),
+        ("float32", 2, 8, ("store",), 1.0),
+        ("float32", 4, 8, ("store",), 1.0),
     ]
     assert [search.strategies for search in chosen.searches] == [("store",)]
+    assert chosen.minutes == both["gpu"].minutes == 5
     with pytest.raises(UserError, match="got model 'mpl', expected some of mlp, wide_mlp, "):
         select(both["laptop"], models=["mpl"])
     with pytest.raises(UserError, match=r"got strategy 'reverse\+8' for 4 layers"):
         select(both["laptop"], strategies=["store", "reverse+8"])
     with pytest.raises(UserError, match="got 5 layers, expected a multiple of the 2 stages"):
         ConfigModel(tiny_config).program("store", 5, 2)
+
+
+def test_the_gpu_suite_asks_first_whether_gradients_are_exact(tiny_config):
+    """In both dtypes, and all of that within five minutes; then for time and memory."""
+    settings = suites(tiny_config)["gpu"].settings
+    exact, timed = settings[:8], settings[8:]
+    kinds = ["mlp", "transformer", "decoder", "revnet"]
+    dtypes = ["bfloat16"] * 4 + ["float32"] * 4
+    assert [setting.model.name for setting in exact] == 2 * kinds
+    assert [setting.model.dtype for setting in exact] == dtypes
+    assert {setting.strategies for setting in exact} == {("store", "reverse")}
+    assert [setting.model.name for setting in timed] == kinds
+    assert sum(setting.may_take_seconds for setting in exact) < 200
+    # In bfloat16 the sizes are the same, so that rows can be put side by side.
+    assert [s[1:3] for s in timed] == [s[1:3] for s in exact[:4]]
+    assert {s.model.dtype for s in timed} == {"bfloat16"}
+
+
+def test_what_no_longer_fits_is_skipped(capsys, monkeypatch):
+    """By the pace so far: 12 seconds were expected of each, the first took 30."""
+    now = [0.0]
+    taken = {2: 30.0, 3: 1.0, 4: 1.0}
+
+    def measure(setting):
+        now[0] += taken[setting.layers]
+        yield {"layers": setting.layers}
+
+    monkeypatch.setattr(benchmark_suites, "compare", measure)
+    monkeypatch.setattr(benchmark_suites.time, "monotonic", lambda: now[0])
+    settings = [Setting(MLP, n, 8, ("store",), seconds=2) for n in (2, 3)]
+    long = Setting(MLP, 4, 8, BASIC, seconds=2)
+    last = Setting(MLP, 3, 8, ("store",), seconds=2)
+    suite = Suite((settings[0], long, settings[1], last), minutes=1.5)
+    measured = lambda **given: [row["layers"] for row in benchmark_suites.run(suite, **given)]
+    assert measured() == [2, 3, 3]
+    assert capsys.readouterr().err.splitlines() == [
+        "mlp in float32, 2 layers, batch 8: store (may take 12 s)",
+        "skipped: mlp in float32, 4 layers, batch 8: store, remat, reverse "
+        "(may take 80 s, 60 s left of --minutes)",
+        "mlp in float32, 3 layers, batch 8: store (may take 30 s)",
+        "mlp in float32, 3 layers, batch 8: store (may take 16 s)",
+    ]
+    assert measured(minutes=10) == [2, 4, 3, 3]
+    assert measured(minutes=0.1) == []
+
+
+def test_a_setting_that_fails_is_a_row_and_the_next_is_measured(capsys, monkeypatch):
+    def measure(setting):
+        if setting.layers == 2:
+            raise NotImplementedError("Unsupported sequence length Q 65, KV 65.\nand more")
+        yield {"layers": setting.layers}
+
+    monkeypatch.setattr(benchmark_suites, "compare", measure)
+    suite = Suite(tuple(Setting(MLP, n, 8, ("store",), seconds=0) for n in (2, 4)))
+    failed, row = benchmark_suites.run(suite)
+    error = "NotImplementedError: Unsupported sequence length Q 65, KV 65."
+    sizes = {"model": "mlp", "dtype": "float32", "layers": 2, "batch": 8}
+    assert failed == sizes | {"error": error}
+    assert row == {"layers": 4}
+    assert f"failed: mlp in float32, 2 layers, batch 8: store: {error}" in capsys.readouterr().err
+
+
+def test_the_gpu_suite_on_a_cpu(tiny_config):
+    """Tiny sizes of it, in its order: no mismatches, and no error of the gradient."""
+    suite = select(suites(tiny_config)["gpu"], models=["mlp"], layers=[2], batch=[4], seconds=0.01)
+    for setting in suite.settings:
+        assert setting.strategies[:2] == ("store", "reverse")
+    small = [
+        s._replace(
+            model=Mlp(width=16, dtype=s.model.dtype),
+            strategies=[name for name in s.strategies if name != "offload"],  # no CPU has it
+        )
+        for s in suite.settings
+    ]
+    rows = list(benchmark_suites.run(Suite(tuple(small))))
+    assert [(row["dtype"], row["strategy"]) for row in rows][:3] == [
+        ("bfloat16", "store"),
+        ("bfloat16", "reverse"),
+        ("bfloat16", "remat"),
+    ]
+    rebuilt = [row for row in rows if row["strategy"] == "reverse"]
+    assert [row["dtype"] for row in rebuilt] == ["bfloat16", "float32"]
+    assert {(row["mismatches"], row["gradient_error"]) for row in rebuilt} == {(0, 0.0)}
+    assert "| bfloat16" in as_tables(rows)
+
+
+def compiled_for_h100(first, last):
+    """Programs of the suite's settings, and the errors of those that do not compile."""
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.memory.compile_suite", str(first), str(last)],
+        cwd=ROOT,
+        env={**os.environ, **parse_topology("h100:1").environment},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    return len(rows), {row["program"]: row["error"] for row in rows if row["error"]}
+
+
+@needs_compiler
+def test_the_gpu_suite_compiles_for_a_gpu():
+    """Its decoder, the one with cuDNN's attention, in bfloat16."""
+    assert compiled_for_h100(2, 3) == (2, {})
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("first", "last", "num_programs"), [(0, 4, 8), (4, 8, 8), (8, 10, 11), (10, 12, 5)]
+)
+def test_all_of_the_gpu_suite_compiles_for_a_gpu(first, last, num_programs):
+    assert compiled_for_h100(first, last) == (num_programs, {})
 
 
 @pytest.mark.parametrize(
