@@ -2,10 +2,12 @@
 
     python scripts/plan.py --config=configs/digits.py
     python scripts/plan.py --config=configs/cifar10_revnet110.py --topology=v5e:2x2 --plot=plan.png
+    python scripts/plan.py --config=configs/lm_1b.py --topology=4xh100:8 --config.mesh.fsdp=8
     python scripts/plan.py --config=configs/lm_1b.py --scaling=v5e:4x4,v5e:16x16,2xv5e:16x16
 
-Compiles the real step for this machine, or for TPUs that need not be here (scripts/setup.sh tpu).
-That takes seconds to minutes a strategy; the answers are kept in --cache_dir.
+Compiles the real step for this machine, or for GPUs and TPUs that need not be here (extras
+gpu_compiler and tpu of scripts/setup.sh). That takes seconds to minutes a strategy; the answers are
+kept in --cache_dir. docs/planning.md says what the columns are.
 """
 
 import json
@@ -21,7 +23,7 @@ from revnet_jax.memory.topology import parse_topology
 
 CONFIG = configs.define_config_flag()
 TOPOLOGY = flags.DEFINE_string(
-    "topology", "local", "What to compile for: local, v5e:2x4, 4xv5e:16x16."
+    "topology", "local", "What to compile for: local, h100:1, 4xh100:8, v5e:2x4, 4xv5e:16x16."
 )
 SCALING = flags.DEFINE_list(
     "scaling", None, "Topologies, the fewest devices first: compare one strategy on all of them."
