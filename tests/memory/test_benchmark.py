@@ -273,10 +273,12 @@ def test_the_gpu_suite_on_a_cpu(tiny_config):
 
 def compiled_for_h100(first, last):
     """Programs of the suite's settings, and the errors of those that do not compile."""
+    # As the script runs: jax.nn.dot_product_attention promotes dtypes.
+    promotion = {"JAX_NUMPY_DTYPE_PROMOTION": "standard", "JAX_NUMPY_RANK_PROMOTION": "allow"}
     result = subprocess.run(
         [sys.executable, "-m", "tests.memory.compile_suite", str(first), str(last)],
         cwd=ROOT,
-        env={**os.environ, **parse_topology("h100:1").environment},
+        env={**os.environ, **parse_topology("h100:1").environment, **promotion},
         capture_output=True,
         text=True,
     )
