@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from revnet_jax.core import trees
 from revnet_jax.core.couplings import Coupling
+from revnet_jax.core.evaluate import evaluate, isolated_derivative
 from revnet_jax.core.grid import Grid
 
 Streams = tuple[Any, ...]  # one tree of arrays per stream
@@ -31,8 +31,8 @@ class Context(NamedTuple):
 class Layer(Protocol):
     """What a chain needs to run layers forward: all that `store` and `remat` ask for."""
 
-    def forward(self, params: Any, x: Streams, context: Context) -> tuple[Streams, Any, Any]:
-        """Streams in, (streams, auxiliary outputs, residue) out.
+    def forward(self, params: Any, x: Streams, context: Context) -> Forward | tuple:
+        """Streams in, (streams, auxiliary outputs, residue) out: see `Forward`.
 
         residue: what an inverse needs besides the streams, packed as small as can be; None where
           it needs nothing, or there is none.
@@ -40,16 +40,30 @@ class Layer(Protocol):
         ...
 
 
+class Forward(NamedTuple):
+    """What `forward` returns; of a layer of one's own, the first three will do.
+
+    checksum: int32, of all that its branches computed (see `evaluate`).
+    """
+
+    y: Streams
+    aux: Any
+    residue: Any
+    checksum: Any = 0
+
+
 class Rewound(NamedTuple):
     """What `rewind` returns: the layer's input, and the cotangents of everything that went in.
 
     dparams and dshared hold None for leaves that are not floating point.
+    checksum: as the forward pass's, and equal to it where the rewind computed the same.
     """
 
     x: Streams
     dx: Streams
     dparams: Any
     dshared: Any
+    checksum: Any = 0
 
 
 @runtime_checkable
@@ -99,6 +113,25 @@ class HalfStep:
                 "not to read the stream it updates: it could not be evaluated again to undo itself"
             )
 
+    def evaluate(self, params: Any, streams: Sequence[Any], context: Context) -> tuple:
+        """(u, aux, checksum) of its branch: see `evaluate`."""
+
+        def branch(params, reads, context):
+            returned = self.branch(params, *reads, context)
+            return trees.pair(returned, "a branch with has_aux=True", "(u, aux)")
+
+        reads = tuple(streams[i] for i in self.reads)
+        (u, aux), checksum = evaluate(branch, params, reads, context)
+        return u, aux, checksum
+
+    def merge(self, x: Any, u: Any, grid: Grid | None) -> tuple[Any, Any]:
+        """(y, residue) of its coupling."""
+
+        def merge(x, u):
+            return trees.pair(self.coupling.merge(x, u, grid), "a coupling's merge", "(y, residue)")
+
+        return isolated_derivative(merge, x, u)
+
 
 @dataclass(frozen=True)
 class Block:
@@ -116,22 +149,17 @@ class Block:
         if not isinstance(self.grid, Grid | None):
             raise TypeError(f"got grid={self.grid!r}, expected Grid(bits), or None for free floats")
 
-    def forward(self, params: Any, x: Streams, context: Context) -> tuple[Streams, Any, Any]:
-        """x -> (y, aux, residue). Each branch is evaluated once; a residue for each half-step."""
-        streams, aux, residue = list(x), [], []
+    def forward(self, params: Any, x: Streams, context: Context) -> Forward:
+        """x -> (y, aux, residue, ...), the last two by half-step. Evaluates each branch once."""
+        streams, aux, residue, checksum = list(x), [], [], jnp.int32(0)
         for step, step_params in zip(self.half_steps, params, strict=True):
-            # The barrier changes nothing here. Where JAX differentiates this (`store`, `remat`), a
-            # branch's cotangents are summed before they join the stream's, in the order of
-            # `rewind`: so all strategies round alike, and give the same gradient bit for bit.
-            reads = lax.optimization_barrier(tuple(streams[i] for i in step.reads))
-            returned = step.branch(step_params, *reads, context)
-            u, step_aux = trees.pair(returned, "a branch with has_aux=True", "(u, aux)")
+            u, step_aux, step_checksum = step.evaluate(step_params, streams, context)
             i = step.updates
-            merged = step.coupling.merge(streams[i], u, self.grid)
-            streams[i], step_residue = trees.pair(merged, "a coupling's merge", "(y, residue)")
+            streams[i], step_residue = step.merge(streams[i], u, self.grid)
             aux.append(step_aux)
             residue.append(step_residue)
-        return tuple(streams), tuple(aux), tuple(residue)
+            checksum += step_checksum
+        return Forward(tuple(streams), tuple(aux), tuple(residue), checksum)
 
     def inverse(self, params: Any, y: Streams, residue: Any, context: Context) -> Streams:
         """y -> x. Each branch is evaluated once; bit for bit while the grid's range holds.
@@ -142,7 +170,7 @@ class Block:
         residue = (None,) * len(self.half_steps) if residue is None else residue
         steps = zip(self.half_steps, params, residue, strict=True)
         for step, step_params, step_residue in reversed(list(steps)):
-            u, _ = step.branch(step_params, *(streams[i] for i in step.reads), context)
+            u, _, _ = step.evaluate(step_params, streams, context)
             i = step.updates
             streams[i] = step.coupling.unmerge(streams[i], u, step_residue, self.grid)
         return tuple(streams)
@@ -158,34 +186,41 @@ class Block:
         streams, dstreams = list(y), list(dy)
         shared, shared_rest = trees.split(context.shared)
         dparams, dshared = [], jax.tree.map(jnp.zeros_like, shared)
+        checksum = jnp.int32(0)
         steps = zip(self.half_steps, params, daux, residue, strict=True)
         for step, step_params, step_daux, step_residue in reversed(list(steps)):
             step_params, params_rest = trees.split(step_params)
 
-            def branch(params, reads, shared, step=step, params_rest=params_rest):
+            def branch(params, streams, shared, step=step, params_rest=params_rest):
                 full_context = context._replace(shared=trees.join(shared, shared_rest))
-                u, aux = step.branch(trees.join(params, params_rest), *reads, full_context)
-                return u, trees.split(aux)[0]
+                params = trees.join(params, params_rest)
+                u, aux, checksum = step.evaluate(params, streams, full_context)
+                return (u, trees.split(aux)[0]), checksum
 
-            reads = tuple(streams[i] for i in step.reads)
-            (u, _), pullback = jax.vjp(branch, step_params, reads, shared)
+            (u, _), pullback, step_checksum = jax.vjp(
+                branch, step_params, tuple(streams), shared, has_aux=True
+            )
             i = step.updates
             streams[i] = step.coupling.unmerge(streams[i], u, step_residue, self.grid)
-            merge = lambda x, u, step=step: step.coupling.merge(x, u, self.grid)
+            merge = lambda x, u, step=step: step.merge(x, u, self.grid)
             _, pullback_merge, _ = jax.vjp(merge, streams[i], u, has_aux=True)
             dstreams[i], du = pullback_merge(dstreams[i])
             step_dparams, dreads, step_dshared = pullback((du, step_daux))
-            for j, dread in zip(step.reads, dreads, strict=True):
-                dstreams[j] = trees.add(dstreams[j], dread)
+            for j in step.reads:
+                dstreams[j] = trees.add(dstreams[j], dreads[j])
             dparams.append(step_dparams)
             dshared = trees.add(dshared, step_dshared)
-        return Rewound(tuple(streams), tuple(dstreams), tuple(reversed(dparams)), dshared)
+            checksum += step_checksum
+        return Rewound(tuple(streams), tuple(dstreams), tuple(reversed(dparams)), dshared, checksum)
 
 
 def differentiate(
-    forward: Callable[..., tuple[Streams, Any, Any]], params: Any, x: Streams, context: Context
-) -> tuple[Streams, Any, Callable]:
-    """(y, aux, pullback) of a layer's `forward`; the pullback is `jax.vjp`'s.
+    forward: Callable[..., Forward | tuple[Streams, Any, Any]],
+    params: Any,
+    x: Streams,
+    context: Context,
+) -> tuple[Forward, Callable]:
+    """(what a layer's `forward` returns, pullback); the pullback is `jax.vjp`'s.
 
     pullback: `(dy, daux) -> (dparams, dx, dshared)`, None at leaves that are not floating point.
     """
@@ -194,12 +229,14 @@ def differentiate(
 
     def floats_to_floats(params, x, shared):
         full_context = context._replace(shared=trees.join(shared, shared_rest))
-        y, aux, _ = forward(trees.join(params, params_rest), x, full_context)
-        aux, aux_rest = trees.split(aux)
-        return (y, aux), aux_rest
+        found = Forward(*forward(trees.join(params, params_rest), x, full_context))
+        aux, aux_rest = trees.split(found.aux)
+        return (found.y, aux), (aux_rest, found.residue, found.checksum)
 
-    (y, aux), pullback, aux_rest = jax.vjp(floats_to_floats, params, x, shared, has_aux=True)
-    return y, trees.join(aux, aux_rest), pullback
+    (y, aux), pullback, (aux_rest, *others) = jax.vjp(
+        floats_to_floats, params, x, shared, has_aux=True
+    )
+    return Forward(y, trees.join(aux, aux_rest), *others), pullback
 
 
 @dataclass(frozen=True)
@@ -218,11 +255,15 @@ class Invertible:
     undo: Callable[[Any, Streams, Context], Streams]
     has_aux: bool = False
 
-    def forward(self, params: Any, x: Streams, context: Context) -> tuple[Streams, Any, Any]:
-        """x -> (y, aux, None)."""
-        if self.has_aux:
-            return *self.apply(params, x, context), None
-        return self.apply(params, x, context), None, None
+    def forward(self, params: Any, x: Streams, context: Context) -> Forward:
+        """x -> (y, aux, None, ...)."""
+
+        def apply(params, x, context):
+            y = self.apply(params, x, context)
+            return y if self.has_aux else (y, None)
+
+        (y, aux), checksum = evaluate(apply, params, x, context)
+        return Forward(y, aux, None, checksum)
 
     def inverse(self, params: Any, y: Streams, residue: Any, context: Context) -> Streams:
         """y -> x."""
@@ -233,9 +274,9 @@ class Invertible:
     ) -> Rewound:
         """(y, dy) -> x and all cotangents."""
         x = self.undo(params, y, context)
-        *_, pullback = differentiate(self.forward, params, x, context)
+        found, pullback = differentiate(self.forward, params, x, context)
         dparams, dx, dshared = pullback((dy, daux))
-        return Rewound(x, dx, dparams, dshared)
+        return Rewound(x, dx, dparams, dshared, found.checksum)
 
 
 @dataclass(frozen=True)

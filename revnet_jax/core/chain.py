@@ -16,7 +16,6 @@ from revnet_jax.core.grid import snap
 from revnet_jax.core.strategies import STRATEGIES, Backprop, plan_runs, remembering
 from revnet_jax.core.sweep import (
     Update,
-    evaluator,
     forward_keeping,
     loop,
     stack_gradients,
@@ -167,12 +166,10 @@ def sequence_inverse(
         validate.check_block(section, y)
 
         length = validate.depth(section)
-        evaluate = evaluator(length, "reverse")
 
-        def body(y, layer_slice, layer=layer, evaluate=evaluate):
+        def body(y, layer_slice, layer=layer):
             params, data, residue = layer_slice
-            context = Context(shared, data)
-            return evaluate(layer.inverse, params, y, residue, context, witness=y), None
+            return layer.inverse(params, y, residue, Context(shared, data)), None
 
         y, _ = loop(body, y, (section.params_L, section.data_L, residue_L), length, reverse=True)
     return y
@@ -185,14 +182,12 @@ def _on_grid(sections, x):
 def _forward(sections, x, shared, backprop="reverse"):
     auxes, residues = [], []
     for section in sections:
-        alone = section.length == 1
-        layer = remembering(section.layer.forward, backprop, alone=alone)
-        evaluate = evaluator(section.length, backprop)
+        forward = remembering(section.layer.forward, backprop, alone=section.length == 1)
 
         @jax.named_scope("forward")
-        def body(x, layer_slice, layer=layer, evaluate=evaluate):
+        def body(x, layer_slice, forward=forward):
             params, data = layer_slice
-            y, aux, residue = evaluate(layer, params, x, Context(shared, data), witness=x)
+            y, aux, residue, *_ = forward(params, x, Context(shared, data))
             return y, (aux, residue)
 
         x, (aux_L, residue_L) = loop(body, x, (section.params_L, section.data_L), section.length)
@@ -230,18 +225,17 @@ def _swept(runs, sections, x, shared, update, probe):
 
     def forward(params, states, x, shared, probe, not_differentiated):
         sections, full_shared = joined(params, shared, not_differentiated)
-        y, auxes, *kept = forward_keeping(runs, sections, x, full_shared)
+        y, auxes, kepts = forward_keeping(runs, sections, x, full_shared)
         true_x = None if probe is None or runs[0].backprop != "reverse" else x
-        return (y, auxes), (params, states, shared, not_differentiated, kept, true_x)
+        return (y, auxes), (params, states, shared, not_differentiated, kepts, true_x)
 
     def backward(kept, cotangents):
-        params, states, shared, not_differentiated, (kepts, last_reversed), true_x = kept
+        params, states, shared, not_differentiated, kepts, true_x = kept
         sections, shared = joined(params, shared, not_differentiated)
         swept = sweep(
             runs,
             sections,
             kepts,
-            last_reversed,
             (cotangents[0], trees.split(cotangents[1])[0]),
             shared,
             [consumer(*pair) for pair in zip(sections, states, strict=True)],
@@ -249,7 +243,8 @@ def _swept(runs, sections, x, shared, update, probe):
         )
         dprobe = probe and Exactness.probe()
         if true_x is not None:
-            dprobe = compare(swept.x, true_x, swept.max_abs)
+            checksums = kepts.checksum, swept.checksum
+            dprobe = compare(swept.x, true_x, swept.max_abs, checksums)
         dparams = swept.written if update is None else [new[0] for new in swept.written]
         dstates = states if update is None else [new[1] for new in swept.written]
         return dparams, dstates, swept.dx, swept.dshared, dprobe, None

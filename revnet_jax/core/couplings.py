@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from revnet_jax.core import trees
 from revnet_jax.core.grid import Grid, snap
+from revnet_jax.core.isolate import isolate
 from revnet_jax.core.scaling import SCALE_BITS, divide, multiply
 
 
@@ -93,7 +94,9 @@ def affine(bound: float = 2.0) -> Coupling:
                 "affine update needs both"
             )
         raw, shift = _like(u[0], x), _like(u[1], x)
-        scale = jax.tree.map(lambda leaf: jnp.exp2(math.log2(bound) * jnp.tanh(leaf)), raw)
+        # Isolated, because it is to be the same number in both directions.
+        exponential = lambda leaf: jnp.exp2(math.log2(bound) * jnp.tanh(leaf))
+        scale = isolate(lambda raw: jax.tree.map(exponential, raw), raw)
         return (scale if grid is None else Grid(SCALE_BITS).snap(scale)), snap(grid, shift)
 
     def merge(x, u, grid):

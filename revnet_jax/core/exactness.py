@@ -39,11 +39,20 @@ class Exactness(NamedTuple):
         return cls(*(jnp.zeros((), jnp.float32) for _ in cls._fields))
 
 
-def compare(rebuilt: Any, true: Any, max_abs: jax.Array) -> Exactness:
-    """Compares a reconstructed chain input with the true one."""
+def compare(
+    rebuilt: Any, true: Any, max_abs: jax.Array, checksums: tuple[Any, Any] = (0, 0)
+) -> Exactness:
+    """Compares a reconstructed chain input with the true one.
+
+    max_abs: of the streams after the input.
+    checksums: of what branches computed, forward and rewind; one more mismatch where they differ.
+    """
     pairs = list(zip(jax.tree.leaves(rebuilt), jax.tree.leaves(true), strict=True))
     mismatches = [jnp.sum(a != b, dtype=jnp.float32) for a, b in pairs]
     differences = [jnp.max(jnp.abs(a - b)).astype(jnp.float32) for a, b in pairs]
+    forward, rewind = checksums
+    mismatches.append(jnp.asarray(forward != rewind, jnp.float32))
+    max_abs = jnp.maximum(max_abs, largest(rebuilt))
     return Exactness(jnp.sum(jnp.stack(mismatches)), jnp.max(jnp.stack(differences)), max_abs)
 
 

@@ -14,6 +14,7 @@ names `GATHERED` (`jax.ad_checkpoint.checkpoint_name`) none of them keeps.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
@@ -21,10 +22,10 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from revnet_jax.core.evaluate import GATHERED, in_the_open
+
 Backprop = Literal["store", "remat_dots", "remat", "offload", "reverse"]
 STRATEGIES: tuple[Backprop, ...] = get_args(Backprop)
-
-GATHERED = "gathered"  # weights that a branch has gathered from other devices
 
 _LAYER_INPUT = "layer_input"
 
@@ -78,7 +79,8 @@ def remembering(forward: Callable[..., Any], backprop: Backprop, *, alone: bool)
     def named(params, x, context):
         if backprop == "offload":
             x = jax.tree.map(lambda leaf: checkpoint_name(leaf, _LAYER_INPUT), x)
-        return forward(params, x, context)
+        with in_the_open() if backprop == "remat_dots" else contextlib.nullcontext():
+            return forward(params, x, context)
 
     return jax.checkpoint(named, policy=policy, prevent_cse=alone)
 

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import jaxpr_as_fun
 
 from revnet_jax.core import trees
-from revnet_jax.core.block import Context, Streams, differentiate
+from revnet_jax.core.block import Context, Rewound, Streams, differentiate
 from revnet_jax.core.exactness import largest
-from revnet_jax.core.strategies import Backprop, Kept, Run, remembering
+from revnet_jax.core.isolate import isolate
+from revnet_jax.core.strategies import Kept, Run, remembering
 
 Update = Callable[[Any, Any, Any], tuple[Any, Any]]
 
@@ -54,7 +54,7 @@ def update_in_place(params_L: Any, state_L: Any, update: Update) -> Consumer:
         state, floats = _at(written[1], i), trees.split(params)[0]
         # Fused with the writing, reading one stack would come after writing another, for all the
         # compiler knows: on CPU it then copies whole stacks, for every layer.
-        returned = apart(update, dparams, state, floats, witness=dparams)
+        returned = isolate(update, dparams, state, floats)
         new = trees.pair(returned, "update", "(params, state)")
         if jax.tree.structure(new) != jax.tree.structure((floats, state)):
             raise ValueError(
@@ -66,48 +66,60 @@ def update_in_place(params_L: Any, state_L: Any, update: Update) -> Consumer:
     return Consumer((floats_L, state_L), lambda written: trees.join(written[0], rest_L), write)
 
 
+class Kepts(NamedTuple):
+    """What the forward pass keeps for the sweep.
+
+    runs: for each run, stacked, a residue or a pullback of each layer.
+    last_reversed: the output of the last run that reverses, or None.
+    checksum: of all that the branches of reversed layers computed.
+    """
+
+    runs: list[Any]
+    last_reversed: Streams | None
+    checksum: Any
+
+
 def forward_keeping(
     runs: Sequence[Run], sections: Sequence[Any], x: Streams, shared: Any
-) -> tuple[Streams, tuple[Any, ...], list[Any], Streams | None]:
-    """(y, aux_L of each section, what each run keeps, the output of the last run that reverses)."""
+) -> tuple[Streams, tuple[Any, ...], Kepts]:
+    """(y, aux_L of each section, what the sweep needs)."""
     auxes: list[list[Any]] = [[] for _ in sections]
-    kepts, last_reversed = [], None
+    kepts, last_reversed, checksum = [], None, jnp.int32(0)
     for run in runs:
-        x, aux_L, kept_L = _forward_run(run, sections[run.section], x, shared)
+        x, aux_L, kept_L, run_checksum = _forward_run(run, sections[run.section], x, shared)
         auxes[run.section].append(aux_L)
         kepts.append(kept_L)
         if run.backprop == "reverse":
-            last_reversed = x
-    return x, tuple(_joined(parts) for parts in auxes), kepts, last_reversed
+            last_reversed, checksum = x, checksum + run_checksum
+    return x, tuple(_joined(parts) for parts in auxes), Kepts(kepts, last_reversed, checksum)
 
 
 def _forward_run(run, section, x, shared):
-    evaluate = evaluator(run.length, run.backprop)
     remembered = remembering(section.layer.forward, run.backprop, alone=run.length == 1)
-
-    def layer(params, x, context):
-        if run.backprop == "reverse":
-            y, aux, residue = section.layer.forward(params, x, context)
-            return y, (aux, residue)
-        y, aux, pullback = differentiate(remembered, params, x, context)
-        return y, (aux, Kept.of(pullback, (params, context)))
 
     @jax.named_scope("forward")
     def body(carry, _):
-        i, x = carry
+        i, x, checksum = carry
         params, data = _at((section.params_L, section.data_L), i)
-        y, found = evaluate(layer, params, x, Context(shared, data), witness=x)
-        return (i + 1, y), found
+        context = Context(shared, data)
+        # What a reversed layer would need to be stored is computed, as its rewind will compute it,
+        # and dropped.
+        found, pullback = differentiate(remembered, params, x, context)
+        reverses = run.backprop == "reverse"
+        kept = found.residue if reverses else Kept.of(pullback, (params, context))
+        return (i + 1, found.y, checksum + found.checksum), (found.aux, kept)
 
-    (_, y), (aux_L, kept_L) = loop(body, (jnp.int32(run.start), x), None, run.length)
-    return y, aux_L, kept_L
+    start = jnp.int32(run.start), x, jnp.int32(0)
+    (_, y, checksum), (aux_L, kept_L) = loop(body, start, None, run.length)
+    return y, aux_L, kept_L, checksum
 
 
 class Swept(NamedTuple):
     """What the backward sweep returns.
 
     x: the rebuilt input, None unless the first run reverses. written: the consumers', by section.
-    max_abs: the largest |stream| met between reversed layers, or None.
+    max_abs: the largest |stream| that reversed layers returned, or None.
+    checksum: of all that the branches of reversed layers computed in their rewind.
     """
 
     x: Streams | None
@@ -115,13 +127,13 @@ class Swept(NamedTuple):
     written: list[Any]
     dshared: Any
     max_abs: Any
+    checksum: Any
 
 
 def sweep(
     runs: Sequence[Run],
     sections: Sequence[Any],
-    kepts: Sequence[Any],
-    last_reversed: Streams | None,
+    kepts: Kepts,
     cotangents: tuple[Streams, Sequence[Any]],
     shared: Any,
     consumers: Sequence[Consumer],
@@ -133,41 +145,46 @@ def sweep(
     cotangents: dy, and daux_L of each section, None at leaves that are not floating point.
     """
     dx, dauxes = cotangents
-    x, max_abs = None, None
+    x, checksum = None, jnp.int32(0)
+    max_abs = jnp.float32(0) if track_range else None
     dshared = jax.tree.map(jnp.zeros_like, trees.split(shared)[0])
     written = [consumer.start for consumer in consumers]
-    for run, kept_L in reversed(list(zip(runs, kepts, strict=True))):
+    for run, kept_L in reversed(list(zip(runs, kepts.runs, strict=True))):
         if run.backprop == "reverse" and x is None:
-            x, max_abs = last_reversed, largest(last_reversed) if track_range else None
+            x = kepts.last_reversed
         daux_L = jax.tree.map(lambda leaf, run=run: leaf[run.start : run.stop], dauxes[run.section])
-        carry = x, dx, dshared, written[run.section], max_abs
-        x, dx, dshared, written[run.section], max_abs = _sweep_run(
+        carry = x, dx, dshared, written[run.section], max_abs, checksum
+        x, dx, dshared, written[run.section], max_abs, checksum = _sweep_run(
             run, sections[run.section], consumers[run.section], carry, daux_L, kept_L, shared
         )
-    return Swept(x, dx, written, dshared, max_abs)
+    return Swept(x, dx, written, dshared, max_abs, checksum)
 
 
 def _sweep_run(run, section, consumer, carry, daux_L, kept_L, shared):
-    evaluate = evaluator(run.length, run.backprop)
-
     def layer(params, x, dy, daux, kept, context):
         if run.backprop == "reverse":
-            return tuple(section.layer.rewind(params, x, dy, daux, kept, context))
+            return Rewound(*section.layer.rewind(params, x, dy, daux, kept, context))
         dparams, dx, dshared = kept.pullback((params, context))((dy, daux))
-        return x, dx, dparams, dshared
+        return Rewound(x, dx, dparams, dshared)
 
     def body(carry, slices):
-        i, (x, dx, dshared, written, max_abs) = carry
+        i, (x, dx, dshared, written, max_abs, checksum) = carry
         daux, kept = slices
-        params, data = _at((consumer.read(written), section.data_L), i)
-        arguments = params, x, dx, daux, kept, Context(shared, data)
-        with jax.named_scope("rewind" if run.backprop == "reverse" else "backward"):
-            x, dx, dparams, layer_dshared = evaluate(layer, *arguments, witness=dx)
-        if max_abs is not None:
+        if run.backprop == "reverse" and max_abs is not None:
             max_abs = jnp.maximum(max_abs, largest(x))
-        written = consumer.write(written, i, params, dparams)
-        return (i - 1, (x, dx, trees.add(dshared, layer_dshared), written, max_abs)), None
+        params, data = _at((consumer.read(written), section.data_L), i)
+        with jax.named_scope("rewind" if run.backprop == "reverse" else "backward"):
+            found = layer(params, x, dx, daux, kept, Context(shared, data))
+        written = consumer.write(written, i, params, found.dparams)
+        dshared = trees.add(dshared, found.dshared)
+        checksum = checksum + found.checksum
+        return (i - 1, (found.x, found.dx, dshared, written, max_abs, checksum)), None
 
+    if run.length == 1:
+        # As in a loop, nothing is rebuilt before the layer after it has been differentiated: else
+        # a compiler may rebuild all of a sequence first, and hold it.
+        x, dx, *others = carry
+        carry = *isolate(lambda x, dx: (x, dx), x, dx), *others
     start = jnp.int32(run.stop - 1), carry
     (_, carry), _ = loop(body, start, (daux_L, kept_L), run.length, reverse=True)
     return carry
@@ -176,47 +193,11 @@ def _sweep_run(run, section, consumer, carry, daux_L, kept_L, shared):
 def loop(
     body: Callable, carry: Any, xs: Any, length: int, *, reverse: bool = False
 ) -> tuple[Any, Any]:
-    """`lax.scan`, except that a single layer, applied as it is, may change the carry's shapes.
-
-    What it computes is to be evaluated by `evaluator`.
-    """
+    """`lax.scan`, except that a single layer, applied as it is, may change the carry's shapes."""
     if length != 1:
         return lax.scan(body, carry, xs, length, reverse=reverse)
     carry, ys = body(carry, jax.tree.map(lambda leaf: leaf[0], xs))
     return carry, jax.tree.map(lambda leaf: jnp.expand_dims(leaf, 0), ys)
-
-
-def evaluator(length: int, backprop: Backprop) -> Callable:
-    """How a loop's body evaluates its layer."""
-    # A condition would need host memory on both sides.
-    return apart if length == 1 and backprop != "offload" else together
-
-
-def apart(function: Callable, *arguments: Any, witness: Streams) -> Any:
-    """`function(*arguments)`, compiled apart from what is around it.
-
-    A loop's edges keep the compiler from rewriting a layer together with its neighbours, which are
-    others on the way back, and from summing in another order then. Here it is a condition that
-    does so; it always holds, except for a witness that is not a number any more.
-    """
-    # Traced once: two traces of a pullback are not alike.
-    program, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
-    not_a_number = lambda leaf: jnp.full(
-        leaf.shape, jnp.nan if trees.is_inexact(leaf) else 0, leaf.dtype
-    )
-    stream = jnp.ravel(jax.tree.leaves(witness)[0])
-    outputs = lax.cond(
-        jnp.all(stream[:1] <= jnp.inf),
-        jaxpr_as_fun(program),
-        lambda *leaves: [not_a_number(leaf) for leaf in jax.tree.leaves(shapes)],
-        *jax.tree.leaves(arguments),
-    )
-    return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
-
-
-def together(function: Callable, *arguments: Any, witness: Streams) -> Any:
-    """`function(*arguments)`: in a loop, whose edges keep it apart."""
-    return function(*arguments)
 
 
 def _at(tree_L: Any, i: Any) -> Any:

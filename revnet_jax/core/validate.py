@@ -168,16 +168,12 @@ def _one_layer(section, x, shared, depth):
                     "expected the layers of a chain to keep shapes and dtypes: put one that "
                     "changes them into a section of its own"
                 )
-    # A custom gradient cannot see what a branch closes over.
-    closed_over = [
-        trees.describe(value)
-        for value in program.consts
-        if isinstance(value, Tracer) and trees.is_inexact(value)
-    ]
+    # A custom gradient cannot see what a branch closes over, and outlives it.
+    closed_over = [trees.describe(v) for v in program.consts if isinstance(v, Tracer)]
     if closed_over:
         raise ValueError(
             f"a branch closes over traced values ({', '.join(closed_over)}), expected it to close "
             "over constants only: their gradient would be lost. Pass them through the chain's "
-            "`shared`"
+            "`shared`, or `data_L` where each layer has its own"
         )
     return y

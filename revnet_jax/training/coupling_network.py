@@ -160,7 +160,7 @@ class CouplingNetwork:
             params = self.init(key)["chain"]
             x_BHWC = jnp.zeros((8, *self.image_shape[:2], self.channels), jnp.float32)
             params, data = jax.tree.map(lambda leaf: leaf[0], (params, self._data(key, 8)))
-            y, _, residue = self.row.layer.forward(
+            y, _, residue, *_ = self.row.layer.forward(
                 params, self.streams(x_BHWC), Context(None, data)
             )
             return y, residue

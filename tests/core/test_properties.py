@@ -170,8 +170,11 @@ def network_loss(params_L, x, shared, probe, section, network, backprop):
         backprop=backprop,
         probe=probe,
     )
-    leaves = [leaf / network.amplitude() for leaf in jax.tree.leaves(y)]
-    return sum((jnp.sum(jnp.sin(leaf * (i + 1))) for i, leaf in enumerate(leaves)), start=0.0)
+    # Linear, so that the chain's cotangents are the same bits whatever the loss is fused with.
+    rng = np.random.default_rng(network.seed + 2)
+    weights = [rng.normal(size=leaf.shape) / network.amplitude() for leaf in jax.tree.leaves(y)]
+    pairs = zip(weights, jax.tree.leaves(y), strict=True)
+    return sum((jnp.sum(jnp.asarray(w, leaf.dtype) * leaf) for w, leaf in pairs), start=0.0)
 
 
 every_coupling = pytest.mark.parametrize("coupling", ROOM)
@@ -202,14 +205,17 @@ def test_the_inverse_of_forward_is_the_input_bit_for_bit(coupling, data):
 @hypothesis.given(data=st.data())
 @examples(3)
 def test_the_gradient_of_reverse_is_that_of_store(coupling, data):
-    """In float64, with branches of any dtype; what it rebuilds on the way is the input."""
+    """Bit for bit, with branches of any dtype; what it rebuilds on the way is the input."""
     network = data.draw(networks(coupling))
     network = network._replace(dtype=jnp.float64, most=1024.0)  # float16 has cotangents to hold
     with jax.enable_x64(True):
         section, x = network.section(), network.input()
         grad = jax.value_and_grad(network_loss, (0, 1, 2, 3))
-        both = toy.jit(
-            lambda *args: [grad(*args, section, network, b) for b in ("store", "reverse")]
+        both = jax.jit(
+            lambda *args: [grad(*args, section, network, b) for b in ("store", "reverse")],
+            # Without any optimization one function narrows float64 to float16 in one rounding and
+            # an equal one in two.
+            compiler_options={"xla_backend_optimization_level": 1},
         )
         args = section.params_L, x, jnp.float64(0.75), Exactness.probe()
         (true_value, (*true_grads, _)), (value, (*grads, exactness)) = both(*args)
@@ -220,7 +226,7 @@ def test_the_gradient_of_reverse_is_that_of_store(coupling, data):
         for got, expected in zip(grads, true_grads, strict=True):
             got, expected = flat(got), flat(expected)
             assert 0 < np.linalg.norm(expected) < np.inf
-            assert np.linalg.norm(got - expected) <= 1e-9 * np.linalg.norm(expected)
+            np.testing.assert_array_equal(got, expected)
 
 
 class Product(NamedTuple):

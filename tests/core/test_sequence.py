@@ -237,9 +237,9 @@ def temporary_bytes(num_sections, depth, *, one_sequence):
 
 @pytest.mark.parametrize("depth", [1, 4])
 def test_memory_of_a_sequence_does_not_depend_on_how_many_sections_it_has(depth):
-    """But for the counters of their loops."""
+    """But for a loop's counters and pointers, and a checksum of its rows: of a stream, 1/32."""
     few, many = (temporary_bytes(n, depth, one_sequence=True) for n in (3, 7))
-    assert abs(many - few) <= 0.01 * few
+    assert abs(many - few) / 4 <= 0.05 * STREAM_BYTES
 
 
 @pytest.mark.parametrize("depth", [1, 4])
@@ -249,7 +249,7 @@ def test_chains_one_after_the_other_keep_a_pair_of_streams_each(depth):
     per_chain = (many - few) / 4
     assert per_chain >= 2 * STREAM_BYTES
     if depth > 1:
-        assert per_chain == pytest.approx(2 * STREAM_BYTES, rel=0.02)
+        assert per_chain == pytest.approx(2 * STREAM_BYTES, rel=0.03)  # and a checksum of its rows
 
 
 def double(params, x, context):

@@ -1,0 +1,145 @@
+"""One program for a branch: the only way in which a branch is evaluated, and differentiated.
+
+In a forward loop, in a rewind and under `store` a compiler would fuse a branch with other
+neighbours each time, keep other intermediates of it, and so round in other ways: on GPUs every
+element of a rebuilt input differs. So wherever a gradient is wanted, the same isolated program
+computes a branch's outputs *and* what its linearization needs; the linearization is isolated, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+from jax.interpreters import partial_eval as pe
+
+from revnet_jax.core import trees
+from revnet_jax.core.isolate import call_witnessed, isolate
+
+GATHERED = "gathered"  # the name of weights that a branch has gathered from other devices
+_in_the_open = contextvars.ContextVar("in_the_open", default=False)
+
+
+@contextlib.contextmanager
+def in_the_open() -> Iterator[None]:
+    """Branches traced in here are not isolated: for policies that have to see what is in them."""
+    token = _in_the_open.set(True)
+    try:
+        yield
+    finally:
+        _in_the_open.reset(token)
+
+
+def evaluate(function: Callable[..., Any], *arguments: Any) -> tuple[Any, jax.Array]:
+    """`(function(*arguments), checksum)`: trees of arrays, differentiated in floating-point leaves.
+
+    checksum: int32, equal wherever the same function was evaluated on the same bits: of its outputs
+      and, if it is differentiated, of the intermediates that its derivative needs.
+
+    Cost: where it is differentiated, all those intermediates are written, once, even if nobody
+    keeps them. Derivatives of any order, `vmap` and `jax.checkpoint` work as without.
+    """
+    if _in_the_open.get():
+        return function(*arguments), jnp.int32(0)
+    return _evaluate(function, arguments, call_witnessed)
+
+
+def isolated_derivative(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)` of elementwise arithmetic, whose derivative alone is isolated."""
+    run = lambda program, leaves: (jaxpr_as_fun(program)(*leaves), jnp.int32(0))
+    return _evaluate(function, arguments, run)[0]
+
+
+def _evaluate(function, arguments, run_program):
+    leaves, structure = jax.tree.flatten(arguments)
+    is_float = [trees.is_inexact(leaf) for leaf in leaves]
+    floats = [leaf for leaf, is_it in zip(leaves, is_float, strict=True) if is_it]
+    others = [leaf for leaf, is_it in zip(leaves, is_float, strict=True) if not is_it]
+
+    def called(floats, others):
+        floats, others = iter(floats), iter(others)
+        leaves = [next(floats if is_it else others) for is_it in is_float]
+        return function(*structure.unflatten(leaves))
+
+    @jax.custom_jvp
+    def run(floats, others):
+        program, shapes = jax.make_jaxpr(called, return_shape=True)(floats, others)
+        outputs, checksum = run_program(program, [*floats, *others])
+        return jax.tree.unflatten(jax.tree.structure(shapes), outputs), checksum
+
+    def run_jvp(primals, tangents):
+        moves = [not isinstance(tangent, SymbolicZero) for tangent in tangents[0]]
+        moving = [t for t, does in zip(tangents[0], moves, strict=True) if does]
+        (outputs, other_outputs), tangent_map, checksum = _linearize(
+            called, *primals, moves, run_program
+        )
+        output_tangents = isolate(lambda f, moving: f(*moving), tangent_map, moving)
+        no_tangent = lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0)
+        no_tangents = jax.tree.map(no_tangent, other_outputs)
+        outputs = trees.join(outputs, other_outputs), checksum
+        return outputs, (trees.join(output_tangents, no_tangents), no_tangent(checksum))
+
+    run.defjvp(run_jvp, symbolic_zeros=True)
+    return run(floats, others)
+
+
+def _linearize(called, floats, others, moves, run_program):
+    """(outputs: floats and others, the linear map from tangents of what moves, checksum)."""
+
+    def linearized(floats, others):
+        def of_moving(*moving):
+            moving = iter(moving)
+            pairs = zip(floats, moves, strict=True)
+            full = [next(moving) if does else leaf for leaf, does in pairs]
+            return trees.split(called(full, others))
+
+        moving = [leaf for leaf, does in zip(floats, moves, strict=True) if does]
+        outputs, tangent_map, other_outputs = jax.linearize(of_moving, *moving, has_aux=True)
+        return (outputs, other_outputs), tangent_map
+
+    program, shapes = jax.make_jaxpr(linearized, return_shape=True)(floats, others)
+    num_outputs = len(jax.tree.leaves(shapes[0]))
+    arguments, program = _gather_first([*floats, *others], program)
+    # What the derivative needs of its arguments is at hand; the program returns all else.
+    at_hand = dict(zip(program.jaxpr.invars, arguments, strict=True))
+    variables = program.jaxpr.outvars
+    is_there = [
+        i >= num_outputs and not isinstance(v, Literal) and v in at_hand
+        for i, v in enumerate(variables)
+    ]
+    missing = [v for v, there in zip(variables, is_there, strict=True) if not there]
+    jaxpr = program.jaxpr.replace(outvars=missing)
+    computed, checksum = run_program(ClosedJaxpr(jaxpr, program.consts), arguments)
+    computed = iter(computed)
+    results = [
+        at_hand[v] if there else next(computed)
+        for v, there in zip(variables, is_there, strict=True)
+    ]
+    return *jax.tree.unflatten(jax.tree.structure(shapes), results), checksum
+
+
+def _gather_first(arguments, program):
+    """The program as one of gathered weights, too, which are computed here: (arguments, program).
+
+    So they are among what is at hand: `store` gathers them again rather than keep them.
+    """
+    jaxpr = program.jaxpr
+    is_gather = lambda e: e.primitive.name == "name" and e.params["name"] == GATHERED
+    gathered = [v for e in jaxpr.eqns if is_gather(e) for v in e.outvars]
+    if not gathered:
+        return arguments, program
+    before, used = pe.dce_jaxpr(jaxpr.replace(outvars=gathered), [True] * len(gathered))
+    inputs = [a for a, is_used in zip(arguments, used, strict=True) if is_used]
+    values = jaxpr_as_fun(ClosedJaxpr(before, program.consts))(*inputs)
+    after = jaxpr.replace(
+        invars=[*gathered, *jaxpr.invars], eqns=[e for e in jaxpr.eqns if not is_gather(e)]
+    )
+    after, _ = pe.dce_jaxpr(after, [True] * len(after.outvars), instantiate=True)
+    return [*values, *arguments], ClosedJaxpr(after, program.consts)
