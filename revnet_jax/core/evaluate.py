@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ _in_the_open = contextvars.ContextVar("in_the_open", default=False)
 
 
 @contextlib.contextmanager
-def in_the_open() -> Iterator[None]:
+def in_the_open() -> Generator[None]:
     """Branches traced in here are not isolated: for policies that have to see what is in them."""
     token = _in_the_open.set(True)
     try:

@@ -26,7 +26,7 @@ def lines():
     config = image_classification()
     sizes = {"batch_size": 32, "model.units": (1,), "model.channels": (8, 8)}
     config.update_from_flattened_dict(sizes)
-    return timelines(config, 3)
+    return timelines(config, 6)  # of three, what one branch computes is more than remat keeps
 
 
 def followed_chain(backprop):
@@ -63,9 +63,9 @@ def test_what_is_kept_fills_up_layer_by_layer_and_empties_again(backprop, stream
     assert max(live) == pytest.approx(compiled_bytes, rel=0.1)
     kept = streams_a_layer * LAYERS * STREAM_BYTES
     assert live[turn] == pytest.approx(kept, abs=4 * STREAM_BYTES)
-    # Two points that a layer's turn of the loop lies between, both ways.
+    # Two points that a layer's turn of the loop lies between, both ways, and a branch at work.
     half_way = live[turn // 2], live[turn + (len(live) - turn) // 2]
-    assert half_way == pytest.approx((kept / 2, kept / 2), abs=5 * STREAM_BYTES)
+    assert half_way == pytest.approx((kept / 2, kept / 2), abs=6 * STREAM_BYTES)
     # As it is allocated it is there all the time.
     assert found.allocated_bytes[turn // 2] >= kept
     assert np.all(live <= found.allocated_bytes)

@@ -1,0 +1,111 @@
+"""A branch is the same compiled program forward and in its rewind, on devices that are not there."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from revnet_jax.memory.same_program import isolated_parts, not_found
+from revnet_jax.memory.topology import parse_topology
+from tests.nvidia import needs_compiler
+
+CHAINS = ("mlp", "affine", "bdia", "symplectic", "three streams", "invertible", "single layers")
+TRANSFORMERS = (
+    "decoder",
+    "decoder, chunked",
+    "decoder, dropout",
+    "decoder, experts",
+    "RevViT",
+)
+TEXT = """
+%sum (a: f32[], b: f32[]) -> f32[] {{
+  %b = f32[] parameter(1)
+  %a = f32[] parameter(0)
+  ROOT %add = f32[] add({reducer})
+}}
+
+%fused (x: f32[4,8]) -> f32[4] {{
+  %x = f32[4,8]{{1,0}} parameter(0)
+  %{squared} = f32[4,8]{{1,0}} {function}(%x, %x)
+  %zero = f32[] constant(0)
+  ROOT %reduce = f32[4]{{0}} reduce(%{squared}, %zero), dimensions={{1}}, to_apply=%sum
+}}
+
+ENTRY %main (x: f32[4,8]) -> f32[4] {{
+  %x = f32[4,8]{{1,0:S({space})}} parameter(0)
+  %merge = f32[4,8]{{1,0}} add(%x, %x), metadata={{op_name="jit(f)/{scope}/add"}}
+  ROOT %f = f32[4]{{0}} fusion(%x), kind=kLoop, calls=%fused, metadata={{op_name="jit(f)/{scope}/jvp()/isolated/sum"}}
+}}
+"""
+
+
+def parts(scope="forward", *, reducer="%a, %b", squared="y", function="multiply", space=0):
+    text = TEXT.format(
+        scope=scope, reducer=reducer, squared=squared, function=function, space=space
+    )
+    return isolated_parts(text, scope)
+
+
+def test_what_is_isolated_is_found_by_its_scope():
+    assert [part.name for part in parts()] == ["f"]
+    assert isolated_parts(TEXT.format(
+        scope="head", reducer="", squared="y", function="add", space=0
+    ), "forward") == []  # fmt: skip
+
+
+def test_names_orders_and_memories_make_no_difference_but_arithmetic_does():
+    these = parts()
+    assert not_found(these, parts("rewind", reducer="%b, %a", squared="z", space=1)) == []
+    assert not_found(these, parts("rewind", function="maximum")) == these
+    assert not_found(these * 2, parts("rewind")) == these  # as often as it is there
+
+
+def differences(topology, names, python=sys.executable):
+    result = subprocess.run(
+        [python, "-m", "tests.memory.isolated_programs", topology, *names],
+        env={**os.environ, **parse_topology(topology).environment},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [each["name"] for each in found] == [name for name in names if name != "--fused"]
+    return found
+
+
+def check(found, keys):
+    for each in found:
+        assert each["rewind"] > each["parts"] >= 2  # there is something to compare
+        for key in keys:
+            assert each[key] == [], (each["name"], key)
+
+
+@needs_compiler
+@pytest.mark.parametrize("names", [CHAINS[:3], CHAINS[3:6], CHAINS[6:], TRANSFORMERS, ("RevNet",)])
+def test_on_an_h100_nothing_differs(names):
+    """Forward, rewind, all of `store` and mixtures: so gradients are equal bit for bit."""
+    check(differences("h100:1", names), ("forward", "store", "mixture"))
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["RevNet-38", "i-RevNet"])
+def test_on_an_h100_nothing_differs_in_large_convolutional_networks(name):
+    check(differences("h100:1", [name]), ("forward", "store", "mixture"))
+
+
+@needs_compiler
+def test_without_barriers_it_would():
+    (found,) = differences("h100:1", ["--fused", "mlp"])
+    assert found["forward"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no TPU compiler")
+@pytest.mark.parametrize("name", [*CHAINS, *TRANSFORMERS, "RevNet"])
+def test_on_a_v5e_rewinds_do_not_differ(name):
+    """Nor does a mixture's. `store` may lay out in another way what it stacks."""
+    check(differences("v5e:1x1", [name]), ("forward", "mixture"))
