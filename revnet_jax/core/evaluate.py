@@ -15,13 +15,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+from jax.custom_derivatives import SymbolicZero, zero_from_primal
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.interpreters import partial_eval as pe
 
 from revnet_jax.core import trees
-from revnet_jax.core.isolate import call_witnessed, isolate
+from revnet_jax.core.isolate import call_witnessed, depending_on, isolate
 
 GATHERED = "gathered"  # the name of weights that a branch has gathered from other devices
 _in_the_open = contextvars.ContextVar("in_the_open", default=False)
@@ -77,21 +76,23 @@ def _evaluate(function, arguments, run_program):
     def run_jvp(primals, tangents):
         moves = [not isinstance(tangent, SymbolicZero) for tangent in tangents[0]]
         moving = [t for t, does in zip(tangents[0], moves, strict=True) if does]
-        (outputs, other_outputs), tangent_map, checksum = _linearize(
+        (floats, others), needed, linear_map, checksum = _linearize(
             called, *primals, moves, run_program
         )
-        output_tangents = isolate(lambda f, moving: f(*moving), tangent_map, moving)
-        no_tangent = lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0)
-        no_tangents = jax.tree.map(no_tangent, other_outputs)
-        outputs = trees.join(outputs, other_outputs), checksum
-        return outputs, (trees.join(output_tangents, no_tangents), no_tangent(checksum))
+        output_tangents = isolate(linear_map, needed, moving)
+        no_tangents = zero_from_primal((others, checksum))
+        outputs = trees.join(floats, others), checksum
+        return outputs, (trees.join(output_tangents, no_tangents[0]), no_tangents[1])
 
     run.defjvp(run_jvp, symbolic_zeros=True)
     return run(floats, others)
 
 
 def _linearize(called, floats, others, moves, run_program):
-    """(outputs: floats and others, the linear map from tangents of what moves, checksum)."""
+    """(outputs: floats and others, what their derivative needs, the derivative, checksum).
+
+    The derivative is `(needed, tangents of what moves) -> tangents of the floats`.
+    """
 
     def linearized(floats, others):
         def of_moving(*moving):
@@ -101,28 +102,34 @@ def _linearize(called, floats, others, moves, run_program):
             return trees.split(called(full, others))
 
         moving = [leaf for leaf, does in zip(floats, moves, strict=True) if does]
-        outputs, tangent_map, other_outputs = jax.linearize(of_moving, *moving, has_aux=True)
-        return (outputs, other_outputs), tangent_map
+        outputs, linear_map, other_outputs = jax.linearize(of_moving, *moving, has_aux=True)
+        return (outputs, other_outputs), linear_map
 
     program, shapes = jax.make_jaxpr(linearized, return_shape=True)(floats, others)
     num_outputs = len(jax.tree.leaves(shapes[0]))
     arguments, program = _gather_first([*floats, *others], program)
-    # What the derivative needs of its arguments is at hand; the program returns all else.
+    outputs, needed = program.jaxpr.outvars[:num_outputs], program.jaxpr.outvars[num_outputs:]
+    # Of what the derivative needs, arguments are at hand, and constants (a table of positions, a
+    # mask, zeros) are made again where they are used; the program returns the rest.
     at_hand = dict(zip(program.jaxpr.invars, arguments, strict=True))
-    variables = program.jaxpr.outvars
-    is_there = [
-        i >= num_outputs and not isinstance(v, Literal) and v in at_hand
-        for i, v in enumerate(variables)
-    ]
-    missing = [v for v, there in zip(variables, is_there, strict=True) if not there]
-    jaxpr = program.jaxpr.replace(outvars=missing)
-    computed, checksum = run_program(ClosedJaxpr(jaxpr, program.consts), arguments)
-    computed = iter(computed)
-    results = [
-        at_hand[v] if there else next(computed)
-        for v, there in zip(variables, is_there, strict=True)
-    ]
-    return *jax.tree.unflatten(jax.tree.structure(shapes), results), checksum
+    is_variable = depending_on(at_hand, program.jaxpr)
+    computed = [v for v in needed if is_variable(v) and v not in at_hand]
+    constants = [v for v in needed if not is_variable(v)]
+    only = lambda variables: program.jaxpr.replace(outvars=variables)
+    results, checksum = run_program(
+        ClosedJaxpr(only([*outputs, *computed]), program.consts), arguments
+    )
+    at_hand |= zip(computed, results[num_outputs:], strict=True)
+    make_constants, _ = pe.dce_jaxpr(only(constants), True)
+
+    def linear_map(at_hand, moving):
+        made = iter(jaxpr_as_fun(ClosedJaxpr(make_constants, program.consts))())
+        there = iter(at_hand)
+        leaves = [next(there if is_variable(v) else made) for v in needed]
+        return jax.tree.unflatten(jax.tree.structure(shapes[1]), leaves)(*moving)
+
+    outputs = jax.tree.unflatten(jax.tree.structure(shapes[0]), results[:num_outputs])
+    return outputs, [at_hand[v] for v in needed if is_variable(v)], linear_map, checksum
 
 
 def _gather_first(arguments, program):

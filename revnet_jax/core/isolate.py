@@ -8,14 +8,14 @@ edges, and where `witnessed`, all that it returns is computed whoever reads it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import ShapedArray
-from jax.extend.core import ClosedJaxpr, Literal, Primitive, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
 
@@ -42,6 +42,15 @@ def call_witnessed(program: ClosedJaxpr, arguments: Sequence[Any]) -> tuple[list
     arguments, program = _without_constants(arguments, program)
     *outputs, checksum = _call_p.bind(*arguments, program=program, witnessed=True)
     return outputs, checksum
+
+
+def depending_on(variables: Iterable[Any], jaxpr: Any) -> Callable[[Any], bool]:
+    """Whether a variable of a jaxpr is among these, or computed from them; no literal is."""
+    found = set(map(id, variables))  # literals have no hash
+    for equation in jaxpr.eqns:
+        if any(id(variable) in found for variable in equation.invars):
+            found.update(map(id, equation.outvars))
+    return lambda variable: id(variable) in found
 
 
 def _without_constants(arguments, program):
@@ -176,18 +185,14 @@ def _transpose(cotangents, *arguments, program, witnessed):
 
 def _batch(axis, arguments, places, *, program, witnessed):
     """What depends on nothing that is batched, weights in another dtype, stays as it is."""
-    depends = {v for v, i in zip(program.jaxpr.invars, places, strict=True) if i is not None}
-    for equation in program.jaxpr.eqns:
-        if any(v in depends for v in equation.invars if not isinstance(v, Literal)):
-            depends.update(equation.outvars)
-    out_places = [
-        0 if not isinstance(v, Literal) and v in depends else None for v in program.jaxpr.outvars
-    ]
+    batched = {v for v, i in zip(program.jaxpr.invars, places, strict=True) if i is not None}
+    is_batched = depending_on(batched, program.jaxpr)
+    out_places = [0 if is_batched(v) else None for v in program.jaxpr.outvars]
     mapped = jax.vmap(
         jaxpr_as_fun(program), places, out_places, axis_name=axis.name, axis_size=axis.size
     )
-    batched = jax.make_jaxpr(mapped)(*arguments)
-    outputs = _call_p.bind(*arguments, program=batched, witnessed=witnessed)
+    program = jax.make_jaxpr(mapped)(*arguments)
+    outputs = _call_p.bind(*arguments, program=program, witnessed=witnessed)
     return outputs, out_places + [None] * witnessed
 
 

@@ -33,7 +33,7 @@ _NOISE = (
 
 
 class Part(NamedTuple):
-    """An instruction of an isolated program as it was compiled: a fusion, a product, a library call.
+    """An instruction of an isolated program as it was compiled: a fusion, a product, a call.
 
     name, op_name: as the text has them. program: all that is computed in it, names left out.
     """

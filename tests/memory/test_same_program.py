@@ -1,4 +1,4 @@
-"""A branch is the same compiled program forward and in its rewind, on devices that are not there."""
+"""A branch is the same compiled program forward and in its rewind, for absent devices."""
 
 import importlib.util
 import json
@@ -37,30 +37,36 @@ TEXT = """
 ENTRY %main (x: f32[4,8]) -> f32[4] {{
   %x = f32[4,8]{{1,0:S({space})}} parameter(0)
   %merge = f32[4,8]{{1,0}} add(%x, %x), metadata={{op_name="jit(f)/{scope}/add"}}
-  ROOT %f = f32[4]{{0}} fusion(%x), kind=kLoop, calls=%fused, metadata={{op_name="jit(f)/{scope}/jvp()/isolated/sum"}}
+  ROOT %f = f32[4]{{0}} fusion(%x), kind=kLoop, calls=%fused, metadata={{op_name="{op_name}"}}
 }}
 """
 
 
 def parts(scope="forward", *, reducer="%a, %b", squared="y", function="multiply", space=0):
     text = TEXT.format(
-        scope=scope, reducer=reducer, squared=squared, function=function, space=space
+        scope=scope,
+        op_name=f"jit(f)/{scope}/jvp()/isolated/sum",
+        reducer=reducer,
+        squared=squared,
+        function=function,
+        space=space,
     )
-    return isolated_parts(text, scope)
+    return isolated_parts(text, "forward"), isolated_parts(text, "rewind")
 
 
 def test_what_is_isolated_is_found_by_its_scope():
-    assert [part.name for part in parts()] == ["f"]
-    assert isolated_parts(TEXT.format(
-        scope="head", reducer="", squared="y", function="add", space=0
-    ), "forward") == []  # fmt: skip
+    for scope, places in (("forward", ["f"]), ("head", [])):
+        forward, rewind = parts(scope)
+        assert [part.name for part in forward] == places
+        assert rewind == []
 
 
 def test_names_orders_and_memories_make_no_difference_but_arithmetic_does():
-    these = parts()
-    assert not_found(these, parts("rewind", reducer="%b, %a", squared="z", space=1)) == []
-    assert not_found(these, parts("rewind", function="maximum")) == these
-    assert not_found(these * 2, parts("rewind")) == these  # as often as it is there
+    these, _ = parts()
+    in_rewind = lambda **changes: parts("rewind", **changes)[1]
+    assert not_found(these, in_rewind(reducer="%b, %a", squared="z", space=1)) == []
+    assert not_found(these, in_rewind(function="maximum")) == these
+    assert not_found(these * 2, in_rewind()) == these  # as often as it is there
 
 
 def differences(topology, names, python=sys.executable):
