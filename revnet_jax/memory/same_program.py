@@ -6,9 +6,10 @@ the names that JAX gave to operations, and with them the scopes that they were t
 
 from __future__ import annotations
 
-import math
+import hashlib
+import itertools
 import re
-from collections import defaultdict
+from collections import Counter
 from functools import cache
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from revnet_jax.core.isolate import SCOPE
 
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (?:\(.*?\)|\S+) ([\w\-]+)\(")
+_NAME = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%([\w.\-]+)")
 # What computes nothing; and what is said of where an instruction came from, when it runs, and in
@@ -35,7 +37,8 @@ _NOISE = (
 class Part(NamedTuple):
     """An instruction of an isolated program as it was compiled: a fusion, a product, a call.
 
-    name, op_name: as the text has them. program: all that is computed in it, names left out.
+    name, op_name: as the text has them. program: a digest of all that is computed in it, whatever
+      its parts are called and in whatever order they are printed.
     """
 
     name: str
@@ -51,30 +54,34 @@ def isolated_parts(text: str, scope: str) -> list[Part]:
     computations = _computations(text)
 
     @cache
-    def normal(name: str) -> str:
-        names: dict[str, str] = {}
-        lines = sorted(computations[name][1:], key=_parameters_first)
-        return "\n".join(_normal(line, names, normal) for line in lines)
+    def computed(name: str) -> str:
+        """A digest of a computation: of its root, and so of what the root is computed from."""
+        lines = {found[1]: line for line in computations[name] if (found := _NAME.match(line))}
+
+        @cache
+        def value(name: str) -> str:
+            return _digest(lines[name], value, computed)
+
+        (root,) = (name for name, line in lines.items() if line.lstrip().startswith("ROOT "))
+        return value(root)
 
     inside = {name for lines in computations.values() for line in lines for name in _fused(line)}
     parts = []
-    for name, lines in computations.items():
-        if name in inside:
+    for line in itertools.chain(*(lines for n, lines in computations.items() if n not in inside)):
+        found, op_name = _INSTRUCTION.match(line), _OP_NAME.search(line)
+        if not found or not op_name or found[2] in _NOT_COMPUTED:
             continue
-        for line in lines:
-            found, op_name = _INSTRUCTION.match(line), _OP_NAME.search(line)
-            if not found or not op_name or found[2] in _NOT_COMPUTED:
-                continue
-            if f"/{SCOPE}" in op_name[1] and re.search(rf"(^|[/(]){scope}[)/]", op_name[1]):
-                parts.append(Part(found[1], op_name[1], _normal(line, {}, normal)))
+        if f"/{SCOPE}" in op_name[1] and re.search(rf"(^|[/(]){scope}[)/]", op_name[1]):
+            # From which arrays it is computed is not part of it; but if they are the same ones is.
+            operands: dict[str, str] = {}
+            value = lambda name, seen=operands: seen.setdefault(name, f"operand {len(seen)}")
+            parts.append(Part(found[1], op_name[1], _digest(line, value, computed)))
     return parts
 
 
 def not_found(these: list[Part], those: list[Part]) -> list[Part]:
     """The parts among these that have no equal among those: they may round in another way."""
-    left = defaultdict(int)
-    for part in those:
-        left[part.program] += 1
+    left = Counter(part.program for part in those)
     missing = []
     for part in these:
         left[part.program] -= 1
@@ -89,7 +96,7 @@ def _computations(text):
     for line in text.splitlines():
         if (header := _HEADER.match(line)) and line.endswith("{"):
             lines = computations.setdefault(header[1], [])
-        if line.strip() != "}":
+        else:
             lines.append(line)
     return computations
 
@@ -100,19 +107,14 @@ def _fused(line):
     return [] if runs_others else _CALLED.findall(line)
 
 
-def _parameters_first(line):
-    """The order in which they are printed varies; a sort keeps that of all else."""
-    found = re.search(r" parameter\((\d+)\)", line)
-    return int(found[1]) if found else math.inf
-
-
-def _normal(line, names, normal):
+def _digest(line, value, computed):
+    """Of an instruction; value: the digest of an operand; computed: of a computation it calls."""
     called = _CALLED.findall(line)
     for noise in _NOISE:
         line = re.sub(noise, "", line)
-    line = _CALLED.sub("", line)
-    line = re.sub(r"%[\w.\-]+", lambda match: names.setdefault(match[0], f"v{len(names)}"), line)
+    _, _, line = _CALLED.sub("", line).partition(" = ")
+    line = re.sub(r"%([\w.\-]+)", lambda match: value(match[1]), line)
     # a + b is b + a, to the bit.
     in_order = lambda match: f"{match[1]}({', '.join(sorted(match[2].split(', ')))})"
     line = re.sub(r"\b(add|multiply|maximum|minimum)\(([^()]*)\)", in_order, line)
-    return "\n".join([line.strip().removeprefix("ROOT "), *map(normal, called)])
+    return hashlib.sha256("\n".join([line, *map(computed, called)]).encode()).hexdigest()[:16]
