@@ -1,0 +1,125 @@
+"""A branch is one program wherever it is evaluated: what follows, and what it must not cost."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from revnet_jax.core import Exactness, chain, reversible_block
+from tests.core import toy
+
+WIDTH, ROWS = 8, 4
+# Layers and what else a chain is told: runs of one layer, alone or in a mixture, and of several.
+RUNS = [(4, {}), (1, {}), (4, {"stored_layers": 1}), (4, {"stored_layers": 3})]
+RUNS += [(1, {"backprop": "store"}), (1, {"backprop": "remat"})]
+
+
+def branch(params, x, context):
+    return jnp.tanh(x @ params)
+
+
+BLOCK = reversible_block(branch, branch)
+
+
+def params_L(layers):
+    keys = jax.random.split(jax.random.key(0))
+    return tuple(jax.random.normal(key, (layers, WIDTH, WIDTH)) / 3 for key in keys)
+
+
+def loss(params_L, x, **settings):
+    y, _ = chain(BLOCK, params_L, x, **settings)
+    return jnp.mean(y[0] ** 2) + jnp.mean(y[1])
+
+
+@pytest.mark.parametrize(("layers", "settings"), RUNS)
+def test_examples_stay_independent(layers, settings):
+    """One that is not a number, and masked out of the loss, spoils no other's gradient."""
+    x = (jnp.ones((ROWS, WIDTH)).at[0].set(jnp.nan), jnp.ones((ROWS, WIDTH)))
+    is_valid = jnp.arange(ROWS) > 0
+
+    @toy.jit
+    @jax.grad
+    def gradient(x):
+        y, _ = chain(BLOCK, params_L(layers), x, **settings)
+        return jnp.sum(jnp.where(is_valid, jnp.sum(y[1], axis=1), 0.0))
+
+    for dx in gradient(x):
+        np.testing.assert_array_equal(np.isfinite(dx).all(axis=1), is_valid)
+
+
+@pytest.mark.parametrize(("layers", "settings"), RUNS)
+def test_on_meshes_whose_axes_are_types(layers, settings):
+    """Explicit ones, as `jax.make_mesh` makes them, and those of `shard_map`."""
+    x, params = (jnp.linspace(-1, 1, ROWS * WIDTH).reshape(ROWS, WIDTH),) * 2, params_L(layers)
+    gradient = jax.grad(lambda params, x: loss(params, x, **settings))
+    true_gradient = toy.jit(gradient)(params, x)
+
+    explicit = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(explicit):
+        split = jax.device_put(x, NamedSharding(explicit, PartitionSpec("data")))
+        got = toy.jit(gradient)(params, split)
+    assert toy.relative_error(got, true_gradient) < 1e-5
+
+    def local(params, x):
+        mean = lambda params: jax.lax.pmean(loss(params, x, **settings), "data")
+        return jax.grad(mean)(params)
+
+    specs = {"in_specs": (PartitionSpec(), PartitionSpec("data")), "out_specs": PartitionSpec()}
+    manual = Mesh(jax.devices()[:2], ("data",))
+    got = toy.jit(jax.shard_map(local, mesh=manual, **specs))(params, x)
+    assert toy.relative_error(got, true_gradient) < 1e-5
+
+
+@pytest.mark.parametrize("backprop", ["store", "remat", "reverse"])
+@pytest.mark.parametrize(
+    "transform", [lambda f: toy.jit(jax.grad(f)), lambda f: jax.grad(toy.jit(f))]
+)
+def test_a_branch_that_closes_over_traced_values_of_any_kind(transform, backprop):
+    def masked_loss(params, mask, key):
+        masked = lambda params, x, context: branch(params, x, context) * mask.astype(x.dtype)
+        dropped = lambda *args: jnp.where(jax.random.bernoulli(key), branch(*args), 0.0)
+        x = (jnp.ones((ROWS, WIDTH)),) * 2
+        y, _ = chain(reversible_block(masked, dropped), params, x, backprop=backprop)
+        return jnp.mean(y[0])
+
+    with pytest.raises(ValueError, match=r"closes over traced values \(int32.*key.*`data_L`"):
+        transform(masked_loss)(params_L(3), jnp.ones((ROWS, 1), jnp.int32), jax.random.key(0))
+
+
+def test_intermediates_that_differ_are_a_mismatch():
+    """What a branch returns besides its update tells the rewind nothing; the check sees it."""
+    calls = itertools.count()
+
+    def counted(params, x, context):
+        shape = jax.ShapeDtypeStruct((), jnp.int32)
+        return branch(params, x, context), jax.pure_callback(lambda: np.int32(next(calls)), shape)
+
+    plain = lambda *args: (branch(*args), jnp.int32(0))
+
+    def exactness(f):
+        def probed(probe):
+            x = (jnp.ones((ROWS, WIDTH)),) * 2
+            block = reversible_block(f, plain, has_aux=True)
+            y, _ = chain(block, params_L(3), x, probe=probe)
+            return jnp.mean(y[0])
+
+        return toy.jit(jax.grad(probed))(Exactness.probe())
+
+    assert exactness(plain).mismatches == 0
+    found = exactness(counted)
+    assert found.mismatches == 1
+    assert found.max_difference == 0  # the input is rebuilt all the same
+
+
+def test_a_program_that_nobody_reads_in_full_is_computed_in_full():
+    """On CPU as a function of its own, with every intermediate among its results."""
+    run = toy.jit(jax.grad(lambda params, x: loss(params, x)))
+    text = run.lower(params_L(3), (jnp.ones((ROWS, WIDTH)),) * 2).compile().as_text()
+    calls = [line.split(" call(")[0] for line in text.splitlines() if " call(" in line]
+    stream = f"f32[{ROWS},{WIDTH}]"
+    of_branches = sorted(call.count(stream) for call in calls if call.count(stream) > 1)
+    # tanh and what its derivative takes, of two branches, forward and in the rewind
+    assert of_branches[-4:] == [3, 3, 3, 3]
