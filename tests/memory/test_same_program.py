@@ -13,7 +13,6 @@ from revnet_jax.memory.topology import parse_topology
 from tests.nvidia import needs_compiler
 
 CHAINS = ("mlp", "affine", "bdia", "symplectic", "three streams", "invertible", "single layers")
-TRANSFORMERS = ("decoder", "decoder, chunked", "decoder, experts", "RevViT")
 TEXT = """
 %sum (a: f32[], b: f32[]) -> f32[] {{
   %b = f32[] parameter(1)
@@ -120,7 +119,7 @@ def test_without_barriers_it_would():
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no TPU compiler")
-@pytest.mark.parametrize("name", [*CHAINS, *TRANSFORMERS, "RevNet"])
+@pytest.mark.parametrize("name", ["mlp", "affine", "bdia", "invertible", "single layers", "RevViT"])
 def test_on_a_v5e_rewinds_do_not_differ(name):
     """Nor does a mixture's. `store` may lay out in another way what it stacks."""
     check(differences("v5e:1x1", [name]), ("forward", "mixture"))
