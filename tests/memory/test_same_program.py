@@ -13,6 +13,11 @@ from revnet_jax.memory.topology import parse_topology
 from tests.nvidia import needs_compiler
 
 CHAINS = ("mlp", "affine", "bdia", "symplectic", "three streams", "invertible", "single layers")
+# Branches are written as users write them.
+AS_USERS_RUN_IT = {
+    "JAX_NUMPY_DTYPE_PROMOTION": "standard",
+    "JAX_NUMPY_RANK_PROMOTION": "allow",
+}
 TEXT = """
 %sum (a: f32[], b: f32[]) -> f32[] {{
   %b = f32[] parameter(1)
@@ -65,7 +70,7 @@ def test_names_orders_and_memories_make_no_difference_but_arithmetic_does():
 def differences(topology, names, python=sys.executable):
     result = subprocess.run(
         [python, "-m", "tests.memory.isolated_programs", topology, *names],
-        env={**os.environ, **parse_topology(topology).environment},
+        env={**os.environ, **parse_topology(topology).environment, **AS_USERS_RUN_IT},
         capture_output=True,
         text=True,
     )
