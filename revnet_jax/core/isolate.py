@@ -196,8 +196,9 @@ def _batch(axis, arguments, places, *, program, witnessed):
     return outputs, out_places + [None] * witnessed
 
 
-def _delete_unread(used, equation):
+def _delete_unread(used, *others):
     """What `jax.checkpoint` need not compute again in a backward pass."""
+    equation = others[-1]  # jax 0.12 says before it which inputs are alive
     program, witnessed = equation.params["program"], equation.params["witnessed"]
     if witnessed and (used[0] or used[-1]):
         return [True] * len(equation.invars), equation
