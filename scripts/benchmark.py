@@ -9,7 +9,7 @@
 
 `laptop` compares the time of a step, strategies taking turns. `gpu` first checks that every model's
 rebuilt inputs and gradients are exact, then compares time and memory, then finds the largest batch
-and depth that each strategy survives, as far as --minutes go. There cuDNN's attention makes the
+and depth that each strategy survives, within --minutes. There cuDNN's attention makes the
 decoder's gradients vary by rounding unless XLA_FLAGS=--xla_gpu_deterministic_ops=true; rows say
 which flags they were measured with. With a config, measures how fast this host prepares batches,
 next to how fast its devices train on them. Prints a Markdown table; --json prints JSON lines

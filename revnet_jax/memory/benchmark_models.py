@@ -203,7 +203,7 @@ class ConfigModel:
 
     @property
     def dtype(self) -> str:
-        """Of what branches compute."""
+        """The dtype that branches compute in."""
         return self.config.model.compute_dtype
 
     @property

@@ -22,7 +22,7 @@ class Chip:
     device_kind: how JAX names it; a GPU's name begins with it.
     peak_flops: of bfloat16 matrix products, FLOP/s. On a TPU float32 ones are made of these.
     hbm_bytes: on TPUs what a program may fill, as their compiler says; on GPUs all that the driver
-      reports, of which JAX takes a share: `fillable_bytes`.
+      reports; JAX takes a share of it: `fillable_bytes`.
     hbm_bandwidth: bytes/s.
     link_bandwidth: bytes/s that it can send to the others of its slice or host, all links together
       (NVLink on GPUs): half of what is published as bidirectional.

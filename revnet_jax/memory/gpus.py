@@ -65,7 +65,7 @@ def has_compiler() -> bool:
 
 
 def environment() -> dict[str, str]:
-    """Of a process that compiles for GPUs, to be set before JAX is imported."""
+    """Variables for a process that compiles for GPUs, set before JAX is imported."""
     # Tuning would run kernels on the GPU, to choose the fastest.
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
     return {

@@ -108,7 +108,7 @@ def _fused(line):
 
 
 def _digest(line, value, computed):
-    """Of an instruction; value: the digest of an operand; computed: of a computation it calls."""
+    """An instruction's digest; value: an operand's; computed: that of a computation it calls."""
     called = _CALLED.findall(line)
     for noise in _NOISE:
         line = re.sub(noise, "", line)

@@ -46,7 +46,7 @@ class Topology(NamedTuple):
 
     @property
     def is_gpu(self) -> bool:
-        """Of NVIDIA GPUs that need not be here; False for this machine's devices."""
+        """Whether these are NVIDIA GPUs that need not be here."""
         return self.chip in gpus.GPUS
 
     @property
