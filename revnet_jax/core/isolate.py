@@ -65,9 +65,11 @@ def _witness(first, *others):
     sums = _checksums((first, *others), rows=first.shape[0] if first.ndim else 1)
     # n (n + 1) is even, which compilers do not know. A barrier alone would not do: they remove from
     # it what nobody reads.
-    never = (sums * (sums + 1)) & 1 == 1
-    never = never.reshape((-1,) + (1,) * (first.ndim - 1) if first.ndim else ())
-    return jnp.where(never, jnp.zeros_like(first), first), jnp.sum(sums, dtype=jnp.int32)
+    # A constant in the place of the sums would become one array with equal constants inside.
+    by_example = sums.reshape((-1,) + (1,) * (first.ndim - 1) if first.ndim else ())
+    never = (by_example * (by_example + 1)) & 1 == 1
+    first = jnp.where(never, by_example.astype(first.dtype), first)
+    return first, jnp.sum(sums, dtype=jnp.int32)
 
 
 def _checksums(leaves, rows):

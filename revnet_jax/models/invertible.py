@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from revnet_jax.core import Invertible
 
@@ -42,4 +43,6 @@ class PadStem(nnx.Module):
         self.added = out_channels - in_channels
 
     def __call__(self, image_BHWC: jax.Array, *, train: bool) -> jax.Array:
-        return jnp.pad(image_BHWC, ((0, 0), (0, 0), (0, 0), (0, self.added)))
+        # Known zeros would be one array with a branch's own, and compiled otherwise in its rewind.
+        zero = lax.optimization_barrier(jnp.zeros((), image_BHWC.dtype))
+        return lax.pad(image_BHWC, zero, ((0, 0, 0), (0, 0, 0), (0, 0, 0), (0, self.added, 0)))
