@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from revnet_jax.models.dtypes import at_least_float32
 from revnet_jax.models.partition import BATCH, by_device
@@ -133,16 +134,22 @@ def _flash(q_BTNK, k_BTGK, v_BTGK, *, causal):
     return jnp.swapaxes(by_device(kernel, (heads,) * 3, heads)(q, k, v), 1, 2)
 
 
-def rotate(x_BTNK: jax.Array, position_T: Any, *, base: float = 10_000.0) -> jax.Array:
+def rotary_angles(
+    position_T: jax.Array, head_size: int, *, base: float = 10_000.0, dtype: Any = jnp.float32
+) -> tuple[jax.Array, jax.Array]:
+    """(cosines, sines) of what `rotate` turns by, [T, head_size / 2], in this dtype."""
+    half = head_size // 2
+    frequency = base ** (-jnp.arange(half, dtype=dtype) / half)
+    angle_TK = position_T.astype(dtype)[:, None] * frequency[None]
+    return jnp.cos(angle_TK), jnp.sin(angle_TK)
+
+
+def rotate(x_BTNK: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotary positions (Su et al. 2021, arXiv:2104.09864): each head's halves turned by angles.
 
-    position_T: of the tokens, whole numbers. Computed in float32 at least, returned in the
-    input's dtype.
+    angles: of the tokens, from `rotary_angles`; constants, that no gradient flows to. Computed in
+    their dtype, returned in the input's.
     """
-    half = x_BTNK.shape[-1] // 2
-    wide = at_least_float32(x_BTNK.dtype)
-    frequency = base ** (-jnp.arange(half, dtype=wide) / half)
-    angle_TK = position_T.astype(wide)[:, None] * frequency[None]
-    cos, sin = (f(angle_TK)[None, :, None] for f in (jnp.cos, jnp.sin))
-    a, b = jnp.split(x_BTNK.astype(wide), 2, axis=-1)
+    cos, sin = (lax.stop_gradient(table)[None, :, None] for table in angles)
+    a, b = jnp.split(x_BTNK.astype(cos.dtype), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNK.dtype)

@@ -65,6 +65,16 @@ class Cache(NamedTuple):
     v_BSGK: jax.Array
 
 
+class Positions(NamedTuple):
+    """Where tokens are: the first one's place in its sequence, and all their rotary angles.
+
+    Computed once, because every layer reads the same: see `rotary_angles`.
+    """
+
+    first: jax.Array
+    angles: tuple[jax.Array, jax.Array]
+
+
 class Attention(nnx.Module):
     """Causal self-attention with rotary positions and grouped key-value heads.
 
@@ -77,26 +87,24 @@ class Attention(nnx.Module):
         width: int,
         heads: int,
         kv_heads: int,
-        rotary_base: float,
         out_std: float,
         kernel: Kernel,
         dtype,
         rngs: nnx.Rngs,
     ):
         self.heads, self.kv_heads, self.head_size = heads, kv_heads, width // heads
-        self.rotary_base, self.kernel = rotary_base, kernel
+        self.kernel = kernel
         self.norm = RMSNorm(width)
         inner = (heads + 2 * kv_heads) * self.head_size
         self.qkv = Linear(width, inner, std=width**-0.5, dtype=dtype, rngs=rngs)
         self.out = Linear(width, width, std=out_std, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x_BTD: jax.Array, position: jax.Array, cache: Cache | None = None
+        self, x_BTD: jax.Array, positions: Positions, cache: Cache | None = None
     ) -> tuple[jax.Array, Cache | None]:
         """(u_BTD, the cache with these tokens in it).
 
-        position: of the first token. Without a cache tokens see one another alone; with one, all
-        that came before too.
+        Without a cache tokens see one another alone; with one, all that came before too.
         """
         B, T, D = x_BTD.shape
         G, R, K = self.kv_heads, self.heads // self.kv_heads, self.head_size
@@ -104,16 +112,15 @@ class Attention(nnx.Module):
         qkv = self.qkv(self.norm(x_BTD)).reshape(B, T, G, R + 2, K)
         q_BTNK = qkv[..., :R, :].reshape(B, T, G * R, K)
         k_BTGK, v_BTGK = qkv[..., R, :], qkv[..., R + 1, :]
-        position_T = position + jnp.arange(T)
-        q_BTNK = rotate(q_BTNK, position_T, base=self.rotary_base)
-        k_BTGK = rotate(k_BTGK, position_T, base=self.rotary_base)
+        q_BTNK, k_BTGK = (rotate(x, positions.angles) for x in (q_BTNK, k_BTGK))
         if cache is None:
             mixed = attend(q_BTNK, k_BTGK, v_BTGK, causal=True, kernel=self.kernel)
         else:
             write = lambda old, new: lax.dynamic_update_slice_in_dim(
-                old, new.astype(old.dtype), position, axis=1
+                old, new.astype(old.dtype), positions.first, axis=1
             )
             cache = Cache(write(cache.k_BSGK, k_BTGK), write(cache.v_BSGK, v_BTGK))
+            position_T = positions.first + jnp.arange(T)
             sees_TS = position_T[:, None] >= jnp.arange(cache.k_BSGK.shape[1])[None]
             mixed = scores_times_values(q_BTNK, *cache, sees_TS)
         return self.out(mixed.reshape(B, T, D)), cache

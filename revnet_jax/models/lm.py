@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from revnet_jax.core import Backprop, Exactness, Grid
-from revnet_jax.models.attention import Kernel
+from revnet_jax.models.attention import Kernel, rotary_angles
 from revnet_jax.models.bridge import PureModule
 from revnet_jax.models.decoder import (
     LAYER_RULES,
@@ -24,8 +24,10 @@ from revnet_jax.models.decoder import (
     Cache,
     Experts,
     FeedForward,
+    Positions,
     RMSNorm,
 )
+from revnet_jax.models.dtypes import at_least_float32
 from revnet_jax.models.network import Lockstep, Variables
 from revnet_jax.models.partition import by_batch, gather, on_batch
 from revnet_jax.models.transformer import Transformer, check_positive, drop, init_layers_of
@@ -132,7 +134,6 @@ class LanguageModel(Transformer):
                 width=a.width,
                 heads=a.heads,
                 kv_heads=a.kv_heads,
-                rotary_base=a.rotary_base,
                 out_std=out_std(a.width),
                 kernel=attention,
                 dtype=compute_dtype,
@@ -180,7 +181,7 @@ class LanguageModel(Transformer):
             self._layer(*self._branches()),
             variables.params["layers"],
             self._embed(variables, token_BT, None if keys is None else keys[-1, :1]),
-            shared=jnp.int32(0),
+            shared=self._positions(0, token_BT),
             data_L=None if keys is None else (None, keys[:-1]),
             probes=probes,
             lockstep=lockstep,
@@ -245,7 +246,7 @@ class LanguageModel(Transformer):
             self._layer(*self._branches()),
             variables.params["layers"],
             self._embed(variables, token_BT, None),
-            shared=jnp.asarray(position, jnp.int32),
+            shared=self._positions(position, token_BT),
             data_L=(cache, None),
             probes=None,
             lockstep=None,
@@ -253,8 +254,19 @@ class LanguageModel(Transformer):
         x_BD = self._normalise(variables, x_BTD)[:, -1]
         return self._logits(self._head_kernel(variables)[1], x_BD), cache
 
+    def _positions(self, first, token_BT):
+        a = self.architecture
+        first = jnp.asarray(first, jnp.int32)
+        angles = rotary_angles(
+            first + jnp.arange(token_BT.shape[1]),
+            a.width // a.heads,
+            base=a.rotary_base,
+            dtype=at_least_float32(self.compute_dtype),
+        )
+        return Positions(first, angles)
+
     def _branches(self):
-        """(f, g). Shared: the first token's position; a layer's data: (cache, dropout keys)."""
+        """(f, g). Shared: the tokens' positions; a layer's data: (cache, dropout keys)."""
         rate = self.architecture.dropout
 
         def f(params, x_BTD, context):

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from revnet_jax.core import Grid
 from revnet_jax.models import Decoder, LanguageModel, Variables
-from revnet_jax.models.attention import attend, rotate, scores_times_values
+from revnet_jax.models.attention import attend, rotary_angles, rotate, scores_times_values
 from revnet_jax.training.sharding import make_mesh, on_mesh, put_batch
 
 B, T, V = 2, 13, 17
@@ -171,7 +171,7 @@ def test_chunked_attention_is_attention(causal, length):
 
 def test_rotary_scores_depend_on_distance_alone():
     x = jax.random.normal(jax.random.key(0), (1, 1, 1, 8))
-    at = lambda position: rotate(x, jnp.array([position]))[0, 0, 0]
+    at = lambda position: rotate(x, rotary_angles(jnp.array([position]), 8))[0, 0, 0]
     assert jnp.dot(at(3), at(7)) == pytest.approx(float(jnp.dot(at(103), at(107))), rel=1e-4)
     np.testing.assert_array_equal(at(0), x[0, 0, 0])
 
