@@ -20,7 +20,8 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.interpreters import partial_eval as pe
 
 from revnet_jax.core import trees
-from revnet_jax.core.isolate import call_witnessed, depending_on, isolate
+from revnet_jax.core.isolate import call_witnessed, isolate
+from revnet_jax.core.residuals import computing_again, fewest_residuals
 
 GATHERED = "gathered"  # the name of weights that a branch has gathered from other devices
 _in_the_open = contextvars.ContextVar("in_the_open", default=False)
@@ -36,31 +37,41 @@ def in_the_open() -> Generator[None]:
         _in_the_open.reset(token)
 
 
-def evaluate(function: Callable[..., Any], *arguments: Any) -> tuple[Any, jax.Array]:
-    """`(function(*arguments), checksum)`: trees of arrays, differentiated in floating-point leaves.
+def evaluate(
+    function: Callable[..., Any], params: Any, reads: Any, context: Any
+) -> tuple[Any, jax.Array]:
+    """`(function(params, reads, context), checksum)`; trees of arrays, derivatives in the floats.
 
     checksum: int32, equal wherever the same function was evaluated on the same bits: of its outputs
       and, if it is differentiated, of the intermediates that its derivative needs.
 
-    Cost: where it is differentiated, all those intermediates are written, once, even if nobody
-    keeps them. Derivatives of any order, `vmap` and `jax.checkpoint` work as without.
+    Cost: where it is differentiated, those intermediates are written, once, even if nobody keeps
+    them: what products, convolutions and sums return; the derivative computes elementwise
+    arithmetic again (see `fewest_residuals`). Derivatives of any order, `vmap` and `jax.checkpoint`
+    work as without.
     """
+    arguments = params, reads, context
     if _in_the_open.get():
         return function(*arguments), jnp.int32(0)
-    return _evaluate(function, arguments, call_witnessed)
+    # Parameters and the context are kept by others; what is read has to be kept for this.
+    return _evaluate(function, arguments, call_witnessed, costly=(False, True, False))
 
 
 def isolated_derivative(function: Callable[..., Any], *arguments: Any) -> Any:
     """`function(*arguments)` of elementwise arithmetic, whose derivative alone is isolated."""
     run = lambda program, leaves: (jaxpr_as_fun(program)(*leaves), jnp.int32(0))
-    return _evaluate(function, arguments, run)[0]
+    return _evaluate(function, arguments, run, costly=(True,) * len(arguments))[0]
 
 
-def _evaluate(function, arguments, run_program):
+def _evaluate(function, arguments, run_program, costly):
     leaves, structure = jax.tree.flatten(arguments)
     is_float = [trees.is_inexact(leaf) for leaf in leaves]
     floats = [leaf for leaf, is_it in zip(leaves, is_float, strict=True) if is_it]
     others = [leaf for leaf, is_it in zip(leaves, is_float, strict=True) if not is_it]
+    costs = [
+        cost for tree, cost in zip(arguments, costly, strict=True) for _ in jax.tree.leaves(tree)
+    ]
+    costs = [cost for cost, is_it in zip(costs, is_float, strict=True) if is_it]
 
     def called(floats, others):
         floats, others = iter(floats), iter(others)
@@ -76,10 +87,10 @@ def _evaluate(function, arguments, run_program):
     def run_jvp(primals, tangents):
         moves = [not isinstance(tangent, SymbolicZero) for tangent in tangents[0]]
         moving = [t for t, does in zip(tangents[0], moves, strict=True) if does]
-        (floats, others), needed, linear_map, checksum = _linearize(
-            called, *primals, moves, run_program
+        (floats, others), given, linear_map, checksum = _linearize(
+            called, *primals, moves, run_program, costs
         )
-        output_tangents = isolate(linear_map, needed, moving)
+        output_tangents = isolate(linear_map, given, moving)
         no_tangents = zero_from_primal((others, checksum))
         outputs = trees.join(floats, others), checksum
         return outputs, (trees.join(output_tangents, no_tangents[0]), no_tangents[1])
@@ -88,10 +99,10 @@ def _evaluate(function, arguments, run_program):
     return run(floats, others)
 
 
-def _linearize(called, floats, others, moves, run_program):
-    """(outputs: floats and others, what their derivative needs, the derivative, checksum).
+def _linearize(called, floats, others, moves, run_program, costs):
+    """(outputs: floats and others, what their derivative is given, the derivative, checksum).
 
-    The derivative is `(needed, tangents of what moves) -> tangents of the floats`.
+    The derivative is `(given, tangents of what moves) -> tangents of the floats`.
     """
 
     def linearized(floats, others):
@@ -107,29 +118,24 @@ def _linearize(called, floats, others, moves, run_program):
 
     program, shapes = jax.make_jaxpr(linearized, return_shape=True)(floats, others)
     num_outputs = len(jax.tree.leaves(shapes[0]))
+    costly = [v for v, cost in zip(program.jaxpr.invars, costs, strict=False) if cost]
     arguments, program = _gather_first([*floats, *others], program)
-    outputs, needed = program.jaxpr.outvars[:num_outputs], program.jaxpr.outvars[num_outputs:]
-    # Of what the derivative needs, arguments are at hand, and constants (a table of positions, a
-    # mask, zeros) are made again where they are used; the program returns the rest.
-    at_hand = dict(zip(program.jaxpr.invars, arguments, strict=True))
-    is_variable = depending_on(at_hand, program.jaxpr)
-    computed = [v for v in needed if is_variable(v) and v not in at_hand]
-    constants = [v for v in needed if not is_variable(v)]
-    only = lambda variables: program.jaxpr.replace(outvars=variables)
+    jaxpr, constants = program.jaxpr, program.consts
+    outputs, needed = jaxpr.outvars[:num_outputs], jaxpr.outvars[num_outputs:]
+    kept = [v for v in fewest_residuals(jaxpr, needed, costly) if v not in jaxpr.invars]
     results, checksum = run_program(
-        ClosedJaxpr(only([*outputs, *computed]), program.consts), arguments
+        ClosedJaxpr(jaxpr.replace(outvars=[*outputs, *kept]), constants), arguments
     )
-    at_hand |= zip(computed, results[num_outputs:], strict=True)
-    make_constants, _ = pe.dce_jaxpr(only(constants), True)
+    again, is_read = computing_again(jaxpr, kept, needed)
+    given = [*arguments, *results[num_outputs:]]
+    given = [value for value, is_it in zip(given, is_read, strict=True) if is_it]
 
-    def linear_map(at_hand, moving):
-        made = iter(jaxpr_as_fun(ClosedJaxpr(make_constants, program.consts))())
-        there = iter(at_hand)
-        leaves = [next(there if is_variable(v) else made) for v in needed]
+    def linear_map(given, moving):
+        leaves = jaxpr_as_fun(ClosedJaxpr(again, constants))(*given)
         return jax.tree.unflatten(jax.tree.structure(shapes[1]), leaves)(*moving)
 
     outputs = jax.tree.unflatten(jax.tree.structure(shapes[0]), results[:num_outputs])
-    return outputs, [at_hand[v] for v in needed if is_variable(v)], linear_map, checksum
+    return outputs, given, linear_map, checksum
 
 
 def _gather_first(arguments, program):

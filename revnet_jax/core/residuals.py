@@ -1,0 +1,114 @@
+"""Which intermediates to keep for a derivative: those of the fewest bytes.
+
+Elementwise arithmetic costs less than writing its results and reading them back. So a derivative
+computes it again, from what products, convolutions and sums returned. What to keep is a minimum cut
+between these and what the derivative needs (He & Yu 2023, "Transcending runtime-memory tradeoffs in
+checkpointing by being fusion aware", MLSys).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from typing import Any
+
+from jax.interpreters import partial_eval as pe
+
+from revnet_jax.core.isolate import depending_on
+
+# Computed again rather than kept: what compilers fuse into whatever reads it.
+_CHEAP = """
+abs acos acosh add add_any and asin asinh atan atan2 atanh broadcast_in_dim cbrt ceil clamp
+convert_element_type copy cos cosh div eq erf erf_inv erfc exp exp2 expand_dims expm1 floor ge gt
+imag integer_pow iota is_finite le log log1p logistic lt max min mul name ne neg nextafter not or
+pow real rem reshape round rsqrt select_n sharding_constraint sign sin sinh slice split sqrt square
+squeeze stop_gradient sub tan tanh transpose xor
+"""
+_CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr"}
+_CALLS["custom_jvp_call"] = "call_jaxpr"
+
+
+def fewest_residuals(jaxpr: Any, needed: Sequence[Any], costly: Sequence[Any]) -> list[Any]:
+    """The variables to keep, from which cheap arithmetic finds all that are needed.
+
+    needed: variables and literals of the jaxpr. costly: those of its inputs that cost something to
+      keep; the others are at hand, as is what depends on no input. Among equals the nearest to what
+      is needed.
+    """
+    varies = depending_on(jaxpr.invars, jaxpr)
+    at_hand = set(map(id, jaxpr.invars)) - set(map(id, costly))
+    is_in_graph = lambda variable: varies(variable) and id(variable) not in at_hand
+    written, source, sink = set(map(id, costly)), "source", "sink"
+    given, edges = list(costly), []
+    for equation in jaxpr.eqns:
+        outputs = [v for v in equation.outvars if is_in_graph(v)]
+        inputs = [v for v in equation.invars if is_in_graph(v)]
+        if _is_cheap(equation):
+            edges += [((id(a), "out"), (id(b), "in"), math.inf) for a in inputs for b in outputs]
+            continue
+        given += outputs
+        written |= set(map(id, outputs))
+        if not equation.primitive.name.startswith("reduce"):  # that reads what it computes
+            written |= set(map(id, inputs))
+    variables = {id(v): v for e in jaxpr.eqns for v in e.outvars if is_in_graph(v)}
+    variables |= {id(v): v for v in costly}
+    for key, variable in variables.items():
+        # What is written anyway only has to be read once more.
+        edges.append(((key, "in"), (key, "out"), _bytes(variable) * (1 if key in written else 2)))
+    edges += [(source, (id(v), "in"), math.inf) for v in given]
+    edges += [((id(v), "out"), sink, math.inf) for v in needed if is_in_graph(v)]
+    behind = _behind_minimum_cut(edges, source, sink)
+    return [v for k, v in variables.items() if (k, "out") in behind and (k, "in") not in behind]
+
+
+def computing_again(jaxpr: Any, kept: Sequence[Any], needed: Sequence[Any]) -> tuple[Any, list]:
+    """(the jaxpr of what is needed, from those of its inputs and of what is kept that it reads;
+    which these are, inputs first)."""
+    given = set(map(id, kept))
+    renamed = lambda variable: type(variable)(variable.aval) if id(variable) in given else variable
+    equations = [e.replace(outvars=list(map(renamed, e.outvars))) for e in jaxpr.eqns]
+    again = jaxpr.replace(invars=[*jaxpr.invars, *kept], outvars=list(needed), eqns=equations)
+    return pe.dce_jaxpr(again, True)
+
+
+def _is_cheap(equation):
+    inner = equation.params.get(_CALLS.get(equation.primitive.name, ""))
+    if inner is not None:
+        return all(map(_is_cheap, inner.eqns))
+    return equation.primitive.name in _CHEAP.split()
+
+
+def _bytes(variable):
+    aval = variable.aval
+    return math.prod(aval.shape) * aval.dtype.itemsize if hasattr(aval, "dtype") else math.inf
+
+
+def _behind_minimum_cut(edges, source, sink):
+    """The nodes between which and the sink nothing is cut (Edmonds & Karp 1972)."""
+    room: dict[Any, dict[Any, float]] = defaultdict(dict)
+    for start, end, capacity in edges:
+        room[start][end] = room[start].get(end, 0) + capacity
+        room[end].setdefault(start, 0)
+
+    def reaching_sink():
+        """{node: the next one on its shortest way to the sink}."""
+        follows, queue = {sink: sink}, deque([sink])
+        while queue:
+            end = queue.popleft()
+            for start in room[end]:
+                if start not in follows and room[start][end] > 0:
+                    follows[start] = end
+                    queue.append(start)
+        return follows
+
+    while source in (follows := reaching_sink()):
+        path, node = [], source
+        while node != sink:
+            path.append((node, follows[node]))
+            node = follows[node]
+        flow = min(room[start][end] for start, end in path)
+        for start, end in path:
+            room[start][end] -= flow
+            room[end][start] += flow
+    return follows
