@@ -18,6 +18,7 @@ from revnet_jax.core.isolate import SCOPE
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (?:\(.*?\)|\S+) ([\w\-]+)\(")
 _NAME = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
+_PARAMETER = re.compile(r" parameter\((\d+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%([\w.\-]+)")
 # What computes nothing; and what is said of where an instruction came from, when it runs, and in
@@ -54,16 +55,22 @@ def isolated_parts(text: str, scope: str) -> list[Part]:
     computations = _computations(text)
 
     @cache
-    def computed(name: str) -> str:
-        """A digest of a computation: of its root, and so of what the root is computed from."""
+    def computed(name: str, numbered: bool) -> tuple[str, tuple[int, ...]]:
+        """(a digest of a computation: of its root, and so of what the root is computed from; the
+        order in which it meets its parameters, whose numbers count only where `numbered`)."""
         lines = {found[1]: line for line in computations[name] if (found := _NAME.match(line))}
+        order: list[int] = []
 
         @cache
         def value(name: str) -> str:
-            return _digest(lines[name], value, computed)
+            line = lines[name]
+            if (found := _PARAMETER.search(line)) and not numbered:
+                order.append(int(found[1]))
+                line = line.replace(found[0], f" parameter({len(order) - 1}")
+            return _digest(line, value, computed)
 
         (root,) = (name for name, line in lines.items() if line.lstrip().startswith("ROOT "))
-        return value(root)
+        return value(root), tuple(order)
 
     inside = {name for lines in computations.values() for line in lines for name in _fused(line)}
     parts = []
@@ -113,8 +120,14 @@ def _digest(line, value, computed):
     for noise in _NOISE:
         line = re.sub(noise, "", line)
     _, _, line = _CALLED.sub("", line).partition(" = ")
+    if fusion := re.search(r"(?<= fusion\()[^()]*(?=\))", line):
+        # Compilers put the operands of a fusion in any order: here in that of its arithmetic.
+        digest, order = computed(called.pop(), numbered=False)
+        operands = fusion[0].split(", ")
+        line = line.replace(fusion[0], ", ".join(operands[i] for i in order)) + digest
     line = re.sub(r"%([\w.\-]+)", lambda match: value(match[1]), line)
     # a + b is b + a, to the bit.
     in_order = lambda match: f"{match[1]}({', '.join(sorted(match[2].split(', ')))})"
     line = re.sub(r"\b(add|multiply|maximum|minimum)\(([^()]*)\)", in_order, line)
-    return hashlib.sha256("\n".join([line, *map(computed, called)]).encode()).hexdigest()[:16]
+    digests = [computed(name, numbered=True)[0] for name in called]
+    return hashlib.sha256("\n".join([line, *digests]).encode()).hexdigest()[:16]

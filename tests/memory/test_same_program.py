@@ -67,6 +67,33 @@ def test_names_orders_and_memories_make_no_difference_but_arithmetic_does():
     assert not_found(these * 2, in_rewind()) == these  # as often as it is there
 
 
+DIFFERENCE = """
+%fused (a: f32[8], b: f32[8]) -> f32[8] {{
+  %a = f32[8]{{0}} parameter({a})
+  %b = f32[8]{{0}} parameter({b})
+  ROOT %d = f32[8]{{0}} subtract(%a, %b)
+}}
+
+ENTRY %main (x: f32[8], y: f32[8]) -> f32[8] {{
+  %x = f32[8]{{0}} parameter(0)
+  %y = f32[8]{{0}} parameter(1)
+  ROOT %f = f32[8]{{0}} fusion(%{first}, %{second}), kind=kLoop, calls=%fused, {name}
+}}
+"""
+
+
+def test_operands_count_by_what_is_done_with_them():
+    def part(a, b, first, second):
+        name = 'metadata={op_name="jit(f)/forward/isolated/sub"}'
+        text = DIFFERENCE.format(a=a, b=b, first=first, second=second, name=name)
+        return isolated_parts(text, "forward")
+
+    x_minus_y = part(0, 1, "x", "y")
+    assert not_found(part(1, 0, "y", "x"), x_minus_y) == []  # the same, numbered otherwise
+    x_minus_x = part(0, 1, "x", "x")
+    assert not_found(x_minus_x, x_minus_y) == x_minus_x
+
+
 def differences(topology, names, python=sys.executable):
     result = subprocess.run(
         [python, "-m", "tests.memory.isolated_programs", topology, *names],

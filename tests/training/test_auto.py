@@ -13,17 +13,17 @@ from revnet_jax.training.loop import resolve_auto
 
 
 def test_the_largest_that_fits_and_the_next_does_not(tiny_config, tmp_path, monkeypatch):
-    tiny_config.model.update({"units": (4, 2), "stored_layers": "auto"})
+    tiny_config.model.update({"units": (8, 2), "stored_layers": "auto"})
     devices = jax.devices()[:1]
     compiled = functools.cache(lambda m: needed_bytes(tiny_config, devices, m))
     monkeypatch.setattr(auto, "needed_bytes", lambda config, devices, m: compiled(m))
-    need = {m: compiled(m) for m in (0, 2, 3)}
-    assert need[0] < need[2] < need[3]
-    tiny_config.memory_limit_gib = (need[2] + need[3]) / 2 / 2**30
+    need = {m: compiled(m) for m in (0, 3, 4)}
+    assert need[0] < need[3] < need[4]
+    tiny_config.memory_limit_gib = (need[3] + need[4]) / 2 / 2**30
     lines = []
-    assert largest_stored_layers(tiny_config, devices, lines.append) == 2
-    assert any(line.startswith("stored_layers=2 needs") for line in lines)
+    assert largest_stored_layers(tiny_config, devices, lines.append) == 3
     assert any(line.startswith("stored_layers=3 needs") for line in lines)
+    assert any(line.startswith("stored_layers=4 needs") for line in lines)
 
     tiny_config.memory_limit_gib = need[0] / 2 / 2**30
     with pytest.raises(ConfigError, match=r"got auto, but a step does not fit .* smaller batch"):
