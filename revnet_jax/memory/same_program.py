@@ -18,6 +18,7 @@ from revnet_jax.core.isolate import SCOPE
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (?:\(.*?\)|\S+) ([\w\-]+)\(")
 _NAME = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
+_LAYOUT = re.compile(r"(?<=\])\{[^{}]*\}")
 _PARAMETER = re.compile(r" parameter\((\d+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%([\w.\-]+)")
@@ -47,11 +48,13 @@ class Part(NamedTuple):
     program: str
 
 
-def isolated_parts(text: str, scope: str) -> list[Part]:
+def isolated_parts(text: str, scope: str, *, layouts: bool = True) -> list[Part]:
     """What was isolated under a `jax.named_scope`: of a chain "forward", "rewind" or "backward".
 
-    text: of a compiled program, `compiled.as_text()`.
+    text: of a compiled program, `compiled.as_text()`. layouts: whether programs differ that do the
+      same to arrays that lie in memory in another order.
     """
+    text = text if layouts else _LAYOUT.sub("", text)
     computations = _computations(text)
 
     @cache

@@ -4,7 +4,8 @@
 
 Prints a line of JSON for each: how many isolated parts the forward pass and the rewind have, and
 lists of [name, op_name, program] of those that are not found in the rewind: of its forward pass
-(`forward`), of the whole of `store` (`store`), and of the rewind of a mixture (`mixture`).
+(`forward`, and `forward_but_for_layouts`), of the whole of `store` (`store`), and of the rewind of
+a mixture (`mixture`).
 `--fused` compiles them without barriers, as a program that must not pass.
 """
 
@@ -192,6 +193,9 @@ def differences(name, device):
     forward, rewind = (isolated_parts(reversed_text, scope) for scope in ("forward", "rewind"))
     found = {"name": name, "parts": len(forward), "rewind": len(rewind)}
     found["forward"] = not_found(forward, rewind)
+    found["forward_but_for_layouts"] = not_found(
+        *(isolated_parts(reversed_text, scope, layouts=False) for scope in ("forward", "rewind"))
+    )
     found["store"] = not_found(isolated_parts(stored_text, "forward"), rewind)
     found["mixture"] = not_found(isolated_parts(mixed_text, "rewind"), rewind)
     return found
