@@ -117,7 +117,13 @@ def check(found, keys):
 @needs_compiler
 @pytest.mark.parametrize(
     "names",
-    [CHAINS[:3], CHAINS[3:6], CHAINS[6:], ("decoder", "decoder, experts"), ("RevViT", "RevNet")],
+    [
+        CHAINS[:3],
+        CHAINS[3:6],
+        (*CHAINS[6:], "decoder, dropout"),
+        ("decoder", "decoder, experts"),
+        ("RevViT", "RevNet"),
+    ],
 )
 def test_on_an_h100_nothing_differs(names):
     """Forward, rewind, all of `store` and mixtures: so gradients are equal bit for bit."""
@@ -125,15 +131,9 @@ def test_on_an_h100_nothing_differs(names):
 
 
 @needs_compiler
-def test_on_an_h100_rewinds_do_not_differ_but_in_what_cannot_round():
-    """`store` lays out the scores of chunked attention in another way; dropout masks are integers.
-
-    The keys of two branches are split side by side, and each reads its own from another place.
-    """
-    chunked, dropout = differences("h100:1", ("decoder, chunked", "decoder, dropout"))
-    check([chunked], ("forward", "mixture"))
-    check([dropout], ("mixture",))
-    assert all(op_name.endswith("/select_n") for _, op_name, _ in dropout["forward"])
+def test_on_an_h100_rewinds_of_chunked_attention_do_not_differ():
+    """`store` lays out in another way what it computes again."""
+    check(differences("h100:1", ["decoder, chunked"]), ("forward", "mixture"))
 
 
 @needs_compiler
