@@ -157,7 +157,10 @@ on_a_v5e = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason
 @pytest.mark.parametrize("name", [*CHAINS, "RevViT"])
 def test_on_a_v5e_rewinds_do_not_differ(name):
     """Nor does a mixture's. `store` may lay out in another way what it stacks, and fuse it so."""
-    check(differences("v5e:1x1", [name]), ("forward", "mixture"))
+    keys = ["forward", "mixture"]
+    if name not in ("symplectic", "RevViT"):
+        keys.append("store")
+    check(differences("v5e:1x1", [name]), keys)
 
 
 @pytest.mark.slow
@@ -165,12 +168,11 @@ def test_on_a_v5e_rewinds_do_not_differ(name):
 def test_on_a_v5e_others_differ_in_layouts_alone():
     """Weights of products and convolutions are read as they lie in a stack, or once turned over.
 
-    Of experts the reshaped weights and the shares are made in fusions of their own, too: an
-    elementwise quotient, which rounds in one way only.
+    Of experts the weights are reshaped besides, which rounds nothing.
     """
     names = ["RevNet", "decoder", "decoder, experts"]
     revnet, decoder, experts = differences("v5e:1x1", names)
     check([revnet, decoder], ("forward_but_for_layouts",))
     check([decoder, experts], ("mixture",))
     differ = {op_name.rpartition("/")[2] for _, op_name, _ in experts["forward_but_for_layouts"]}
-    assert differ <= {"convert_element_type", "reshape"}
+    assert differ <= {"reshape"}

@@ -64,7 +64,7 @@ def step(params_L, momentum_L, x, backprop, lockstep):
 
 
 @pytest.fixture
-def growth(monkeypatch):
+def temporary_bytes(monkeypatch):
     topology = parse_topology("v5e:1x1")
     for name, value in topology.environment.items():
         monkeypatch.setenv(name, value)
@@ -83,6 +83,11 @@ def growth(monkeypatch):
         results = memory.output_size_in_bytes - memory.alias_size_in_bytes
         return memory.peak_memory_in_bytes - memory.argument_size_in_bytes - results
 
+    return temporary_bytes
+
+
+@pytest.fixture
+def growth(temporary_bytes):
     def grows(strategy):
         """(bytes a layer, bytes a layer and example): temporaries = ... + (a + b batch) layers."""
         found = {
@@ -108,3 +113,10 @@ def test_reversed_activations_do_not_grow_with_depth(growth):
     assert of_both <= 0.02 * remat
     # Of what grows with depth alone, half is a copy of the weights in bfloat16.
     assert of_depth <= 0.6 * weights
+
+
+def test_intermediates_of_a_layer_are_not_padded(temporary_bytes):
+    """An array whose examples lie side by side in memory takes 128 for the 2 that there are."""
+    layers, examples = LAYERS[0], BATCHES[0]
+    weights_in_bfloat16 = layers * 2 * 12 * WIDTH**2
+    assert temporary_bytes("reverse/lockstep", layers, examples) <= 1.2 * weights_in_bfloat16
