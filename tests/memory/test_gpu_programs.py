@@ -190,9 +190,11 @@ def test_a_timeline_of_a_gpu(tmp_path):
     report = json.loads(result.stdout)
     assert "NVIDIA H100" in report["title"]
     store, reverse = report["timelines"]
-    assert reverse["peak_bytes"] < store["peak_bytes"] / 3
+    assert reverse["peak_bytes"] < store["peak_bytes"] / 2
     for line in (store, reverse):
-        assert line["peak_bytes"] == pytest.approx(line["compiled_bytes"], rel=0.05)
+        # Of 9 MB under reverse, half a MB lies unused between buffers.
+        assert line["peak_bytes"] == pytest.approx(line["compiled_bytes"], rel=0.1)
+        assert line["peak_bytes"] <= line["compiled_bytes"]
 
 
 @needs_compiler
