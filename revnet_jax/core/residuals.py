@@ -18,15 +18,21 @@ from jax.interpreters import partial_eval as pe
 from revnet_jax.core.isolate import depending_on
 
 # Computed again rather than kept: what compilers fuse into whatever reads it.
-_CHEAP = """
+_CHEAP_NAMES = """
 abs acos acosh add add_any and asin asinh atan atan2 atanh broadcast_in_dim cbrt ceil clamp
 convert_element_type copy cos cosh div eq erf erf_inv erfc exp exp2 expand_dims expm1 floor ge gt
 imag integer_pow iota is_finite le log log1p logistic lt max min mul name ne neg nextafter not or
 pow real rem reshape round rsqrt select_n sharding_constraint sign sin sinh slice split sqrt square
 squeeze stop_gradient sub tan tanh transpose xor
 """
-_CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr"}
-_CALLS["custom_jvp_call"] = "call_jaxpr"
+_CHEAP = frozenset(_CHEAP_NAMES.split())
+# What only calls another jaxpr, and the parameter that has it.
+_CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+}
 
 
 def fewest_residuals(jaxpr: Any, needed: Sequence[Any], costly: Sequence[Any]) -> list[Any]:
@@ -76,7 +82,7 @@ def _is_cheap(equation):
     inner = equation.params.get(_CALLS.get(equation.primitive.name, ""))
     if inner is not None:
         return all(map(_is_cheap, inner.eqns))
-    return equation.primitive.name in _CHEAP.split()
+    return equation.primitive.name in _CHEAP
 
 
 def _bytes(variable):

@@ -69,13 +69,13 @@ def attend(
         mask_TS = None
         if causal:
             mask_TS = jnp.arange(start, stop)[:, None] >= jnp.arange(seen)[None]
-        part = jax.checkpoint(scores_times_values, policy=_is_sum)
+        part = jax.checkpoint(scores_times_values, policy=_is_softmax_sum)
         parts.append(part(q_BTNK[:, start:stop], k_BTGK[:, :seen], v_BTGK[:, :seen], mask_TS))
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
-def _is_sum(primitive, *_, **params):
-    """Of a softmax: its largest score and its sum, two numbers a query, are not found again."""
+def _is_softmax_sum(primitive, *_, **params):
+    """A policy of `jax.checkpoint`: keep a softmax's maximum and sum, two numbers a query."""
     return primitive.name in ("reduce_max", "reduce_sum")
 
 
