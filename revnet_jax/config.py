@@ -159,7 +159,7 @@ def language_model() -> ConfigDict:
     model.rotary_base = 10_000.0
     model.attention = "auto"  # chunked | cudnn | flash; auto: by the device
     model.feed_forward_chunks = 1  # parts of the tokens, one after the other
-    model.loss_chunk = 128  # tokens of each sequence whose logits exist together
+    model.loss_chunk = 2048  # tokens of a device whose logits exist together
 
     config.optimizer.name = "adamw"
     config.optimizer.b2 = 0.99

@@ -13,11 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from revnet_jax.core import Backprop, Exactness, Grid
 from revnet_jax.models.attention import Kernel, rotary_angles
 from revnet_jax.models.bridge import PureModule
+from revnet_jax.models.cross_entropy import cross_entropy
 from revnet_jax.models.decoder import (
     LAYER_RULES,
     Attention,
@@ -85,7 +85,7 @@ class LanguageModel(Transformer):
 
     backprop to check_exactness: see `Transformer`.
     attention: see `attend`.
-    feed_forward_chunks: see `FeedForward`. loss_chunk: tokens of each sequence whose logits exist
+    feed_forward_chunks: see `FeedForward`. loss_chunk: tokens of a device whose logits exist
       together.
     """
 
@@ -103,7 +103,7 @@ class LanguageModel(Transformer):
         check_exactness: bool = True,
         attention: Kernel = "chunked",
         feed_forward_chunks: int = 1,
-        loss_chunk: int = 128,
+        loss_chunk: int = 2048,
     ):
         super().__init__(
             layers=architecture.layers,
@@ -205,24 +205,18 @@ class LanguageModel(Transformer):
             weight_BT = jnp.ones(target_BT.shape, x_BTD.dtype)
         group, kernel = self._head_kernel(variables)
         nll = by_batch(self._nll, self.rules, group, self.compute_dtype)
-        nll_B = nll(kernel, x_BTD, target_BT, weight_BT)
-        return jnp.sum(nll_B) / jnp.sum(weight_BT), aux_L
+        nll_N = nll(kernel, x_BTD, target_BT, weight_BT)
+        return jnp.sum(nll_N) / jnp.sum(weight_BT), aux_L
 
     @jax.named_scope("head")
     def _nll(self, kernel, x_BTD, target_BT, weight_BT):
-        """[B]: the weighted sums over each sequence, from one chunk of tokens after the other."""
-
-        @jax.checkpoint
-        def chunk_loss(nll_B, part):
-            x_BTD, target_BT, weight_BT = part
-            logits_BTV = self._logits(kernel, x_BTD)
-            true_BT = jnp.take_along_axis(logits_BTV, target_BT[..., None], axis=-1)[..., 0]
-            nll_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - true_BT
-            return nll_B + jnp.sum(weight_BT * nll_BT, axis=1), None
-
-        parts = _in_chunks((x_BTD, target_BT, weight_BT), self.loss_chunk)
-        nll_B, _ = lax.scan(chunk_loss, jnp.zeros(len(x_BTD), x_BTD.dtype), parts)
-        return nll_B
+        """[1]: the weighted sum over all tokens that this device has."""
+        x_MD, target_M, weight_M = (
+            array.reshape(-1, *array.shape[2:]) for array in (x_BTD, target_BT, weight_BT)
+        )
+        kernel_DV = kernel.T if self.architecture.tied else kernel
+        options = {"compute_dtype": self.compute_dtype, "chunk": self.loss_chunk}
+        return cross_entropy(kernel_DV, x_MD, target_M, weight_M, **options)[None]
 
     def logits(self, variables: Variables, token_BT: jax.Array) -> jax.Array:
         """float32 [B, T, V]: of all tokens at once."""
@@ -312,15 +306,3 @@ class LanguageModel(Transformer):
         x, kernel = x.astype(self.compute_dtype), kernel.astype(self.compute_dtype)
         kernel_DV = kernel.T if self.architecture.tied else kernel
         return jnp.matmul(x, kernel_DV, preferred_element_type=wide)
-
-
-def _in_chunks(arrays, chunk):
-    """[B, T, ...] -> [T / chunk, B, chunk, ...]; the last chunk is filled up with zeros."""
-
-    def split(array):
-        B, T, *rest = array.shape
-        size = min(chunk, T)
-        padded = jnp.pad(array, ((0, 0), (0, -T % size), *((0, 0) for _ in rest)))
-        return jnp.swapaxes(padded.reshape(B, -1, size, *rest), 0, 1)
-
-    return jax.tree.map(split, arrays)

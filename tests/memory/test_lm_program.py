@@ -18,6 +18,7 @@ def compiled_step(on, **changes):
     config = language_model()
     config.data.update({"context": CONTEXT, "vocab_size": VOCAB})
     config.model.update({"width": 512, "heads": 4, "kv_heads": 2, "hidden": 1408})
+    config.model.loss_chunk = 512
     config.optimizer.lockstep = True
     config.update_from_flattened_dict({"batch_size": 2, "model.layers": 2, **changes})
     program = step_program(config, on)
@@ -44,7 +45,7 @@ def test_neither_all_scores_nor_all_logits_exist():
 def test_the_check_sees_them():
     """Where a chunk is all of them."""
     with pytest.raises(AssertionError, match="logits of all tokens"):
-        check_shapes(compiled_step(jax.devices()[:1], **{"model.loss_chunk": CONTEXT}))
+        check_shapes(compiled_step(jax.devices()[:1], **{"model.loss_chunk": 2 * CONTEXT}))
 
 
 @pytest.fixture
