@@ -51,6 +51,7 @@ def chain(
     length: int | None = None,
     backprop: Backprop = "reverse",
     stored_layers: int = 0,
+    unroll: int = 1,
     update: Update | None = None,
     state_L: Any = None,
     probe: Exactness | None = None,
@@ -64,6 +65,8 @@ def chain(
     backprop: `store`, `remat_dots`, `remat`, `offload` or `reverse`: see `strategies`.
     stored_layers: how many layers, counted from the last, store whatever `backprop` says: memory
       that is left spent on compute that is saved.
+    unroll: how many layers that store a round of the loop has. As many as there are make no loop:
+      what they keep is then not copied into stacks and out of them, and compiling takes longer.
     update: updates each layer in the backward sweep, in place, so that gradients never exist
       together: `(dparams, state, params) -> (params, state)` of one layer, trees of floats.
       **The cotangents of params_L and state_L are then their new values**: whoever differentiates
@@ -91,6 +94,7 @@ def chain(
         shared=shared,
         backprop=backprop,
         stored_layers=stored_layers,
+        unroll=unroll,
         update=update,
         probe=probe,
     )
@@ -104,6 +108,7 @@ def sequence(
     shared: Any = None,
     backprop: Backprop = "reverse",
     stored_layers: int = 0,
+    unroll: int = 1,
     update: Update | None = None,
     probe: Exactness | None = None,
 ) -> tuple[Streams, tuple[Any, ...]]:
@@ -114,6 +119,7 @@ def sequence(
     """
     depths = validate.check_sections(sections, x, shared, backprop, STRATEGIES)
     validate.check_stored_layers(stored_layers, sum(depths))
+    validate.check_unroll(unroll)
     validate.check_probe(probe)
     validate.check_states(sections, depths, update)
     runs = plan_runs(depths, backprop, stored_layers)
@@ -125,8 +131,11 @@ def sequence(
     )
     strategies = {run.backprop for run in runs}
     if update is None and len(strategies) == 1 and strategies != {"reverse"}:
-        return _forward(sections, x, shared, *strategies)[:2]  # JAX's own gradient, and its jvp
-    return _swept(runs, sections, x, shared, update, probe)
+        unroll = unroll if strategies == {"store"} else 1
+        return _forward(sections, x, shared, *strategies, unroll)[
+            :2
+        ]  # JAX's own gradient, and its jvp
+    return _swept(runs, sections, x, shared, unroll, update, probe)
 
 
 def sequence_forward(
@@ -179,7 +188,7 @@ def _on_grid(sections, x):
     return snap(validate.common_grid(sections), x)
 
 
-def _forward(sections, x, shared, backprop="reverse"):
+def _forward(sections, x, shared, backprop="reverse", unroll=1):
     auxes, residues = [], []
     for section in sections:
         forward = remembering(section.layer.forward, backprop, alone=section.length == 1)
@@ -190,13 +199,14 @@ def _forward(sections, x, shared, backprop="reverse"):
             y, aux, residue, *_ = forward(params, x, Context(shared, data))
             return y, (aux, residue)
 
-        x, (aux_L, residue_L) = loop(body, x, (section.params_L, section.data_L), section.length)
+        layers_L = section.params_L, section.data_L
+        x, (aux_L, residue_L) = loop(body, x, layers_L, section.length, unroll=unroll)
         auxes.append(aux_L)
         residues.append(residue_L)
     return x, tuple(auxes), tuple(residues)
 
 
-def _swept(runs, sections, x, shared, update, probe):
+def _swept(runs, sections, x, shared, unroll, update, probe):
     """One custom gradient over all sections: a gradient per layer would keep every output."""
     params, params_rest = trees.split([section.params_L for section in sections])
     states = [section.state_L for section in sections]
@@ -225,7 +235,7 @@ def _swept(runs, sections, x, shared, update, probe):
 
     def forward(params, states, x, shared, probe, not_differentiated):
         sections, full_shared = joined(params, shared, not_differentiated)
-        y, auxes, kepts = forward_keeping(runs, sections, x, full_shared)
+        y, auxes, kepts = forward_keeping(runs, sections, x, full_shared, unroll)
         true_x = None if probe is None or runs[0].backprop != "reverse" else x
         return (y, auxes), (params, states, shared, not_differentiated, kepts, true_x)
 
@@ -239,6 +249,7 @@ def _swept(runs, sections, x, shared, update, probe):
             (cotangents[0], trees.split(cotangents[1])[0]),
             shared,
             [consumer(*pair) for pair in zip(sections, states, strict=True)],
+            unroll=unroll,
             track_range=true_x is not None,
         )
         dprobe = probe and Exactness.probe()

@@ -80,13 +80,13 @@ class Kepts(NamedTuple):
 
 
 def forward_keeping(
-    runs: Sequence[Run], sections: Sequence[Any], x: Streams, shared: Any
+    runs: Sequence[Run], sections: Sequence[Any], x: Streams, shared: Any, unroll: int
 ) -> tuple[Streams, tuple[Any, ...], Kepts]:
     """(y, aux_L of each section, what the sweep needs)."""
     auxes: list[list[Any]] = [[] for _ in sections]
     kepts, last_reversed, checksum = [], None, jnp.int32(0)
     for run in runs:
-        x, aux_L, kept_L, run_checksum = _forward_run(run, sections[run.section], x, shared)
+        x, aux_L, kept_L, run_checksum = _forward_run(run, sections[run.section], x, shared, unroll)
         auxes[run.section].append(aux_L)
         kepts.append(kept_L)
         if run.backprop == "reverse":
@@ -94,7 +94,7 @@ def forward_keeping(
     return x, tuple(_joined(parts) for parts in auxes), Kepts(kepts, last_reversed, checksum)
 
 
-def _forward_run(run, section, x, shared):
+def _forward_run(run, section, x, shared, unroll):
     remembered = remembering(section.layer.forward, run.backprop, alone=run.length == 1)
 
     @jax.named_scope("forward")
@@ -110,7 +110,9 @@ def _forward_run(run, section, x, shared):
         return (i + 1, found.y, checksum + found.checksum), (found.aux, kept)
 
     start = jnp.int32(run.start), x, jnp.int32(0)
-    (_, y, checksum), (aux_L, kept_L) = loop(body, start, None, run.length)
+    (_, y, checksum), (aux_L, kept_L) = loop(
+        body, start, None, run.length, unroll=_unroll(run, unroll)
+    )
     return y, aux_L, kept_L, checksum
 
 
@@ -138,6 +140,7 @@ def sweep(
     shared: Any,
     consumers: Sequence[Consumer],
     *,
+    unroll: int,
     track_range: bool,
 ) -> Swept:
     """Backward through the layers, last to first: rewinds those that reverse.
@@ -155,12 +158,19 @@ def sweep(
         daux_L = jax.tree.map(lambda leaf, run=run: leaf[run.start : run.stop], dauxes[run.section])
         carry = x, dx, dshared, written[run.section], max_abs, checksum
         x, dx, dshared, written[run.section], max_abs, checksum = _sweep_run(
-            run, sections[run.section], consumers[run.section], carry, daux_L, kept_L, shared
+            run,
+            sections[run.section],
+            consumers[run.section],
+            carry,
+            daux_L,
+            kept_L,
+            shared,
+            unroll,
         )
     return Swept(x, dx, written, dshared, max_abs, checksum)
 
 
-def _sweep_run(run, section, consumer, carry, daux_L, kept_L, shared):
+def _sweep_run(run, section, consumer, carry, daux_L, kept_L, shared, unroll):
     def layer(params, x, dy, daux, kept, context):
         if run.backprop == "reverse":
             return Rewound(*section.layer.rewind(params, x, dy, daux, kept, context))
@@ -186,18 +196,25 @@ def _sweep_run(run, section, consumer, carry, daux_L, kept_L, shared):
         x, dx, *others = carry
         carry = *isolate(lambda x, dx: (x, dx), x, dx), *others
     start = jnp.int32(run.stop - 1), carry
-    (_, carry), _ = loop(body, start, (daux_L, kept_L), run.length, reverse=True)
+    (_, carry), _ = loop(
+        body, start, (daux_L, kept_L), run.length, reverse=True, unroll=_unroll(run, unroll)
+    )
     return carry
 
 
 def loop(
-    body: Callable, carry: Any, xs: Any, length: int, *, reverse: bool = False
+    body: Callable, carry: Any, xs: Any, length: int, *, reverse: bool = False, unroll: int = 1
 ) -> tuple[Any, Any]:
     """`lax.scan`, except that a single layer, applied as it is, may change the carry's shapes."""
     if length != 1:
-        return lax.scan(body, carry, xs, length, reverse=reverse)
+        return lax.scan(body, carry, xs, length, reverse=reverse, unroll=min(unroll, length))
     carry, ys = body(carry, jax.tree.map(lambda leaf: leaf[0], xs))
     return carry, jax.tree.map(lambda leaf: jnp.expand_dims(leaf, 0), ys)
+
+
+def _unroll(run: Run, unroll: int) -> int:
+    """1 unless it stores: a compiler may rebuild all layers of a round first, and hold them."""
+    return unroll if run.backprop == "store" else 1
 
 
 def _at(tree_L: Any, i: Any) -> Any:

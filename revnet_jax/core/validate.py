@@ -60,6 +60,12 @@ def check_stored_layers(stored_layers: int, depth: int) -> None:
         )
 
 
+def check_unroll(unroll: int) -> None:
+    """Raises unless a round of a loop can have so many layers."""
+    if not isinstance(unroll, int) or unroll < 1:
+        raise ValueError(f"got unroll={unroll!r}, expected a whole number of layers from 1")
+
+
 def check_probe(probe: Any) -> None:
     """Raises unless it is one to differentiate, or None."""
     if not isinstance(probe, Exactness | None):

@@ -58,7 +58,7 @@ class Network:
     backprop: what the gradient costs (see `chain`): one of `STRATEGIES` for all chains, or one for
       each; `reverse` needs two streams.
     stored_layers: how many layers of the chains, counted from the last, store all the same. Late
-      layers are small ones: they buy most compute for their memory.
+      layers are small ones: they buy most compute for their memory. unroll: see `chain`.
     compute_dtype: of convolutions; streams, batch statistics and logits are float32.
     grid: where the streams of a RevNet live; None for free floats.
     check_exactness: whether `probes` has any: the check keeps each chain's input.
@@ -72,11 +72,14 @@ class Network:
         *,
         backprop: Backprop | Sequence[Backprop] = "reverse",
         stored_layers: int = 0,
+        unroll: int = 1,
         compute_dtype: Any = jnp.float32,
         grid: Grid | None = Grid(),
         check_exactness: bool = True,
     ):
-        self.architecture = architecture
+        if unroll < 1:
+            raise ValueError(f"got unroll={unroll}, expected 1 or more layers")
+        self.architecture, self._unroll = architecture, unroll
         self.compute_dtype = compute_dtype
         self.check_exactness = check_exactness
         self.grid = grid
@@ -217,6 +220,7 @@ class Network:
                     x,
                     backprop=strategy.backprop,
                     stored_layers=strategy.stored_layers,
+                    unroll=self._unroll,
                     update=lockstep and lockstep.update,
                     probe=probes and probes.get(name),
                 )

@@ -32,7 +32,7 @@ class Transformer:
     """The chain, and how its gradient is computed. Subclasses add what comes before and after.
 
     reversible: two streams; else the twin, with one.
-    backprop, stored_layers: what the gradient costs (see `chain`).
+    backprop, stored_layers, unroll: what the gradient costs (see `chain`).
     compute_dtype: of the branches; streams, normalisations and logits are float32.
     grid: where two streams live; None for free floats.
     check_exactness: whether `probes` has any: the check keeps the chain's input.
@@ -47,6 +47,7 @@ class Transformer:
         reversible: bool,
         backprop: Backprop,
         stored_layers: int,
+        unroll: int,
         compute_dtype: Any,
         grid: Grid | None,
         check_exactness: bool,
@@ -66,6 +67,9 @@ class Transformer:
             )
         self.invertible, self.grid = reversible, grid
         self.compute_dtype, self.check_exactness = compute_dtype, check_exactness
+        if unroll < 1:
+            raise ValueError(f"got unroll={unroll}, expected 1 or more layers")
+        self._unroll = unroll
         self._strategy = Strategy(backprop, stored_layers, layers)
 
     @property
@@ -115,6 +119,7 @@ class Transformer:
             (x, x) if self.invertible else (x,),
             backprop=self._strategy.backprop,
             stored_layers=self._strategy.stored_layers,
+            unroll=self._unroll,
             update=lockstep and lockstep.update,
             state_L=lockstep and lockstep.states["layers"],
             probe=probes and probes["layers"],

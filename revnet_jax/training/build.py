@@ -172,6 +172,7 @@ def _pop_common(model: dict[str, Any], stored_layers: int | None) -> tuple[Any, 
     gradient = {
         "backprop": tuple(backprop.split(",")) if "," in backprop else backprop,
         "stored_layers": stored_layers,
+        "unroll": model.pop("unroll"),
     }
     return gradient, common
 

@@ -80,6 +80,11 @@ CASES = {
         ValueError,
         "got stored_layers=4, expected a whole number from 0 to 3",
     ),
+    "rounds of no layer": (
+        {"unroll": 0},
+        ValueError,
+        "got unroll=0, expected a whole number of layers from 1",
+    ),
     "a state without an update": (
         {"state_L": jnp.ones(3)},
         ValueError,

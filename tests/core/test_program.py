@@ -16,11 +16,11 @@ def branch(params, x, context):
     return jnp.tanh(x @ params)
 
 
-def compiled_gradient(backprop, depth, *, probe=False, grid=Grid()):
+def compiled_gradient(backprop, depth, *, probe=False, grid=Grid(), **options):
     block = reversible_block(branch, branch, grid=grid)
 
     def loss(params_L, x, probe):
-        y, _ = chain(block, params_L, x, backprop=backprop, probe=probe)
+        y, _ = chain(block, params_L, x, backprop=backprop, probe=probe, **options)
         return jnp.sum(y[0] * y[1])
 
     params_L = (jax.ShapeDtypeStruct((depth, WIDTH, WIDTH), jnp.float32),) * 2
@@ -74,6 +74,38 @@ def test_no_loop_is_unrolled_and_nothing_is_compiled_per_layer():
     few, many = (compiled_gradient("reverse", depth).as_text() for depth in (4, 64))
     assert few.count(" = ") == many.count(" = ")  # instructions; the text also lists stack frames
     assert len(re.findall(r" while\(", many)) == 2
+
+
+@pytest.mark.parametrize(("options", "loops"), [({}, 2), ({"unroll": 8}, 0), ({"unroll": 9}, 0)])
+def test_without_a_loop_what_is_stored_is_not_stacked(options, loops):
+    text = compiled_gradient("store", 8, **options).as_text()
+    assert len(re.findall(r" while\(", text)) == loops
+    stacks = re.findall(rf"f32\[8,{ROWS},{WIDTH}\]", text)
+    assert bool(stacks) == bool(loops)
+
+
+def test_layers_that_reverse_are_never_unrolled():
+    rolled, unrolled = (compiled_gradient("reverse", 8, unroll=n).as_text() for n in (1, 8))
+    assert rolled.count(" = ") == unrolled.count(" = ")
+
+
+@pytest.mark.parametrize("options", [{"backprop": "store"}, {"stored_layers": 5}])
+def test_an_unrolled_gradient_is_the_same_to_the_bit(options):
+    block = reversible_block(branch, branch)
+
+    def gradient(unroll):
+        def loss(params_L, x):
+            y, _ = chain(block, params_L, x, unroll=unroll, **options)
+            return jnp.sum(y[0] * y[1])
+
+        keys = jax.random.split(jax.random.key(0), 4)
+        params_L = tuple(0.1 * jax.random.normal(key, (6, WIDTH, WIDTH)) for key in keys[:2])
+        x = tuple(jax.random.normal(key, (ROWS, WIDTH)) for key in keys[2:])
+        return jax.tree.leaves(jax.jit(jax.grad(loss, argnums=(0, 1)))(params_L, x))
+
+    expected = gradient(1)
+    for unroll in (4, 6):
+        assert all(map(jnp.array_equal, gradient(unroll), expected))
 
 
 def test_every_stored_layer_saves_its_recompute():
