@@ -3,6 +3,7 @@
     python scripts/plan.py --config=configs/digits.py
     python scripts/plan.py --config=configs/cifar10_revnet110.py --topology=v5e:2x2 --plot=plan.png
     python scripts/plan.py --config=configs/lm_1b.py --topology=4xh100:8 --config.mesh.fsdp=8
+    python scripts/plan.py --config=configs/lm_124m.py --topology=h100:1 --by_part
     python scripts/plan.py --config=configs/lm_1b.py --scaling=v5e:4x4,v5e:16x16,2xv5e:16x16
 
 Compiles the real step for this machine, or for GPUs and TPUs that need not be here (extras
@@ -30,6 +31,7 @@ SCALING = flags.DEFINE_list(
 )
 STRATEGIES = flags.DEFINE_list("strategies", None, "Some of the rows, by name; all by default.")
 LARGEST = flags.DEFINE_bool("largest", False, "Also find the largest batch and depth that fit.")
+BY_PART = flags.DEFINE_bool("by_part", False, "Also say which part of the model takes how long.")
 CACHE_DIR = flags.DEFINE_string("cache_dir", str(DEFAULT_CACHE_DIR), "Folder of the answers.")
 JSON = flags.DEFINE_bool("json", False, "Print JSON rather than a table.")
 PLOT = flags.DEFINE_string("plot", None, "Also draw the memory into this PNG file.")
@@ -40,9 +42,10 @@ def main(argv):
     from revnet_jax.memory import plan_report, scaling
     from revnet_jax.memory.plan import plan
 
-    if SCALING.value and (TOPOLOGY.present or LARGEST.value):
+    if SCALING.value and (TOPOLOGY.present or LARGEST.value or BY_PART.value):
         raise configs.ConfigError(
-            "got --scaling with --topology or --largest, expected it alone: it names topologies"
+            "got --scaling with --topology, --largest or --by_part, expected it alone: it names "
+            "topologies"
         )
     names = SCALING.value or [TOPOLOGY.value]
     cache_dir = Path(CACHE_DIR.value).expanduser()
@@ -55,7 +58,8 @@ def main(argv):
         found = scaling.scaling(config, compilers, strategies=strategies)
     else:
         shown = plan_report
-        found = plan(config, compilers[0], strategies=strategies, largest=LARGEST.value)
+        options = {"largest": LARGEST.value, "by_part": BY_PART.value}
+        found = plan(config, compilers[0], strategies=strategies, **options)
     print(json.dumps(found, indent=2) if JSON.value else shown.as_table(found))
     if figure_class:
         shown.draw(found, figure_class).savefig(PLOT.value, dpi=100)

@@ -28,6 +28,7 @@ class CompiledStep:
       ran out of memory and did not say how much it asked for.
     out_of_memory: whether it refused to compile.
     argument_bytes, traffic (as `Traffic` has it): None if it refused.
+    parts: rows of `by_part`; None if it refused, and for devices whose peaks are not known.
     flops: of all devices together.
     weights_bytes, gradient_bytes, optimizer_bytes, batch_bytes: of arrays, before a TPU pads them;
       running averages count as weights, and gradients are those that exist together.
@@ -41,6 +42,7 @@ class CompiledStep:
     out_of_memory: bool
     argument_bytes: int | None
     traffic: dict[str, Any] | None
+    parts: list[dict[str, Any]] | None
     flops: int
     weights_bytes: int
     gradient_bytes: int

@@ -23,10 +23,13 @@ class Array(NamedTuple):
 
     num_bytes: as laid out: the tiles of a TPU pad the two innermost axes, often to 8 x 128.
     space: where it lives: 0 is HBM (on CPU: RAM); others are on chip, or the host's.
+    dtype: as the text has it: "bf16", "f32". dims: its shape.
     """
 
     num_bytes: int
     space: int
+    dtype: str
+    dims: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -169,17 +172,18 @@ def _cut(text, opening):
 
 
 def _array(dtype, dims, layout):
-    sizes = [int(n) for n in dims.split(",") if n]
+    shape = tuple(int(n) for n in dims.split(",") if n)
     order, _, rest = (layout or "").partition(":")
     minor_to_major = [int(n) for n in order.split(",") if n]
-    sizes = [sizes[i] for i in reversed(minor_to_major)] if minor_to_major else sizes
+    sizes = [shape[i] for i in reversed(minor_to_major)] if minor_to_major else list(shape)
     if tile := re.search(r"T\(([\d,]+)\)", rest):
         tile = [int(n) for n in tile[1].split(",")]
         sizes = [1] * (len(tile) - len(sizes)) + sizes
         for i, n in enumerate(tile, start=len(sizes) - len(tile)):
             sizes[i] = -(-sizes[i] // n) * n
     space = re.search(r"S\((\d+)\)", rest)
-    return Array(math.ceil(math.prod(sizes) * _bits(dtype) / 8), int(space[1]) if space else 0)
+    num_bytes = math.ceil(math.prod(sizes) * _bits(dtype) / 8)
+    return Array(num_bytes, int(space[1]) if space else 0, dtype, shape)
 
 
 def _bits(dtype):

@@ -24,6 +24,7 @@ def plan(
     *,
     strategies: Sequence[str] | None = None,
     largest: bool = False,
+    by_part: bool = False,
 ) -> dict[str, Any]:
     """Compiles the config's training step in every variant, and compares what compilers say.
 
@@ -31,6 +32,7 @@ def plan(
     strategies: names of variants; all that the network has by default.
     largest: also search, for each, the largest batch and the largest depth that fit: about five
       further compilations of each.
+    by_part: give each row `parts`, where its time goes (see `by_part.by_part`).
 
     Returns settings of the plan, a list of rows, and a recommendation. Sizes are bytes, and flops,
     of one device; `least_ms` (all that is sent is sent beside what is computed), `in_turn_ms` (one
@@ -52,6 +54,10 @@ def plan(
         else row_of(name, step, chip, stored and stored.flops)
         for name, step in steps.items()
     ]
+    if by_part:
+        for row in rows:
+            step = compiled.get(row["strategy"])
+            row["parts"] = step and step.parts
     if largest:
         for row in rows:
             if row["error"] is None:

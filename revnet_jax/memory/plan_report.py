@@ -62,6 +62,7 @@ def as_table(report: Mapping[str, Any]) -> str:
         f"{row['strategy']}: {row['error']}" for row in report["rows"] if row["error"] is not None
     ]
     found = report["recommendation"]
+    parts = {row["strategy"]: row["parts"] for row in report["rows"] if row.get("parts")}
     lines += [
         "",
         "of one device and step; gradients: at most; activations: all the rest; ms by roofline:",
@@ -73,8 +74,25 @@ def as_table(report: Mapping[str, Any]) -> str:
         ),
         "",
         f"take {found['strategy'] or 'none'}: {found['reason']}",
+        *(line for name, rows in parts.items() for line in _by_part(name, rows)),
     ]
     return "\n".join(lines)
+
+
+def _by_part(strategy, rows):
+    header = ["part", "ms", "GFLOP", "moved", "kernels", "slowest kernels, ms"]
+    cells = [
+        [
+            row["part"],
+            f"{row['ms']:.2f}",
+            f"{row['flops'] / 1e9:,.4g}",
+            size(row["hbm_bytes"]),
+            f"{row['kernels']:,}",
+            "; ".join(f"{name} {ms:.2f}" for name, ms in row["slowest"].items()),
+        ]
+        for row in rows
+    ]
+    return ["", f"{strategy}, predicted, kernels in turn:", "", *markdown([header, *cells])]
 
 
 def _cells(row, networks, length):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from revnet_jax.memory import collectives
@@ -21,6 +21,7 @@ _FREE = {
     "partition-id",
     "replica-id",
 }
+_RUNS_OTHERS = ("call", "call-start", "async-start")
 _HBM, _HOST = 0, 5  # memory spaces, as compilers number them
 _FREE_CUSTOM_CALLS = ('"AllocateBuffer"', '"ConcatBitcast"')
 _NVIDIA_LIBRARIES = ('"__cublas', '"__cudnn')  # targets of custom calls
@@ -68,6 +69,20 @@ def traffic(text: str, slices: Sequence[int] = ()) -> Traffic:
     return _Counter(module, slices).computation(module.entry)
 
 
+class Leaf(NamedTuple):
+    """An instruction that does something itself, how often a step runs it, and what that moves."""
+
+    instruction: Instruction
+    computation: Computation
+    times: int
+    traffic: Traffic
+
+
+def leaves(module: Module) -> Iterator[Leaf]:
+    """All that one run of a program runs, as `traffic` counts it."""
+    yield from _Counter(module, ()).leaves(module.entry, 1)
+
+
 class _Counter:
     def __init__(self, module: Module, slices: Sequence[int]):
         self._module, self._slices = module, slices
@@ -82,6 +97,22 @@ class _Counter:
                 self._known[name] = _as_reduce_scatter(self._known[name])
         return self._known[name]
 
+    def leaves(self, name: str, times: int) -> Iterator[Leaf]:
+        computation = self._module.computations[name]
+        for instruction in computation.instructions.values():
+            opcode, callees = instruction.opcode, instruction.callees
+            if opcode == "while":
+                yield from self.leaves(*callees, times * trip_count(self._module, instruction))
+            elif opcode == "conditional":
+                dearest = max(callees, key=lambda branch: self.computation(branch).hbm_bytes)
+                yield from self.leaves(dearest, times)
+            elif opcode in _RUNS_OTHERS:
+                for callee in callees:
+                    yield from self.leaves(callee, times)
+            elif opcode not in _FREE:
+                moved = self._instruction(instruction, computation)
+                yield Leaf(instruction, computation, times, moved)
+
     def _instruction(self, instruction: Instruction, computation: Computation) -> Traffic:
         opcode = instruction.opcode
         inner = [self.computation(name) for name in instruction.callees]
@@ -91,7 +122,7 @@ class _Counter:
             return _total([body], times=n)
         if opcode == "conditional":
             return max(inner, key=lambda branch: branch.hbm_bytes)
-        if opcode in ("call", "call-start", "async-start"):
+        if opcode in _RUNS_OTHERS:
             return _total(inner)
         if opcode in _FREE or opcode.endswith("-done") or opcode == "async-update":
             return _NOTHING

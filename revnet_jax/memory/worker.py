@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from revnet_jax.config import ConfigError
 from revnet_jax.errors import UserError
-from revnet_jax.memory import collectives, gpus, hlo, traffic, units
+from revnet_jax.memory import by_part, chips, collectives, gpus, hlo, traffic, units
 from revnet_jax.memory.chips import chip_of, fillable_bytes
 from revnet_jax.memory.counts import arithmetic
 from revnet_jax.memory.topology import Topology, devices, parse_topology
@@ -55,7 +55,7 @@ def measure(config: ConfigDict, topology: Topology, cache_dir: Path) -> dict[str
     path = cache_dir / f"{_digest(lowered.as_text(), topology, targets)}.json"
     cached = path.exists()
     if not cached:
-        compiled = json.dumps(_compile(lowered, platform, _slices(program)))
+        compiled = json.dumps(_compile(lowered, targets[0], _slices(program)))
         cache_dir.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")
         temporary.write_text(compiled)
@@ -93,7 +93,7 @@ def asked_bytes(message: str) -> int | None:
     return units.parse_size(found[1], found[2]) if found else None
 
 
-def _compile(lowered, platform, slices):
+def _compile(lowered, device, slices):
     started = time.monotonic()
     try:
         compiled = lowered.compile()
@@ -101,14 +101,16 @@ def _compile(lowered, platform, slices):
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         found = {"out_of_memory": True, "needed_bytes": asked_bytes(str(error))}
-        found |= {"argument_bytes": None, "traffic": None}
+        found |= {"argument_bytes": None, "traffic": None, "parts": None}
     else:
-        stats = compiled.memory_analysis()
+        stats, text = compiled.memory_analysis(), compiled.as_text()
+        chip = chip_of(device.device_kind)
         found = {
             "out_of_memory": False,
-            "needed_bytes": auto.program_bytes(stats, platform),
+            "needed_bytes": auto.program_bytes(stats, device.platform),
             "argument_bytes": stats.argument_size_in_bytes,
-            "traffic": traffic.traffic(compiled.as_text(), slices)._asdict(),
+            "traffic": traffic.traffic(text, slices)._asdict(),
+            "parts": by_part.by_part(text, chip) if chip else None,
         }
     return {**found, "compile_seconds": time.monotonic() - started}
 
@@ -124,8 +126,8 @@ def _digest(text: str, topology: Topology, targets: list[Any]) -> str:
     """Of everything that decides what is found: program, devices, compiler, and who reads it."""
     versions = [jax.__version__, targets[0].client.platform_version, targets[0].device_kind]
     options = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
-    modules = [sys.modules[__name__], gpus, hlo, collectives, traffic, units, auto, compiler]
-    readers = [Path(str(module.__file__)).read_text() for module in modules]
+    modules = [sys.modules[__name__], by_part, chips, gpus, hlo, collectives, traffic, units, auto]
+    readers = [Path(str(module.__file__)).read_text() for module in [*modules, compiler]]
     parts = [text, topology.name, str(len(targets)), *versions, *options, *readers]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 

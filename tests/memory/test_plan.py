@@ -37,6 +37,7 @@ STEP = CompiledStep(
         "ici_bytes": {"all-gather": 100_000_000},
         "dcn_bytes": {},
     },
+    parts=None,
     flops=4 * 197_000_000_000,
     weights_bytes=1 * GIB,
     gradient_bytes=1 * GIB,
@@ -65,7 +66,7 @@ def say(settings):
     """store does not fit; reverse does more arithmetic; remat cannot be compiled."""
     changes = {
         "store": {"needed_bytes": 22 * GIB, "out_of_memory": True}
-        | {"argument_bytes": None, "traffic": None},
+        | {"argument_bytes": None, "traffic": None, "parts": None},
         "reverse": {"flops": 5 * 197_000_000_000},
     }
     if settings["model.backprop"] == "remat":

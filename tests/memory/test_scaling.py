@@ -43,6 +43,7 @@ def say(topology, settings):
             "ici_bytes": {"all-gather": 100_000_000_000},
             "dcn_bytes": {"all-reduce": 3_125_000_000} if topology.slices > 1 else {},
         },
+        parts=None,
         flops=n * 197_000_000_000_000,
         weights_bytes=1 * GIB,
         gradient_bytes=1 * GIB,
