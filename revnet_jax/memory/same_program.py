@@ -7,9 +7,9 @@ the names that JAX gave to operations, and with them the scopes that they were t
 from __future__ import annotations
 
 import hashlib
-import itertools
 import re
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -25,14 +25,18 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%([\w.\-]+)")
 # What computes nothing; and what is said of where an instruction came from, when it runs, and in
 # which memory its arrays lie.
 _NOT_COMPUTED = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "copy")
+_MOVES = ("bitcast", "copy", "reshape")
+_OPERAND = "operand "
+_SPACE = r"S\(\d+\)"
 _NOISE = (
     r", metadata=\{[^}]*\}",
     r", frontend_attributes=\{[^}]*\}",
+    r", control-predecessors=\{[^}]*\}",
     r", stack_frame_id=\d+",
     r'scheduling_name="[^"]*"',
     r"(?:, )?backend_config=\{.*\}",
     r"/\*.*?\*/",
-    r"S\(\d+\)",
+    _SPACE,
 )
 
 
@@ -52,40 +56,22 @@ def isolated_parts(text: str, scope: str, *, layouts: bool = True) -> list[Part]
     """What was isolated under a `jax.named_scope`: of a chain "forward", "rewind" or "backward".
 
     text: of a compiled program, `compiled.as_text()`. layouts: whether programs differ that do the
-      same to arrays that lie in memory in another order.
+      same to arrays that lie in memory in another order, or to a copy of them in another.
     """
-    text = text if layouts else _LAYOUT.sub("", text)
-    computations = _computations(text)
-
-    @cache
-    def computed(name: str, numbered: bool) -> tuple[str, tuple[int, ...]]:
-        """(a digest of a computation: of its root, and so of what the root is computed from; the
-        order in which it meets its parameters, whose numbers count only where `numbered`)."""
-        lines = {found[1]: line for line in computations[name] if (found := _NAME.match(line))}
-        order: list[int] = []
-
-        @cache
-        def value(name: str) -> str:
-            line = lines[name]
-            if (found := _PARAMETER.search(line)) and not numbered:
-                order.append(int(found[1]))
-                line = line.replace(found[0], f" parameter({len(order) - 1}")
-            return _digest(line, value, computed)
-
-        (root,) = (name for name, line in lines.items() if line.lstrip().startswith("ROOT "))
-        return value(root), tuple(order)
-
-    inside = {name for lines in computations.values() for line in lines for name in _fused(line)}
+    program = _Program(text if layouts else _LAYOUT.sub("", text), layouts)
+    fused = {
+        name for c in program.computations.values() for line in c.values() for name in _fused(line)
+    }
     parts = []
-    for line in itertools.chain(*(lines for n, lines in computations.items() if n not in inside)):
-        found, op_name = _INSTRUCTION.match(line), _OP_NAME.search(line)
-        if not found or not op_name or found[2] in _NOT_COMPUTED:
-            continue
-        if f"/{SCOPE}" in op_name[1] and re.search(rf"(^|[/(]){scope}[)/]", op_name[1]):
-            # From which arrays it is computed is not part of it; but if they are the same ones is.
-            operands: dict[str, str] = {}
-            value = lambda name, seen=operands: seen.setdefault(name, f"operand {len(seen)}")
-            parts.append(Part(found[1], op_name[1], _digest(line, value, computed)))
+    for name, lines in program.computations.items():
+        for instruction, line in lines.items() if name not in fused else ():
+            found, op_name = _INSTRUCTION.match(line), _OP_NAME.search(line)
+            if not found or not op_name or found[2] in (*_NOT_COMPUTED, *program.moves):
+                continue
+            if f"/{SCOPE}" in op_name[1] and re.search(rf"(^|[/(]){scope}[)/]", op_name[1]):
+                digest = program.digest(lines, line)
+                if not digest.startswith(_OPERAND):  # it moves what it was given
+                    parts.append(Part(instruction, op_name[1], digest))
     return parts
 
 
@@ -100,37 +86,85 @@ def not_found(these: list[Part], those: list[Part]) -> list[Part]:
     return missing
 
 
-def _computations(text):
-    computations: dict[str, list[str]] = {}
-    lines: list[str] = []
-    for line in text.splitlines():
-        if (header := _HEADER.match(line)) and line.endswith("{"):
-            lines = computations.setdefault(header[1], [])
+class _Program:
+    """computations: {name: {instruction: its line}}, in the order of the text."""
+
+    def __init__(self, text: str, layouts: bool):
+        self.computations: dict[str, dict[str, str]] = {}
+        self.moves = () if layouts else _MOVES
+        lines: dict[str, str] = {}
+        for line in text.splitlines():
+            if (header := _HEADER.match(line)) and line.endswith("{"):
+                lines = self.computations.setdefault(header[1], {})
+            elif found := _NAME.match(line):
+                lines[found[1]] = line
+
+    def digest(self, lines: dict[str, str], line: str) -> str:
+        """Of an instruction, whatever its operands are computed from; but if they are the same ones
+        counts."""
+        labels: dict[str, str] = {}
+
+        def operand(name):
+            while (found := _INSTRUCTION.match(lines.get(name, ""))) and found[2] in self.moves:
+                (name,) = _operands(lines[name])
+            return labels.setdefault(name, f"{_OPERAND}{len(labels)}")
+
+        return self._digest(line, operand)
+
+    def _digest(self, line: str, value: Callable[[str], str]) -> str:
+        """value: of an operand, by name."""
+        called, operands = _CALLED.findall(line), _operands(line)
+        for noise in _NOISE:
+            line = re.sub(noise, "", line)
+        _, _, line = _CALLED.sub("", line).partition(" = ")
+        if fusion := re.search(r"(?<= fusion\()[^()]*(?=\))", line):
+            # Compilers number what a fusion is given in any order.
+            inside = self._result(called.pop(), lambda i: value(operands[i]))
+            if self.moves and inside.startswith(_OPERAND):
+                return inside
+            line = line.replace(fusion[0], inside)
         else:
-            lines.append(line)
-    return computations
+            line = re.sub(r"%([\w.\-]+)", lambda match: value(match[1]), line)
+        # a + b is b + a, to the bit.
+        in_order = lambda match: f"{match[1]}({', '.join(sorted(match[2].split(', ')))})"
+        line = re.sub(r"\b(add|multiply|maximum|minimum)\(([^()]*)\)", in_order, line)
+        reducers = [self._result(name, lambda i: f"argument {i}") for name in called]
+        return _hash(line, *reducers)
+
+    def _result(self, name: str, argument: Callable[[int], str]) -> str:
+        """Of a computation: of its root, and so of what the root is computed from."""
+        lines = self.computations[name]
+
+        @cache
+        def value(name: str) -> str:
+            line = lines[name]
+            if parameter := _PARAMETER.search(line):
+                given = argument(int(parameter[1]))
+                return given if self.moves else _hash(given, _type(line))
+            if (found := _INSTRUCTION.match(line)) and found[2] in self.moves:
+                return value(*_operands(line))
+            return self._digest(line, value)
+
+        (root,) = (name for name, line in lines.items() if line.lstrip().startswith("ROOT "))
+        return value(root)
+
+
+def _hash(*texts: str) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+
+
+def _type(line: str) -> str:
+    """Of a parameter."""
+    return re.sub(_SPACE, "", line.partition(" = ")[2].partition(" parameter(")[0])
+
+
+def _operands(line: str) -> list[str]:
+    """Names of what an instruction is given."""
+    found = _INSTRUCTION.match(line)
+    return re.findall(r"%([\w.\-]+)", line[found.end() :].partition(")")[0]) if found else []
 
 
 def _fused(line):
     """Computations that are part of an instruction, unlike those that a loop or a call runs."""
     runs_others = re.search(r" (?:while|call|conditional|async-start)\(", line)
     return [] if runs_others else _CALLED.findall(line)
-
-
-def _digest(line, value, computed):
-    """An instruction's digest; value: an operand's; computed: that of a computation it calls."""
-    called = _CALLED.findall(line)
-    for noise in _NOISE:
-        line = re.sub(noise, "", line)
-    _, _, line = _CALLED.sub("", line).partition(" = ")
-    if fusion := re.search(r"(?<= fusion\()[^()]*(?=\))", line):
-        # Compilers put the operands of a fusion in any order: here in that of its arithmetic.
-        digest, order = computed(called.pop(), numbered=False)
-        operands = fusion[0].split(", ")
-        line = line.replace(fusion[0], ", ".join(operands[i] for i in order)) + digest
-    line = re.sub(r"%([\w.\-]+)", lambda match: value(match[1]), line)
-    # a + b is b + a, to the bit.
-    in_order = lambda match: f"{match[1]}({', '.join(sorted(match[2].split(', ')))})"
-    line = re.sub(r"\b(add|multiply|maximum|minimum)\(([^()]*)\)", in_order, line)
-    digests = [computed(name, numbered=True)[0] for name in called]
-    return hashlib.sha256("\n".join([line, *digests]).encode()).hexdigest()[:16]

@@ -4,8 +4,8 @@
 
 Prints a line of JSON for each: how many isolated parts the forward pass and the rewind have, and
 lists of [name, op_name, program] of those that are not found in the rewind: of its forward pass
-(`forward`, and `forward_but_for_layouts`), of the whole of `store` (`store`), and of the rewind of
-a mixture (`mixture`).
+(`forward`), of the whole of `store` (`store`), and of the rewind of a mixture (`mixture`); and the
+same of programs that may lay out their arrays in another way (`forward but for layouts`, ...).
 `--fused` compiles them without barriers, as a program that must not pass.
 """
 
@@ -190,14 +190,14 @@ def differences(name, device):
     reversed_text, stored_text, mixed_text = texts(
         name, device, [{"backprop": "reverse"}, {"backprop": "store"}, stored]
     )
-    forward, rewind = (isolated_parts(reversed_text, scope) for scope in ("forward", "rewind"))
-    found = {"name": name, "parts": len(forward), "rewind": len(rewind)}
-    found["forward"] = not_found(forward, rewind)
-    found["forward_but_for_layouts"] = not_found(
-        *(isolated_parts(reversed_text, scope, layouts=False) for scope in ("forward", "rewind"))
-    )
-    found["store"] = not_found(isolated_parts(stored_text, "forward"), rewind)
-    found["mixture"] = not_found(isolated_parts(mixed_text, "rewind"), rewind)
+    found = {"name": name}
+    for suffix, layouts in (("", True), (" but for layouts", False)):
+        parts = lambda text, scope, layouts=layouts: isolated_parts(text, scope, layouts=layouts)
+        forward, rewind = parts(reversed_text, "forward"), parts(reversed_text, "rewind")
+        found |= {f"parts{suffix}": len(forward), f"rewind{suffix}": len(rewind)}
+        found[f"forward{suffix}"] = not_found(forward, rewind)
+        found[f"store{suffix}"] = not_found(parts(stored_text, "forward"), rewind)
+        found[f"mixture{suffix}"] = not_found(parts(mixed_text, "rewind"), rewind)
     return found
 
 
