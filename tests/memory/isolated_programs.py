@@ -139,6 +139,12 @@ DECODER = {
     "model.compute_dtype": "bfloat16",
     "model.loss_chunk": 512,
 }
+REVNET = {
+    "batch_size": 32,
+    "model.units": (1, 3),
+    "model.channels": (16, 16, 32),
+    "model.compute_dtype": "bfloat16",
+}
 NETWORKS = {
     "decoder": (language_model, DECODER),
     "decoder, chunked": (language_model, {**DECODER, "model.attention": "chunked"}),
@@ -157,15 +163,8 @@ NETWORKS = {
     ),
     "RevNet-38": ("cifar10_revnet38", {"batch_size": 32, "model.compute_dtype": "bfloat16"}),
     "i-RevNet": ("cifar10_irevnet", {"batch_size": 32, "model.compute_dtype": "bfloat16"}),
-    "RevNet": (
-        image_classification,
-        {
-            "batch_size": 32,
-            "model.units": (1, 3),
-            "model.channels": (16, 16, 32),
-            "model.compute_dtype": "bfloat16",
-        },
-    ),
+    "RevNet": (image_classification, REVNET),
+    "RevNet, layers alone": (image_classification, {**REVNET, "model.units": (2, 2)}),
 }
 
 
