@@ -93,6 +93,7 @@ def image_classification() -> ConfigDict:
     config.optimizer.nesterov = False  # sgd
     config.optimizer.update({"b1": 0.9, "b2": 0.999})  # adamw, lion
     config.optimizer.weight_decay = 2e-4  # of kernels only; sgd: L2 penalty, else decoupled
+    config.optimizer.state_dtype = "float32"  # float32 | bfloat16: of moments, between steps
     config.optimizer.lockstep = False  # update each layer inside the backward sweep, in place
     config.optimizer.clip_norm = 0.0  # largest norm of a gradient; 0: any
     config.optimizer.clip = "global"  # global | layer: whose norm

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from revnet_jax.training.rounding import in_bfloat16
+
 
 def make_schedule(
     *,
@@ -65,6 +67,7 @@ def make_optimizer(
     weight_decay: float,
     clip_norm: float,
     clip: str,
+    state_dtype: str,
     stacked: Collection[str] | None,
 ) -> optax.GradientTransformation:
     """ "sgd" with momentum, where weight decay is an L2 penalty in the gradient, as in the ResNet
@@ -76,6 +79,7 @@ def make_optimizer(
 
     clip_norm: largest L2 norm of a gradient, before everything else; 0 for any.
     clip: whose norm: "global", of all parameters; or "layer", of each layer on its own.
+    state_dtype: "float32", or "bfloat16" to keep moments in half the memory (see `in_bfloat16`).
     stacked: the groups of parameters whose leaves have a leading axis of layers; None for an
       optimizer of a single layer's tree.
     """
@@ -83,6 +87,8 @@ def make_optimizer(
         raise ValueError(
             f"got clip={clip!r}, clip_norm={clip_norm}, expected global or layer, >= 0"
         )
+    if state_dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"got state_dtype={state_dtype!r}, expected float32 or bfloat16")
     decay = {"weight_decay": weight_decay, "mask": is_kernel}
     if name == "sgd":
         optimizer = optax.chain(
@@ -96,6 +102,8 @@ def make_optimizer(
     else:
         raise ValueError(f"got name={name!r}, expected one of sgd, adamw, lion")
     optimizer = _promoting(optimizer)
+    if state_dtype == "bfloat16":
+        optimizer = in_bfloat16(optimizer)
     if clip_norm == 0:
         return optimizer
     if clip == "global" or stacked is None:

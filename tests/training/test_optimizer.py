@@ -23,6 +23,7 @@ OPTIMIZER = {
     "weight_decay": 0.01,
     "clip_norm": 0.0,
     "clip": "global",
+    "state_dtype": "float32",
     "stacked": None,
 }
 
@@ -101,3 +102,22 @@ def test_unknown_optimizer():
 def test_schedules_run_under_jit():
     schedule = make_schedule(**SCHEDULE | {"warmup_steps": 3})
     assert jax.jit(schedule)(jnp.asarray(1, jnp.int32)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(("name", "moments"), [("sgd", 1), ("adamw", 2), ("lion", 1)])
+def test_moments_take_half_the_memory(name, moments):
+    options = OPTIMIZER | {"name": name, "state_dtype": "bfloat16", "clip_norm": 1.0}
+    optimizer = make_optimizer(optax.constant_schedule(0.1), **options)
+    params = {"kernel": jnp.ones((64, 64))}
+    state = optimizer.init(params)
+    sizes = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if leaf.size > 1)
+    assert sizes(state) == moments * params["kernel"].nbytes // 2
+    updates, new_state = jax.jit(optimizer.update)(params, state, params)
+    assert updates["kernel"].dtype == jnp.float32
+    kind = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+    assert kind(new_state) == kind(state)
+
+
+def test_unknown_state_dtype():
+    with pytest.raises(ValueError, match="got state_dtype='int8', expected float32 or bfloat16"):
+        make_optimizer(optax.constant_schedule(0.1), **OPTIMIZER | {"state_dtype": "int8"})
