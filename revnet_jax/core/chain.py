@@ -13,7 +13,7 @@ from revnet_jax.core import trees, validate
 from revnet_jax.core.block import Context, Layer, ReversibleLayer, Streams
 from revnet_jax.core.exactness import Exactness, compare
 from revnet_jax.core.grid import snap
-from revnet_jax.core.strategies import STRATEGIES, Backprop, plan_runs, remembering
+from revnet_jax.core.strategies import STRATEGIES, Backprop, per_iteration, plan_runs, remembering
 from revnet_jax.core.sweep import (
     Update,
     forward_keeping,
@@ -65,8 +65,8 @@ def chain(
     backprop: `store`, `remat_dots`, `remat`, `offload` or `reverse`: see `strategies`.
     stored_layers: how many layers, counted from the last, store whatever `backprop` says: memory
       that is left spent on compute that is saved.
-    unroll: how many layers that store a round of the loop has. As many as there are make no loop:
-      what they keep is then not copied into stacks and out of them, and compiling takes longer.
+    unroll: stored layers per loop iteration; others have one. With as many as there are there is no
+      loop: what is kept is not copied into stacks and out of them, and compiling takes longer.
     update: updates each layer in the backward sweep, in place, so that gradients never exist
       together: `(dparams, state, params) -> (params, state)` of one layer, trees of floats.
       **The cotangents of params_L and state_L are then their new values**: whoever differentiates
@@ -131,10 +131,8 @@ def sequence(
     )
     strategies = {run.backprop for run in runs}
     if update is None and len(strategies) == 1 and strategies != {"reverse"}:
-        unroll = unroll if strategies == {"store"} else 1
-        return _forward(sections, x, shared, *strategies, unroll)[
-            :2
-        ]  # JAX's own gradient, and its jvp
+        y, auxes, _ = _forward(sections, x, shared, *strategies, unroll)
+        return y, auxes  # JAX's own gradient, and its jvp
     return _swept(runs, sections, x, shared, unroll, update, probe)
 
 
@@ -199,8 +197,13 @@ def _forward(sections, x, shared, backprop="reverse", unroll=1):
             y, aux, residue, *_ = forward(params, x, Context(shared, data))
             return y, (aux, residue)
 
-        layers_L = section.params_L, section.data_L
-        x, (aux_L, residue_L) = loop(body, x, layers_L, section.length, unroll=unroll)
+        x, (aux_L, residue_L) = loop(
+            body,
+            x,
+            (section.params_L, section.data_L),
+            section.length,
+            unroll=per_iteration(backprop, unroll),
+        )
         auxes.append(aux_L)
         residues.append(residue_L)
     return x, tuple(auxes), tuple(residues)

@@ -55,6 +55,11 @@ def plan_runs(depths: Sequence[int], backprop: Backprop, stored_layers: int) -> 
     return runs
 
 
+def per_iteration(backprop: Backprop, unroll: int) -> int:
+    """Layers per loop iteration: of those that rebuild or recompute, several might all be held."""
+    return unroll if backprop == "store" else 1
+
+
 def remembering(forward: Callable[..., Any], backprop: Backprop, *, alone: bool) -> Callable:
     """`forward(params, x, context)`, keeping for its gradient what the strategy says.
 

@@ -17,7 +17,7 @@ from revnet_jax.core import trees
 from revnet_jax.core.block import Context, Rewound, Streams, differentiate
 from revnet_jax.core.exactness import largest
 from revnet_jax.core.isolate import isolate
-from revnet_jax.core.strategies import Kept, Run, remembering
+from revnet_jax.core.strategies import Kept, Run, per_iteration, remembering
 
 Update = Callable[[Any, Any, Any], tuple[Any, Any]]
 
@@ -111,7 +111,7 @@ def _forward_run(run, section, x, shared, unroll):
 
     start = jnp.int32(run.start), x, jnp.int32(0)
     (_, y, checksum), (aux_L, kept_L) = loop(
-        body, start, None, run.length, unroll=_unroll(run, unroll)
+        body, start, None, run.length, unroll=per_iteration(run.backprop, unroll)
     )
     return y, aux_L, kept_L, checksum
 
@@ -197,7 +197,12 @@ def _sweep_run(run, section, consumer, carry, daux_L, kept_L, shared, unroll):
         carry = *isolate(lambda x, dx: (x, dx), x, dx), *others
     start = jnp.int32(run.stop - 1), carry
     (_, carry), _ = loop(
-        body, start, (daux_L, kept_L), run.length, reverse=True, unroll=_unroll(run, unroll)
+        body,
+        start,
+        (daux_L, kept_L),
+        run.length,
+        reverse=True,
+        unroll=per_iteration(run.backprop, unroll),
     )
     return carry
 
@@ -210,11 +215,6 @@ def loop(
         return lax.scan(body, carry, xs, length, reverse=reverse, unroll=min(unroll, length))
     carry, ys = body(carry, jax.tree.map(lambda leaf: leaf[0], xs))
     return carry, jax.tree.map(lambda leaf: jnp.expand_dims(leaf, 0), ys)
-
-
-def _unroll(run: Run, unroll: int) -> int:
-    """1 unless it stores: a compiler may rebuild all layers of a round first, and hold them."""
-    return unroll if run.backprop == "store" else 1
 
 
 def _at(tree_L: Any, i: Any) -> Any:

@@ -61,7 +61,7 @@ def check_stored_layers(stored_layers: int, depth: int) -> None:
 
 
 def check_unroll(unroll: int) -> None:
-    """Raises unless a round of a loop can have so many layers."""
+    """Raises unless it is a number of layers per loop iteration."""
     if not isinstance(unroll, int) or unroll < 1:
         raise ValueError(f"got unroll={unroll!r}, expected a whole number of layers from 1")
 

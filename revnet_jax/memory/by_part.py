@@ -50,14 +50,16 @@ class Kernel(NamedTuple):
 def kernels(text: str, chip: Chip) -> list[Kernel]:
     """All that one step launches, from the text of its program, `compiled.as_text()`."""
     module = parse(text)
-    found = []
+    found, of_most = [], {}
     for instruction, computation, times, moved in leaves(module):
         products = _products(module, computation, instruction)
         seconds = sum(flops / (share * chip.peak_flops) for flops, share in products)
         seconds = max(seconds, moved.hbm_bytes / (MEMORY * chip.hbm_bandwidth))
         if seconds:
             flops = sum(flops for flops, _ in products)
-            part = _part(instruction) or _part_of_most(computation)
+            if not (part := _part(instruction)):
+                key = id(computation)
+                part = of_most[key] = of_most.get(key) or _part_of_most(computation)
             seconds = max(seconds, LAUNCH)
             found.append(Kernel(instruction.name, part, times, flops, moved.hbm_bytes, seconds))
     return found

@@ -28,7 +28,7 @@ class CompiledStep:
       ran out of memory and did not say how much it asked for.
     out_of_memory: whether it refused to compile.
     argument_bytes, traffic (as `Traffic` has it): None if it refused.
-    parts: rows of `by_part`; None if it refused, and for devices whose peaks are not known.
+    parts: rows of `by_part`; None if it refused, and for devices other than GPUs.
     flops: of all devices together.
     weights_bytes, gradient_bytes, optimizer_bytes, batch_bytes: of arrays, before a TPU pads them;
       running averages count as weights, and gradients are those that exist together.

@@ -9,6 +9,7 @@ from revnet_jax.errors import UserError
 from revnet_jax.memory.chips import Chip, chip_of, step_seconds
 from revnet_jax.memory.compile import CompiledStep, Compiler, NotCompiled
 from revnet_jax.memory.largest import largest_that_fits
+from revnet_jax.memory.topology import LOCAL
 from revnet_jax.memory.traffic import Traffic
 from revnet_jax.memory.units import size
 from revnet_jax.memory.variants import chosen, deeper, depth, variants
@@ -38,8 +39,12 @@ def plan(
     of one device; `least_ms` (all that is sent is sent beside what is computed), `in_turn_ms` (one
     after the other) and `utilization` (by `least_ms`) are null for devices not in `CHIPS`.
 
-    Raises UserError for a strategy there is not, and where nothing could be compiled.
+    Raises UserError for a strategy there is not, for parts of anything but GPUs, and where nothing
+    could be compiled.
     """
+    topology = compiler.topology
+    if by_part and not (topology.is_gpu or topology.name == LOCAL):
+        raise _no_parts(topology.name)
     overrides = chosen(list(strategies) if strategies else None, variants(config))
     steps = compiler.steps({name: {**config, **each} for name, each in overrides.items()})
     compiled = {name: step for name, step in steps.items() if isinstance(step, CompiledStep)}
@@ -55,6 +60,8 @@ def plan(
         for name, step in steps.items()
     ]
     if by_part:
+        if not any(step.parts for step in compiled.values()):
+            raise _no_parts(any_step.device_kind)
         for row in rows:
             step = compiled.get(row["strategy"])
             row["parts"] = step and step.parts
@@ -73,6 +80,12 @@ def plan(
         "rows": rows,
         "recommendation": recommend(rows, any_step.limit_bytes),
     }
+
+
+def _no_parts(got):
+    return UserError(
+        f"got by_part for {got}, expected GPUs: how fast kernels are was measured on one"
+    )
 
 
 def recommend(rows: Sequence[Row], limit_bytes: int | None) -> dict[str, str | None]:

@@ -100,14 +100,14 @@ class _Program:
                 lines[found[1]] = line
 
     def digest(self, lines: dict[str, str], line: str) -> str:
-        """Of an instruction, whatever its operands are computed from; but if they are the same ones
-        counts."""
+        """An instruction's: which operands are the same counts, not what they are computed from."""
         labels: dict[str, str] = {}
 
         def operand(name):
             while (found := _INSTRUCTION.match(lines.get(name, ""))) and found[2] in self.moves:
                 (name,) = _operands(lines[name])
-            return labels.setdefault(name, f"{_OPERAND}{len(labels)}")
+            dtype = _type(lines.get(name, "")).partition("[")[0]
+            return labels.setdefault(name, f"{_OPERAND}{len(labels)} {dtype}")
 
         return self._digest(line, operand)
 
@@ -132,7 +132,7 @@ class _Program:
         return _hash(line, *reducers)
 
     def _result(self, name: str, argument: Callable[[int], str]) -> str:
-        """Of a computation: of its root, and so of what the root is computed from."""
+        """A computation's: that of its root, and so of what the root is computed from."""
         lines = self.computations[name]
 
         @cache
@@ -154,8 +154,8 @@ def _hash(*texts: str) -> str:
 
 
 def _type(line: str) -> str:
-    """Of a parameter."""
-    return re.sub(_SPACE, "", line.partition(" = ")[2].partition(" parameter(")[0])
+    """What an instruction returns, but for the memory it lies in: f32[8,4]{1,0}."""
+    return re.sub(_SPACE, "", line.partition(" = ")[2].partition(" ")[0])
 
 
 def _operands(line: str) -> list[str]:

@@ -104,7 +104,7 @@ def _compile(lowered, device, slices):
         found |= {"argument_bytes": None, "traffic": None, "parts": None}
     else:
         stats, text = compiled.memory_analysis(), compiled.as_text()
-        chip = chip_of(device.device_kind)
+        chip = chip_of(device.device_kind) if device.platform == "gpu" else None
         found = {
             "out_of_memory": False,
             "needed_bytes": auto.program_bytes(stats, device.platform),

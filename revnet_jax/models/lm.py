@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from revnet_jax.core import Backprop, Exactness, Grid
 from revnet_jax.models.attention import Kernel, rotary_angles
 from revnet_jax.models.bridge import PureModule
-from revnet_jax.models.cross_entropy import cross_entropy
 from revnet_jax.models.decoder import (
     LAYER_RULES,
     Attention,
@@ -28,6 +27,7 @@ from revnet_jax.models.decoder import (
     RMSNorm,
 )
 from revnet_jax.models.dtypes import at_least_float32
+from revnet_jax.models.linear_cross_entropy import linear_cross_entropy
 from revnet_jax.models.network import Lockstep, Variables
 from revnet_jax.models.partition import by_batch, gather, on_batch
 from revnet_jax.models.transformer import Transformer, check_positive, drop, init_layers_of
@@ -218,7 +218,7 @@ class LanguageModel(Transformer):
         )
         kernel_DV = kernel.T if self.architecture.tied else kernel
         options = {"compute_dtype": self.compute_dtype, "chunk": self.loss_chunk}
-        return cross_entropy(kernel_DV, x_MD, target_M, weight_M, **options)[None]
+        return linear_cross_entropy(kernel_DV, x_MD, target_M, weight_M, **options)[None]
 
     def logits(self, variables: Variables, token_BT: jax.Array) -> jax.Array:
         """float32 [B, T, V]: of all tokens at once."""

@@ -77,8 +77,6 @@ class Network:
         grid: Grid | None = Grid(),
         check_exactness: bool = True,
     ):
-        if unroll < 1:
-            raise ValueError(f"got unroll={unroll}, expected 1 or more layers")
         self.architecture, self._unroll = architecture, unroll
         self.compute_dtype = compute_dtype
         self.check_exactness = check_exactness

@@ -67,8 +67,6 @@ class Transformer:
             )
         self.invertible, self.grid = reversible, grid
         self.compute_dtype, self.check_exactness = compute_dtype, check_exactness
-        if unroll < 1:
-            raise ValueError(f"got unroll={unroll}, expected 1 or more layers")
         self._unroll = unroll
         self._strategy = Strategy(backprop, stored_layers, layers)
 

@@ -160,6 +160,8 @@ def _pop_common(model: dict[str, Any], stored_layers: int | None) -> tuple[Any, 
         if dtype not in COMPUTE_DTYPES:
             known = ", ".join(COMPUTE_DTYPES)
             raise ValueError(f"got compute_dtype={dtype!r}, expected one of {known}")
+        if model["unroll"] < 1:
+            raise ValueError(f"got unroll={model['unroll']}, expected 1 layer or more")
         if setting != "auto" and not setting.isdecimal():
             raise ValueError(f"got stored_layers={setting!r}, expected a whole number or auto")
         common = {

@@ -80,7 +80,7 @@ CASES = {
         ValueError,
         "got stored_layers=4, expected a whole number from 0 to 3",
     ),
-    "rounds of no layer": (
+    "iterations of no layer": (
         {"unroll": 0},
         ValueError,
         "got unroll=0, expected a whole number of layers from 1",

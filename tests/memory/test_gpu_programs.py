@@ -192,6 +192,18 @@ def test_a_step_of_lm_124m_is_predicted_to_take(tmp_path, backprop, unroll, most
     assert "| head " in as_table(report)
 
 
+@needs_compiler
+def test_eight_billion_parameters_at_131072_tokens_fit_into_80_gb(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.9")
+    config = runpy.run_path("configs/lm_8b_32k.py")["get_config"]()
+    changes = {"batch_size": 1, "eval_batch_size": 1, "data.context": 131_072, "mesh.fsdp": 1}
+    config.update_from_flattened_dict({**changes, "optimizer.state_dtype": "bfloat16"})
+    compiler = Compiler(parse_topology("h100:1"), tmp_path, lambda line: None)
+    (row,) = plan(flatten(config), compiler, strategies=["reverse/lockstep"])["rows"]
+    assert row["fits"]
+    assert row["needed_bytes"] < 65 * 2**30
+
+
 def run_timeline(*flags):
     command = [sys.executable, "scripts/timeline.py", "--config=configs/digits.py", *flags]
     return subprocess.run(command, capture_output=True, text=True)

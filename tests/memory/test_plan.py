@@ -10,7 +10,8 @@ from revnet_jax.errors import UserError
 from revnet_jax.memory.compile import CompiledStep, Compiler, NotCompiled
 from revnet_jax.memory.largest import Largest, largest_that_fits
 from revnet_jax.memory.plan import plan, recommend
-from revnet_jax.memory.topology import parse_topology
+from revnet_jax.memory.plan_report import as_table
+from revnet_jax.memory.topology import Topology, parse_topology
 from revnet_jax.memory.units import size
 from revnet_jax.memory.variants import variants
 from revnet_jax.memory.worker import (
@@ -72,6 +73,25 @@ def say(settings):
     if settings["model.backprop"] == "remat":
         return NotCompiled("the compiling process ended with status -6: Check failed")
     return CompiledStep(**{**vars(STEP), **changes[settings["model.backprop"]]})
+
+
+def test_where_time_goes_is_said_of_gpus_alone(tiny_config):
+    asked = lambda kind, parts: (
+        lambda settings: CompiledStep(**{**vars(STEP), "device_kind": kind, "parts": parts})
+    )
+    of = lambda compiler: plan(flatten(tiny_config), compiler, strategies=["reverse"], by_part=True)
+    with pytest.raises(UserError, match="got by_part for TPU v5 lite, expected GPUs"):
+        of(FakeCompiler(asked("TPU v5 lite", None)))
+    tpu = FakeCompiler(asked("TPU v5 lite", None))
+    tpu.topology = Topology("v5e:2x2", "v5e", "2x2")
+    with pytest.raises(UserError, match="got by_part for v5e:2x2, expected GPUs"):
+        of(tpu)
+    assert tpu.asked == []  # said before anything is compiled
+    parts = [{"part": "all", "ms": 1.5, "flops": 2e9, "hbm_bytes": GIB, "kernels": 3}]
+    parts[0]["slowest"] = {"dot": 1.25}
+    report = of(FakeCompiler(asked("NVIDIA H100 80GB HBM3", parts)))
+    assert report["rows"][0]["parts"] == parts
+    assert "| all  | 1.50 |     2 | 1.00 GiB |       3 |            dot 1.25 |" in as_table(report)
 
 
 def test_rows_say_what_fits_and_what_it_is_made_of(tiny_config):

@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from revnet_jax.config import ConfigError, language_model
+from revnet_jax.config import ConfigError, language_model, vision_transformer
 from revnet_jax.training.build import build_recipe
+from revnet_jax.training.program import step_program
 from revnet_jax.training.task import cross_entropy
 
 
@@ -29,6 +30,28 @@ def test_mixup(tiny_config):
     assert float(loss) == pytest.approx(float(np.mean(expected)), rel=1e-5)
     tiny_config.mixup = -0.1
     with pytest.raises(ConfigError, match=r"config.mixup: got -0.1, expected 0 or more"):
+        build_recipe(tiny_config)
+
+
+def test_unrolled_layers_are_in_no_loop(tiny_config):
+    """In all families, and nothing changes in layers that reverse."""
+    sizes = {"batch_size": 2, "model.layers": 3, "model.width": 16, "model.heads": 2}
+    decoder, vit = language_model(), vision_transformer()
+    decoder.update_from_flattened_dict({**sizes, "model.kv_heads": 1, "data.context": 8})
+    vit.update_from_flattened_dict({**sizes, "model.hidden": 16, "model.patch": 4})
+    tiny_config.model.units = (4, 1)
+
+    def loops(config, backprop, unroll):
+        config.model.update({"backprop": backprop, "unroll": unroll})
+        program = step_program(config, jax.devices()[:1])
+        text = program.step.lower(program.state, program.batch).as_text()
+        return text.count("stablehlo.while")
+
+    for config in (tiny_config, vit, decoder):
+        assert loops(config, "store", 4) == loops(config, "store", 1) - 2
+        assert loops(config, "reverse", 4) == loops(config, "reverse", 1)
+    tiny_config.model.unroll = 0
+    with pytest.raises(ConfigError, match=r"config.model: got unroll=0, expected 1 layer or more"):
         build_recipe(tiny_config)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from revnet_jax.models.cross_entropy import cross_entropy
+from revnet_jax.models.linear_cross_entropy import linear_cross_entropy
 
 M, D = 21, 6
 
@@ -20,7 +20,9 @@ def naive(kernel_DV, x_MD, weight_M, target_M, dtype=jnp.float64):
 
 
 def ours(kernel_DV, x_MD, weight_M, target_M, dtype=jnp.float64, chunk=8):
-    return cross_entropy(kernel_DV, x_MD, target_M, weight_M, compute_dtype=dtype, chunk=chunk)
+    return linear_cross_entropy(
+        kernel_DV, x_MD, target_M, weight_M, compute_dtype=dtype, chunk=chunk
+    )
 
 
 def inputs(V, dtype=jnp.float64, width=D, scale=1.0):
@@ -42,8 +44,8 @@ def test_value_and_gradient_are_the_naive_ones(V, chunk):
         arguments = inputs(V)
         value, gradients = derivatives(functools.partial(ours, chunk=chunk))(*arguments)
         expected, expected_gradients = derivatives(naive)(*arguments)
-        assert value == ours(*arguments, chunk=chunk)  # with or without a derivative
-    np.testing.assert_allclose(value, expected, rtol=1e-13)
+        alone = ours(*arguments, chunk=chunk)  # without a derivative
+    np.testing.assert_allclose([value, alone], [expected] * 2, rtol=1e-13)
     for got, want in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-13)
 
@@ -98,3 +100,36 @@ def test_each_logit_is_computed_once_and_no_index_is_looked_up():
     assert "gather" not in text
     assert "scatter" not in text
     assert "2048]" in text
+
+
+@pytest.mark.parametrize("kernel", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("x", ["float32", "bfloat16"])
+def test_kernels_and_features_may_have_other_dtypes(kernel, x):
+    kernel_DV, x_MD, weight_M, target_M = inputs(17, jnp.float32)
+    kernel_DV, x_MD = kernel_DV.astype(kernel), x_MD.astype(x)
+    loss = functools.partial(ours, dtype=jnp.float32)
+    value, (dkernel_DV, dx_MD, _) = derivatives(loss)(kernel_DV, x_MD, weight_M, target_M)
+    expected = naive(
+        kernel_DV.astype(jnp.float32), x_MD.astype(jnp.float32), weight_M, target_M, jnp.float32
+    )
+    np.testing.assert_allclose(value, expected, rtol=1e-6)  # sums are in float32
+    assert (value.dtype, dkernel_DV.dtype, dx_MD.dtype) == (jnp.float32, kernel, x)
+
+
+def test_a_target_outside_the_vocabulary_is_not_a_number():
+    kernel_DV, x_MD, weight_M, target_M = inputs(17, jnp.float32)
+    for wrong in (-1, 17):
+        assert jnp.isnan(ours(kernel_DV, x_MD, weight_M, target_M.at[3].set(wrong), jnp.float32))
+
+
+def test_no_tokens_and_no_chunk():
+    kernel_DV, x_MD, weight_M, target_M = inputs(17, jnp.float32)
+    empty = x_MD[:0], weight_M[:0], target_M[:0]
+    value, (dkernel_DV, dx_MD, _) = derivatives(functools.partial(ours, dtype=jnp.float32))(
+        kernel_DV, *empty
+    )
+    assert value == 0
+    assert not dkernel_DV.any()
+    assert dx_MD.shape == (0, D)
+    with pytest.raises(ValueError, match="got chunk=0, expected 1 token or more"):
+        ours(kernel_DV, x_MD, weight_M, target_M, chunk=0)
