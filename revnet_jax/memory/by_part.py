@@ -2,7 +2,7 @@
 
 A kernel takes as long as its arithmetic or as the bytes that it moves, whichever is longer, so its
 time can be told without a device, but for how close devices come to their peaks. That was measured:
-see `PRODUCTS`.
+see `PRODUCTS`. What goes through links between devices, or to the host, takes no time here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _OTHER = "other"
 # H200 in a step of lm_124m (jax 0.11.2), see docs/planning.md; for other chips a guess.
 PRODUCTS = {"bf16": 0.72, "f16": 0.72, "f32": 0.25, "f64": 0.06}  # float32: TensorFloat-32
 FULL_FLOAT32 = 0.05  # products of `Precision.HIGHEST`
-MISALIGNED = 0.3  # of that, where a size is no multiple of 8, so that no fast kernel takes it
+MISALIGNED = 0.3  # of that, where rows are no multiple of 8 long and no fast kernel takes them
 ATTENTION, ATTENTION_BACKWARD = 0.28, 0.235
 MEMORY = 0.75
 LAUNCH = 1.5e-6  # seconds: no kernel takes less
@@ -68,7 +68,7 @@ def kernels(text: str, chip: Chip) -> list[Kernel]:
 def by_part(text: str, chip: Chip) -> list[dict[str, Any]]:
     """A row for each part of the model, the slowest first, and one for all.
 
-    Of one device and step: `ms`, `flops`, `hbm_bytes`, `kernels` (launches), `slowest` (some
+    In one step of one device: `ms`, `flops`, `hbm_bytes`, `kernels` (launches), `slowest` (some
     of them by name, and their milliseconds).
     """
     all_kernels = kernels(text, chip)
@@ -141,7 +141,7 @@ def _of_product(instruction, operands, contracted):
 
 
 def _convolution(instruction: Instruction, operands: Sequence[Array]) -> tuple[int, float]:
-    """Of cuDNN's the result, or an operand, is what the forward convolution would return."""
+    """The output of the forward convolution is the result, or an operand of its gradients."""
     target = instruction.attributes
     result, (first, second) = instruction.result[0], operands[:2]
     output, weights = result, second

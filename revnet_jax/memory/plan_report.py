@@ -92,7 +92,12 @@ def _by_part(strategy, rows):
         ]
         for row in rows
     ]
-    return ["", f"{strategy}, predicted, kernels in turn:", "", *markdown([header, *cells])]
+    return [
+        "",
+        f"{strategy}, predicted, kernels in turn, without what is sent:",
+        "",
+        *markdown([header, *cells]),
+    ]
 
 
 def _cells(row, networks, length):
