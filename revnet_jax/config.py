@@ -40,6 +40,21 @@ def _mesh() -> ConfigDict:
     return mesh
 
 
+def _optimizer():
+    optimizer = ConfigDict()
+    optimizer.name = "sgd"  # sgd | adamw | lion
+    optimizer.momentum = 0.9  # sgd
+    optimizer.nesterov = False  # sgd
+    optimizer.b1 = 0.9  # adamw, lion
+    optimizer.b2 = 0.999  # adamw, lion
+    optimizer.weight_decay = 2e-4  # of kernels only; sgd: L2 penalty, else decoupled
+    optimizer.state_dtype = "float32"  # float32 | bfloat16: of moments, between steps
+    optimizer.lockstep = False  # update each layer inside the backward sweep, in place
+    optimizer.clip_norm = 0.0  # largest norm of a gradient; 0: any
+    optimizer.clip = "global"  # global | layer: whose norm
+    return optimizer
+
+
 def image_classification() -> ConfigDict:
     """Every knob of an image classification run."""
     config = ConfigDict()
@@ -85,16 +100,7 @@ def image_classification() -> ConfigDict:
     config.model.grid_bits = 12
     config.model.check_exactness = True  # at every step; keeps each chain's input
 
-    config.optimizer = ConfigDict()
-    config.optimizer.name = "sgd"  # sgd | adamw | lion
-    config.optimizer.momentum = 0.9  # sgd
-    config.optimizer.nesterov = False  # sgd
-    config.optimizer.update({"b1": 0.9, "b2": 0.999})  # adamw, lion
-    config.optimizer.weight_decay = 2e-4  # of kernels only; sgd: L2 penalty, else decoupled
-    config.optimizer.state_dtype = "float32"  # float32 | bfloat16: of moments, between steps
-    config.optimizer.lockstep = False  # update each layer inside the backward sweep, in place
-    config.optimizer.clip_norm = 0.0  # largest norm of a gradient; 0: any
-    config.optimizer.clip = "global"  # global | layer: whose norm
+    config.optimizer = _optimizer()
 
     config.schedule = ConfigDict()
     config.schedule.name = "cosine"  # piecewise | cosine | constant

@@ -128,7 +128,7 @@ def row_of(name: str, step: CompiledStep, chip: Chip | None, model_flops: int | 
         "error": None,
         "fits": step.fits,
         "needed_bytes": step.needed_bytes,
-        **_parts(step),
+        **_memory(step),
         "flops": flops,
         **(step.traffic or dict.fromkeys(Traffic._fields)),
         "least_ms": seconds and 1000 * seconds.overlapped,
@@ -138,7 +138,7 @@ def row_of(name: str, step: CompiledStep, chip: Chip | None, model_flops: int | 
     }
 
 
-def _parts(step: CompiledStep) -> dict[str, int | None]:
+def _memory(step: CompiledStep) -> dict[str, int | None]:
     """What the memory holds; null where it is not known how much was asked for.
 
     Gradients are all that exist together, as far as there is room for them: a compiler may use

@@ -195,8 +195,8 @@ def make_recipe(
         boundaries=(),
         factor=1.0,
     )
-    rest = {"b1": 0.0, "b2": 0.0, "clip_norm": 0.0, "clip": "global", "stacked": None}
-    rest["state_dtype"] = "float32"
+    rest = {"b1": 0.0, "b2": 0.0, "clip_norm": 0.0, "clip": "global"}
+    rest |= {"state_dtype": "float32", "stacked": None}
     sgd = {"name": "sgd", "momentum": 0.9, "nesterov": True, "weight_decay": weight_decay}
     return schedule, make_optimizer(schedule, **sgd, **rest)
 
