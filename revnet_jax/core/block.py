@@ -114,15 +114,18 @@ class HalfStep:
             )
 
     def evaluate(self, params: Any, streams: Sequence[Any], context: Context) -> tuple:
-        """(u, aux, checksum) of its branch: see `evaluate`."""
+        """(u, aux, streams, checksum) of its branch; the streams as they were: see `evaluate`."""
 
         def branch(params, reads, context):
             returned = self.branch(params, *reads, context)
             return trees.pair(returned, "a branch with has_aux=True", "(u, aux)")
 
         reads = tuple(streams[i] for i in self.reads)
-        (u, aux), checksum = evaluate(branch, params, reads, context)
-        return u, aux, checksum
+        (u, aux), reads, checksum = evaluate(branch, params, reads, context)
+        streams = list(streams)
+        for i, stream in zip(self.reads, reads, strict=True):
+            streams[i] = stream
+        return u, aux, streams, checksum
 
     def merge(self, x: Any, u: Any, grid: Grid | None) -> tuple[Any, Any]:
         """(y, residue) of its coupling."""
@@ -153,7 +156,7 @@ class Block:
         """x -> (y, aux, residue, ...), the last two by half-step. Evaluates each branch once."""
         streams, aux, residue, checksum = list(x), [], [], jnp.int32(0)
         for step, step_params in zip(self.half_steps, params, strict=True):
-            u, step_aux, step_checksum = step.evaluate(step_params, streams, context)
+            u, step_aux, streams, step_checksum = step.evaluate(step_params, streams, context)
             i = step.updates
             streams[i], step_residue = step.merge(streams[i], u, self.grid)
             aux.append(step_aux)
@@ -170,7 +173,7 @@ class Block:
         residue = (None,) * len(self.half_steps) if residue is None else residue
         steps = zip(self.half_steps, params, residue, strict=True)
         for step, step_params, step_residue in reversed(list(steps)):
-            u, _, _ = step.evaluate(step_params, streams, context)
+            u, *_ = step.evaluate(step_params, streams, context)
             i = step.updates
             streams[i] = step.coupling.unmerge(streams[i], u, step_residue, self.grid)
         return tuple(streams)
@@ -194,20 +197,18 @@ class Block:
             def branch(params, streams, shared, step=step, params_rest=params_rest):
                 full_context = context._replace(shared=trees.join(shared, shared_rest))
                 params = trees.join(params, params_rest)
-                u, aux, checksum = step.evaluate(params, streams, full_context)
-                return (u, trees.split(aux)[0]), checksum
+                u, aux, streams, checksum = step.evaluate(params, streams, full_context)
+                return (u, trees.split(aux)[0], streams), checksum
 
-            (u, _), pullback, step_checksum = jax.vjp(
-                branch, step_params, tuple(streams), shared, has_aux=True
+            (u, *_), pullback, step_checksum = jax.vjp(
+                branch, step_params, streams, shared, has_aux=True
             )
             i = step.updates
             streams[i] = step.coupling.unmerge(streams[i], u, step_residue, self.grid)
             merge = lambda x, u, step=step: step.merge(x, u, self.grid)
             _, pullback_merge, _ = jax.vjp(merge, streams[i], u, has_aux=True)
             dstreams[i], du = pullback_merge(dstreams[i])
-            step_dparams, dreads, step_dshared = pullback((du, step_daux))
-            for j in step.reads:
-                dstreams[j] = trees.add(dstreams[j], dreads[j])
+            step_dparams, dstreams, step_dshared = pullback((du, step_daux, dstreams))
             dparams.append(step_dparams)
             dshared = trees.add(dshared, step_dshared)
             checksum += step_checksum
@@ -262,7 +263,7 @@ class Invertible:
             y = self.apply(params, x, context)
             return y if self.has_aux else (y, None)
 
-        (y, aux), checksum = evaluate(apply, params, x, context)
+        (y, aux), _, checksum = evaluate(apply, params, x, context)
         return Forward(y, aux, None, checksum)
 
     def inverse(self, params: Any, y: Streams, residue: Any, context: Context) -> Streams:

@@ -39,9 +39,11 @@ def in_the_open() -> Generator[None]:
 
 def evaluate(
     function: Callable[..., Any], params: Any, reads: Any, context: Any
-) -> tuple[Any, jax.Array]:
-    """`(function(params, reads, context), checksum)`; trees of arrays, derivatives in the floats.
+) -> tuple[Any, Any, jax.Array]:
+    """`(function(params, reads, context), reads, checksum)`; trees, derivatives in the floats.
 
+    reads: as they came. Who goes on with these has the cotangents of all later uses added up where
+      the derivative is computed, rather than by another pass over memory.
     checksum: int32, equal wherever the same function was evaluated on the same bits: of its outputs
       and, if it is differentiated, of the intermediates that its derivative needs.
 
@@ -52,26 +54,39 @@ def evaluate(
     """
     arguments = params, reads, context
     if _in_the_open.get():
-        return function(*arguments), jnp.int32(0)
+        return function(*arguments), reads, jnp.int32(0)
     # Parameters and the context are kept by others; what is read has to be kept for this.
-    return _evaluate(function, arguments, call_witnessed, costly=(False, True, False))
+    of_reads = (False, True, False)
+    outputs, passed, checksum = _evaluate(function, arguments, call_witnessed, of_reads, of_reads)
+    floats, others = trees.split(reads)
+    reads = trees.join(jax.tree.unflatten(jax.tree.structure(floats), passed), others)
+    return outputs, reads, checksum
 
 
 def isolated_derivative(function: Callable[..., Any], *arguments: Any) -> Any:
     """`function(*arguments)` of elementwise arithmetic, whose derivative alone is isolated."""
     run = lambda program, leaves: (jaxpr_as_fun(program)(*leaves), jnp.int32(0))
-    return _evaluate(function, arguments, run, costly=(True,) * len(arguments))[0]
+    every, none = (True,) * len(arguments), (False,) * len(arguments)
+    return _evaluate(function, arguments, run, costly=every, passes=none)[0]
 
 
-def _evaluate(function, arguments, run_program, costly):
+def _evaluate(function, arguments, run_program, costly, passes):
+    """(outputs, the floats of the arguments that `passes`, checksum)."""
     leaves, structure = jax.tree.flatten(arguments)
     is_float = [trees.is_inexact(leaf) for leaf in leaves]
     floats = [leaf for leaf, is_it in zip(leaves, is_float, strict=True) if is_it]
     others = [leaf for leaf, is_it in zip(leaves, is_float, strict=True) if not is_it]
-    costs = [
-        cost for tree, cost in zip(arguments, costly, strict=True) for _ in jax.tree.leaves(tree)
-    ]
-    costs = [cost for cost, is_it in zip(costs, is_float, strict=True) if is_it]
+
+    def by_float(by_argument):
+        by_leaf = [
+            value
+            for tree, value in zip(arguments, by_argument, strict=True)
+            for _ in jax.tree.leaves(tree)
+        ]
+        return [value for value, is_it in zip(by_leaf, is_float, strict=True) if is_it]
+
+    costs, passes = by_float(costly), by_float(passes)
+    select = lambda values, chosen: [v for v, is_it in zip(values, chosen, strict=True) if is_it]
 
     def called(floats, others):
         floats, others = iter(floats), iter(others)
@@ -82,18 +97,29 @@ def _evaluate(function, arguments, run_program, costly):
     def run(floats, others):
         program, shapes = jax.make_jaxpr(called, return_shape=True)(floats, others)
         outputs, checksum = run_program(program, [*floats, *others])
-        return jax.tree.unflatten(jax.tree.structure(shapes), outputs), checksum
+        outputs = jax.tree.unflatten(jax.tree.structure(shapes), outputs)
+        return outputs, select(floats, passes), checksum
 
     def run_jvp(primals, tangents):
         moves = [not isinstance(tangent, SymbolicZero) for tangent in tangents[0]]
-        moving = [t for t, does in zip(tangents[0], moves, strict=True) if does]
         (floats, others), given, linear_map, checksum = _linearize(
             called, *primals, moves, run_program, costs
         )
-        output_tangents = isolate(linear_map, given, moving)
+
+        def linear_map_and_reads(given, moving):
+            return linear_map(given, moving), select(moving, select(passes, moves))
+
+        found = isolate(linear_map_and_reads, given, select(tangents[0], moves))
+        output_tangents, passed_tangents = found[0], iter(found[1])
+        passed = select(primals[0], passes)
+        passed_tangents = [
+            next(passed_tangents) if does else zero_from_primal(leaf)
+            for leaf, does in zip(passed, select(moves, passes), strict=True)
+        ]
         no_tangents = zero_from_primal((others, checksum))
-        outputs = trees.join(floats, others), checksum
-        return outputs, (trees.join(output_tangents, no_tangents[0]), no_tangents[1])
+        outputs = trees.join(floats, others), passed, checksum
+        tangents = trees.join(output_tangents, no_tangents[0]), passed_tangents, no_tangents[1]
+        return outputs, tangents
 
     run.defjvp(run_jvp, symbolic_zeros=True)
     return run(floats, others)
