@@ -81,7 +81,9 @@ def computing_again(jaxpr: Any, kept: Sequence[Any], needed: Sequence[Any]) -> t
 def _is_cheap(equation):
     inner = equation.params.get(_CALLS.get(equation.primitive.name, ""))
     if inner is not None:
-        return all(map(_is_cheap, inner.eqns))
+        # On a mesh JAX also says where its constants lie, by `reshard`: that costs nothing.
+        varies = depending_on(inner.jaxpr.invars, inner.jaxpr)
+        return all(_is_cheap(e) for e in inner.eqns if any(map(varies, e.outvars)))
     return equation.primitive.name in _CHEAP
 
 
