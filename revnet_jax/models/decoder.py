@@ -110,8 +110,9 @@ class Attention(nnx.Module):
         G, R, K = self.kv_heads, self.heads // self.kv_heads, self.head_size
         # Each key-value head next to the heads that read it: devices have whole groups.
         qkv = self.qkv(self.norm(x_BTD)).reshape(B, T, G, R + 2, K)
-        q_BTNK = qkv[..., :R, :].reshape(B, T, G * R, K)
-        k_BTGK, v_BTGK = qkv[..., R, :], qkv[..., R + 1, :]
+        # Split, since the derivative of indexing pads each part and adds up.
+        q, k, v = jnp.split(qkv, (R, R + 1), axis=3)
+        q_BTNK, k_BTGK, v_BTGK = q.reshape(B, T, G * R, K), k[..., 0, :], v[..., 0, :]
         q_BTNK, k_BTGK = (rotate(x, positions.angles) for x in (q_BTNK, k_BTGK))
         if cache is None:
             mixed = attend(q_BTNK, k_BTGK, v_BTGK, causal=True, kernel=self.kernel)
