@@ -94,7 +94,7 @@ def image_classification() -> ConfigDict:
     config.model.backprop = "reverse"  # store | remat_dots | remat | offload | reverse, or one for
     # each chain: reverse,store,store
     config.model.stored_layers = "0"  # how many of the last layers store anyway; or auto
-    config.model.unroll = 1  # stored layers per loop iteration; as many as there are: no loop
+    config.model.unroll = 1  # layers per loop iteration; as many as there are: no loop
     config.model.compute_dtype = "float32"  # float32 | bfloat16
     config.model.grid = True  # exact streams; False lets them drift
     config.model.grid_bits = 12

@@ -65,8 +65,9 @@ def chain(
     backprop: `store`, `remat_dots`, `remat`, `offload` or `reverse`: see `strategies`.
     stored_layers: how many layers, counted from the last, store whatever `backprop` says: memory
       that is left spent on compute that is saved.
-    unroll: stored layers per loop iteration; others have one. With as many as there are there is no
-      loop: what is kept is not copied into stacks and out of them, and compiling takes longer.
+    unroll: layers per loop iteration, where they store or reverse; others have one. With as many as
+      there are there is no loop: nothing is copied into stacks and out of them. Compiling takes
+      longer, and layers that reverse have their gradients twice, until these are stacked.
     update: updates each layer in the backward sweep, in place, so that gradients never exist
       together: `(dparams, state, params) -> (params, state)` of one layer, trees of floats.
       **The cotangents of params_L and state_L are then their new values**: whoever differentiates

@@ -56,8 +56,8 @@ def plan_runs(depths: Sequence[int], backprop: Backprop, stored_layers: int) -> 
 
 
 def per_iteration(backprop: Backprop, unroll: int) -> int:
-    """Layers per loop iteration: of those that rebuild or recompute, several might all be held."""
-    return unroll if backprop == "store" else 1
+    """Layers per loop iteration: of those that recompute, several might all be held."""
+    return unroll if backprop in ("store", "reverse") else 1
 
 
 def remembering(forward: Callable[..., Any], backprop: Backprop, *, alone: bool) -> Callable:

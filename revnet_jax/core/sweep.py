@@ -177,9 +177,15 @@ def _sweep_run(run, section, consumer, carry, daux_L, kept_L, shared, unroll):
         dparams, dx, dshared = kept.pullback((params, context))((dy, daux))
         return Rewound(x, dx, dparams, dshared)
 
+    unroll = min(per_iteration(run.backprop, unroll), run.length)
+
     def body(carry, slices):
         i, (x, dx, dshared, written, max_abs, checksum) = carry
         daux, kept = slices
+        if run.backprop == "reverse" and (unroll > 1 or run.length == 1):
+            # As in a loop, nothing is rebuilt before the layer after it has been differentiated:
+            # else a compiler may rebuild all of a sequence first, and hold it.
+            x, dx = isolate(lambda x, dx: (x, dx), x, dx)
         if run.backprop == "reverse" and max_abs is not None:
             max_abs = jnp.maximum(max_abs, largest(x))
         params, data = _at((consumer.read(written), section.data_L), i)
@@ -190,20 +196,8 @@ def _sweep_run(run, section, consumer, carry, daux_L, kept_L, shared, unroll):
         checksum = checksum + found.checksum
         return (i - 1, (found.x, found.dx, dshared, written, max_abs, checksum)), None
 
-    if run.length == 1:
-        # As in a loop, nothing is rebuilt before the layer after it has been differentiated: else
-        # a compiler may rebuild all of a sequence first, and hold it.
-        x, dx, *others = carry
-        carry = *isolate(lambda x, dx: (x, dx), x, dx), *others
     start = jnp.int32(run.stop - 1), carry
-    (_, carry), _ = loop(
-        body,
-        start,
-        (daux_L, kept_L),
-        run.length,
-        reverse=True,
-        unroll=per_iteration(run.backprop, unroll),
-    )
+    (_, carry), _ = loop(body, start, (daux_L, kept_L), run.length, reverse=True, unroll=unroll)
     return carry
 
 

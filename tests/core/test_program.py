@@ -84,12 +84,21 @@ def test_without_a_loop_what_is_stored_is_not_stacked(options, loops):
     assert bool(stacks) == bool(loops)
 
 
-def test_layers_that_reverse_are_never_unrolled():
-    rolled, unrolled = (compiled_gradient("reverse", 8, unroll=n).as_text() for n in (1, 8))
+def test_layers_that_recompute_are_never_unrolled():
+    rolled, unrolled = (compiled_gradient("remat", 8, unroll=n).as_text() for n in (1, 8))
     assert rolled.count(" = ") == unrolled.count(" = ")
 
 
-@pytest.mark.parametrize("options", [{"backprop": "store"}, {"stored_layers": 5}])
+def test_without_loops_no_more_than_gradients_is_held_of_several_layers():
+    """Until they are stacked; what is rebuilt, four times as much here, is not."""
+    few, many = (compiled_gradient("reverse", depth, unroll=depth) for depth in (8, 16))
+    assert not re.findall(r" while\(", many.as_text())
+    few, many = (program.memory_analysis().temp_size_in_bytes for program in (few, many))
+    gradient_bytes = 2 * WIDTH * WIDTH * 4
+    assert many - few <= 8 * 1.1 * gradient_bytes < 8 * 2 * ROWS * WIDTH * 4
+
+
+@pytest.mark.parametrize("options", [{"backprop": "store"}, {"stored_layers": 5}, {}])
 def test_an_unrolled_gradient_is_the_same_to_the_bit(options):
     block = reversible_block(branch, branch)
 
