@@ -43,7 +43,8 @@ JSON = flags.DEFINE_bool("json", False, "Print JSON lines rather than tables.")
 JSONL = flags.DEFINE_string("jsonl", None, "Also append the JSON lines to this file, row by row.")
 PLOT = flags.DEFINE_string("plot", None, "Also draw time and memory into this PNG file.")
 
-CIFAR_CONFIG = Path(__file__).parents[1] / "configs" / "cifar10_revnet110.py"
+CONFIGS = Path(__file__).parents[1] / "configs"
+MEASURED = "cifar10_revnet110.py", "lm_124m.py"
 
 
 def main(argv):
@@ -62,9 +63,9 @@ def main(argv):
         row = feed(CONFIG.value, 10.0 if SECONDS.value is None else SECONDS.value)
         print(json.dumps(row) if JSON.value else report.as_sentence(row))
         return
-    config = runpy.run_path(str(CIFAR_CONFIG))["get_config"]()
+    measured_configs = [runpy.run_path(str(CONFIGS / name))["get_config"]() for name in MEASURED]
     suite = select(
-        suites(config)[SUITE.value],
+        suites(*measured_configs)[SUITE.value],
         models=MODELS.value,
         strategies=STRATEGIES.value,
         layers=whole_numbers("layers", LAYERS.value),

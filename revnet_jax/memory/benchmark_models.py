@@ -38,30 +38,38 @@ class Program(NamedTuple):
 
 
 class Strategy(NamedTuple):
+    """unroll: layers per loop iteration."""
+
     backprop: Any
     stored_layers: int
     lockstep: bool
+    unroll: int
 
 
 def parse_strategy(name: str, layers: int) -> Strategy:
     """What a name like "reverse", "reverse+8" (the last 8 layers store) or "reverse/lockstep" says.
 
-    layers: of the model. "twin" stores. Raises UserError for what is no strategy, or stores more
-    layers.
+    layers: of the model. "twin" stores. "/unroll" puts no layer in a loop. Raises UserError for
+    what is no strategy, or stores more layers.
     """
-    if name == "twin":
-        return Strategy("store", 0, False)
     mixture, slash, suffix = name.partition("/")
-    backprop, plus, stored = mixture.partition("+")
+    backprop, plus, stored = ("store" if is_twin(name) else mixture).partition("+")
     known = backprop in STRATEGIES and bool(plus) == stored.isdecimal()
-    if not known or suffix != ("lockstep" if slash else ""):
+    if not known or suffix not in (("lockstep", "unroll") if slash else ("",)):
         known = ", ".join(STRATEGIES)
         raise UserError(
-            f"got strategy {name!r}, expected one of {known}, with or without +m and /lockstep"
+            f"got strategy {name!r}, expected one of {known}, with or without +m, and "
+            "/lockstep or /unroll"
         )
     if int(stored or 0) > layers:
         raise UserError(f"got strategy {name!r} for {layers} layers, expected +0 to +{layers}")
-    return Strategy(backprop, int(stored or 0), bool(slash))
+    unroll = layers if suffix == "unroll" else 1
+    return Strategy(backprop, int(stored or 0), suffix == "lockstep", unroll)
+
+
+def is_twin(strategy: str) -> bool:
+    """Whether that trains the irreversible model in place of the reversible one."""
+    return strategy.partition("/")[0] == "twin"
 
 
 @dataclass(frozen=True)
@@ -92,9 +100,13 @@ class Chain:
 
     def program(self, strategy: str, layers: int, batch: int) -> Program:
         """The training step: value and gradient, SGD with momentum, and the exactness check."""
-        backprop, stored_layers, lockstep = parse_strategy(strategy, layers)
+        backprop, stored_layers, lockstep, unroll = parse_strategy(strategy, layers)
         rebuilds = backprop == "reverse" and stored_layers < layers
-        settings: dict[str, Any] = {"backprop": backprop, "stored_layers": stored_layers}
+        settings: dict[str, Any] = {
+            "backprop": backprop,
+            "stored_layers": stored_layers,
+            "unroll": unroll,
+        }
         block = self.block()
 
         def loss_fn(params_L, momentum_L, probe, x):
@@ -192,7 +204,7 @@ class Transformer(Chain):
 
 @dataclass(frozen=True)
 class ConfigModel:
-    """The model of a config, as `scripts/train.py` trains it, by SGD with momentum.
+    """The model of a config, as `scripts/train.py` trains it, by SGD with momentum or by AdamW.
 
     config: its batch size and depth are replaced. unit: what `examples` counts.
     """
@@ -227,9 +239,10 @@ class ConfigModel:
             config.model.units = (layers // stages,) * stages
         else:
             config.model.layers = layers
-        backprop, stored_layers, lockstep = parse_strategy(strategy, layers)
+        backprop, stored_layers, lockstep, unroll = parse_strategy(strategy, layers)
         config.model.update({"backprop": backprop, "stored_layers": str(stored_layers)})
-        if strategy == "twin":
+        config.model.unroll = unroll
+        if is_twin(strategy):
             config.model.reversible = False
         config.optimizer.lockstep = lockstep
         task, schedule, optimizer = build_recipe(config)
@@ -288,9 +301,13 @@ def _sgd(gradient, momentum, params):
 
 
 def _momenta(opt_state: Any) -> dict[str, list[jax.Array]]:
-    """What SGD's momentum holds for each group of a network, whether or not it is in lockstep."""
+    """The first moments of each group of a network, whether or not it is in lockstep.
+
+    After one step they are the gradient: SGD's `trace`; Adam's `mu`, but for a factor.
+    """
     in_lockstep = isinstance(opt_state, LockstepState)
-    groups = optax.tree.get(opt_state.outside if in_lockstep else opt_state, "trace")
+    outside = opt_state.outside if in_lockstep else opt_state
+    groups = optax.tree.get(outside, "trace", default=None) or optax.tree.get(outside, "mu")
     momenta = {name: jax.tree.leaves(trees) for name, trees in groups.items()}
     layers = opt_state.layers if in_lockstep else {}
     return momenta | {name: state.floats_L for name, state in layers.items()}

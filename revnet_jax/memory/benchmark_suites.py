@@ -23,6 +23,7 @@ from revnet_jax.memory.benchmark_models import (
     ConfigModel,
     Mlp,
     Transformer,
+    is_twin,
     parse_strategy,
 )
 
@@ -48,11 +49,12 @@ class Suite(NamedTuple):
     minutes: float | None = None
 
 
-def suites(config: ConfigDict) -> dict[str, Suite]:
-    """By name. config: of the RevNet that is measured, with three stages alike."""
+def suites(config: ConfigDict, lm_config: ConfigDict) -> dict[str, Suite]:
+    """By name. config: of the RevNet that is measured, with three stages alike. lm_config: of the
+    language model that a large GPU trains as it is."""
     return {
         "laptop": laptop(ConfigModel(config), decoder(width=256, context=512)),
-        "gpu": gpu(config),
+        "gpu": gpu(config, ConfigModel(lm_config, "lm_124m", "tokens")),
     }
 
 
@@ -86,11 +88,12 @@ def laptop(revnet: ConfigModel, lm: ConfigModel) -> Suite:
     )
 
 
-def gpu(config: ConfigDict, minutes: float = 5.0) -> Suite:
+def gpu(config: ConfigDict, lm: ConfigModel, minutes: float = 5.0) -> Suite:
     """One GPU of 80 GB or more. What is trusted least comes first: whether gradients are exact.
 
-    Every model in bfloat16 and float32, stored against rebuilt; then what else there is to compare
-    in bfloat16; then limits, which five minutes leave no time for.
+    Every model in bfloat16 and float32, stored against rebuilt; then a language model as it is
+    trained, and what else there is to compare in bfloat16; then limits, which five minutes leave
+    no time for.
     """
     sizes: dict[str, dict[str, int]] = {
         "mlp": {"layers": 32, "batch": 8192},
@@ -112,7 +115,10 @@ def gpu(config: ConfigDict, minutes: float = 5.0) -> Suite:
         "decoder": ("store", "twin", "remat"),
         "revnet": ("store", "remat"),
     }
-    timed = [
+    fastest = ("store", "store/unroll", "reverse", "reverse/unroll", "twin/unroll")
+    layers = lm.config.model.layers
+    timed = [Setting(lm, layers, batch, fastest, seconds=8) for batch in (16, 64)]
+    timed += [
         Setting(half[name], **sizes[name], strategies=strategies, seconds=8)
         for name, strategies in compared.items()
     ]
@@ -179,8 +185,8 @@ def select(
     for each in (*settings, *searches):  # now, rather than after the measurements before it
         for strategy in each.strategies:
             parse_strategy(strategy, each.layers)
-            if strategy == "twin" and not each.model.has_twin:
-                raise UserError(f"got strategy 'twin' for {each.model.name}, which has none")
+            if is_twin(strategy) and not each.model.has_twin:
+                raise UserError(f"got strategy {strategy!r} for {each.model.name}, which has none")
     return Suite(tuple(settings), searches, suite.minutes)
 
 

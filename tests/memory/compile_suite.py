@@ -19,7 +19,7 @@ from revnet_jax.memory import benchmark_models
 from revnet_jax.memory.benchmark_suites import suites
 from revnet_jax.memory.topology import devices, parse_topology
 
-CONFIG = Path(__file__).parents[2] / "configs" / "cifar10_revnet110.py"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def small(setting):
@@ -40,7 +40,8 @@ def main(first, last):
     # On the machine with the GPU both would say so.
     jax.default_backend = lambda: "gpu"
     benchmark_models.jit = jax.jit
-    suite = suites(runpy.run_path(str(CONFIG))["get_config"]())["gpu"]
+    names = "cifar10_revnet110.py", "lm_124m.py"
+    suite = suites(*(runpy.run_path(str(CONFIGS / n))["get_config"]() for n in names))["gpu"]
     for setting in map(small, suite.settings[first:last]):
         model, layers, batch, strategies, _ = setting
         for strategy in strategies:

@@ -10,6 +10,7 @@ import sys
 import jax
 import pytest
 
+from revnet_jax.config import language_model
 from revnet_jax.errors import UserError
 from revnet_jax.memory import benchmark_suites, gpus
 from revnet_jax.memory.benchmark import Setting, compare
@@ -161,7 +162,7 @@ def test_the_plot_is_small(rows, tmp_path):
 
 
 def test_suites_can_be_narrowed(tiny_config):
-    both = suites(tiny_config)
+    both = suites(tiny_config, language_model())
     assert {setting.model.name for setting in both["laptop"].settings} == {
         "mlp",
         "wide_mlp",
@@ -189,13 +190,17 @@ def test_suites_can_be_narrowed(tiny_config):
 
 def test_the_gpu_suite_asks_first_whether_gradients_are_exact(tiny_config):
     """In both dtypes, and all of that within five minutes; then for time and memory."""
-    settings = suites(tiny_config)["gpu"].settings
-    exact, timed = settings[:8], settings[8:]
+    settings = suites(tiny_config, language_model())["gpu"].settings
+    exact, trained, timed = settings[:8], settings[8:10], settings[10:]
     kinds = ["mlp", "transformer", "decoder", "revnet"]
     dtypes = ["bfloat16"] * 4 + ["float32"] * 4
     assert [setting.model.name for setting in exact] == 2 * kinds
     assert [setting.model.dtype for setting in exact] == dtypes
     assert {setting.strategies for setting in exact} == {("store", "reverse")}
+    assert [(setting.model.name, setting.batch) for setting in trained] == [
+        ("lm_124m", 16),
+        ("lm_124m", 64),
+    ]
     assert [setting.model.name for setting in timed] == kinds
     assert sum(setting.may_take_seconds for setting in exact) < 200
     # In bfloat16 the sizes are the same, so that rows can be put side by side.
@@ -249,7 +254,8 @@ def test_a_setting_that_fails_is_a_row_and_the_next_is_measured(capsys, monkeypa
 
 def test_the_gpu_suite_on_a_cpu(tiny_config):
     """Tiny sizes of it, in its order: no mismatches, and no error of the gradient."""
-    suite = select(suites(tiny_config)["gpu"], models=["mlp"], layers=[2], batch=[4], seconds=0.01)
+    suite = suites(tiny_config, language_model())["gpu"]
+    suite = select(suite, models=["mlp"], layers=[2], batch=[4], seconds=0.01)
     for setting in suite.settings:
         assert setting.strategies[:2] == ("store", "reverse")
     small = [
@@ -296,14 +302,15 @@ def test_the_gpu_suite_compiles_for_a_gpu():
 @pytest.mark.slow
 @pytest.mark.skipif(not gpus.has_compiler(), reason="needs NVIDIA's compiler")
 @pytest.mark.parametrize(
-    ("first", "last", "num_programs"), [(0, 4, 8), (4, 8, 8), (8, 10, 11), (10, 12, 5)]
+    ("first", "last", "num_programs"),
+    [(0, 4, 8), (4, 8, 8), (8, 10, 10), (10, 12, 11), (12, 14, 5)],
 )
 def test_all_of_the_gpu_suite_compiles_for_a_gpu(first, last, num_programs):
     assert compiled_for_h100(first, last) == (num_programs, {})
 
 
 @pytest.mark.parametrize(
-    "name", ["revers", "reverse+", "reverse8", "store+1+1", "reverse/", "reverse/up"]
+    "name", ["revers", "reverse+", "reverse8", "store+1+1", "reverse/", "reverse/up", "twin+1"]
 )
 def test_strategies_that_there_are_not(name):
     with pytest.raises(UserError, match="expected one of store, "):
@@ -311,7 +318,9 @@ def test_strategies_that_there_are_not(name):
 
 
 def test_no_more_layers_can_be_stored_than_there_are():
-    assert parse_strategy("reverse+8/lockstep", 8) == ("reverse", 8, True)
+    assert parse_strategy("reverse+8/lockstep", 8) == ("reverse", 8, True, 1)
+    assert parse_strategy("reverse+2/unroll", 8) == ("reverse", 2, False, 8)
+    assert parse_strategy("twin/unroll", 8) == ("store", 0, False, 8)
     with pytest.raises(UserError, match=r"got strategy 'reverse\+9' for 8 layers, expected \+0"):
         parse_strategy("reverse+9", 8)
 
