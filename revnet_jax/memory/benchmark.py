@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import optax
 
 from revnet_jax.memory.benchmark_models import Model, Program, is_twin, parse_strategy
@@ -87,7 +87,8 @@ class Entrant:
         self.rss_bytes = None if rss is None else _memory_bytes("VmHWM") - rss
         after = peak_memory_bytes() or 0
         self.device_bytes = after - others if after > before else None
-        self.gradient = jax.device_get(self.program.gradient(self.state))
+        # A copy, since the next step takes the state's place; on the device, where it is compared.
+        self.gradient = jax.tree.map(jnp.copy, self.program.gradient(self.state))
 
     def take_turn(self) -> None:
         steps = 1 if jax.default_backend() == "cpu" else STEPS
@@ -115,7 +116,9 @@ def compare(setting: Setting) -> Iterator[dict[str, Any]]:
     for name in strategies:
         parse_strategy(name, layers)
     entrants = [Entrant(name, model.program(name, layers, batch)) for name in strategies]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    # On a GPU one after the other: XLA finds the fastest kernel for a product by trying, and keeps
+    # what it found. At once, two programs may find different ones, and round in different ways.
+    with ThreadPoolExecutor(os.cpu_count() if jax.default_backend() == "cpu" else 1) as pool:
         list(pool.map(Entrant.compile, entrants))
     if seconds:
         # The one that takes least comes first, since a device's peak never goes down again.
@@ -178,16 +181,17 @@ def describe(setting: Setting, entrant: Entrant, others: dict[str, Entrant]) -> 
             row[f"time_vs_{name}"] = _median_ratio(entrant.seconds, other.seconds)
             row[f"cpu_vs_{name}"] = _median_ratio(entrant.cpu_seconds, other.cpu_seconds)
     if "store" in others and not is_twin(entrant.strategy):  # which is another function
-        row["gradient_error"] = relative_l2(entrant.gradient, others["store"].gradient)
+        error = relative_l2(entrant.gradient, others["store"].gradient)
+        row["gradient_error"] = float(error)
     if "exact_mismatches" in entrant.metrics:
         row["mismatches"] = int(entrant.metrics["exact_mismatches"])
     return row
 
 
-def relative_l2(tree: Any, reference: Any) -> float:
+@jax.jit
+def relative_l2(tree: Any, reference: Any) -> jax.Array:
     """|tree - reference| / |reference|, over all leaves."""
-    difference = jax.tree.map(np.subtract, tree, reference)
-    return float(optax.tree.norm(difference) / optax.tree.norm(reference))
+    return optax.tree.norm(optax.tree.sub(tree, reference)) / optax.tree.norm(reference)
 
 
 def _median_ratio(values, others):

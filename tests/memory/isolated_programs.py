@@ -148,6 +148,7 @@ REVNET = {
 NETWORKS = {
     "decoder": (language_model, DECODER),
     "decoder, chunked": (language_model, {**DECODER, "model.attention": "chunked"}),
+    "decoder, unrolled": (language_model, {**DECODER, "model.unroll": LAYERS}),
     "decoder, dropout": (language_model, {**DECODER, "model.dropout": 0.1}),
     "decoder, experts": (language_model, {**DECODER, "model.experts": 4}),
     "RevViT": (

@@ -178,9 +178,11 @@ def test_a_plan_for_hosts_of_gpus(tmp_path):
 
 
 @needs_compiler
-@pytest.mark.parametrize(("backprop", "unroll", "most_ms"), [("store", 12, 38), ("reverse", 1, 48)])
+@pytest.mark.parametrize(
+    ("backprop", "unroll", "most_ms"), [("store", 12, 36), ("reverse", 1, 46), ("reverse", 12, 45)]
+)
 def test_a_step_of_lm_124m_is_predicted_to_take(tmp_path, backprop, unroll, most_ms):
-    """Before the loss took its gradient beside it, 66 and 69 ms were measured, 29 in the head."""
+    """Kernels of the second took 44.5 ms on an H200 (66 once, 29 of them in the head)."""
     config = runpy.run_path("configs/lm_124m.py")["get_config"]()
     changes = {"batch_size": 16, "eval_batch_size": 16, "model.unroll": unroll}
     config.update_from_flattened_dict(changes)

@@ -184,7 +184,7 @@ def check(found, keys):
         CHAINS[:3],
         CHAINS[3:6],
         (*CHAINS[6:], "decoder, dropout"),
-        ("decoder", "decoder, experts"),
+        ("decoder", "decoder, unrolled", "decoder, experts"),
         ("RevViT", "RevNet", "RevNet, layers alone"),
     ],
 )

@@ -1,0 +1,148 @@
+"""Times the irreversible twin of a decoder in PyTorch, as its users would train it: one JSON line.
+
+    python scripts/pytorch_decoder.py --config=configs/lm_124m.py --batch=16,64
+
+To be put beside `scripts/benchmark.py --suite=gpu --models=lm_124m`: the same sizes, tied embedding,
+loss and clipping; torch.compile, flash attention, autocast to bfloat16, float32 parameters, fused
+AdamW. Needs PyTorch, which this package does not install.
+"""
+
+import json
+import sys
+import time
+
+from absl import flags
+
+from revnet_jax import config as configs
+from revnet_jax.errors import UserError
+
+CONFIG = configs.define_config_flag()
+BATCH = flags.DEFINE_list("batch", ["16"], "Sequences of a step; a row for each.")
+STEPS = flags.DEFINE_integer("steps", 15, "Steps that are timed, after four that are not.")
+
+
+def main(argv):
+    del argv
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(f"{error}: install PyTorch to compare with it") from error
+    if not all(text.isdecimal() and int(text) for text in BATCH.value):
+        raise UserError(f"got --batch={','.join(BATCH.value)}, expected numbers from 1")
+    model = CONFIG.value.model
+    if model.kv_heads != model.heads or not model.tied:
+        raise UserError(
+            f"got kv_heads={model.kv_heads}, heads={model.heads}, tied={model.tied}, "
+            "expected as many heads and a tied embedding: the twin in PyTorch has no other"
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_float32_matmul_precision("high")
+    for batch in map(int, BATCH.value):
+        torch.manual_seed(0)
+        row = measure(torch, CONFIG.value, batch, device)
+        row["command"] = " ".join(["scripts/pytorch_decoder.py", *sys.argv[1:]])
+        print(json.dumps(row), flush=True)
+
+
+def measure(torch, config, batch, device):
+    """A row: milliseconds of a step, tokens/s, peak bytes of the device."""
+    twin = decoder(torch, config).to(device)
+    optimizer = torch.optim.AdamW(
+        twin.parameters(),
+        lr=config.schedule.learning_rate,
+        betas=(config.optimizer.b1, config.optimizer.b2),
+        weight_decay=config.optimizer.weight_decay,
+        fused=True,
+    )
+    compiled = torch.compile(twin)
+    context, vocab_size = config.data.context, config.data.vocab_size
+    token = torch.randint(0, vocab_size, (batch, context), device=device)
+    target = token.roll(-1, 1)
+
+    def step():
+        with torch.autocast(device, torch.bfloat16):
+            loss = compiled(token, target)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(twin.parameters(), config.optimizer.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    on_gpu = device == "cuda"
+    wait = torch.cuda.synchronize if on_gpu else (lambda: None)
+    for _ in range(4):
+        step()
+    wait()
+    started = time.perf_counter()
+    for _ in range(STEPS.value):
+        loss = step()
+    wait()
+    seconds = (time.perf_counter() - started) / STEPS.value
+    return {
+        "model": "PyTorch",
+        "parameters": sum(p.numel() for p in twin.parameters()),
+        "batch": batch,
+        "step_ms": 1e3 * seconds,
+        "examples_per_second": batch * context / seconds,
+        "unit": "tokens",
+        "device_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "loss": float(loss.detach()),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+    }
+
+
+def decoder(torch, config):
+    """RMSNorm, causal attention with rotary positions, SwiGLU: the model of `models/decoder.py`."""
+    nn, functional = torch.nn, torch.nn.functional
+    width, heads, hidden = config.model.width, config.model.heads, config.model.hidden
+    linear = lambda inputs, outputs: nn.Linear(inputs, outputs, bias=False)
+
+    def rotate(x, cos, sin):
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norms = nn.ModuleList(nn.RMSNorm(width) for _ in range(2))
+            self.qkv, self.out = linear(width, 3 * width), linear(width, width)
+            self.gate, self.up = linear(width, hidden), linear(width, hidden)
+            self.down = linear(hidden, width)
+
+        def forward(self, x, cos, sin):
+            B, T, _ = x.shape
+            qkv = self.qkv(self.norms[0](x)).view(B, T, 3, heads, width // heads)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + self.out(mixed.transpose(1, 2).reshape(B, T, width))
+            h = self.norms[1](x)
+            return x + self.down(functional.silu(self.gate(h)) * self.up(h))
+
+    class Decoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(config.data.vocab_size, width)
+            nn.init.normal_(self.embedding.weight, std=0.02)
+            self.layers = nn.ModuleList(Layer() for _ in range(config.model.layers))
+            self.norm = nn.RMSNorm(width)
+            half = width // heads // 2
+            frequency = 10_000.0 ** (-torch.arange(half) / half)
+            angles = torch.arange(config.data.context)[:, None] * frequency
+            self.register_buffer("cos", angles.cos())
+            self.register_buffer("sin", angles.sin())
+
+        def forward(self, token, target):
+            x = self.embedding(token)
+            for layer in self.layers:
+                x = layer(x, self.cos, self.sin)
+            logits = functional.linear(self.norm(x), self.embedding.weight)
+            logits = logits.view(-1, logits.shape[-1]).float()
+            return functional.cross_entropy(logits, target.reshape(-1))
+
+    return Decoder()
+
+
+if __name__ == "__main__":
+    configs.run(main, required=("config",))
