@@ -2,9 +2,9 @@
 
     python scripts/pytorch_decoder.py --config=configs/lm_124m.py --batch=16,64
 
-To be put beside `scripts/benchmark.py --suite=gpu --models=lm_124m`: the same sizes, tied embedding,
-loss and clipping; torch.compile, flash attention, autocast to bfloat16, float32 parameters, fused
-AdamW. Needs PyTorch, which this package does not install.
+To be put beside `scripts/benchmark.py --suite=gpu --models=lm_124m`: the same sizes, tied
+embedding, loss and clipping; torch.compile, flash attention, autocast to bfloat16, float32
+parameters, fused AdamW. Needs PyTorch, which this package does not install.
 """
 
 import json
