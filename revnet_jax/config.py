@@ -94,8 +94,9 @@ def image_classification() -> ConfigDict:
     config.model.backprop = "reverse"  # store | remat_dots | remat | offload | reverse, or one for
     # each chain: reverse,store,store
     config.model.stored_layers = "0"  # how many of the last layers store anyway; or auto
-    config.model.unroll = 1  # layers per loop iteration; as many as there are: no loop
+    config.model.unroll = 1  # layers per loop iteration, that store or reverse; all: no loop
     config.model.compute_dtype = "float32"  # float32 | bfloat16
+    config.model.param_dtype = "float32"  # float32 | bfloat16: of kernels, embeddings
     config.model.grid = True  # exact streams; False lets them drift
     config.model.grid_bits = 12
     config.model.check_exactness = True  # at every step; keeps each chain's input

@@ -29,16 +29,21 @@ def main(argv):
         raise UserError(f"{error}: install PyTorch to compare with it") from error
     if not all(text.isdecimal() and int(text) for text in BATCH.value):
         raise UserError(f"got --batch={','.join(BATCH.value)}, expected numbers from 1")
-    model = CONFIG.value.model
-    if model.kv_heads != model.heads or not model.tied:
+    model, optimizer = CONFIG.value.model, CONFIG.value.optimizer
+    plain = model.kv_heads == model.heads and model.tied and not (model.experts or model.dropout)
+    if not plain or optimizer.name != "adamw":
         raise UserError(
-            f"got kv_heads={model.kv_heads}, heads={model.heads}, tied={model.tied}, "
-            "expected as many heads and a tied embedding: the twin in PyTorch has no other"
+            "got a config with grouped heads, an untied embedding, experts, dropout or another "
+            "optimizer, expected none of these and adamw: the twin in PyTorch has no other"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")
     for batch in map(int, BATCH.value):
         torch.manual_seed(0)
+        torch._dynamo.reset()  # else it compiles for any batch size from the second one on
+        if device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         row = measure(torch, CONFIG.value, batch, device)
         row["command"] = " ".join(["scripts/pytorch_decoder.py", *sys.argv[1:]])
         print(json.dumps(row), flush=True)
@@ -63,7 +68,8 @@ def measure(torch, config, batch, device):
         with torch.autocast(device, torch.bfloat16):
             loss = compiled(token, target)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(twin.parameters(), config.optimizer.clip_norm)
+        if config.optimizer.clip_norm:
+            torch.nn.utils.clip_grad_norm_(twin.parameters(), config.optimizer.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss

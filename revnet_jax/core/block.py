@@ -114,7 +114,11 @@ class HalfStep:
             )
 
     def evaluate(self, params: Any, streams: Sequence[Any], context: Context) -> tuple:
-        """(u, aux, streams, checksum) of its branch; the streams as they were: see `evaluate`."""
+        """(u, aux, streams, checksum) of its branch.
+
+        streams: as they were. To be used from here on, so that their cotangents are added up within
+          the branch's derivative: see `evaluate`.
+        """
 
         def branch(params, reads, context):
             returned = self.branch(params, *reads, context)

@@ -65,9 +65,9 @@ def chain(
     backprop: `store`, `remat_dots`, `remat`, `offload` or `reverse`: see `strategies`.
     stored_layers: how many layers, counted from the last, store whatever `backprop` says: memory
       that is left spent on compute that is saved.
-    unroll: layers per loop iteration, where they store or reverse; others have one. With as many as
-      there are there is no loop: nothing is copied into stacks and out of them. Compiling takes
-      longer, and layers that reverse have their gradients twice, until these are stacked.
+    unroll: layers per loop iteration, where they store or reverse and nothing is updated; others
+      have one. With all L there is no loop: nothing is copied into stacks and out of them.
+      Compiling takes longer, and layers that reverse have their gradients twice, until stacked.
     update: updates each layer in the backward sweep, in place, so that gradients never exist
       together: `(dparams, state, params) -> (params, state)` of one layer, trees of floats.
       **The cotangents of params_L and state_L are then their new values**: whoever differentiates
@@ -123,6 +123,8 @@ def sequence(
     validate.check_unroll(unroll)
     validate.check_probe(probe)
     validate.check_states(sections, depths, update)
+    if update is not None:
+        unroll = 1  # outside a loop compilers hold the new weights of all layers beside the old
     runs = plan_runs(depths, backprop, stored_layers)
     validate.check_reversible([sections[r.section] for r in runs if r.backprop == "reverse"])
     x = _on_grid(sections, x)

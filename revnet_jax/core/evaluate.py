@@ -42,8 +42,8 @@ def evaluate(
 ) -> tuple[Any, Any, jax.Array]:
     """`(function(params, reads, context), reads, checksum)`; trees, derivatives in the floats.
 
-    reads: as they came. Who goes on with these has the cotangents of all later uses added up where
-      the derivative is computed, rather than by another pass over memory.
+    reads: as they came, to be used from here on: the cotangents of later uses are then added within
+      the derivative, rather than by another pass over memory.
     checksum: int32, equal wherever the same function was evaluated on the same bits: of its outputs
       and, if it is differentiated, of the intermediates that its derivative needs.
 
@@ -113,7 +113,7 @@ def _evaluate(function, arguments, run_program, costly, passes):
         output_tangents, passed_tangents = found[0], iter(found[1])
         passed = select(primals[0], passes)
         passed_tangents = [
-            next(passed_tangents) if does else zero_from_primal(leaf)
+            next(passed_tangents) if does else zero_from_primal(leaf, symbolic_zeros=True)
             for leaf, does in zip(passed, select(moves, passes), strict=True)
         ]
         no_tangents = zero_from_primal((others, checksum))

@@ -81,7 +81,7 @@ def computing_again(jaxpr: Any, kept: Sequence[Any], needed: Sequence[Any]) -> t
 def _is_cheap(equation):
     inner = equation.params.get(_CALLS.get(equation.primitive.name, ""))
     if inner is not None:
-        # On a mesh JAX also says where its constants lie, by `reshard`: that costs nothing.
+        # On a mesh there is a `reshard` of each constant in it, too, which costs nothing.
         varies = depending_on(inner.jaxpr.invars, inner.jaxpr)
         return all(_is_cheap(e) for e in inner.eqns if any(map(varies, e.outvars)))
     return equation.primitive.name in _CHEAP

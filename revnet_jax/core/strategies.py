@@ -56,7 +56,7 @@ def plan_runs(depths: Sequence[int], backprop: Backprop, stored_layers: int) -> 
 
 
 def per_iteration(backprop: Backprop, unroll: int) -> int:
-    """Layers per loop iteration: of those that recompute, several might all be held."""
+    """Layers per loop iteration. One for remat: a compiler might compute several again at once."""
     return unroll if backprop in ("store", "reverse") else 1
 
 

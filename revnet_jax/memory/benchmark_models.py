@@ -49,13 +49,14 @@ class Strategy(NamedTuple):
 def parse_strategy(name: str, layers: int) -> Strategy:
     """What a name like "reverse", "reverse+8" (the last 8 layers store) or "reverse/lockstep" says.
 
-    layers: of the model. "twin" stores. "/unroll" puts no layer in a loop. Raises UserError for
-    what is no strategy, or stores more layers.
+    layers: of the model. "twin" stores. "/unroll" puts no layer in a loop. Raises UserError for an
+    unknown strategy, or one that stores more layers.
     """
     mixture, slash, suffix = name.partition("/")
     backprop, plus, stored = ("store" if is_twin(name) else mixture).partition("+")
     known = backprop in STRATEGIES and bool(plus) == stored.isdecimal()
-    if not known or suffix not in (("lockstep", "unroll") if slash else ("",)):
+    suffixes = ("unroll",) if is_twin(name) else ("lockstep", "unroll")
+    if not known or suffix not in (suffixes if slash else ("",)):
         known = ", ".join(STRATEGIES)
         raise UserError(
             f"got strategy {name!r}, expected one of {known}, with or without +m, and "
@@ -305,9 +306,12 @@ def _momenta(opt_state: Any) -> dict[str, list[jax.Array]]:
 
     After one step they are the gradient: SGD's `trace`; Adam's `mu`, but for a factor.
     """
+
+    def moments(state):
+        return optax.tree.get(state, "trace", default=None) or optax.tree.get(state, "mu")
+
     in_lockstep = isinstance(opt_state, LockstepState)
-    outside = opt_state.outside if in_lockstep else opt_state
-    groups = optax.tree.get(outside, "trace", default=None) or optax.tree.get(outside, "mu")
-    momenta = {name: jax.tree.leaves(trees) for name, trees in groups.items()}
-    layers = opt_state.layers if in_lockstep else {}
-    return momenta | {name: state.floats_L for name, state in layers.items()}
+    groups = dict(moments(opt_state.outside if in_lockstep else opt_state))
+    if in_lockstep:
+        groups |= {name: moments(state.floats_L) for name, state in opt_state.layers.items()}
+    return {name: jax.tree.leaves(trees) for name, trees in groups.items()}

@@ -1,10 +1,21 @@
-"""What is computed in more digits than the rest of a branch."""
+"""What is computed in more digits than the rest of a branch, and what is kept in fewer."""
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 
 def at_least_float32(dtype: Any) -> Any:
     """For sums, norms, softmax and logits, whatever the `dtype` of products."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def narrowed(params: Any, dtype: Any) -> Any:
+    """Kernels and embeddings, by name, in this dtype; normalisations and biases as they are."""
+
+    def narrow(path, leaf):
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        return leaf.astype(dtype) if name.endswith("kernel") or name == "embed" else leaf
+
+    return params if dtype == jnp.float32 else jax.tree_util.tree_map_with_path(narrow, params)

@@ -26,7 +26,7 @@ from revnet_jax.models.decoder import (
     Positions,
     RMSNorm,
 )
-from revnet_jax.models.dtypes import at_least_float32
+from revnet_jax.models.dtypes import at_least_float32, narrowed
 from revnet_jax.models.linear_cross_entropy import linear_cross_entropy
 from revnet_jax.models.network import Lockstep, Variables
 from revnet_jax.models.partition import by_batch, gather, on_batch
@@ -100,6 +100,7 @@ class LanguageModel(Transformer):
         stored_layers: int = 0,
         unroll: int = 1,
         compute_dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
         grid: Grid | None = Grid(),
         check_exactness: bool = True,
         attention: Kernel = "chunked",
@@ -113,6 +114,7 @@ class LanguageModel(Transformer):
             stored_layers=stored_layers,
             unroll=unroll,
             compute_dtype=compute_dtype,
+            param_dtype=param_dtype,
             grid=grid,
             check_exactness=check_exactness,
         )
@@ -163,7 +165,8 @@ class LanguageModel(Transformer):
         if not a.tied:
             head["kernel"] = a.width**-0.5 * jax.random.normal(head_key, (a.width, a.vocab_size))
         layers = init_layers_of((self._f, self._g), layers_key, a.layers)
-        return Variables({"embed": embedding_VD, "layers": layers, "head": head}, {})
+        params = {"embed": embedding_VD, "layers": layers, "head": head}
+        return Variables(narrowed(params, self.param_dtype), {})
 
     def features(
         self,
@@ -288,7 +291,8 @@ class LanguageModel(Transformer):
     @jax.named_scope("stem")
     def _embed(self, variables, token_BT, keys):
         embed_VD = variables.params["embed"]
-        look_up = lambda embed_VD, token_BT: embed_VD[token_BT]
+        wide = at_least_float32(embed_VD.dtype)  # of streams, and of sums over equal tokens
+        look_up = lambda embed_VD, token_BT: embed_VD.astype(wide)[token_BT]
         x_BTD = by_batch(look_up, self.rules, "embed", embed_VD.dtype)(embed_VD, token_BT)
         return drop(x_BTD, self.architecture.dropout, keys, 0)
 

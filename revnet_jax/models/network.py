@@ -28,6 +28,7 @@ from revnet_jax.core import (
 )
 from revnet_jax.models.architecture import Architecture, chains, groups
 from revnet_jax.models.bridge import PureModule
+from revnet_jax.models.dtypes import narrowed
 from revnet_jax.models.invertible import PadStem, squeeze
 from revnet_jax.models.partition import gather, on_batch
 from revnet_jax.models.residual import RULES, Head, ResidualBranch, Stem, make_shortcut
@@ -74,11 +75,12 @@ class Network:
         stored_layers: int = 0,
         unroll: int = 1,
         compute_dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
         grid: Grid | None = Grid(),
         check_exactness: bool = True,
     ):
         self.architecture, self._unroll = architecture, unroll
-        self.compute_dtype = compute_dtype
+        self.compute_dtype, self.param_dtype = compute_dtype, param_dtype
         self.check_exactness = check_exactness
         self.grid = grid
         self.groups = groups(architecture)
@@ -155,7 +157,7 @@ class Network:
             else:
                 add(name, init_unit, group_key)
         add("head", self._head.init, head_key)
-        return Variables(params, stats)
+        return Variables(narrowed(params, self.param_dtype), stats)
 
     def probes(self) -> dict[str, Exactness] | None:
         """A probe for every chain whose input is rebuilt, to differentiate `apply` by; or None."""

@@ -127,7 +127,7 @@ class Head(nnx.Module):
 
     def __init__(self, channels, num_classes, *, dtype, rngs):
         self.norm = batch_norm(channels, dtype, rngs)
-        self.dense = nnx.Linear(channels, num_classes, rngs=rngs)
+        self.dense = nnx.Linear(channels, num_classes, dtype=at_least_float32(dtype), rngs=rngs)
 
     def __call__(self, x_BHWC: jax.Array, *, train: bool) -> jax.Array:
         x_BHWC = nnx.relu(self.norm(x_BHWC, use_running_average=not train))

@@ -34,6 +34,7 @@ class Transformer:
     reversible: two streams; else the twin, with one.
     backprop, stored_layers, unroll: what the gradient costs (see `chain`).
     compute_dtype: of the branches; streams, normalisations and logits are float32.
+    param_dtype: of kernels and embeddings; other parameters are float32.
     grid: where two streams live; None for free floats.
     check_exactness: whether `probes` has any: the check keeps the chain's input.
 
@@ -49,6 +50,7 @@ class Transformer:
         stored_layers: int,
         unroll: int,
         compute_dtype: Any,
+        param_dtype: Any,
         grid: Grid | None,
         check_exactness: bool,
     ):
@@ -66,7 +68,8 @@ class Transformer:
                 "its layers have no inverse. Take reversible=True to store nothing"
             )
         self.invertible, self.grid = reversible, grid
-        self.compute_dtype, self.check_exactness = compute_dtype, check_exactness
+        self.compute_dtype, self.param_dtype = compute_dtype, param_dtype
+        self.check_exactness = check_exactness
         self._unroll = unroll
         self._strategy = Strategy(backprop, stored_layers, layers)
 

@@ -19,7 +19,7 @@ from flax import nnx
 from revnet_jax.core import Backprop, Exactness, Grid
 from revnet_jax.models.attention import Kernel, attend
 from revnet_jax.models.bridge import PureModule
-from revnet_jax.models.dtypes import at_least_float32
+from revnet_jax.models.dtypes import at_least_float32, narrowed
 from revnet_jax.models.network import Lockstep, Variables
 from revnet_jax.models.partition import gather, on_batch
 from revnet_jax.models.transformer import Transformer, check_positive, drop, init_layers_of
@@ -88,6 +88,7 @@ class RevViT(Transformer):
         stored_layers: int = 0,
         unroll: int = 1,
         compute_dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
         grid: Grid | None = Grid(),
         check_exactness: bool = True,
         attention: Kernel = "chunked",
@@ -99,6 +100,7 @@ class RevViT(Transformer):
             stored_layers=stored_layers,
             unroll=unroll,
             compute_dtype=compute_dtype,
+            param_dtype=param_dtype,
             grid=grid,
             check_exactness=check_exactness,
         )
@@ -118,7 +120,7 @@ class RevViT(Transformer):
             "layers": init_layers_of((self._f, self._g), layers_key, self.architecture.layers),
             "head": self._head.init(head_key)[0],
         }
-        return Variables(params, {})
+        return Variables(narrowed(params, self.param_dtype), {})
 
     def apply(
         self,

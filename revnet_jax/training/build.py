@@ -32,7 +32,7 @@ from revnet_jax.training.sharding import batch_parts, local_rows
 from revnet_jax.training.step import Optimizer
 from revnet_jax.training.task import Classification, Model, NextToken, Task
 
-COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 # By a setting that no other families have.
 FAMILIES = {"patch": ("vit",), "kv_heads": ("decoder",), "units": ("revnet", "resnet", "irevnet")}
@@ -112,7 +112,9 @@ def build_task(
 def build_optimizer(config: ConfigDict, network: Model, schedule: optax.Schedule) -> Optimizer:
     options = dict(config.optimizer)
     lockstep = options.pop("lockstep")
-    make = functools.partial(make_optimizer, schedule, **options)
+    make = functools.partial(
+        make_optimizer, schedule, **options, param_dtype=DTYPES[config.model.param_dtype]
+    )
     ordinary = make(stacked=network.stacked)
     if config.batch_size % config.microbatches:
         raise ConfigError(
@@ -154,18 +156,19 @@ def build_network(config: ConfigDict, stored_layers: int | None = None) -> Netwo
 def _pop_common(model: dict[str, Any], stored_layers: int | None) -> tuple[Any, Any]:
     """Takes what all models have out of their settings: (backprop and what it stores, the rest)."""
     setting, backprop = model.pop("stored_layers"), model.pop("backprop")
-    dtype, grid, bits = (model.pop(name) for name in ("compute_dtype", "grid", "grid_bits"))
+    grid, bits = model.pop("grid"), model.pop("grid_bits")
+    dtypes = {name: model.pop(name) for name in ("compute_dtype", "param_dtype")}
     check_exactness = model.pop("check_exactness")
     with settings("model"):
-        if dtype not in COMPUTE_DTYPES:
-            known = ", ".join(COMPUTE_DTYPES)
-            raise ValueError(f"got compute_dtype={dtype!r}, expected one of {known}")
+        for name, dtype in dtypes.items():
+            if dtype not in DTYPES:
+                raise ValueError(f"got {name}={dtype!r}, expected one of {', '.join(DTYPES)}")
         if model["unroll"] < 1:
             raise ValueError(f"got unroll={model['unroll']}, expected 1 layer or more")
         if setting != "auto" and not setting.isdecimal():
             raise ValueError(f"got stored_layers={setting!r}, expected a whole number or auto")
         common = {
-            "compute_dtype": COMPUTE_DTYPES[dtype],
+            **{name: DTYPES[dtype] for name, dtype in dtypes.items()},
             "grid": Grid(bits) if grid else None,
             "check_exactness": check_exactness,
         }

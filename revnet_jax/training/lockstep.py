@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from revnet_jax.core import trees
+from revnet_jax.training.rounding import apply_updates, widened
 
 
 class LayerState(NamedTuple):
@@ -70,9 +71,9 @@ class LockstepOptimizer(NamedTuple):
         def update(dparams, carried, params):
             layer_state = self._join(params, carried.floats, counters)
             updates, layer_state = self.layer.update(dparams, layer_state, params)
-            squared_norm = optax.tree.norm(dparams, squared=True).astype(jnp.float32)
+            squared_norm = optax.tree.norm(widened(dparams), squared=True).astype(jnp.float32)
             floats, _ = trees.split(layer_state)
-            return optax.apply_updates(params, updates), Carried(floats, squared_norm)
+            return apply_updates(params, updates), Carried(floats, squared_norm)
 
         carried = {
             name: Carried(layers.floats_L, jnp.zeros(_depth(params[name]), jnp.float32))
@@ -95,13 +96,13 @@ class LockstepOptimizer(NamedTuple):
         outside, layers = self._split(params)
         gradients, new_layers = self._split(cotangents)
         updates, outside_state = self.outside.update(gradients, state.outside, outside)
-        squared_norm = optax.tree.norm(gradients, squared=True)
+        squared_norm = optax.tree.norm(widened(gradients), squared=True)
         squared_norm += sum(jnp.sum(group.squared_norm) for group in carried.values())
         new_state = {
             name: LayerState(carried[name].floats, self._count(layers[name], state.layers[name]))
             for name in layers
         }
-        new_params = {**optax.apply_updates(outside, updates), **new_layers}
+        new_params = {**apply_updates(outside, updates), **new_layers}
         return new_params, LockstepState(outside_state, new_state), jnp.sqrt(squared_norm)
 
     def _init_layers(self, params_L):

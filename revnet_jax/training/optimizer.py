@@ -68,6 +68,7 @@ def make_optimizer(
     clip_norm: float,
     clip: str,
     state_dtype: str,
+    param_dtype: Any = jnp.float32,
     stacked: Collection[str] | None,
 ) -> optax.GradientTransformation:
     """ "sgd" with momentum, where weight decay is an L2 penalty in the gradient, as in the ResNet
@@ -80,6 +81,7 @@ def make_optimizer(
     clip_norm: largest L2 norm of a gradient, before everything else; 0 for any.
     clip: whose norm: "global", of all parameters; or "layer", of each layer on its own.
     state_dtype: "float32", or "bfloat16" to keep moments in half the memory (see `in_bfloat16`).
+    param_dtype: of those parameters that are narrowed: float32, or bfloat16, rounded likewise.
     stacked: the groups of parameters whose leaves have a leading axis of layers; None for an
       optimizer of a single layer's tree.
     """
@@ -102,13 +104,13 @@ def make_optimizer(
     else:
         raise ValueError(f"got name={name!r}, expected one of sgd, adamw, lion")
     optimizer = _promoting(optimizer)
-    if state_dtype == "bfloat16":
-        optimizer = in_bfloat16(optimizer)
-    if clip_norm == 0:
-        return optimizer
-    if clip == "global" or stacked is None:
-        return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
-    return optax.chain(clip_by_layer_norm(clip_norm, stacked), optimizer)
+    if clip_norm and (clip == "global" or stacked is None):
+        optimizer = optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
+    elif clip_norm:
+        optimizer = optax.chain(clip_by_layer_norm(clip_norm, stacked), optimizer)
+    if state_dtype == "bfloat16" or param_dtype == jnp.bfloat16:
+        return in_bfloat16(optimizer, moments=state_dtype == "bfloat16")
+    return optimizer
 
 
 def _promoting(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:

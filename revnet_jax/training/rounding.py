@@ -1,4 +1,4 @@
-"""Optimizers that keep what they know in 16 bits."""
+"""Training in 16 bits: parameters and moments that are rounded up or down at random."""
 
 from __future__ import annotations
 
@@ -19,26 +19,53 @@ class RoundedState(NamedTuple):
     inner: Any
 
 
-def in_bfloat16(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The optimizer with its floats (moments) kept in bfloat16, rounded stochastically.
+def in_bfloat16(
+    optimizer: optax.GradientTransformation, *, moments: bool = True
+) -> optax.GradientTransformation:
+    """The optimizer for parameters of which any are bfloat16, rounded stochastically.
+
+    moments: keep the floats of its state in bfloat16, too, rounded likewise; else in float32.
 
     It computes in float32: only what is carried from step to step is rounded. Rounded to the
-    nearest, an average that moves by less than 1 / 512 of itself would not move at all, as Adam's
-    of squares (b2 = 0.999). Half the memory, and half of what an update reads and writes of it.
+    nearest, what moves by less than 1 / 512 of itself would not move at all: a weight by a small
+    step, Adam's average of squares (b2 = 0.999). Half the memory, and half of what an update reads
+    and writes of it. Updates are to be applied by `apply_updates`.
     """
 
     def init(params):
-        inner = optimizer.init(params)
-        return RoundedState(jnp.zeros((), jnp.int32), _map_floats(_to_bfloat16, inner))
+        inner = optimizer.init(widened(params))
+        inner = _map_floats(_to_bfloat16, inner) if moments else inner
+        return RoundedState(jnp.zeros((), jnp.int32), inner)
 
     def update(grads, state, params=None):
         count = state.count + 1
-        wide = _map_floats(lambda leaf: leaf.astype(jnp.float32), state.inner)
-        updates, inner = optimizer.update(grads, wide, params)
-        rounded = _map_floats(lambda leaf: round_to_bfloat16(leaf, count), inner)
-        return updates, RoundedState(count, rounded)
+        wide = None if params is None else widened(params)
+        updates, inner = optimizer.update(widened(grads), widened(state.inner), wide)
+        if moments:
+            inner = _map_floats(lambda leaf: round_to_bfloat16(leaf, count), inner)
+
+        def to_a_neighbour(update, param):
+            if param.dtype != jnp.bfloat16:
+                return update
+            param = param.astype(jnp.float32)
+            return round_to_bfloat16(param + update, count).astype(jnp.float32) - param
+
+        if params is not None:
+            updates = jax.tree.map(to_a_neighbour, updates, params)
+        return updates, RoundedState(count, inner)
 
     return optax.GradientTransformation(init, update)
+
+
+def apply_updates(params: Any, updates: Any) -> Any:
+    """params + updates, in the dtype of the parameters; of the wider, where these are narrower."""
+    return jax.tree.map(lambda p, u: (p.astype(u.dtype) + u).astype(p.dtype), params, updates)
+
+
+def widened(tree: Any) -> Any:
+    """Its bfloat16 leaves in float32."""
+    widen = lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf
+    return jax.tree.map(widen, tree)
 
 
 def round_to_bfloat16(x: jax.Array, step: jax.Array) -> jax.Array:

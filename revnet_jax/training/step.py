@@ -12,6 +12,7 @@ import optax
 from revnet_jax.core import Exactness
 from revnet_jax.models import Lockstep, Variables
 from revnet_jax.training.lockstep import LockstepOptimizer
+from revnet_jax.training.rounding import apply_updates, widened
 from revnet_jax.training.task import Batch, Model, Task
 
 Optimizer = optax.GradientTransformation | LockstepOptimizer
@@ -79,8 +80,8 @@ def make_train_step(
         found, (grads, exactness) = accumulate(gradient, params, stats, batch, key, microbatches)
         with jax.named_scope("update"):
             updates, opt_state = optimizer.update(grads, opt_state, params)
-            params = optax.apply_updates(params, updates)
-        return found, params, opt_state, exactness, optax.tree.norm(grads)
+            params = apply_updates(params, updates)
+        return found, params, opt_state, exactness, optax.tree.norm(widened(grads))
 
     def in_lockstep(params, opt_state, stats, batch, key):
         update, carried = optimizer.start(params, opt_state)
@@ -114,7 +115,7 @@ def make_train_step(
             "gradient_norm": gradient_norm,
             **checked,
             # Of everything that the next step or a checkpoint would carry on.
-            "variables_norm": optax.tree.norm(variables),
+            "variables_norm": optax.tree.norm(widened(variables)),
         }
         new_state = TrainState(state.step + 1, variables, opt_state, state.key, mismatches)
         return new_state, metrics
@@ -145,9 +146,9 @@ def accumulate(
     def body(carry, part):
         stats, total = carry
         (loss, (stats, others)), (grads, exactness) = gradient(params, stats, *part)
-        return (stats, jax.tree.map(jnp.add, total, grads)), (loss, others, exactness)
+        return (stats, jax.tree.map(jnp.add, total, widened(grads))), (loss, others, exactness)
 
-    start = stats, jax.tree.map(jnp.zeros_like, params)
+    start = stats, jax.tree.map(jnp.zeros_like, widened(params))
     inputs = jax.tree.map(parts, batch), jax.random.split(key, microbatches)
     (stats, total), (losses, others, exactness) = jax.lax.scan(body, start, inputs)
     if exactness is not None:

@@ -98,6 +98,41 @@ def test_without_loops_no_more_than_gradients_is_held_of_several_layers():
     assert many - few <= 8 * 1.1 * gradient_bytes < 8 * 2 * ROWS * WIDTH * 4
 
 
+def test_layers_that_are_updated_stay_in_a_loop():
+    """Outside of one their new weights would be held beside the old."""
+    block = reversible_block(branch, branch)
+
+    def compiled(depth):
+        def loss(params_L, x):
+            update = lambda dparams, state, params: (params - dparams, state)
+            updates = lambda *trees: tuple(zip(*map(update, *trees), strict=True))
+            options = {"update": updates, "state_L": (jnp.zeros(depth),) * 2, "unroll": depth}
+            y, _ = chain(block, params_L, x, **options)
+            return jnp.sum(y[0] * y[1])
+
+        params_L = (jax.ShapeDtypeStruct((depth, WIDTH, WIDTH), jnp.float32),) * 2
+        x = (jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32),) * 2
+        step = jax.jit(jax.grad(loss), donate_argnums=0)
+        return step.lower(params_L, x).compile().memory_analysis().temp_size_in_bytes
+
+    assert compiled(32) - compiled(8) < WIDTH * WIDTH * 4
+
+
+def test_cotangents_of_streams_are_added_up_where_branches_are_differentiated():
+    """Nothing else of a stream's size is added but in merges, whose results nobody reads."""
+    block = reversible_block(branch, branch, grid=None)
+
+    def loss(params_L, x):
+        y, _ = chain(block, params_L, x)
+        return jnp.sum(y[0] * y[1])
+
+    params_L = (jnp.zeros((4, WIDTH, WIDTH)),) * 2
+    program = jax.make_jaxpr(jax.grad(loss))(params_L, (jnp.zeros((ROWS, WIDTH)),) * 2)
+    loops = [e for e in program.eqns if e.primitive.name == "scan"]
+    adds = [e for e in loops[-1].params["jaxpr"].eqns if e.primitive.name in ("add", "add_any")]
+    assert len([e for e in adds if e.outvars[0].aval.shape == (ROWS, WIDTH)]) == 2
+
+
 @pytest.mark.parametrize("options", [{"backprop": "store"}, {"stored_layers": 5}, {}])
 def test_an_unrolled_gradient_is_the_same_to_the_bit(options):
     block = reversible_block(branch, branch)

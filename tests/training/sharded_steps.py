@@ -76,7 +76,7 @@ def difference(a, b):
 
 
 def main():
-    build.COMPUTE_DTYPES["float64"] = jnp.float64
+    build.DTYPES["float64"] = jnp.float64
     references = {}
     for case in json.load(sys.stdin):
         dtype = case["dtype"]
