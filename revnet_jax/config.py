@@ -23,14 +23,6 @@ class ConfigError(UserError, ValueError):
     """A setting that cannot be used; one line that says got, expected and what to do."""
 
 
-def _profile() -> ConfigDict:
-    """A trace of some steps, in WORKDIR/profile."""
-    profile = ConfigDict()
-    profile.start_step = 10
-    profile.num_steps = 0  # 0: none
-    return profile
-
-
 def _mesh() -> ConfigDict:
     """How devices are arranged; -1: as many as are left."""
     mesh = ConfigDict()
@@ -40,13 +32,13 @@ def _mesh() -> ConfigDict:
     return mesh
 
 
-def _optimizer():
+def _optimizer() -> ConfigDict:
+    """How gradients become updates."""
     optimizer = ConfigDict()
     optimizer.name = "sgd"  # sgd | adamw | lion
     optimizer.momentum = 0.9  # sgd
     optimizer.nesterov = False  # sgd
-    optimizer.b1 = 0.9  # adamw, lion
-    optimizer.b2 = 0.999  # adamw, lion
+    optimizer.update({"b1": 0.9, "b2": 0.999})  # adamw, lion
     optimizer.weight_decay = 2e-4  # of kernels only; sgd: L2 penalty, else decoupled
     optimizer.state_dtype = "float32"  # float32 | bfloat16: of moments, between steps
     optimizer.lockstep = False  # update each layer inside the backward sweep, in place
@@ -71,7 +63,9 @@ def image_classification() -> ConfigDict:
     config.checkpoint_every_steps = 200
     config.on_mismatch = "warn"  # warn | stop: if the backward pass disagrees with the forward pass
 
-    config.profile, config.mesh = _profile(), _mesh()
+    config.mesh = _mesh()
+    # A trace of some steps, in WORKDIR/profile; of none by default.
+    config.profile = ConfigDict({"start_step": 10, "num_steps": 0})
 
     config.data = ConfigDict()
     config.data.name = "digits"  # digits | cifar10 | cifar100 | image_folder

@@ -134,7 +134,7 @@ def decoder(torch, config):
             self.layers = nn.ModuleList(Layer() for _ in range(config.model.layers))
             self.norm = nn.RMSNorm(width)
             half = width // heads // 2
-            frequency = 10_000.0 ** (-torch.arange(half) / half)
+            frequency = config.model.rotary_base ** (-torch.arange(half) / half)
             angles = torch.arange(config.data.context)[:, None] * frequency
             self.register_buffer("cos", angles.cos())
             self.register_buffer("sin", angles.sin())

@@ -144,14 +144,12 @@ class LanguageModel(Transformer):
                 rngs=rngs,
             )
         )
-        common = {"width": a.width, "hidden": a.hidden, "out_std": out_std(a.hidden)}
-        common["dtype"] = compute_dtype
-        if a.experts:
-            experts = {"experts": a.experts, "experts_per_token": a.experts_per_token}
-            self._g = PureModule(lambda rngs: Experts(**common, **experts, rngs=rngs))
-        else:
-            chunks = feed_forward_chunks
-            self._g = PureModule(lambda rngs: FeedForward(**common, chunks=chunks, rngs=rngs))
+        std = out_std(a.hidden)
+        common = {"width": a.width, "hidden": a.hidden, "out_std": std, "dtype": compute_dtype}
+        experts = {"experts": a.experts, "experts_per_token": a.experts_per_token}
+        common |= experts if a.experts else {"chunks": feed_forward_chunks}
+        feed_forward = Experts if a.experts else FeedForward
+        self._g = PureModule(lambda rngs: feed_forward(**common, rngs=rngs))
         self._norm = PureModule(lambda rngs: RMSNorm(a.width))
 
     def init(self, key: jax.Array) -> Variables:

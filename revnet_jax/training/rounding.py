@@ -22,9 +22,10 @@ class RoundedState(NamedTuple):
 def in_bfloat16(
     optimizer: optax.GradientTransformation, *, moments: bool = True
 ) -> optax.GradientTransformation:
-    """The optimizer for parameters of which any are bfloat16, rounded stochastically.
+    """The optimizer for bfloat16 parameters, which it rounds stochastically.
 
     moments: keep the floats of its state in bfloat16, too, rounded likewise; else in float32.
+      Parameters of other dtypes are updated as the optimizer itself does.
 
     It computes in float32: only what is carried from step to step is rounded. Rounded to the
     nearest, what moves by less than 1 / 512 of itself would not move at all: a weight by a small
@@ -58,7 +59,7 @@ def in_bfloat16(
 
 
 def apply_updates(params: Any, updates: Any) -> Any:
-    """params + updates, in the dtype of the parameters; of the wider, where these are narrower."""
+    """params + updates: added in the updates' dtype, returned in the parameters'."""
     return jax.tree.map(lambda p, u: (p.astype(u.dtype) + u).astype(p.dtype), params, updates)
 
 
