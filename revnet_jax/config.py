@@ -28,6 +28,7 @@ def _mesh() -> ConfigDict:
     mesh = ConfigDict()
     mesh.data = -1  # batches split over so many
     mesh.fsdp = 1  # and over these, which hold a part of the weights each
+    mesh.sequence = 1  # text: the tokens of a sequence split over so many, and weights again
     mesh.tensor = 1  # heads and hidden units split over so many
     return mesh
 
@@ -36,8 +37,7 @@ def _optimizer() -> ConfigDict:
     """How gradients become updates."""
     optimizer = ConfigDict()
     optimizer.name = "sgd"  # sgd | adamw | lion
-    optimizer.momentum = 0.9  # sgd
-    optimizer.nesterov = False  # sgd
+    optimizer.update({"momentum": 0.9, "nesterov": False})  # sgd
     optimizer.update({"b1": 0.9, "b2": 0.999})  # adamw, lion
     optimizer.weight_decay = 2e-4  # of kernels only; sgd: L2 penalty, else decoupled
     optimizer.state_dtype = "float32"  # float32 | bfloat16: of moments, between steps

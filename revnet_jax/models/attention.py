@@ -135,7 +135,7 @@ def _flash(q_BTNK, k_BTGK, v_BTGK, *, causal):
     q, k, v = by_head(q_BTNK, 1), by_head(k_BTGK, repeats), by_head(v_BTGK, repeats)
     scale = 1 / math.sqrt(q_BTNK.shape[-1])
     kernel = functools.partial(flash_attention, causal=causal, sm_scale=scale)
-    heads = (BATCH, "tensor")  # their number is a multiple of the axis
+    heads = (BATCH, ("tensor", "sequence"))  # their number is a multiple: see `by_heads`
     return jnp.swapaxes(by_device(kernel, (heads,) * 3, heads)(q, k, v), 1, 2)
 
 

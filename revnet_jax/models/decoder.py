@@ -7,6 +7,7 @@ float32; branches normalise what they read and compute in `dtype`.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from jax import lax
 
 from revnet_jax.models.attention import Kernel, attend, rotate, scores_times_values
 from revnet_jax.models.dtypes import at_least_float32
-from revnet_jax.models.partition import BATCH, by_device
+from revnet_jax.models.partition import BATCH, by_device, by_heads
 
 # How layers are split over a mesh: heads and hidden units over "tensor", what is left over "fsdp".
 LAYER_RULES = (
@@ -115,7 +116,8 @@ class Attention(nnx.Module):
         q_BTNK, k_BTGK, v_BTGK = q.reshape(B, T, G * R, K), k[..., 0, :], v[..., 0, :]
         q_BTNK, k_BTGK = (rotate(x, positions.angles) for x in (q_BTNK, k_BTGK))
         if cache is None:
-            mixed = attend(q_BTNK, k_BTGK, v_BTGK, causal=True, kernel=self.kernel)
+            attend_causally = functools.partial(attend, causal=True, kernel=self.kernel)
+            mixed = by_heads(attend_causally, q_BTNK, k_BTGK, v_BTGK)
         else:
             write = lambda old, new: lax.dynamic_update_slice_in_dim(
                 old, new.astype(old.dtype), positions.first, axis=1
@@ -196,7 +198,8 @@ class Experts(nnx.Module):
 
         up, down = (kernel[...].astype(self.dtype) for kernel in (self.up_kernel, self.down_kernel))
         hidden = (None, None, None, "tensor"), (None, "tensor")
-        dispatch = by_device(_dispatch, ((BATCH,),) * 3 + hidden, ("tensor", BATCH))
+        tokens = (BATCH, "sequence")
+        dispatch = by_device(_dispatch, (tokens,) * 3 + hidden, ("tensor", *tokens))
         # Added up over the devices that have parts of the hidden units.
         u_BTD = jnp.sum(dispatch(x_BTD, weight_BTR, expert_BTR, up, down), axis=0)
         return u_BTD, balance, expert_BTR

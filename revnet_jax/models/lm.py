@@ -29,7 +29,7 @@ from revnet_jax.models.decoder import (
 from revnet_jax.models.dtypes import at_least_float32, narrowed
 from revnet_jax.models.linear_cross_entropy import linear_cross_entropy
 from revnet_jax.models.network import Lockstep, Variables
-from revnet_jax.models.partition import by_batch, gather, on_batch
+from revnet_jax.models.partition import by_batch, gather, on_batch, on_sequence
 from revnet_jax.models.transformer import Transformer, check_positive, drop, init_layers_of
 
 
@@ -208,18 +208,18 @@ class LanguageModel(Transformer):
             weight_BT = jnp.ones(target_BT.shape, x_BTD.dtype)
         group, kernel = self._head_kernel(variables)
         nll = by_batch(self._nll, self.rules, group, self.compute_dtype)
-        nll_N = nll(kernel, x_BTD, target_BT, weight_BT)
-        return jnp.sum(nll_N) / jnp.sum(weight_BT), aux_L
+        total = jnp.sum(nll(kernel, x_BTD, target_BT, weight_BT))
+        return total / jnp.sum(weight_BT), aux_L
 
     @jax.named_scope("head")
     def _nll(self, kernel, x_BTD, target_BT, weight_BT):
-        """[1]: the weighted sum over all tokens that this device has."""
+        """[1, 1]: the weighted sum over all tokens that this device has."""
         x_MD, target_M, weight_M = (
             array.reshape(-1, *array.shape[2:]) for array in (x_BTD, target_BT, weight_BT)
         )
         kernel_DV = kernel.T if self.architecture.tied else kernel
         options = {"compute_dtype": self.compute_dtype, "chunk": self.loss_chunk}
-        return linear_cross_entropy(kernel_DV, x_MD, target_M, weight_M, **options)[None]
+        return linear_cross_entropy(kernel_DV, x_MD, target_M, weight_M, **options)[None, None]
 
     def logits(self, variables: Variables, token_BT: jax.Array) -> jax.Array:
         """float32 [B, T, V]: of all tokens at once."""
@@ -260,7 +260,7 @@ class LanguageModel(Transformer):
             base=a.rotary_base,
             dtype=at_least_float32(self.compute_dtype),
         )
-        return Positions(first, angles)
+        return Positions(first, on_sequence(angles))
 
     def _branches(self):
         """(f, g). Shared: the tokens' positions; a layer's data: (cache, dropout keys)."""

@@ -1,20 +1,22 @@
 """How a model's arrays are split over a mesh of devices: rules by path, next to each model.
 
-A mesh has the axes "data", "fsdp" and "tensor". Batches are split over the first two. Weights are
-split over "fsdp" (Rajbhandari et al. 2019, arXiv:1910.02054, stage 3; Zhao et al. 2023,
-arXiv:2304.11277), and gathered where they are used; "tensor" splits heads and hidden units, and the
-arithmetic with them (Shoeybi et al. 2019, arXiv:1909.08053). Where there is no mesh, nothing here
-does anything.
+A mesh has the axes "data", "fsdp", "sequence" and "tensor". Batches are split over the first two.
+Weights are split over "fsdp" (Rajbhandari et al. 2019, arXiv:1910.02054, stage 3; Zhao et al. 2023,
+arXiv:2304.11277), and gathered where they are used; "sequence" splits the tokens of each sequence,
+and the weights once more; "tensor" splits heads and hidden units, and the arithmetic with them
+(Shoeybi et al. 2019, arXiv:1909.08053). Where there is no mesh, nothing here does anything.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
@@ -24,6 +26,8 @@ from revnet_jax.core import GATHERED, trees
 # (pattern found in a leaf's path, the mesh axis of each of its last dimensions); the first counts.
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 BATCH = ("data", "fsdp")
+# What a rule's "fsdp" means where sequences are split: their devices need the same weights.
+WEIGHTS = ("fsdp", "sequence")
 
 
 def spec_of(rules: Rules, path: str, shape: Sequence[int], mesh: Any) -> PartitionSpec:
@@ -37,28 +41,39 @@ def spec_of(rules: Rules, path: str, shape: Sequence[int], mesh: Any) -> Partiti
     else:
         return PartitionSpec()
     sizes = dict(mesh.shape)
+    if sizes.get("sequence", 1) > 1:
+        axes = [WEIGHTS if axis == "fsdp" else axis for axis in axes]
     split = [
-        axis if axis is not None and size % sizes.get(axis, size + 1) == 0 else None
+        axis if axis is not None and size % _extent(axis, sizes, size + 1) == 0 else None
         for size, axis in zip(shape[len(shape) - len(axes) :], axes, strict=True)
     ]
     return PartitionSpec(*[None] * (len(shape) - len(axes)), *split)
 
 
+def _extent(axes, sizes, missing):
+    """Over how many devices one or several axes split."""
+    return math.prod(sizes.get(axis, missing) for axis in _tuple(axes))
+
+
+def _tuple(axes):
+    return axes if isinstance(axes, tuple) else (axes,)
+
+
 def gather(rules: Rules, group: str, params: Any, dtype: Any) -> Any:
-    """Weights as they are used: whole along "fsdp". Their gradients are scattered over it again.
+    """Weights as they are used: whole along `WEIGHTS`. Their gradients are scattered again.
 
     group: the path of `params`. dtype: what the weights that are split are
     computed in: they are sent so. One all-gather, and one reduce-scatter of the gradient.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if dict(mesh.shape).get("fsdp", 1) == 1:
+    if all(dict(mesh.shape).get(axis, 1) == 1 for axis in WEIGHTS):
         return params
 
     def gathered(path, leaf):
         split = spec_of(rules, _name(group, path), leaf.shape, mesh)
-        if "fsdp" not in split:
+        whole = PartitionSpec(*(None if axis in ("fsdp", WEIGHTS) else axis for axis in split))
+        if split == whole:
             return leaf
-        whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in split))
         leaf = leaf.astype(dtype) if trees.is_inexact(leaf) else leaf
         return checkpoint_name(_gathered(split, whole, leaf), GATHERED)
 
@@ -67,7 +82,8 @@ def gather(rules: Rules, group: str, params: Any, dtype: Any) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _gathered(split, whole, leaf):
-    return lax.with_sharding_constraint(leaf, whole)
+    # Pinned first: compilers may else gather what the leaf was converted from, in more bytes.
+    return lax.with_sharding_constraint(lax.with_sharding_constraint(leaf, split), whole)
 
 
 def _gathered_fwd(split, whole, leaf):
@@ -85,19 +101,60 @@ _gathered.defvjp(_gathered_fwd, _gathered_bwd)
 def on_batch(tree: Any) -> Any:
     """Arrays with the batch as their first axis, split over it alone; their cotangents, too.
 
+    Where sequences are split, the second axis is that of tokens.
+
     For what branches read and return. Left to themselves compilers may split the arithmetic of a
     rewind in another way than a forward pass's, which sums in another order, and rounds otherwise.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return tree
-    spec = PartitionSpec(batch_axes(mesh))
+    spec = PartitionSpec(batch_axes(mesh), *sequence_axis(mesh))
     return jax.tree.map(lambda leaf: lax.with_sharding_constraint(leaf, spec), tree)
+
+
+def on_sequence(tree: Any) -> Any:
+    """Arrays with tokens as their first axis, split where sequences are."""
+    axis = sequence_axis(jax.sharding.get_abstract_mesh())
+    if not axis:
+        return tree
+    return jax.tree.map(lambda leaf: lax.with_sharding_constraint(leaf, jax.P(*axis)), tree)
+
+
+def by_heads(
+    attend: Callable[..., jax.Array], q_BTNK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array
+) -> jax.Array:
+    """`attend(q, k, v)`, where sequences are split: of whole sequences and a part of the heads.
+
+    Devices exchange tokens for heads before, and heads for tokens after (Jacobs et al. 2023,
+    arXiv:2309.14509). So every kernel serves, causal attention is as much work for each, and nobody
+    holds another's share of keys and values. Heads must be a multiple of the devices ("sequence"
+    times "tensor"); key-value heads that are not are repeated until they are.
+
+    Cost: each of n devices sends (n - 1) / n of its own q, k, v and result, once.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not sequence_axis(mesh):
+        return attend(q_BTNK, k_BTGK, v_BTGK)
+    of_tokens, of_heads = (BATCH, "sequence", "tensor"), (BATCH, None, ("tensor", "sequence"))
+    parts, G = _extent(("tensor", "sequence"), dict(mesh.shape), 1), k_BTGK.shape[2]
+    exchange = functools.partial(lax.all_to_all, axis_name="sequence", tiled=True)
+    to_heads = functools.partial(exchange, split_axis=2, concat_axis=1)
+    to_tokens = functools.partial(exchange, split_axis=1, concat_axis=2)
+    repeated = lambda x: to_heads(jnp.repeat(x, math.lcm(parts, G) // G, axis=2))
+    q_BTNK = by_device(to_heads, (of_tokens,), of_heads)(q_BTNK)
+    k_BTGK, v_BTGK = (by_device(repeated, (of_tokens,), of_heads)(x) for x in (k_BTGK, v_BTGK))
+    return by_device(to_tokens, (of_heads,), of_tokens)(attend(q_BTNK, k_BTGK, v_BTGK))
 
 
 def batch_axes(mesh: Any) -> tuple[str, ...]:
     """The axes of a mesh that batches are split over."""
     return tuple(axis for axis in BATCH if axis in mesh.axis_names)
+
+
+def sequence_axis(mesh: Any) -> tuple[str, ...]:
+    """The axis that the tokens of a sequence are split over, if they are."""
+    return ("sequence",) if dict(mesh.shape).get("sequence", 1) > 1 else ()
 
 
 def by_device(
@@ -112,9 +169,8 @@ def by_device(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return function
-    there = lambda axes: axes if isinstance(axes, tuple) else (axes,)
     spec = lambda dims: PartitionSpec(
-        *(tuple(axis for axis in there(axes) if axis in mesh.axis_names) for axes in dims)
+        *(tuple(axis for axis in _tuple(axes) if axis in mesh.axis_names) for axes in dims)
     )
     in_specs = tuple(map(spec, in_axes))
     return jax.shard_map(function, in_specs=in_specs, out_specs=spec(out_axes), check_vma=False)
@@ -123,33 +179,37 @@ def by_device(
 def by_batch(
     function: Callable[..., Any], rules: Rules, group: str, dtype: Any
 ) -> Callable[..., Any]:
-    """`function(params, *batches)`, computed by every device for its own part of the batches.
+    """`function(params, *batches)`, computed by every device for its own part of the tokens.
 
     For weights that are used in a loop over parts of the tokens: they are gathered once, and each
     device adds up the gradients of its own tokens before it sends any. Arguments as of `gather`.
-    Compilers go on splitting the arithmetic inside over "tensor".
+    batches and the result have the axes [B, T, ...] where sequences are split; those of a sum over
+    a device's tokens are [1, 1]. Compilers go on splitting the arithmetic inside over "tensor".
     """
     mesh = jax.sharding.get_abstract_mesh()
     # Where none is left, compilers cannot tell what is computed by device from what they split.
-    axes = tuple(axis for axis in batch_axes(mesh) if mesh.shape[axis] > 1)
+    batch = tuple(axis for axis in batch_axes(mesh) if mesh.shape[axis] > 1)
+    axes = (*batch, *sequence_axis(mesh))
     if not axes:
         return function
 
     def split(path, leaf):
         spec = spec_of(rules, _name(group, path), leaf.shape, mesh)
-        return PartitionSpec(*(axis if axis in axes else None for axis in spec))
+        kept = (tuple(axis for axis in _tuple(entry) if axis in axes) for entry in spec)
+        return PartitionSpec(*(entry or None for entry in kept))
 
     def whole(leaf, spec):
-        if "fsdp" not in spec:
-            return leaf
-        parts = leaf.astype(dtype)
-        # Back in its own dtype, in which gradients of the parts are to be added up.
-        return lax.all_gather(parts, "fsdp", axis=spec.index("fsdp"), tiled=True).astype(leaf.dtype)
+        for dim, axis in enumerate(spec):
+            if axis is not None:
+                parts = lax.all_gather(leaf.astype(dtype), axis, axis=dim, tiled=True)
+                # Back in its own dtype, in which gradients of the parts are to be added up.
+                return parts.astype(leaf.dtype)
+        return leaf
 
     def mapped(params, *batches):
         specs = jax.tree_util.tree_map_with_path(split, params)
         inside = lambda params, *batches: function(jax.tree.map(whole, params, specs), *batches)
-        part = PartitionSpec(axes)
+        part = PartitionSpec(batch, *sequence_axis(mesh))
         return jax.shard_map(
             inside,
             in_specs=(specs, *[part] * len(batches)),

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
-from revnet_jax.config import ConfigError, settings
+from revnet_jax.config import ConfigError, flatten, settings
 from revnet_jax.core import Grid
 from revnet_jax.data import Dataset, eval_batches, load_dataset, train_batches
 from revnet_jax.data.text import Text, eval_windows, load_text, train_windows
@@ -338,17 +338,24 @@ def check_split(config: ConfigDict, mesh: Mesh | AbstractMesh) -> None:
                 f"split over {mesh.size} devices into {parts} parts{each}; take "
                 f"--config.{name}={-(-config[name] // unit) * unit}"
             )
-    tensor = mesh.shape["tensor"]
-    if "experts" in config.model and config.model.experts and config.model.hidden % tensor:
+    tensor, sequence = mesh.shape["tensor"], mesh.shape["sequence"]
+    if sequence > 1 and "context" not in config.data:
         raise ConfigError(
-            f"config.model.hidden: got {config.model.hidden}, expected a multiple of "
-            f"config.mesh.tensor, {tensor}: hidden units of experts are split over it"
+            f"config.mesh.sequence: got {sequence} for images, expected 1: it splits texts"
         )
-    for name in ("kv_heads", "heads"):
-        if name in config.model and config.model[name] % tensor:
+    known = flatten(config)
+    experts = known.get("model.experts", 0) > 0
+    for name, axes, unit, what in (
+        ("data.context", "sequence", sequence, "the tokens of a sequence"),
+        ("model.hidden", "tensor", tensor if experts else 1, "hidden units of experts"),
+        ("model.kv_heads", "tensor", tensor, "heads"),
+        ("model.heads", "tensor", tensor, "heads"),
+        ("model.heads", "sequence times config.mesh.tensor", sequence * tensor, "heads"),
+    ):
+        if known.get(name, 0) % unit:
             raise ConfigError(
-                f"config.model.{name}: got {config.model[name]}, expected a multiple of "
-                f"config.mesh.tensor, {tensor}: heads are split over it"
+                f"config.{name}: got {known[name]}, expected a multiple of config.mesh.{axes}, "
+                f"{unit}: {what} are split over it"
             )
 
 

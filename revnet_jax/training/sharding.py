@@ -15,11 +15,17 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from revnet_jax.config import ConfigError
 from revnet_jax.models.partition import BATCH, Rules, batch_axes, spec_of
 
-AXES = (*BATCH, "tensor")
+AXES = (*BATCH, "sequence", "tensor")
 
 
 def mesh_sizes(
-    num_devices: int, *, data: int = -1, fsdp: int = 1, tensor: int = 1, slices: int = 1
+    num_devices: int,
+    *,
+    data: int = -1,
+    fsdp: int = 1,
+    sequence: int = 1,
+    tensor: int = 1,
+    slices: int = 1,
 ) -> tuple[int, ...]:
     """The sizes of a mesh along `AXES`; one may be -1: as many as are left.
 
@@ -28,15 +34,15 @@ def mesh_sizes(
     for name, count in (("devices", num_devices), ("slices", slices)):
         if count < 1:
             raise ConfigError(f"config.mesh: got {count} {name}, expected at least 1")
-    sizes = [data, fsdp, tensor]
+    sizes = [data, fsdp, sequence, tensor]
     known = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) == 1 and known > 0 and num_devices % known == 0:
         sizes[sizes.index(-1)] = num_devices // known
     if min(sizes) < 1 or math.prod(sizes) != num_devices:
         raise ConfigError(
-            f"config.mesh: got data={data}, fsdp={fsdp}, tensor={tensor} for {num_devices} "
-            f"devices, expected sizes whose product is {num_devices}; one may be -1, for what is "
-            "left"
+            f"config.mesh: got data={data}, fsdp={fsdp}, sequence={sequence}, tensor={tensor} for "
+            f"{num_devices} devices, expected sizes whose product is {num_devices}; one may be -1, "
+            "for what is left"
         )
     if sizes[0] % slices:
         raise ConfigError(
@@ -46,23 +52,31 @@ def mesh_sizes(
 
 
 def make_mesh(
-    devices: Sequence[jax.Device], *, data: int = -1, fsdp: int = 1, tensor: int = 1
+    devices: Sequence[jax.Device],
+    *,
+    data: int = -1,
+    fsdp: int = 1,
+    sequence: int = 1,
+    tensor: int = 1,
 ) -> Mesh:
     """The devices along the axes of `AXES`; sizes, and errors, as of `mesh_sizes`.
 
-    Neighbours on "tensor" are nearest to each other, then those on "fsdp". Of several TPU slices,
-    each has whole copies of both: only "data" goes through the network between them.
+    Neighbours on "tensor" are nearest to each other, then those on "sequence", then on "fsdp". Of
+    several TPU slices, each has whole copies of these: only "data" goes through the network between
+    them.
     """
     # GPUs count hosts as slices, but a collective takes them as they come.
     on_tpu = devices[0].platform == "tpu"
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
-    sizes = mesh_sizes(len(devices), data=data, fsdp=fsdp, tensor=tensor, slices=slices)
+    sizes = mesh_sizes(
+        len(devices), data=data, fsdp=fsdp, sequence=sequence, tensor=tensor, slices=slices
+    )
     if slices == 1:
         array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     else:
         inside = [sizes[0] // slices, *sizes[1:]]
         array = mesh_utils.create_hybrid_device_mesh(
-            inside, [slices, 1, 1], devices, allow_split_physical_axes=True
+            inside, [slices, 1, 1, 1], devices, allow_split_physical_axes=True
         )
     return Mesh(array, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 
@@ -106,7 +120,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     """The rows of a global batch that this process's devices hold, ascending.
 
     Neighbours in a mesh are neighbours on the wires, whichever host they are in, so these rows need
-    not be. Processes whose devices differ along "tensor" alone hold the same rows.
+    not be. Processes whose devices differ along "sequence" or "tensor" alone hold the same rows.
     """
     held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held]))

@@ -30,6 +30,7 @@ MAY_DIFFER = (
     "on_mismatch",
     "mesh.data",
     "mesh.fsdp",
+    "mesh.sequence",
     "mesh.tensor",
     "profile.start_step",
     "profile.num_steps",

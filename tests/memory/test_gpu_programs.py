@@ -212,6 +212,43 @@ def test_eight_billion_parameters_at_131072_tokens_fit_into_80_gb(tmp_path, monk
     assert row["needed_bytes"] < 65 * 2**30
 
 
+SEQUENCES = """
+import json
+from revnet_jax.config import language_model
+from revnet_jax.memory.traffic import traffic
+from revnet_jax.memory.hlo import parse
+from revnet_jax.training.program import step_program
+
+config = language_model()
+sizes = {"model.layers": 3, "model.width": 1024, "model.heads": 8, "model.hidden": 2048}
+config.update_from_flattened_dict({**sizes, "data.context": 16384, "mesh.sequence": 8})
+config.update_from_flattened_dict({"batch_size": 1, "eval_batch_size": 1})
+config.model.compute_dtype = "bfloat16"
+program = step_program(config, targets)
+compiled = program.step.trace(program.state, program.batch).lower().compile()
+text = compiled.as_text()
+computations = parse(text).computations.values()
+instructions = [i for c in computations for i in c.instructions.values()]
+gathers = [i for i in instructions if i.opcode.startswith("all-gather")]
+gathered = [(a.dtype, a.dims) for i in gathers for a in i.result]
+largest = max(a.num_bytes for i in instructions for a in i.result)
+print(json.dumps([largest, gathered, traffic(text).ici_bytes]))
+"""
+
+
+@needs_compiler
+def test_a_sequence_in_parts_on_eight_gpus():
+    """Nobody has all scores, nor all of a stream; weights are gathered in 16 bits."""
+    largest, gathered, sent = json.loads(run_for("h100:8", SEQUENCES).splitlines()[-1])
+    T, D = 16_384, 1024
+    assert largest < 4 * T * D < T * T
+    of_layers = [dtype for dtype, dims in gathered if dims in ([D, 2, 2048], [2048, D], [D, D])]
+    assert set(of_layers) == {"bf16"}
+    assert not any(T in dims for _, dims in gathered)
+    # Queries, keys, values and what is read, of 16 bits: forward, in the rewind, as cotangents.
+    assert sent["all-to-all"] == 3 * 3 * 4 * (T // 8) * D * 2 * 7 // 8
+
+
 def run_timeline(*flags):
     command = [sys.executable, "scripts/timeline.py", "--config=configs/digits.py", *flags]
     return subprocess.run(command, capture_output=True, text=True)

@@ -86,6 +86,19 @@ def test_what_is_sent_is_that_of_a_layer_twice_and_of_the_embedding(on_cpu):
     assert sent == pytest.approx((2 * sum(split) + sum(outside)) / 2, rel=0.05)
 
 
+def test_what_a_sequence_in_parts_sends():
+    """Queries, keys, values and what is read: three times, once of them as cotangents."""
+    mesh = {"mesh.fsdp": 1, "mesh.sequence": 2, "model.kv_heads": 1}
+    program, compiled = compiled_step(small_decoder(**mesh), jax.devices()[:2])
+    text = compiled.as_text()
+    tokens, head_size = 4 * 48 // 2, 16
+    heads = 4 + 2 * 2 + 4  # one key-value head is repeated, for two devices
+    sent = traffic(text).ici_bytes
+    assert sent["all-to-all"] == 3 * 7 * tokens * heads * head_size * 4 // 2
+    check_gathers(text, program, layers=7)
+    assert argument_share(program, compiled) == pytest.approx(1 / 2, rel=0.02)
+
+
 def test_the_check_sees_all_layers_at_once(on_cpu):
     program, _ = on_cpu
     mesh = make_mesh(jax.devices()[:2], data=1, fsdp=2)

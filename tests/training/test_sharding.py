@@ -109,6 +109,26 @@ def test_weights_in_loops_and_in_experts(changes, meshes):
     check(differences("decoder", settings, cases))
 
 
+@pytest.mark.parametrize(
+    ("changes", "lockstep", "meshes"),
+    [
+        (
+            {"model.kv_heads": 2, "model.feed_forward_chunks": 2, "model.loss_chunk": 4},
+            True,
+            [{"data": 1, "sequence": 8}, {"data": 1, "fsdp": 2, "sequence": 2, "tensor": 2}],
+        ),
+        (
+            {"model.experts": 4, "model.dropout": 0.1, "model.tied": True, "microbatches": 2},
+            False,
+            [{"data": 2, "sequence": 4}],
+        ),
+    ],
+)
+def test_sequences_in_parts(changes, lockstep, meshes):
+    settings = {**FAMILIES["decoder"], "model.heads": 8, "model.kv_heads": 8, **changes}
+    check(differences("decoder", settings, [("reverse", lockstep, m, "float64") for m in meshes]))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize(
@@ -154,13 +174,18 @@ def test_axes_that_do_not_divide_leave_a_dimension_whole():
     assert spec_of(rules, "layers/kernel", (5, 3, 4), mesh) == jax.P(None, None, "tensor")
     assert spec_of(rules, "bias", (6,), mesh) == jax.P(None)
     assert spec_of(rules, "scale", (), mesh) == jax.P()
+    mesh = make_mesh(jax.devices(), data=1, sequence=2)
+    both = ("fsdp", "sequence")
+    assert spec_of(rules, "layers/kernel", (5, 6, 4), mesh) == jax.P(None, both, "tensor")
+    assert spec_of(rules, "layers/kernel", (5, 3, 4), mesh) == jax.P(None, None, "tensor")
 
 
 def test_meshes():
-    two = jax.devices()
-    assert dict(make_mesh(two).shape) == {"data": 2, "fsdp": 1, "tensor": 1}
-    assert dict(make_mesh(two, data=1, tensor=-1).shape) == {"data": 1, "fsdp": 1, "tensor": 2}
-    assert mesh_sizes(16, data=-1, fsdp=4, slices=2) == (4, 4, 1)
+    two, one = jax.devices(), {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
+    assert dict(make_mesh(two).shape) == one | {"data": 2}
+    assert dict(make_mesh(two, data=1, tensor=-1).shape) == one | {"tensor": 2}
+    assert mesh_sizes(16, data=-1, fsdp=4, slices=2) == (4, 4, 1, 1)
+    assert mesh_sizes(16, data=-1, fsdp=2, sequence=4) == (2, 2, 4, 1)
     with pytest.raises(ConfigError, match=r"mesh.data: got 1 for 2 slices, expected a multiple"):
         mesh_sizes(16, data=1, fsdp=-1, slices=2)
     assert local_rows(make_mesh(two), 4).tolist() == [0, 1, 2, 3]
@@ -184,3 +209,13 @@ def test_meshes():
     config.model.update({"kv_heads": 1, "hidden": 48})
     with pytest.raises(ConfigError, match=r"config.model.kv_heads: got 1, expected a multiple of"):
         check_split(config, make_mesh(two, data=1, tensor=2))
+    check_split(config, make_mesh(two, data=1, sequence=2))  # where key-value heads are repeated
+    for name, value in (("data.context", 127), ("model.heads", 3)):
+        config = language_model()
+        config.update_from_flattened_dict({name: value})
+        with pytest.raises(ConfigError, match=f"config.{name}: got {value}, expected a multiple"):
+            check_split(config, make_mesh(two, data=1, sequence=2))
+    with pytest.raises(
+        ConfigError, match=r"mesh.sequence: got 2 for images, expected 1: it splits"
+    ):
+        check_split(image_classification(), make_mesh(two, data=1, sequence=2))
