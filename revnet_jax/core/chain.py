@@ -197,7 +197,7 @@ def _forward(sections, x, shared, backprop="reverse", unroll=1):
         @jax.named_scope("forward")
         def body(x, layer_slice, forward=forward):
             params, data = layer_slice
-            y, aux, residue, *_ = forward(params, x, Context(shared, data))
+            y, aux, residue, *_ = forward(params, x, Context(_added_by_layer(shared), data))
             return y, (aux, residue)
 
         x, (aux_L, residue_L) = loop(
@@ -210,6 +210,15 @@ def _forward(sections, x, shared, backprop="reverse", unroll=1):
         auxes.append(aux_L)
         residues.append(residue_L)
     return x, tuple(auxes), tuple(residues)
+
+
+def _added_by_layer(shared):
+    """The same, whose cotangents are added up within a layer first, as the sweep back does.
+
+    JAX would add those of every half-step to the sum of all layers so far: another order.
+    """
+    floats, rest = trees.split(shared)
+    return trees.join(jax.tree.map(lax.optimization_barrier, floats), rest)
 
 
 def _swept(runs, sections, x, shared, unroll, update, probe):

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from revnet_jax.core import Exactness, chain, reversible_block
+from revnet_jax.core.isolate import call_witnessed
 from tests.core import toy
 
 WIDTH, ROWS = 8, 4
@@ -22,6 +23,7 @@ def branch(params, x, context):
 
 
 BLOCK = reversible_block(branch, branch)
+IDENTITY = jax.make_jaxpr(lambda x: x)(jnp.ones((2, 2)))
 
 
 def params_L(layers):
@@ -73,6 +75,33 @@ def test_on_meshes_whose_axes_are_types(layers, settings):
     assert toy.relative_error(got, true_gradient) < 1e-5
 
 
+def test_gradients_of_shared_inputs_are_added_in_one_order():
+    """Of three layers with two branches that read them: the same bits under all strategies."""
+    scaled = lambda params, x, context: jnp.tanh(x @ params) * context.shared
+    x = (jnp.linspace(-1, 1, ROWS * WIDTH).reshape(ROWS, WIDTH),) * 2
+
+    def gradient(**settings):
+        def loss(shared):
+            block = reversible_block(scaled, scaled)
+            y, _ = chain(block, params_L(3), x, shared=shared, **settings)
+            return jnp.mean(y[0] ** 2) + jnp.mean(y[1])
+
+        return toy.jit(jax.grad(loss))(jnp.full((1, WIDTH), 1.3))
+
+    expected = gradient(backprop="store")
+    for settings in ({"backprop": "remat"}, {"backprop": "reverse"}, {"stored_layers": 1}):
+        np.testing.assert_array_equal(gradient(**settings), expected)
+
+
+def test_step_by_step():
+    """`jax.disable_jit` is how one looks for a fault in a branch."""
+    x = (jnp.ones((ROWS, WIDTH)),) * 2
+    gradient = jax.grad(loss)
+    with jax.disable_jit():
+        found = gradient(params_L(2), x)
+    jax.tree.map(np.testing.assert_array_equal, found, gradient(params_L(2), x))
+
+
 @pytest.mark.parametrize("backprop", ["store", "remat", "reverse"])
 @pytest.mark.parametrize(
     "transform", [lambda f: toy.jit(jax.grad(f)), lambda f: jax.grad(toy.jit(f))]
@@ -112,6 +141,14 @@ def test_intermediates_that_differ_are_a_mismatch():
     found = exactness(counted)
     assert found.mismatches == 1
     assert found.max_difference == 0  # the input is rebuilt all the same
+
+
+def test_differences_do_not_cancel_in_a_checksum():
+    """A sign that is flipped twice, or what one element gains and another loses."""
+    checksum = lambda *rows: int(call_witnessed(IDENTITY, [jnp.array(rows, jnp.float32)])[1])
+    assert checksum([1, 2], [3, 4]) != checksum([-1, 2], [-3, 4])
+    assert checksum([1, 2], [3, 4]) != checksum([1.5, 2], [2.5, 4])
+    assert checksum([1, 2], [3, 4]) == checksum([3, 4], [1, 2])  # in whatever order
 
 
 def test_a_program_that_nobody_reads_in_full_is_computed_in_full():
