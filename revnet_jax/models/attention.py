@@ -130,13 +130,20 @@ def padded_to_even(
 def _flash(q_BTNK, k_BTGK, v_BTGK, *, causal):
     from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention
 
-    repeats = q_BTNK.shape[2] // k_BTGK.shape[2]
-    by_head = lambda x, n: jnp.swapaxes(jnp.repeat(x, n, axis=2) if n > 1 else x, 1, 2)
-    q, k, v = by_head(q_BTNK, 1), by_head(k_BTGK, repeats), by_head(v_BTGK, repeats)
     scale = 1 / math.sqrt(q_BTNK.shape[-1])
     kernel = functools.partial(flash_attention, causal=causal, sm_scale=scale)
-    heads = (BATCH, ("tensor", "sequence"))  # their number is a multiple: see `by_heads`
-    return jnp.swapaxes(by_device(kernel, (heads,) * 3, heads)(q, k, v), 1, 2)
+    # For each of the heads that share a key-value head, which is read where it is, not repeated.
+    kernel = jax.vmap(kernel, in_axes=(2, None, None), out_axes=2)
+
+    def by_head(q_BTNK, k_BTGK, v_BTGK):
+        B, T, N, K = q_BTNK.shape
+        q_BGTRK = jnp.swapaxes(q_BTNK.reshape(B, T, k_BTGK.shape[2], -1, K), 1, 2)
+        q_BGRTK = jnp.swapaxes(q_BGTRK, 2, 3)
+        mixed = kernel(q_BGRTK, jnp.swapaxes(k_BTGK, 1, 2), jnp.swapaxes(v_BTGK, 1, 2))
+        return jnp.moveaxis(mixed, 3, 1).reshape(B, T, N, K)
+
+    heads = (BATCH, None, ("tensor", "sequence"))  # their number is a multiple: see `by_heads`
+    return by_device(by_head, (heads,) * 3, heads)(q_BTNK, k_BTGK, v_BTGK)
 
 
 def rotary_angles(

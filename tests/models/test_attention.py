@@ -1,4 +1,8 @@
-"""Attention of an odd number of tokens, which cuDNN takes only padded, by a kernel for any chip."""
+"""Attention by the kernels of GPUs and TPUs; plain JAX, or an interpreter, stands in for them."""
+
+import functools
+import importlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +56,23 @@ def test_padded_attention_is_attention(causal, length, groups, dtype, atol):
         np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
         for d, naive_d in zip(pullback(dy), naive_pullback(dy), strict=True):
             np.testing.assert_allclose(d, naive_d, rtol=0, atol=10 * atol)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_the_kernel_for_tpus_is_attention(causal, groups, monkeypatch):
+    """Interpreted, as there is no TPU; heads that share keys read them where they are."""
+    kernels = importlib.import_module("jax.experimental.pallas.ops.tpu.flash_attention")
+    interpreted = types.SimpleNamespace(**vars(kernels.pl))
+    interpreted.pallas_call = functools.partial(kernels.pl.pallas_call, interpret=True)
+    monkeypatch.setattr(kernels, "pl", interpreted)
+    q, k, v, dy = inputs("float32", 256, groups)
+    fused = jax.jit(lambda *qkv: attend(*qkv, causal=causal, kernel="flash"))
+    found, pullback = jax.vjp(fused, q, k, v)
+    expected, naive_pullback = jax.vjp(lambda *qkv: naive(*qkv, causal), q, k, v)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    for d, naive_d in zip(pullback(dy), naive_pullback(dy), strict=True):
+        np.testing.assert_allclose(d, naive_d, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("causal", [False, True])
