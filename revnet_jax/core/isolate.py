@@ -78,19 +78,22 @@ def _checksums(leaves, rows):
     So devices that have examples of their own need not wait for one another. The first elements,
     because those of a part of an array are where it begins: nothing is sent to find them.
     """
-    sums = jnp.zeros(rows, jnp.int32)
+    sums, of_none = jnp.zeros(rows, jnp.int32), [jnp.zeros(1, jnp.int32)]
     for leaf in leaves:
         if leaf.size:
-            of_examples = leaf.shape[:1] == (rows,)
-            limits = [rows] * of_examples + [1] * (leaf.ndim - of_examples)
+            has_examples = leaf.shape[:1] == (rows,)
+            limits = [rows] * has_examples + [1] * (leaf.ndim - has_examples)
             # Two of them: of one, a sum is a reshape, from which TPU compilers conclude that all of
             # the array has examples side by side in memory: 4 of them in the place of 128.
             if longer := [i for i, n in enumerate(leaf.shape) if n > limits[i]]:
                 limits[longer[-1]] = 2
             bits = _mixed(_bits(lax.slice(leaf, [0] * leaf.ndim, limits)))
-            axes = tuple(range(of_examples, leaf.ndim))
-            sums += jnp.sum(bits, axis=axes, dtype=jnp.int32)
-    return sums
+            if has_examples:
+                sums += jnp.sum(bits, axis=tuple(range(1, leaf.ndim)), dtype=jnp.int32)
+            else:
+                of_none.append(bits.reshape(-1))
+    # Side by side, so that they take one kernel, not one each: a branch of a RevNet has ten.
+    return sums + jnp.sum(jnp.concatenate(of_none), dtype=jnp.int32)
 
 
 def _bits(leaf):
