@@ -40,7 +40,7 @@ def _optimizer() -> ConfigDict:
     optimizer.update({"momentum": 0.9, "nesterov": False})  # sgd
     optimizer.update({"b1": 0.9, "b2": 0.999})  # adamw, lion
     optimizer.weight_decay = 2e-4  # of kernels only; sgd: L2 penalty, else decoupled
-    optimizer.state_dtype = "float32"  # float32 | bfloat16: of moments, between steps
+    optimizer.state_dtype = "float32"  # float32 | bfloat16 | float8: of moments
     optimizer.lockstep = False  # update each layer inside the backward sweep, in place
     optimizer.clip_norm = 0.0  # largest norm of a gradient; 0: any
     optimizer.clip = "global"  # global | layer: whose norm

@@ -11,11 +11,13 @@ def at_least_float32(dtype: Any) -> Any:
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
+def is_narrowed(path: Any) -> bool:
+    """Whether a leaf, by its path in a tree, is a kernel or an embedding, which may be narrowed."""
+    name = jax.tree_util.keystr(path[-1:], simple=True)
+    return name.endswith("kernel") or name == "embed"
+
+
 def narrowed(params: Any, dtype: Any) -> Any:
     """Kernels and embeddings, by name, in this dtype; normalisations and biases as they are."""
-
-    def narrow(path, leaf):
-        name = jax.tree_util.keystr(path[-1:], simple=True)
-        return leaf.astype(dtype) if name.endswith("kernel") or name == "embed" else leaf
-
+    narrow = lambda path, leaf: leaf.astype(dtype) if is_narrowed(path) else leaf
     return params if dtype == jnp.float32 else jax.tree_util.tree_map_with_path(narrow, params)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from revnet_jax.training.rounding import in_bfloat16
+from revnet_jax.training.rounding import MOMENTS, rounded
 
 
 def make_schedule(
@@ -80,7 +80,8 @@ def make_optimizer(
 
     clip_norm: largest L2 norm of a gradient, before everything else; 0 for any.
     clip: whose norm: "global", of all parameters; or "layer", of each layer on its own.
-    state_dtype: "float32", or "bfloat16" to keep moments in half the memory (see `in_bfloat16`).
+    state_dtype: "float32"; or "bfloat16", "float8" to keep moments in a half or a quarter of the
+      memory (see `rounded`).
     param_dtype: of those parameters that are narrowed: float32, or bfloat16, rounded likewise.
     stacked: the groups of parameters whose leaves have a leading axis of layers; None for an
       optimizer of a single layer's tree.
@@ -89,8 +90,8 @@ def make_optimizer(
         raise ValueError(
             f"got clip={clip!r}, clip_norm={clip_norm}, expected global or layer, >= 0"
         )
-    if state_dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"got state_dtype={state_dtype!r}, expected float32 or bfloat16")
+    if state_dtype not in MOMENTS:
+        raise ValueError(f"got state_dtype={state_dtype!r}, expected one of {', '.join(MOMENTS)}")
     decay = {"weight_decay": weight_decay, "mask": is_kernel}
     if name == "sgd":
         optimizer = optax.chain(
@@ -108,9 +109,9 @@ def make_optimizer(
         optimizer = optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
     elif clip_norm:
         optimizer = optax.chain(clip_by_layer_norm(clip_norm, stacked), optimizer)
-    if state_dtype == "bfloat16" or param_dtype == jnp.bfloat16:
-        return in_bfloat16(optimizer, moments=state_dtype == "bfloat16")
-    return optimizer
+    if state_dtype == "float32" and param_dtype == jnp.float32:
+        return optimizer
+    return rounded(optimizer, moments=state_dtype)
 
 
 def _promoting(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:

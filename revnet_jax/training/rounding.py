@@ -1,4 +1,4 @@
-"""Training in 16 bits: parameters and moments that are rounded up or down at random."""
+"""Training in 16 and 8 bits: parameters and moments that are rounded up or down at random."""
 
 from __future__ import annotations
 
@@ -7,43 +7,60 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from revnet_jax.core import trees
+from revnet_jax.models.dtypes import is_narrowed
+from revnet_jax.training.stochastic import (
+    block_size,
+    compress,
+    compressed_zeros,
+    expand,
+    round_to_bfloat16,
+)
+
+MOMENTS = ("float32", "bfloat16", "float8")
 
 
 class RoundedState(NamedTuple):
-    """count: updates so far, int32. inner: the state, its floats in bfloat16."""
+    """An optimizer's state between steps.
+
+    count: updates so far, int32. inner: the state, its floats narrowed. scales: None, or for float8
+    a tree like `inner`, with None for what has no scales. In trees of their own, values and scales
+    have paths that end in the name of their parameter, and lie on the devices where it lies.
+    """
 
     count: jax.Array
     inner: Any
+    scales: Any = None
 
 
-def in_bfloat16(
-    optimizer: optax.GradientTransformation, *, moments: bool = True
+def rounded(
+    optimizer: optax.GradientTransformation, *, moments: str
 ) -> optax.GradientTransformation:
     """The optimizer for bfloat16 parameters, which it rounds stochastically.
 
-    moments: keep the floats of its state in bfloat16, too, rounded likewise; else in float32.
-      Parameters of other dtypes are updated as the optimizer itself does.
+    Parameters of other dtypes are updated as the optimizer itself does.
+
+    moments: what the floats of its state, which start at 0, are kept in, rounded likewise:
+      "float32"; "bfloat16"; or "float8", which is for those of kernels and embeddings, in blocks
+      (see `compress`), the others in float32. Adam's average of squares, found by the name `nu` of
+      its field in optax's state, is kept as square roots.
 
     It computes in float32: only what is carried from step to step is rounded. Rounded to the
-    nearest, what moves by less than 1 / 512 of itself would not move at all: a weight by a small
-    step, Adam's average of squares (b2 = 0.999). Half the memory, and half of what an update reads
-    and writes of it. Updates are to be applied by `apply_updates`.
+    nearest, what moves by less than 1 / 512 of itself (in float8, 1 / 32) would not move at all: a
+    weight by a small step, Adam's average of squares (b2 = 0.999). A half, or a quarter, of the
+    memory, and of what an update reads and writes of it. Updates are to be applied by
+    `apply_updates`. Raises ValueError for other `moments`.
     """
 
     def init(params):
-        inner = optimizer.init(widened(params))
-        inner = _map_floats(_to_bfloat16, inner) if moments else inner
-        return RoundedState(jnp.zeros((), jnp.int32), inner)
+        state = optimizer.init(widened(params))
+        return RoundedState(jnp.zeros((), jnp.int32), *_narrow(state, moments, None))
 
     def update(grads, state, params=None):
         count = state.count + 1
         wide = None if params is None else widened(params)
-        updates, inner = optimizer.update(widened(grads), widened(state.inner), wide)
-        if moments:
-            inner = _map_floats(lambda leaf: round_to_bfloat16(leaf, count), inner)
+        updates, inner = optimizer.update(widened(grads), _widen(state), wide)
 
         def to_a_neighbour(update, param):
             if param.dtype != jnp.bfloat16:
@@ -53,8 +70,10 @@ def in_bfloat16(
 
         if params is not None:
             updates = jax.tree.map(to_a_neighbour, updates, params)
-        return updates, RoundedState(count, inner)
+        return updates, RoundedState(count, *_narrow(inner, moments, count))
 
+    if moments not in MOMENTS:
+        raise ValueError(f"got moments={moments!r}, expected one of {', '.join(MOMENTS)}")
     return optax.GradientTransformation(init, update)
 
 
@@ -69,30 +88,41 @@ def widened(tree: Any) -> Any:
     return jax.tree.map(widen, tree)
 
 
-def round_to_bfloat16(x: jax.Array, step: jax.Array) -> jax.Array:
-    """float32 to one of the two bfloat16 next to it, each the likelier the nearer it is.
+def _narrow(state: Any, moments: str, step: jax.Array | None) -> tuple[Any, Any]:
+    """(the state with its floats narrowed, the scales of those that have some).
 
-    So the mean of many roundings is x (Gupta et al. 2015, arXiv:1502.02551). What decides is a hash
-    of x and the step: no key is needed, and layers that are stacked, split over devices or updated
-    one by one are all rounded alike.
+    step: None before the first, where moments are 0.
     """
-    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    noise = _hash(bits ^ _hash(step.astype(jnp.uint32))) >> 16
-    # What is cut off is 16 bits: with as many random ones added, it carries as often as it should.
-    rounded = lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
-    return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
+
+    def narrow(path, leaf):
+        if moments == "float32" or not trees.is_inexact(leaf):
+            return leaf, None
+        if moments == "bfloat16":
+            first = step is None
+            return leaf.astype(jnp.bfloat16) if first else round_to_bfloat16(leaf, step), None
+        if not is_narrowed(path) or block_size(leaf.shape) is None:
+            return leaf, None
+        if step is None:
+            return compressed_zeros(leaf.shape)
+        return compress(leaf, step, squares=_are_squares(path))
+
+    leaves, structure = jax.tree_util.tree_flatten_with_path(state)
+    pairs = [narrow(path, leaf) for path, leaf in leaves]
+    inner = structure.unflatten([values for values, _ in pairs])
+    return inner, structure.unflatten([s for _, s in pairs]) if moments == "float8" else None
 
 
-def _hash(bits: jax.Array) -> jax.Array:
-    """uint32: every bit of the result depends on all (the finalizer of MurmurHash3, Appleby)."""
-    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
-    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
-    return bits ^ (bits >> 16)
+def _widen(state: RoundedState) -> Any:
+    """The optimizer's own state, its floats in float32."""
+
+    def widen(path, values, scales):
+        return values if scales is None else expand(values, scales, squares=_are_squares(path))
+
+    if state.scales is None:
+        return widened(state.inner)
+    return jax.tree_util.tree_map_with_path(widen, state.inner, state.scales)
 
 
-def _to_bfloat16(leaf: jax.Array) -> jax.Array:
-    return leaf.astype(jnp.bfloat16)
-
-
-def _map_floats(function: Any, tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: function(leaf) if trees.is_inexact(leaf) else leaf, tree)
+def _are_squares(path: Any) -> bool:
+    """Whether a leaf belongs to Adam's `nu`, by the field of optax's state."""
+    return any(getattr(key, "name", None) == "nu" for key in path)

@@ -34,7 +34,8 @@ def bits(state):
 
 def main():
     config = language_model()
-    config.update_from_flattened_dict({**SIZES, "model.hidden": 48, "optimizer.lockstep": True})
+    changes = {"model.hidden": 48, "optimizer.lockstep": True, "optimizer.state_dtype": "float8"}
+    config.update_from_flattened_dict({**SIZES, **changes})
     task, _, optimizer = build_recipe(config)
     init = lambda: init_state(task.network, optimizer, seed=0)
     state, expected = None, None

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import time
 
@@ -96,6 +97,23 @@ def test_killed_at_any_moment_it_ends_the_same(start_program, run_program, tiny_
     assert status == 0, stderr
     assert metrics.read_bytes() == (tmp_path / "alone" / "metrics.jsonl").read_bytes()
     assert json.loads(stdout)["steps"] == 12
+
+
+def test_narrow_moments_and_parameters_are_resumed_bit_for_bit(tiny_config, tmp_path):
+    """From an earlier checkpoint than the last; moments in float8, kernels in bfloat16."""
+    tiny_config.model.update({"channels": (16, 16, 32), "param_dtype": "bfloat16"})
+    tiny_config.optimizer.update({"name": "adamw", "state_dtype": "float8"})
+    tiny_config.schedule.update({"name": "constant", "learning_rate": 1e-3})
+    train(tiny_config, tmp_path / "alone")
+    stopped = tmp_path / "stopped"
+    shutil.copytree(tmp_path / "alone", stopped)
+    (stopped / "summary.json").unlink()
+    kept = sorted(int(path.name) for path in (stopped / "checkpoints").glob("*"))
+    for step in kept[1:]:
+        shutil.rmtree(stopped / "checkpoints" / str(step))
+    assert kept[0] < 12
+    train(tiny_config, stopped)
+    assert rows(stopped) == rows(tmp_path / "alone")
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's threads

@@ -129,7 +129,8 @@ def test_what_is_no_sealed_manifest_is_damage(changed):
 
 def test_any_single_flipped_bit_changes_the_checksum():
     checksum = jax.jit(jax.vmap(manifest.checksum))
-    for dtype in (np.float32, np.int8, np.uint16, np.int32, jnp.bfloat16, np.complex64):
+    others = (jnp.bfloat16, jnp.float8_e4m3fn)
+    for dtype in (np.float32, np.int8, np.uint16, np.int32, np.complex64, *others):
         raw = np.random.default_rng(0).integers(0, 256, 48, np.uint8)
         flips = np.stack([raw] * (1 + 8 * len(raw)))
         for bit in range(8 * len(raw)):

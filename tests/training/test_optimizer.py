@@ -104,14 +104,16 @@ def test_schedules_run_under_jit():
     assert jax.jit(schedule)(jnp.asarray(1, jnp.int32)).dtype == jnp.float32
 
 
+@pytest.mark.parametrize(("dtype", "share"), [("bfloat16", 1 / 2), ("float8", 1 / 4 + 1 / 128)])
 @pytest.mark.parametrize(("name", "moments"), [("sgd", 1), ("adamw", 2), ("lion", 1)])
-def test_moments_take_half_the_memory(name, moments):
-    options = OPTIMIZER | {"name": name, "state_dtype": "bfloat16", "clip_norm": 1.0}
+def test_moments_take_less_memory(name, moments, dtype, share):
+    """In float8 with two bytes for each block of 64."""
+    options = OPTIMIZER | {"name": name, "state_dtype": dtype, "clip_norm": 1.0}
     optimizer = make_optimizer(optax.constant_schedule(0.1), **options)
     params = {"kernel": jnp.ones((64, 64))}
     state = optimizer.init(params)
     sizes = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if leaf.size > 1)
-    assert sizes(state) == moments * params["kernel"].nbytes // 2
+    assert sizes(state) == moments * params["kernel"].nbytes * share
     updates, new_state = jax.jit(optimizer.update)(params, state, params)
     assert updates["kernel"].dtype == jnp.float32
     kind = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
@@ -119,5 +121,7 @@ def test_moments_take_half_the_memory(name, moments):
 
 
 def test_unknown_state_dtype():
-    with pytest.raises(ValueError, match="got state_dtype='int8', expected float32 or bfloat16"):
+    with pytest.raises(
+        ValueError, match=r"got state_dtype='int8', expected one of float32, bfloat16, float8"
+    ):
         make_optimizer(optax.constant_schedule(0.1), **OPTIMIZER | {"state_dtype": "int8"})

@@ -1,4 +1,4 @@
-"""Moments and parameters in 16 bits: rounded up or down as often as they should be."""
+"""Training with moments and parameters in 16 and 8 bits."""
 
 import jax
 import jax.numpy as jnp
@@ -9,81 +9,95 @@ import pytest
 from revnet_jax.config import ConfigError, image_classification, language_model, vision_transformer
 from revnet_jax.training.build import build_recipe
 from revnet_jax.training.rounding import (
+    MOMENTS,
+    RoundedState,
+    _widen,
     apply_updates,
-    in_bfloat16,
-    round_to_bfloat16,
+    rounded,
     widened,
 )
 from revnet_jax.training.step import accumulate, init_state, make_train_step
+from revnet_jax.training.stochastic import FLOAT8, round_to_bfloat16
 
 STEPS = 4096
 
 
-def roundings(x):
-    """[steps, n], as float32."""
-    round_all = jax.vmap(round_to_bfloat16, in_axes=(None, 0))
-    return jax.jit(round_all)(x, jnp.arange(STEPS, dtype=jnp.int32)).astype(jnp.float32)
-
-
-@pytest.mark.parametrize("scale", [1.0, -(2.0**-100), 2.0**68])
-def test_numbers_become_one_of_their_neighbours_and_are_kept_in_the_mean(scale):
-    x = scale * (1 + jnp.linspace(0, 2**-7, 17))  # from one bfloat16 to the next
-    got = np.asarray(roundings(x))
-    gap = abs(scale) * 2**-7
-    assert set(np.unique(got)) == {scale, scale * (1 + 2**-7)}
-    # A mean of STEPS tosses of a coin has a standard deviation of 0.5 / sqrt(STEPS) at most.
-    error = np.abs(got.mean(axis=0, dtype=np.float64) - np.asarray(x)) / gap
-    assert error.max() < 4 * 0.5 / np.sqrt(STEPS)
-
-
-def test_what_bfloat16_has_is_not_touched():
-    kept = jnp.asarray([0.0, -0.0, 1.0, -2.5, 2.0**-126, jnp.inf, -jnp.inf], jnp.float32)
-    np.testing.assert_array_equal(roundings(kept), jnp.broadcast_to(kept, (STEPS, kept.size)))
-    assert np.isnan(roundings(jnp.asarray([jnp.nan, -jnp.nan]))).all()
-
-
-def test_neighbours_and_steps_are_rounded_independently():
-    ups = np.asarray(roundings(1 + jnp.linspace(0.4, 0.6, 64) * 2**-7)) > 1
-    of_pairs = np.corrcoef(ups.T) - np.eye(64)
-    in_time = [np.corrcoef(column[1:], column[:-1])[0, 1] for column in ups.T]
-    assert np.abs(of_pairs).max() < 5 / np.sqrt(STEPS)
-    assert np.abs(in_time).max() < 5 / np.sqrt(STEPS)
-
-
-def averages_of_squares(optimizer, dtype):
+def averages_of_squares(optimizer, dtype=jnp.float32):
     """Adam's `nu` over its limit, after STEPS steps with the same gradient each."""
-    params = jnp.linspace(1, 1.3, 256)
+    params = {"kernel": jnp.linspace(1, 1.3, 256)}
     state = optimizer.init(params)
 
     def step(state, _):
         _, state = optimizer.update(params, state, params)
         return jax.tree.map(lambda a, b: a.astype(b.dtype), state, start), None
 
-    start = jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.size > 1 else leaf, state)
+    narrow = lambda leaf: leaf.astype(dtype) if leaf.dtype == jnp.float32 else leaf
+    start = jax.tree.map(narrow, state)
     with jax.numpy_dtype_promotion("standard"):
         state, _ = jax.lax.scan(step, start, None, STEPS)
-    found = optax.tree.get(state, "nu").astype(jnp.float32)
-    return np.asarray(jnp.mean(found / params**2))
+    state = _widen(state) if isinstance(state, RoundedState) else widened(state)
+    return np.asarray(jnp.mean(state.nu["kernel"] / params["kernel"] ** 2))
 
 
-def test_slow_averages_move():
+@pytest.mark.parametrize(("moments", "error"), [("bfloat16", 0.01), ("float8", 0.02)])
+def test_slow_averages_move(moments, error):
     adam = optax.scale_by_adam(b2=0.999)
     expected = 1 - 0.999**STEPS
-    assert averages_of_squares(in_bfloat16(adam), jnp.bfloat16) == pytest.approx(expected, rel=0.01)
+    assert averages_of_squares(rounded(adam, moments=moments)) == pytest.approx(expected, rel=error)
     assert averages_of_squares(adam, jnp.bfloat16) < 0.5  # rounded to the nearest they stop
 
 
-def test_layers_are_rounded_alike_stacked_or_alone():
-    optimizer = in_bfloat16(optax.adamw(1e-3))
-    gradient = jax.random.normal(jax.random.key(0), (3, 8, 8))
-    params = jnp.ones_like(gradient)
+def test_averages_of_noise_in_float8_are_near_those_in_float32():
+    """Of gradients as noise, over four times their memory. Rounded anew in every step, as with
+    scales that follow the largest of a block, they would scatter by several times themselves."""
+    adam = optax.scale_by_adam(b2=0.999)
+    optimizers = adam, rounded(adam, moments="float8")
+    size = jnp.asarray(np.random.default_rng(0).lognormal(size=(8, 256)), jnp.float32)
+    params = {"kernel": size}
+
+    def step(states, key):
+        gradient = {"kernel": size * jax.random.normal(key, size.shape)}
+        pairs = zip(optimizers, states, strict=True)
+        return tuple(o.update(gradient, state, params)[1] for o, state in pairs), None
+
+    states = tuple(optimizer.init(params) for optimizer in optimizers)
+    with jax.numpy_dtype_promotion("standard"):
+        (true, kept), _ = jax.lax.scan(step, states, jax.random.split(jax.random.key(0), STEPS))
+    ratio = _widen(kept).nu["kernel"] / true.nu["kernel"]
+    assert float(jnp.mean(ratio)) == pytest.approx(1, abs=0.05)
+    assert float(jnp.std(jnp.sqrt(ratio))) < 0.2  # of an update's size
+
+
+@pytest.mark.parametrize("moments", ["bfloat16", "float8"])
+def test_layers_are_rounded_alike_stacked_or_alone(moments):
+    optimizer = rounded(optax.adamw(1e-3), moments=moments)
+    gradient = {"kernel": jax.random.normal(jax.random.key(0), (3, 8, 32))}
+    params = jax.tree.map(jnp.ones_like, gradient)
     run = lambda params, gradient: optimizer.update(gradient, optimizer.init(params), params)
+    layer = lambda tree, i: jax.tree.map(lambda leaf: leaf[i], tree)
     with jax.numpy_dtype_promotion("standard"):
         together = run(params, gradient)
-        alone = [run(params[i], gradient[i]) for i in range(3)]
+        alone = [run(layer(params, i), layer(gradient, i)) for i in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *alone)
     for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(stacked), strict=True):
         np.testing.assert_array_equal(a, b if a.ndim == b.ndim else b[0])
+
+
+@pytest.mark.parametrize("name", ["kernel", "bias"])
+def test_what_is_kept_in_float8(name):
+    """Kernels, with a scale for every 128 numbers, under the path of their parameter."""
+    params = {"layers": ({name: jnp.ones((2, 4, 256))},), "head": {"kernel": jnp.ones((4, 10))}}
+    state = rounded(optax.scale_by_adam(), moments="float8").init(params)
+    kinds = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (leaf.dtype, leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
+    for moment in ("mu", "nu"):
+        kept, shape = kinds[f"inner/{moment}/layers/0/{name}"]
+        assert (kept, shape) == (FLOAT8 if name == "kernel" else jnp.float32, (2, 4, 256))
+        scales = kinds.get(f"scales/{moment}/layers/0/{name}")
+        assert scales == ((jnp.bfloat16, (2, 4, 2)) if name == "kernel" else None)
+        assert kinds[f"inner/{moment}/head/kernel"] == (jnp.float32, (4, 10))  # too short a block
 
 
 def walked(optimizer):
@@ -102,12 +116,12 @@ def walked(optimizer):
     return float(jnp.mean(start.astype(jnp.float32) - params["kernel"].astype(jnp.float32)))
 
 
-@pytest.mark.parametrize("moments", [True, False])
+@pytest.mark.parametrize("moments", MOMENTS)
 def test_parameters_are_moved_by_steps_smaller_than_their_gaps(moments):
     sgd = optax.sgd(1.0)
     expected = STEPS * 2.0**-13
-    rounded = in_bfloat16(sgd, moments=moments)
-    assert walked(rounded) == pytest.approx(expected, rel=0.02)
+    rounding = rounded(sgd, moments=moments)
+    assert walked(rounding) == pytest.approx(expected, rel=0.02)
     assert walked(sgd) == 0  # rounded to the nearest they stay
 
 
@@ -115,7 +129,7 @@ def test_an_update_leads_to_the_number_that_was_drawn():
     """Whatever the ratio of what was to what will be: through 0, and far below it."""
     params = jnp.asarray([1.0, -3.0, 2.0**-30, 0.0, 1e4], jnp.bfloat16)
     target = jnp.asarray([1e-6, 3.0, 1.0, -7e-9, 1e4 + 1], jnp.float32)
-    optimizer = in_bfloat16(optax.sgd(1.0), moments=False)
+    optimizer = rounded(optax.sgd(1.0), moments="float32")
     gradient = params.astype(jnp.float32) - target
     updates, _ = optimizer.update(gradient, optimizer.init(params), params)
     moved = params.astype(jnp.float32) - gradient

@@ -1,6 +1,7 @@
 """A mesh of devices trains what one device does."""
 
 import functools
+import itertools
 import json
 import pathlib
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from revnet_jax.config import ConfigError, image_classification, language_model
 from revnet_jax.models.partition import spec_of
 from revnet_jax.training.build import build_recipe, check_split
+from revnet_jax.training.rounding import MOMENTS
 from revnet_jax.training.sharding import local_rows, make_mesh, mesh_sizes, placed
 from revnet_jax.training.step import init_state
 
@@ -129,6 +131,13 @@ def test_sequences_in_parts(changes, lockstep, meshes):
     check(differences("decoder", settings, [("reverse", lockstep, m, "float64") for m in meshes]))
 
 
+def test_moments_in_float8_are_rounded_as_on_one_device():
+    """Even where blocks are split: axes of 32 split over 8 devices."""
+    settings = {**FAMILIES["decoder"], "optimizer.state_dtype": "float8"}
+    cases = [("reverse", True, MESHES[2], "float64"), ("reverse", False, MESHES[1], "float64")]
+    check(differences("decoder", settings, cases))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize(
@@ -154,8 +163,8 @@ def test_what_lies_where():
     config = language_model()
     config.update_from_flattened_dict(FAMILIES["decoder"])
     mesh = make_mesh(jax.devices(), data=1, fsdp=2)
-    for lockstep in (False, True):
-        config.optimizer.lockstep = lockstep
+    for lockstep, state_dtype in itertools.product((False, True), MOMENTS):
+        config.optimizer.update({"lockstep": lockstep, "state_dtype": state_dtype})
         task, _, optimizer = build_recipe(config)
         init = functools.partial(init_state, task.network, optimizer, 0)
         state = placed(init, task.network.rules, mesh)
