@@ -1,0 +1,138 @@
+"""Muon: momentum, each matrix of which is made orthogonal before it is applied.
+
+Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/); Liu et al. 2025 (arXiv:2502.16982).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from revnet_jax.models.partition import Rules, spec_of
+
+# All of them the authors' own.
+MOMENTUM = 0.95
+ITERATIONS = 5
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+# Root mean square of an update's elements: about that of Adam's (arXiv:2502.16982, section 2.2).
+UPDATE_RMS = 0.2
+# Groups with the first and the last layer of a model, whose kernels the authors leave to Adam.
+ENDS = ("stem", "embed", "head")
+
+
+def scale_by_muon(
+    *, b1: float, b2: float, stacked: Collection[str] | None, rules: Rules = ()
+) -> optax.GradientTransformation:
+    """Muon for kernels, and Adam for all else: embeddings, norms, biases, and kernels in `ENDS`.
+
+    Muon is Nesterov momentum of 0.95, then `orthogonalize`. Its updates are as large as Adam's are
+    (Liu et al. 2025, equation 4), so that both share one learning rate and one weight decay.
+
+    What is one matrix goes by a kernel's name and shape, after the axis of layers if it has one:
+
+      kernel [in, out]            all of it; of queries, keys and values, too: where heads begin
+                                  and end is not known here
+      kernel [in, parts, out]     each part: the gate and the value of a SwiGLU
+      kernel [h, w, in, out]      a convolution, as [h * w * in, out]
+      ..._kernel [experts, ...]   that of each expert
+
+    On a mesh each device has whole matrices of its own share of a stack's layers (or a kernel's
+    experts), for one exchange of the momentum before and one of the update after: no product needs
+    another device. A kernel that is one matrix alone, as in lockstep, is gathered, and every
+    device does the same. Axes other than "fsdp" and "tensor" share no work.
+
+    b1, b2: Adam's. stacked: as of `make_optimizer`. rules: how parameters lie on a mesh.
+
+    Memory: one moment of each kernel where Adam has two. Arithmetic: of a matrix [m, n], m <= n,
+    20 m^2 n + 10 m^3 a step, at most 5 m / tokens of what its gradient costs. It is done in the
+    gradient's dtype, float32 (the authors: bfloat16), its products at JAX's default precision:
+    TF32 on GPUs, bfloat16 on TPUs, unless `jax_default_matmul_precision` says otherwise.
+
+    Raises ValueError for a kernel of any other shape.
+    """
+
+    def labels(params):
+        label = lambda path, _: "muon" if _is_hidden_kernel(path, stacked) else "adam"
+        return jax.tree_util.tree_map_with_path(label, params)
+
+    def orthogonal(updates, state, params=None):
+        one = lambda path, leaf: _orthogonal_on_mesh(path, leaf, stacked, rules)
+        return jax.tree_util.tree_map_with_path(one, updates), state
+
+    muon = optax.chain(
+        optax.trace(MOMENTUM, nesterov=True),
+        optax.GradientTransformation(lambda params: optax.EmptyState(), orthogonal),
+    )
+    return optax.partition({"muon": muon, "adam": optax.scale_by_adam(b1, b2)}, labels)
+
+
+def orthogonalize(x: jax.Array) -> jax.Array:
+    """Each matrix [..., in, out] with all singular values near 1, times 0.2 sqrt(max(in, out)).
+
+    Five Newton-Schulz iterations, whose coefficients leave singular values within about 0.3 of 1,
+    as fast as can be (Jordan et al. 2024). The factor makes the root mean square of the elements
+    0.2. A matrix of zeros stays one.
+    """
+    tall = x.shape[-2] > x.shape[-1]
+    x = jnp.swapaxes(x, -1, -2) if tall else x
+    a, b, c = COEFFICIENTS
+    x = x / (jnp.sqrt(jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True)) + 1e-8)
+    for _ in range(ITERATIONS):
+        gram = x @ jnp.swapaxes(x, -1, -2)
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    x = UPDATE_RMS * math.sqrt(x.shape[-1]) * x
+    return jnp.swapaxes(x, -1, -2) if tall else x
+
+
+def _is_hidden_kernel(path, stacked):
+    at_an_end = stacked is not None and _name(path[:1]) in ENDS
+    return _name(path[-1:]).endswith("kernel") and not at_an_end
+
+
+def _orthogonal_on_mesh(path, leaf, stacked, rules):
+    """`_orthogonal`, computed where matrices are whole."""
+    layers = stacked is not None and _name(path[:1]) in stacked
+    leading = layers + (_name(path[-1:]) != "kernel")  # axes of layers, of experts
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in ("fsdp", "tensor") if dict(mesh.shape).get(axis, 1) > 1)
+    if not axes:
+        return _orthogonal(leaf, leading)
+    # Without this the compiler might exchange what the momentum is computed from.
+    split = spec_of(rules, _name(path), leaf.shape, mesh)
+    leaf = lax.with_sharding_constraint(leaf, split)
+    if leading:
+        size = len(leaf)
+        missing = -size % math.prod(mesh.shape[axis] for axis in axes)
+        leaf = jnp.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1))
+        leaf = lax.with_sharding_constraint(leaf, PartitionSpec(axes))
+        leaf = lax.with_sharding_constraint(_orthogonal(leaf, leading), PartitionSpec(axes))
+        return lax.with_sharding_constraint(leaf, split)[:size]
+    leaf = lax.with_sharding_constraint(leaf, PartitionSpec())
+    leaf = lax.with_sharding_constraint(_orthogonal(leaf, leading), PartitionSpec())
+    return lax.with_sharding_constraint(leaf, split)
+
+
+def _orthogonal(leaf, leading):
+    """Each matrix of a kernel, after so many leading axes."""
+    dims = leaf.ndim - leading
+    if dims == 2:
+        return orthogonalize(leaf)
+    if dims == 3:
+        return jnp.swapaxes(orthogonalize(jnp.swapaxes(leaf, -3, -2)), -3, -2)
+    if dims == 4:
+        flat = leaf.reshape(*leaf.shape[:leading], -1, leaf.shape[-1])
+        return orthogonalize(flat).reshape(leaf.shape)
+    raise ValueError(
+        f"got a kernel of shape {leaf.shape[leading:]} for muon, expected [in, out], "
+        "[in, parts, out] or [height, width, in, out]: take adamw, or another name than kernel"
+    )
+
+
+def _name(path):
+    return jax.tree_util.keystr(path, simple=True, separator="/")
