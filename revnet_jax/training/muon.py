@@ -5,6 +5,7 @@ Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/); Liu et al. 2025
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection
 
@@ -12,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from revnet_jax.models.partition import Rules, spec_of
 
@@ -96,26 +96,45 @@ def _is_hidden_kernel(path, stacked):
 
 
 def _orthogonal_on_mesh(path, leaf, stacked, rules):
-    """`_orthogonal`, computed where matrices are whole."""
+    """`_orthogonal`, where parts of matrices lie on several devices."""
     layers = stacked is not None and _name(path[:1]) in stacked
     leading = layers + (_name(path[-1:]) != "kernel")  # axes of layers, of experts
     mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(axis for axis in ("fsdp", "tensor") if dict(mesh.shape).get(axis, 1) > 1)
-    if not axes:
-        return _orthogonal(leaf, leading)
-    # Without this the compiler might exchange what the momentum is computed from.
     split = spec_of(rules, _name(path), leaf.shape, mesh)
-    leaf = lax.with_sharding_constraint(leaf, split)
-    if leading:
-        size = len(leaf)
-        missing = -size % math.prod(mesh.shape[axis] for axis in axes)
-        leaf = jnp.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1))
-        leaf = lax.with_sharding_constraint(leaf, PartitionSpec(axes))
-        leaf = lax.with_sharding_constraint(_orthogonal(leaf, leading), PartitionSpec(axes))
-        return lax.with_sharding_constraint(leaf, split)[:size]
-    leaf = lax.with_sharding_constraint(leaf, PartitionSpec())
-    leaf = lax.with_sharding_constraint(_orthogonal(leaf, leading), PartitionSpec())
-    return lax.with_sharding_constraint(leaf, split)
+    cuts = [(axis, dim) for dim, axis in enumerate(split) if axis and mesh.shape[axis] > 1]
+    if not cuts:
+        return _orthogonal(leaf, leading)
+    # By hand, so that no compiler splits the products or gathers what it could exchange.
+    compute = _exchanged if leading else _gathered
+    one = functools.partial(compute, cuts, functools.partial(_orthogonal, leading=leading))
+    mapped = jax.shard_map(one, in_specs=split, out_specs=split, check_vma=False)
+    if not leading:
+        return mapped(leaf)
+    devices = math.prod(mesh.shape[axis] for axis, _ in cuts)
+    missing = [(0, -len(leaf) % devices)] + [(0, 0)] * (leaf.ndim - 1)
+    return mapped(jnp.pad(leaf, missing))[: len(leaf)]
+
+
+def _exchanged(cuts, function, part):
+    """Each device has some of the first axis, whole, in place of a part of everything."""
+    for axis, dim in cuts:
+        part = lax.all_to_all(part, axis, 0, dim, tiled=True)
+    part = function(part)
+    for axis, dim in reversed(cuts):
+        part = lax.all_to_all(part, axis, dim, 0, tiled=True)
+    return part
+
+
+def _gathered(cuts, function, part):
+    """Every device has everything, and keeps its part of the result."""
+    whole = part
+    for axis, dim in cuts:
+        whole = lax.all_gather(whole, axis, axis=dim, tiled=True)
+    whole = function(whole)
+    for axis, dim in cuts:
+        size = part.shape[dim]
+        whole = lax.dynamic_slice_in_dim(whole, lax.axis_index(axis) * size, size, dim)
+    return whole
 
 
 def _orthogonal(leaf, leading):

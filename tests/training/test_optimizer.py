@@ -95,7 +95,7 @@ def test_two_updates_equal_the_formula(name):
 
 
 def test_unknown_optimizer():
-    with pytest.raises(ValueError, match="got name='adam', expected one of sgd, adamw, lion"):
+    with pytest.raises(ValueError, match="got name='adam', expected one of sgd, adamw, lion, muon"):
         make_optimizer(optax.constant_schedule(0.1), **OPTIMIZER | {"name": "adam"})
 
 
@@ -104,7 +104,7 @@ def test_schedules_run_under_jit():
     assert jax.jit(schedule)(jnp.asarray(1, jnp.int32)).dtype == jnp.float32
 
 
-@pytest.mark.parametrize(("name", "moments"), [("sgd", 1), ("adamw", 2), ("lion", 1)])
+@pytest.mark.parametrize(("name", "moments"), [("sgd", 1), ("adamw", 2), ("lion", 1), ("muon", 1)])
 def test_moments_take_half_the_memory(name, moments):
     options = OPTIMIZER | {"name": name, "state_dtype": "bfloat16", "clip_norm": 1.0}
     optimizer = make_optimizer(optax.constant_schedule(0.1), **options)
