@@ -16,7 +16,7 @@ from jax import lax
 
 from revnet_jax.models.partition import Rules, spec_of
 
-# All of them the authors' own.
+# The authors' values.
 MOMENTUM = 0.95
 ITERATIONS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -49,10 +49,11 @@ def scale_by_muon(
 
     b1, b2: Adam's. stacked: as of `make_optimizer`. rules: how parameters lie on a mesh.
 
-    Memory: one moment of each kernel where Adam has two. Arithmetic: of a matrix [m, n], m <= n,
-    20 m^2 n + 10 m^3 a step, at most 5 m / tokens of what its gradient costs. It is done in the
-    gradient's dtype, float32 (the authors: bfloat16), its products at JAX's default precision:
-    TF32 on GPUs, bfloat16 on TPUs, unless `jax_default_matmul_precision` says otherwise.
+    Memory: one moment of each kernel where Adam has two. Arithmetic: 20 m^2 n + 10 m^3 operations
+    for a matrix [m, n], m <= n: at most 5 m / tokens of the 6 m n tokens that a step computes with
+    it. They are done in the gradient's dtype, float32, where the authors take bfloat16. On GPUs and
+    TPUs that costs memory traffic but no time in the products, which JAX's default precision
+    computes in TF32 and bfloat16; `jax_default_matmul_precision` changes that.
 
     Raises ValueError for a kernel of any other shape.
     """
@@ -75,9 +76,9 @@ def scale_by_muon(
 def orthogonalize(x: jax.Array) -> jax.Array:
     """Each matrix [..., in, out] with all singular values near 1, times 0.2 sqrt(max(in, out)).
 
-    Five Newton-Schulz iterations, whose coefficients leave singular values within about 0.3 of 1,
-    as fast as can be (Jordan et al. 2024). The factor makes the root mean square of the elements
-    0.2. A matrix of zeros stays one.
+    Five Newton-Schulz iterations with coefficients that bring small singular values up fast, and
+    all of them to within about 0.3 of 1 (Jordan et al. 2024). The factor makes the root mean square
+    of the elements about 0.2. Zeros stay zeros.
     """
     tall = x.shape[-2] > x.shape[-1]
     x = jnp.swapaxes(x, -1, -2) if tall else x
