@@ -20,7 +20,7 @@ from revnet_jax.models.partition import Rules, spec_of
 MOMENTUM = 0.95
 ITERATIONS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-# Root mean square of an update's elements: about that of Adam's (arXiv:2502.16982, section 2.2).
+# Root mean square of an update's elements, about that of Adam's (arXiv:2502.16982).
 UPDATE_RMS = 0.2
 # Groups with the first and the last layer of a model, whose kernels the authors leave to Adam.
 ENDS = ("stem", "embed", "head")
@@ -32,7 +32,7 @@ def scale_by_muon(
     """Muon for kernels, and Adam for all else: embeddings, norms, biases, and kernels in `ENDS`.
 
     Muon is Nesterov momentum of 0.95, then `orthogonalize`. Its updates are as large as Adam's are
-    (Liu et al. 2025, equation 4), so that both share one learning rate and one weight decay.
+    (Liu et al. 2025, section 2.2), so that both share one learning rate and one weight decay.
 
     What is one matrix goes by a kernel's name and shape, after the axis of layers if it has one:
 
