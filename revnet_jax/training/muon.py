@@ -32,12 +32,14 @@ def scale_by_muon(
     """Muon for kernels, and Adam for all else: embeddings, norms, biases, and kernels in `ENDS`.
 
     Muon is Nesterov momentum of 0.95, then `orthogonalize`. Its updates are as large as Adam's are
-    (Liu et al. 2025, section 2.2), so that both share one learning rate and one weight decay.
+    (Liu et al. 2025, section 2.2), so that both share one learning rate and one weight decay. The
+    best rate need not be AdamW's: for a model of width 128 it was twice that.
 
     What is one matrix goes by a kernel's name and shape, after the axis of layers if it has one:
 
-      kernel [in, out]            all of it; of queries, keys and values, too: where heads begin
-                                  and end is not known here
+      kernel [in, out]            all of it; queries, keys and values are one: which columns are
+                                  whose is not known here, and a small language model that took
+                                  each on its own ended at the same loss
       kernel [in, parts, out]     each part: the gate and the value of a SwiGLU
       kernel [h, w, in, out]      a convolution, as [h * w * in, out]
       ..._kernel [experts, ...]   that of each expert
