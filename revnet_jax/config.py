@@ -36,9 +36,9 @@ def _mesh() -> ConfigDict:
 def _optimizer() -> ConfigDict:
     """How gradients become updates."""
     optimizer = ConfigDict()
-    optimizer.name = "sgd"  # sgd | adamw | lion
+    optimizer.name = "sgd"  # sgd | adamw | lion | muon
     optimizer.update({"momentum": 0.9, "nesterov": False})  # sgd
-    optimizer.update({"b1": 0.9, "b2": 0.999})  # adamw, lion
+    optimizer.update({"b1": 0.9, "b2": 0.999})  # adamw, lion; muon: of the rest, by Adam
     optimizer.weight_decay = 2e-4  # of kernels only; sgd: L2 penalty, else decoupled
     optimizer.state_dtype = "float32"  # float32 | bfloat16 | float8: of moments
     optimizer.lockstep = False  # update each layer inside the backward sweep, in place

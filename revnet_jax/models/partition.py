@@ -44,14 +44,14 @@ def spec_of(rules: Rules, path: str, shape: Sequence[int], mesh: Any) -> Partiti
     if sizes.get("sequence", 1) > 1:
         axes = [WEIGHTS if axis == "fsdp" else axis for axis in axes]
     split = [
-        axis if axis is not None and size % _extent(axis, sizes, size + 1) == 0 else None
+        axis if axis is not None and size % extent(axis, sizes, size + 1) == 0 else None
         for size, axis in zip(shape[len(shape) - len(axes) :], axes, strict=True)
     ]
     return PartitionSpec(*[None] * (len(shape) - len(axes)), *split)
 
 
-def _extent(axes, sizes, missing):
-    """Over how many devices one or several axes split."""
+def extent(axes: Any, sizes: dict[str, int], missing: int = 1) -> int:
+    """Over how many devices one or several axes split; missing: of an axis that is not there."""
     return math.prod(sizes.get(axis, missing) for axis in _tuple(axes))
 
 
@@ -137,7 +137,7 @@ def by_heads(
     if not sequence_axis(mesh):
         return attend(q_BTNK, k_BTGK, v_BTGK)
     of_tokens, of_heads = (BATCH, "sequence", "tensor"), (BATCH, None, ("tensor", "sequence"))
-    parts, G = _extent(("tensor", "sequence"), dict(mesh.shape), 1), k_BTGK.shape[2]
+    parts, G = extent(("tensor", "sequence"), dict(mesh.shape)), k_BTGK.shape[2]
     exchange = functools.partial(lax.all_to_all, axis_name="sequence", tiled=True)
     to_heads = functools.partial(exchange, split_axis=2, concat_axis=1)
     to_tokens = functools.partial(exchange, split_axis=1, concat_axis=2)

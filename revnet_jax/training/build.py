@@ -112,9 +112,8 @@ def build_task(
 def build_optimizer(config: ConfigDict, network: Model, schedule: optax.Schedule) -> Optimizer:
     options = dict(config.optimizer)
     lockstep = options.pop("lockstep")
-    make = functools.partial(
-        make_optimizer, schedule, **options, param_dtype=DTYPES[config.model.param_dtype]
-    )
+    options |= {"param_dtype": DTYPES[config.model.param_dtype], "rules": network.rules}
+    make = functools.partial(make_optimizer, schedule, **options)
     ordinary = make(stacked=network.stacked)
     if config.batch_size % config.microbatches:
         raise ConfigError(

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from revnet_jax.models.partition import Rules
+from revnet_jax.training.muon import scale_by_muon
 from revnet_jax.training.rounding import MOMENTS, rounded
 
 
@@ -70,10 +72,12 @@ def make_optimizer(
     state_dtype: str,
     param_dtype: Any = jnp.float32,
     stacked: Collection[str] | None,
+    rules: Rules = (),
 ) -> optax.GradientTransformation:
     """ "sgd" with momentum, where weight decay is an L2 penalty in the gradient, as in the ResNet
-    papers; "adamw" (Loshchilov & Hutter 2019, arXiv:1711.05101) or "lion" (Chen et al. 2023,
-    arXiv:2302.06675), where it is decoupled.
+    papers; "adamw" (Loshchilov & Hutter 2019, arXiv:1711.05101), "lion" (Chen et al. 2023,
+    arXiv:2302.06675) or "muon" (see `scale_by_muon`, which momentum and nesterov do not change),
+    where it is decoupled.
 
     Only leaves named "kernel", or "up_kernel" and the like (convolutions and dense layers), decay;
     biases, normalisations and embeddings do not.
@@ -85,6 +89,7 @@ def make_optimizer(
     param_dtype: of those parameters that are narrowed: float32, or bfloat16, rounded likewise.
     stacked: the groups of parameters whose leaves have a leading axis of layers; None for an
       optimizer of a single layer's tree.
+    rules: how a model's parameters are split over a mesh; "muon" needs them on one.
     """
     if clip not in ("global", "layer") or clip_norm < 0:
         raise ValueError(
@@ -102,8 +107,14 @@ def make_optimizer(
         optimizer = optax.adamw(schedule, b1=b1, b2=b2, **decay)
     elif name == "lion":
         optimizer = optax.lion(schedule, b1=b1, b2=b2, **decay)
+    elif name == "muon":
+        optimizer = optax.chain(
+            scale_by_muon(b1=b1, b2=b2, stacked=stacked, rules=rules),
+            optax.add_decayed_weights(**decay),
+            optax.scale_by_learning_rate(schedule),
+        )
     else:
-        raise ValueError(f"got name={name!r}, expected one of sgd, adamw, lion")
+        raise ValueError(f"got name={name!r}, expected one of sgd, adamw, lion, muon")
     optimizer = _promoting(optimizer)
     if clip_norm and (clip == "global" or stacked is None):
         optimizer = optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)

@@ -10,6 +10,7 @@ from revnet_jax.config import ConfigError
 from revnet_jax.core import chain, reversible_block
 from revnet_jax.training.build import build_recipe
 from revnet_jax.training.lockstep import LockstepOptimizer, check_layerwise
+from revnet_jax.training.muon import scale_by_muon
 from revnet_jax.training.optimizer import is_kernel
 from revnet_jax.training.rounding import rounded
 from revnet_jax.training.step import init_state, make_train_step
@@ -22,7 +23,19 @@ OPTIMIZERS = {
     "sgd": optax.chain(optax.add_decayed_weights(**DECAY), optax.sgd(SCHEDULE, momentum=0.9)),
     "adamw": optax.adamw(SCHEDULE, **DECAY),
     "lion": optax.lion(SCHEDULE, **DECAY),
+    "muon": None,
 }
+
+
+def make(name, stacked=("layers",)):
+    """Muon is told where layers are stacked; what is elementwise need not know."""
+    if name != "muon":
+        return OPTIMIZERS[name]
+    return optax.chain(
+        scale_by_muon(b1=0.9, b2=0.99, stacked=stacked),
+        optax.add_decayed_weights(**DECAY),
+        optax.scale_by_learning_rate(SCHEDULE),
+    )
 
 
 def branch(params, x, context):
@@ -54,11 +67,13 @@ def loss_fn(params, key, lockstep=None):
     return jnp.mean(jnp.sin((y1 + y2) @ head))
 
 
-def steps(optimizer, dtype, lockstep):
+def steps(name, wrap, dtype, lockstep):
     """Ten of them: the parameters after, and the norm of the last gradient."""
     params = init(dtype)
+    optimizer = wrap(make(name))
     if lockstep:
-        optimizer = LockstepOptimizer(optimizer, optimizer, ("layers",))
+        outside, layer = wrap(make(name, stacked=())), wrap(make(name, stacked=None))
+        optimizer = LockstepOptimizer(outside, layer, ("layers",))
 
     def step(params, state, key):
         if not lockstep:
@@ -87,12 +102,10 @@ def steps(optimizer, dtype, lockstep):
     ],
 )
 def test_ten_steps_equal_the_ordinary_ones(name, dtype, tolerance, moments):
-    optimizer = OPTIMIZERS[name]
-    if moments:
-        optimizer = rounded(optimizer, moments=moments)
+    wrap = lambda optimizer: rounded(optimizer, moments=moments) if moments else optimizer
     with jax.enable_x64(dtype == "float64"), jax.numpy_dtype_promotion("standard"):
-        ordinary, norm = steps(optimizer, dtype, lockstep=False)
-        lockstep, lockstep_norm = steps(optimizer, dtype, lockstep=True)
+        ordinary, norm = steps(name, wrap, dtype, lockstep=False)
+        lockstep, lockstep_norm = steps(name, wrap, dtype, lockstep=True)
         for a, b, c in zip(*map(jax.tree.leaves, (ordinary, lockstep, init(dtype))), strict=True):
             assert np.linalg.norm(a - c) > 1e-3  # it was trained
             assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(a)
@@ -100,9 +113,9 @@ def test_ten_steps_equal_the_ordinary_ones(name, dtype, tolerance, moments):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_elementwise_optimizers_are_layerwise(name):
+def test_what_looks_at_one_layer_is_layerwise(name):
     with jax.numpy_dtype_promotion("standard"):  # optax's adamw asks for it
-        check_layerwise(OPTIMIZERS[name], init("float32")["layers"])
+        check_layerwise(make(name), {"layers": init("float32")["layers"]})
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_two_updates_equal_the_formula(name):
 
 
 def test_unknown_optimizer():
-    with pytest.raises(ValueError, match="got name='adam', expected one of sgd, adamw, lion"):
+    with pytest.raises(ValueError, match="got name='adam', expected one of sgd, adamw, lion, muon"):
         make_optimizer(optax.constant_schedule(0.1), **OPTIMIZER | {"name": "adam"})
 
 
@@ -105,7 +105,7 @@ def test_schedules_run_under_jit():
 
 
 @pytest.mark.parametrize(("dtype", "share"), [("bfloat16", 1 / 2), ("float8", 1 / 4 + 1 / 128)])
-@pytest.mark.parametrize(("name", "moments"), [("sgd", 1), ("adamw", 2), ("lion", 1)])
+@pytest.mark.parametrize(("name", "moments"), [("sgd", 1), ("adamw", 2), ("lion", 1), ("muon", 1)])
 def test_moments_take_less_memory(name, moments, dtype, share):
     """In float8 with two bytes for each block of 64."""
     options = OPTIMIZER | {"name": name, "state_dtype": dtype, "clip_norm": 1.0}

@@ -158,10 +158,12 @@ def test_a_checkpoint_of_eight_devices_is_one_of_four_and_of_one(tmp_path):
     subprocess.run([sys.executable, str(program), str(tmp_path / "checkpoints")], check=True)
 
 
-def test_what_lies_where():
+@pytest.mark.parametrize("optimizer_name", ["adamw", "muon"])
+def test_what_lies_where(optimizer_name):
     """Weights, and what the optimizer keeps of them, in equal parts; the rest is small."""
     config = language_model()
     config.update_from_flattened_dict(FAMILIES["decoder"])
+    config.optimizer.name = optimizer_name
     mesh = make_mesh(jax.devices(), data=1, fsdp=2)
     for lockstep, state_dtype in itertools.product((False, True), MOMENTS):
         config.optimizer.update({"lockstep": lockstep, "state_dtype": state_dtype})
