@@ -7,11 +7,9 @@ import pytest
 from revnet_jax.core import (
     Coupling,
     Grid,
-    HalfStep,
     Section,
-    additive,
+    bdia_block,
     chain,
-    leapfrog,
     reversible_block,
     sequence,
     sequence_inverse,
@@ -85,6 +83,49 @@ CASES = {
         ValueError,
         "got unroll=0, expected a whole number of layers from 1",
     ),
+    "complex update of a real stream": (
+        {"layer": reversible_block(lambda p, x, c: jax.lax.complex(x, x), double)},
+        ValueError,
+        r"returned complex64\[4\], expected real numbers for a stream of them, float32\[4\]",
+    ),
+    "complex update of an integrator": (
+        {
+            "layer": bdia_block(lambda p, x, c: jax.lax.complex(x, x), double),
+            "data_L": {"gamma": jnp.full((3, 2), 0.5)},
+        },
+        ValueError,
+        r"returned complex64\[4\], expected real numbers",
+    ),
+    "an update that is no array": (
+        {"layer": reversible_block(lambda p, x, c: object(), double)},
+        TypeError,
+        "a branch returned something of type object, expected arrays",
+    ),
+    "an auxiliary output that is no array": (
+        {"layer": reversible_block(*[lambda p, x, c: (x, "hello")] * 2, has_aux=True)},
+        TypeError,
+        "a branch returned something of type str, expected arrays",
+    ),
+    "gamma for one half-step": (
+        {"layer": bdia_block(double, double), "data_L": {"gamma": jnp.full((3, 1), 0.5)}},
+        ValueError,
+        "got 1 gammas for a layer, expected 2, one for each half-step",
+    ),
+    "gamma for none": (
+        {"layer": bdia_block(double, double), "data_L": {"gamma": jnp.full(3, 0.5)}},
+        ValueError,
+        "got None gammas for a layer, expected 2",
+    ),
+    "gamma of another shape": (
+        {"layer": bdia_block(double, double), "data_L": {"gamma": jnp.full((3, 2, 7), 0.5)}},
+        ValueError,
+        r"got gamma float32\[7\], expected a shape that broadcasts to a stream float32\[4\]",
+    ),
+    "gamma of more axes": (
+        {"layer": bdia_block(double, double), "data_L": {"gamma": jnp.full((3, 2, 1, 4), 0.5)}},
+        ValueError,
+        r"got gamma float32\[1,4\], expected a shape that broadcasts",
+    ),
     "a state without an update": (
         {"state_L": jnp.ones(3)},
         ValueError,
@@ -141,18 +182,6 @@ def test_closing_over_constants_is_fine():
     block = reversible_block(lambda p, x, c: x * mask * p, double)
     loss = jax.jit(lambda params_L: jnp.sum(chain(block, params_L, X)[0][0]))
     assert jnp.all(jax.grad(loss)(PARAMS_L)[0] != 0)
-
-
-def test_a_half_step_cannot_read_what_it_updates():
-    with pytest.raises(ValueError, match="updates stream 1 and reads"):
-        HalfStep(double, updates=1, reads=(0, 1), coupling=additive())
-
-
-def test_a_coupling_and_a_grid_are_made_before_they_are_passed():
-    with pytest.raises(TypeError, match=r"got coupling=.*leapfrog.*, expected a Coupling: what"):
-        reversible_block(double, double, coupling=leapfrog)
-    with pytest.raises(TypeError, match=r"got grid=12, expected Grid\(bits\)"):
-        reversible_block(double, double, grid=12)
 
 
 def test_inverse_checks_its_arguments_too():
