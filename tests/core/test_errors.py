@@ -2,16 +2,19 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from revnet_jax.core import (
     Coupling,
     Grid,
+    Invertible,
     Section,
     bdia_block,
     chain,
     reversible_block,
     sequence,
+    sequence_forward,
     sequence_inverse,
 )
 
@@ -83,6 +86,24 @@ CASES = {
         ValueError,
         "got unroll=0, expected a whole number of layers from 1",
     ),
+    "stored layers a truth": (
+        {"stored_layers": True},
+        ValueError,
+        "got stored_layers=True, expected a whole number from 0 to 3",
+    ),
+    "unroll a truth": ({"unroll": True}, ValueError, "got unroll=True, expected a whole number"),
+    "length a truth": ({"length": True}, TypeError, "got length=True, expected a whole number"),
+    "a function as a layer": (
+        {"layer": double},
+        TypeError,
+        "got double as a layer, expected one with `forward`: what `reversible_block",
+    ),
+    "what builds a layer": (
+        {"layer": reversible_block},
+        TypeError,
+        "got reversible_block as a layer, expected one with `forward`",
+    ),
+    "a layer's class": ({"layer": Invertible}, TypeError, "got Invertible as a layer, expected"),
     "complex update of a real stream": (
         {"layer": reversible_block(lambda p, x, c: jax.lax.complex(x, x), double)},
         ValueError,
@@ -184,9 +205,82 @@ def test_closing_over_constants_is_fine():
     assert jnp.all(jax.grad(loss)(PARAMS_L)[0] != 0)
 
 
+def swap(params, x, context):
+    return x[1], x[0] * params
+
+
+def unswap(params, y, context):
+    return y[1] / params, y[0]
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+def test_an_inverse_that_closes_over_something_traced(wrap):
+    def invertible(weight):
+        return Invertible(swap, lambda *args: (unswap(*args)[0] * weight, args[1][0])), jnp.ones(3)
+
+    def block(weight):
+        coupling = Coupling(lambda x, u, grid: (x + u, None), lambda y, u, _, grid: y - u * weight)
+        return reversible_block(double, double, coupling=coupling), PARAMS_L
+
+    for make in (invertible, block):
+        loss = lambda weight, make=make: jnp.sum(chain(*make(weight), X)[0][0])
+        with pytest.raises(
+            ValueError, match=r"closes over traced values \(float32\[\]\).*`shared`"
+        ):
+            jax.grad(wrap(loss))(2.0)
+
+
+@pytest.mark.parametrize(
+    ("undo", "message"),
+    [
+        (
+            lambda p, y, c: y[:1],
+            r"returned float32\[4\], expected what it undoes, float32\[4\], fl",
+        ),
+        (lambda p, y, c: list(unswap(p, y, c)), "returned streams of type list, expected a plain"),
+        (
+            lambda p, y, c: (y[1].astype(jnp.float16), y[0]),
+            r"returned float16\[4\], float32\[4\], ",
+        ),
+    ],
+)
+def test_what_an_inverse_returns(undo, message):
+    layer = Invertible(swap, undo)
+    with pytest.raises((TypeError, ValueError), match=f"the inverse of the Invertible {message}"):
+        chain(layer, jnp.ones(3), X)
+    chain(layer, jnp.ones(3), X, backprop="store")  # which has no use for it
+
+
+def test_what_an_unmerge_returns():
+    coupling = Coupling(lambda x, u, grid: (x + u, None), lambda y, u, residue, grid: y[:1])
+    message = (
+        r"a coupling's unmerge returned float32\[1\], .*, expected what it undoes, float32\[4\]"
+    )
+    with pytest.raises(ValueError, match=message):
+        call(layer=reversible_block(double, double, coupling=coupling))
+
+
+def test_whole_numbers_may_be_of_numpy():
+    call(stored_layers=np.int64(1), length=np.int64(3), unroll=np.int32(2))
+
+
 def test_inverse_checks_its_arguments_too():
     with pytest.raises(ValueError, match="got 1 streams, expected the 2"):
         sequence_inverse([Section(BLOCK, PARAMS_L)], X[:1])
+
+
+def test_a_sequence_may_be_generated():
+    sections = [Section(BLOCK, PARAMS_L)] * 2
+    y, _, residues = sequence_forward(iter(sections), X)
+    assert all(map(jnp.array_equal, y, sequence(sections, X)[0]))
+    assert all(map(jnp.array_equal, y, sequence(iter(sections), X)[0]))
+    assert all(map(jnp.array_equal, X, sequence_inverse(iter(sections), y, residues)))
+
+
+@pytest.mark.parametrize("run", [sequence, sequence_forward, sequence_inverse])
+def test_a_section_alone_is_no_sequence(run):
+    with pytest.raises(TypeError, match=r"got a Section as a sequence, expected a list of them"):
+        run(Section(BLOCK, PARAMS_L), X)
 
 
 def test_a_sequence_takes_sections():
