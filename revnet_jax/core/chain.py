@@ -71,7 +71,8 @@ def chain(
     update: updates each layer in the backward sweep, in place, so that gradients never exist
       together: `(dparams, state, params) -> (params, state)` of one layer, trees of floats.
       **The cotangents of params_L and state_L are then their new values**: whoever differentiates
-      takes them as they are. params_L must have no other use.
+      takes them as they are. params_L must have no other use. It is not differentiated; what it
+      closes over has to be constant, or traced outside of `jax.grad`.
     state_L: what `update` carries from step to step (an optimizer's moments), stacked.
     probe: `Exactness.probe()`; its cotangent is the run-time exactness check of `reverse`, at the
       price of keeping the chain's input.
@@ -87,8 +88,8 @@ def chain(
 
     Raises ValueError or TypeError while tracing for an unknown strategy, leading axes that
     differ, a layer that changes the streams' shapes or dtypes or undoes them to others, streams too
-    narrow for the grid, or a branch, coupling or inverse that closes over a traced value (pass it
-    through `shared`).
+    narrow for the grid, an update that changes shapes or dtypes, or a branch, coupling or inverse
+    that closes over a traced value (pass it through `shared`).
     """
     y, (aux_L,) = sequence(
         (Section(layer, params_L, data_L, length, state_L),),
@@ -124,7 +125,7 @@ def sequence(
     stored_layers = validate.checked_stored_layers(stored_layers, sum(depths))
     unroll = validate.checked_unroll(unroll)
     validate.check_probe(probe)
-    validate.check_states(sections, depths, update)
+    validate.check_update(sections, depths, update)
     if update is not None:
         unroll = 1  # outside a loop compilers hold the new weights of all layers beside the old
     runs = plan_runs(depths, backprop, stored_layers)

@@ -1,7 +1,7 @@
 """One clear line (got, expected, what to do) for arguments that a chain cannot use.
 
 Everything here runs while JAX traces, before anything is compiled, and costs an abstract
-evaluation of a layer for each section.
+evaluation of a layer for each section, of its inverse and of its update.
 """
 
 from __future__ import annotations
@@ -168,6 +168,62 @@ def check_block(section: Any, x: Any) -> None:
             f"got block parameters {got}, expected a tuple of {len(block.half_steps)}: "
             "one tree for each half-step"
         )
+
+
+def check_update(sections: Sequence[Any], depths: Sequence[int], update: Any) -> None:
+    """Raises unless it returns what it got: parameters and states, alike in shape and dtype."""
+    check_states(sections, depths, update)
+    if update is not None and not callable(update):
+        raise TypeError(
+            f"got update={update!r}, expected a function of (dparams, state, params) that "
+            "returns (params, state)"
+        )
+    if update is None:
+        return
+    floats = [trees.split(section.params_L)[0] for section in sections]
+    traces = [leaf._trace for leaf in jax.tree.leaves(floats) if isinstance(leaf, Tracer)]
+    for section, floats_L in zip(sections, floats, strict=True):
+        if not jax.tree.leaves(floats_L):
+            continue
+        program = _one_update(floats_L, section.state_L, update)
+        # The backward pass runs where `jax.grad` is called. What is traced outside of that, as by
+        # one `jax.jit` of the whole step, is still there; what is traced within, as the parameters
+        # then are, is not.
+        lost = [v for v in _traced(program) if traces and all(v._trace is t for t in traces)]
+        if lost:
+            raise ValueError(
+                f"update closes over traced values ({_described(lost)}) that are gone when it "
+                "runs, in the backward pass, expected constants, or what is traced outside of "
+                "`jax.grad`: pass a learning rate in the state (state_L, one for each layer), or "
+                "jit the whole step"
+            )
+
+
+def _one_update(floats_L, state_L, update):
+    """The program of one layer's update; raises where its results cannot be put in place."""
+    got = params, state = _first_layer((floats_L, state_L))
+
+    def run(dparams, state, params):
+        new = trees.pair(update(dparams, state, params), "update", "(params, state)")
+        trees.check_arrays(new, "update")
+        return new
+
+    program, new = jax.make_jaxpr(run, return_shape=True)(params, state, params)
+    if jax.tree.structure(new) != jax.tree.structure(got):
+        raise ValueError(
+            "update returned trees of another structure than the params and state it got, "
+            "expected the same: has it a state, and state_L been passed?"
+        )
+    for (path, leaf), before in zip(
+        jax.tree_util.tree_leaves_with_path(new), jax.tree.leaves(got), strict=True
+    ):
+        if trees.describe(leaf) != trees.describe(before):
+            where = ("params", "state")[path[0].idx] + jax.tree_util.keystr(path[1:])
+            raise ValueError(
+                f"update returned {where} {trees.describe(leaf)}, expected {trees.describe(before)}"
+                ": new values take the place of the old, and keep their shapes and dtypes"
+            )
+    return program
 
 
 def _one_layer(section, x, shared, depth, reverses):

@@ -147,6 +147,7 @@ CASES = {
         ValueError,
         r"got gamma float32\[1,4\], expected a shape that broadcasts",
     ),
+    "update no function": ({"update": "sgd"}, TypeError, "got update='sgd', expected a function"),
     "a state without an update": (
         {"state_L": jnp.ones(3)},
         ValueError,
@@ -312,12 +313,45 @@ def test_what_a_branch_and_a_coupling_return(branch, options, message):
     [
         (lambda d, s, p: p[0], r"update returned a .*, expected a pair \(params, state\)"),
         (lambda d, s, p: (p, p), "another structure than .* has it a state"),
+        (
+            lambda d, s, p: ((p[0], p[1][None]), s),
+            r"update returned params\[1\] float32\[1\], expected float32\[\]: new values",
+        ),
+        (
+            lambda d, s, p: ((p[0].astype(jnp.float16), p[1]), s),
+            r"update returned params\[0\] float16\[\], expected float32\[\]: new values",
+        ),
+        (lambda d, s, p: ((p[0], "p"), s), "update returned something of type str, expected arr"),
     ],
 )
 def test_what_an_update_returns(update, message):
     loss = lambda params_L: jnp.sum(call(params_L=params_L, update=update)[0][0])
     with pytest.raises((TypeError, ValueError), match=message):
         jax.grad(loss)(PARAMS_L)
+
+
+def test_an_update_of_another_state():
+    update = lambda dparams, state, params: (params, {"rate": state["rate"][None]})
+    message = r"update returned state\['rate'\] float32\[1\], expected float32\[\]"
+    with pytest.raises(ValueError, match=message):
+        call(update=update, state_L={"rate": jnp.ones(3)})
+
+
+def test_a_learning_rate_that_is_traced():
+    """What is traced outside of `jax.grad` outlives the backward pass, and may be closed over."""
+
+    def loss(params_L, rate):
+        update = lambda d, s, p: (jax.tree.map(lambda p, d: p - rate * d, p, d), s)
+        y, _ = call(params_L=params_L, update=update)
+        return jnp.sum(y[0] * y[1])
+
+    new = jax.jit(jax.grad(loss))(PARAMS_L, 0.1)
+    assert all(map(jnp.array_equal, new, jax.grad(loss)(PARAMS_L, 0.1)))
+    message = (
+        r"update closes over traced values \(float32\[\]\).*in the state \(state_L.*jit the whole"
+    )
+    with pytest.raises(ValueError, match=message):
+        jax.grad(jax.jit(loss))(PARAMS_L, 0.1)
 
 
 def test_free_streams_may_be_narrow():
