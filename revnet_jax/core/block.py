@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -84,6 +85,26 @@ class ReversibleLayer(Layer, Protocol):
         ...
 
 
+def check_branch(branch: Any, num_reads: int) -> None:
+    """Raises TypeError unless it can be called with parameters, what it reads and a context."""
+    expected = f"(params, {', '.join(['stream'] * num_reads)}, context)"
+    if not callable(branch):
+        raise TypeError(f"got {branch!r} as a branch, expected a function of {expected}")
+    try:
+        # As it is: what a wrapper wraps may take other arguments.
+        signature = inspect.signature(branch, follow_wrapped=False)
+    except (TypeError, ValueError):  # not all that is written in C has one
+        return
+    try:
+        signature.bind(*range(num_reads + 2))
+    except TypeError as error:
+        name = getattr(branch, "__name__", type(branch).__name__)
+        raise TypeError(
+            f"got a branch {name}{signature}, expected one of {expected}: one stream for each that "
+            "it reads"
+        ) from error
+
+
 @dataclass(frozen=True)
 class HalfStep:
     """Updates one stream from others: `u = branch(params, *reads, context)`, then merge.
@@ -112,6 +133,7 @@ class HalfStep:
                 f"a half-step updates stream {self.updates} and reads {self.reads}, expected it "
                 "not to read the stream it updates: it could not be evaluated again to undo itself"
             )
+        check_branch(self.branch, len(self.reads))
 
     def evaluate(self, params: Any, streams: Sequence[Any], context: Context) -> tuple:
         """(u, aux, streams, checksum) of its branch.
@@ -122,7 +144,9 @@ class HalfStep:
 
         def branch(params, reads, context):
             returned = self.branch(params, *reads, context)
-            return trees.pair(returned, "a branch with has_aux=True", "(u, aux)")
+            pair = trees.pair(returned, "a branch with has_aux=True", "(u, aux)")
+            trees.check_arrays(pair, "a branch")
+            return pair
 
         reads = tuple(streams[i] for i in self.reads)
         (u, aux), reads, checksum = evaluate(branch, params, reads, context)

@@ -10,9 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
-from revnet_jax.core.block import Block, Context, HalfStep
-from revnet_jax.core.couplings import Coupling, additive, bdia, momentum
+from revnet_jax.core import trees
+from revnet_jax.core.block import Block, Context, HalfStep, check_branch
+from revnet_jax.core.constants import constant
+from revnet_jax.core.couplings import Coupling, additive, bdia, check_gamma, like_stream, momentum
 from revnet_jax.core.grid import Grid
 
 Branch = Callable[..., Any]
@@ -60,7 +63,7 @@ def multi_stream_block(
     steps = []
     for i, branch in enumerate(branches):
         seen = tuple(j for j in range(n) if j != i) if reads == "others" else ((i + 1) % n,)
-        steps.append(HalfStep(_with_aux(branch, has_aux), i, seen, coupling))
+        steps.append(HalfStep(_with_aux(branch, has_aux, len(seen)), i, seen, coupling))
     return Block(tuple(steps), grid)
 
 
@@ -78,7 +81,10 @@ def symplectic_block(
     so a layer costs about three times its energies.
     """
 
+    step = constant("step", step)
+
     def force(energy):
+        check_branch(energy, 1)
         # A branch must not close over the key or the shared inputs: they come with the context.
         return lambda params, x, context: jax.grad(lambda x: energy(params, x, context))(x)
 
@@ -140,15 +146,26 @@ def bdia_block(
         return context.data["gamma"]
 
     def branch(h, i):
+        h = _with_aux(h, has_aux)
+
         def run(params, x, context):
-            gamma_i = (gamma or from_data)(context)[i]
-            u, aux = _with_aux(h, has_aux)(params, x, context)
+            gammas = (gamma or from_data)(context)
+            count = (
+                len(gammas) if isinstance(gammas, tuple | list) else (*jnp.shape(gammas), None)[0]
+            )
+            if count != 2:
+                raise ValueError(
+                    f"got {count} gammas for a layer, expected 2, one for each half-step"
+                )
+            gamma_i = gammas[i]
+            check_gamma(gamma_i, x)
+            u, aux = trees.pair(h(params, x, context), "a branch with has_aux=True", "(u, aux)")
 
             def update(x, u):
                 c = gamma_i.astype(x.dtype)
-                return (1 - c) * x + (1 + c) * u.astype(x.dtype)
+                return (1 - c) * x + (1 + c) * u
 
-            return (gamma_i, jax.tree.map(update, x, u)), aux
+            return (gamma_i, jax.tree.map(update, x, like_stream(u, x))), aux
 
         return run
 
@@ -158,5 +175,6 @@ def bdia_block(
     )
 
 
-def _with_aux(branch: Branch, has_aux: bool = False) -> Branch:
+def _with_aux(branch: Branch, has_aux: bool = False, num_reads: int = 1) -> Branch:
+    check_branch(branch, num_reads)
     return branch if has_aux else lambda *args: (branch(*args), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -71,7 +71,8 @@ def chain(
     update: updates each layer in the backward sweep, in place, so that gradients never exist
       together: `(dparams, state, params) -> (params, state)` of one layer, trees of floats.
       **The cotangents of params_L and state_L are then their new values**: whoever differentiates
-      takes them as they are. params_L must have no other use.
+      takes them as they are. params_L must have no other use. It is not differentiated; what it
+      closes over has to be constant, or traced outside of `jax.grad`.
     state_L: what `update` carries from step to step (an optimizer's moments), stacked.
     probe: `Exactness.probe()`; its cotangent is the run-time exactness check of `reverse`, at the
       price of keeping the chain's input.
@@ -86,8 +87,9 @@ def chain(
     derivatives are right under all strategies (not of an update).
 
     Raises ValueError or TypeError while tracing for an unknown strategy, leading axes that
-    differ, a layer that changes the streams' shapes or dtypes, streams too narrow for the grid, or
-    a branch that closes over a traced float (pass it through `shared`).
+    differ, a layer that changes the streams' shapes or dtypes or undoes them to others, streams too
+    narrow for the grid, an update that changes shapes or dtypes, or a branch, coupling or inverse
+    that closes over a traced value (pass it through `shared`).
     """
     y, (aux_L,) = sequence(
         (Section(layer, params_L, data_L, length, state_L),),
@@ -103,7 +105,7 @@ def chain(
 
 
 def sequence(
-    sections: Sequence[Section],
+    sections: Iterable[Section],
     x: Streams,
     *,
     shared: Any = None,
@@ -118,11 +120,12 @@ def sequence(
     As `chain`, section after section. Under `reverse` nothing is kept between them either. Layers
     with a grid must have the same one.
     """
+    sections = validate.checked_sections(sections)
     depths = validate.check_sections(sections, x, shared, backprop, STRATEGIES)
-    validate.check_stored_layers(stored_layers, sum(depths))
-    validate.check_unroll(unroll)
+    stored_layers = validate.checked_stored_layers(stored_layers, sum(depths))
+    unroll = validate.checked_unroll(unroll)
     validate.check_probe(probe)
-    validate.check_states(sections, depths, update)
+    validate.check_update(sections, depths, update)
     if update is not None:
         unroll = 1  # outside a loop compilers hold the new weights of all layers beside the old
     runs = plan_runs(depths, backprop, stored_layers)
@@ -140,9 +143,10 @@ def sequence(
 
 
 def sequence_forward(
-    sections: Sequence[Section], x: Streams, *, shared: Any = None
+    sections: Iterable[Section], x: Streams, *, shared: Any = None
 ) -> tuple[Streams, tuple[Any, ...], tuple[Any, ...]]:
     """`sequence` with what `sequence_inverse` needs: `(y, auxes, residue_L of each section)`."""
+    sections = validate.checked_sections(sections)
     validate.check_reversible(sections)
     depths = validate.check_sections(sections, x, shared, "reverse", STRATEGIES)
     sections = [s._replace(length=n) for s, n in zip(sections, depths, strict=True)]
@@ -150,7 +154,7 @@ def sequence_forward(
 
 
 def sequence_inverse(
-    sections: Sequence[Section],
+    sections: Iterable[Section],
     y: Streams,
     residues: Sequence[Any] | None = None,
     *,
@@ -162,6 +166,7 @@ def sequence_inverse(
     sequence_forward(sections, x)`: bit for bit while the grid's range holds, given an x on the
     grid and layers that are exact. One evaluation of each branch; memory independent of depth.
     """
+    sections = validate.checked_sections(sections)
     layers = validate.check_reversible(sections)
     validate.common_grid(sections)
     validate.check_streams(y)

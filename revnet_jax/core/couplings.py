@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from revnet_jax.core import trees
+from revnet_jax.core.constants import constant
 from revnet_jax.core.grid import Grid, snap
 from revnet_jax.core.isolate import isolate
 from revnet_jax.core.scaling import SCALE_BITS, divide, multiply
@@ -47,9 +48,10 @@ def additive(scale: float = 1.0) -> Coupling:
 
     u: the stream's structure and shapes, in any floating dtype. Exact on a grid.
     """
+    scale = constant("scale", scale)
 
     def update(u, x, grid):
-        u = _like(u, x)
+        u = like_stream(u, x)
         return snap(grid, u if scale == 1 else jax.tree.map(lambda leaf: scale * leaf, u))
 
     def merge(x, u, grid):
@@ -69,7 +71,7 @@ def leapfrog(step: float) -> Coupling:
 
     step: h. u: as for `additive`. Exact on a grid.
     """
-    return additive(2 * step)
+    return additive(2 * constant("step", step))
 
 
 def affine(bound: float = 2.0) -> Coupling:
@@ -84,6 +86,7 @@ def affine(bound: float = 2.0) -> Coupling:
     x * s too is in the grid's range: scales above 1 that multiply along a chain use it up. Without
     a grid every layer loses an ulp or so, multiplied by up to `bound` a layer on the way back.
     """
+    bound = constant("bound", bound)
     if not 1 < bound <= 2:
         raise ValueError(f"got bound={bound}, expected more than 1 and at most 2")
 
@@ -93,7 +96,7 @@ def affine(bound: float = 2.0) -> Coupling:
                 f"a branch returned a {type(u).__name__}, expected a pair (raw scale, shift): an "
                 "affine update needs both"
             )
-        raw, shift = _like(u[0], x), _like(u[1], x)
+        raw, shift = like_stream(u[0], x), like_stream(u[1], x)
         # Isolated, because it is to be the same number in both directions.
         exponential = lambda leaf: jnp.exp2(math.log2(bound) * jnp.tanh(leaf))
         scale = isolate(lambda raw: jax.tree.map(exponential, raw), raw)
@@ -122,6 +125,7 @@ def momentum(gamma: float = 0.9) -> Coupling:
     Exact on a grid with a residue of one bit per element; log2(1 / gamma) bits are what is truly
     lost (0.15 at 0.9). Without a grid each layer divides by gamma what rounding lost.
     """
+    gamma = constant("gamma", gamma)
     rounded = round(gamma * 2**SCALE_BITS) / 2**SCALE_BITS
     if not 0.5 <= rounded < 1:
         raise ValueError(f"got gamma={gamma}, expected at least 0.5 and less than 1")
@@ -149,19 +153,35 @@ def bdia() -> Coupling:
     """
     add = additive()
 
+    def gamma_and_update(u, x):
+        gamma, update = trees.pair(u, "a branch", "(gamma, update)")
+        check_gamma(gamma, x)
+        return gamma, update
+
     def merge(x, u, grid):
-        gamma, update = u
+        gamma, update = gamma_and_update(u, x)
         y, residue = _multiply(x, _full(x, jnp.abs(gamma)), grid)
         y = jax.tree.map(lambda leaf: leaf * jnp.sign(gamma).astype(leaf.dtype), y)
         return add.merge(y, update, grid)[0], residue
 
     def unmerge(y, u, residue, grid):
-        gamma, update = u
+        gamma, update = gamma_and_update(u, y)
         y = add.unmerge(y, update, None, grid)
         y = jax.tree.map(lambda leaf: leaf * jnp.sign(gamma).astype(leaf.dtype), y)
         return _divide(y, residue, _full(y, jnp.abs(gamma)), grid)
 
     return Coupling(merge, unmerge)
+
+
+def check_gamma(gamma: Any, x: Any) -> None:
+    """Raises ValueError unless gamma broadcasts to every leaf of the stream."""
+    for leaf in jax.tree.leaves(x):
+        pairs = zip(reversed(jnp.shape(gamma)), reversed(leaf.shape), strict=False)
+        if jnp.ndim(gamma) > leaf.ndim or any(a not in (1, b) for a, b in pairs):
+            raise ValueError(
+                f"got gamma {trees.describe(gamma)}, expected a shape that broadcasts to a stream "
+                f"{trees.describe(leaf)}: one for each example, [B, 1, ...]"
+            )
 
 
 def _multiply(x: Any, scale: Any, grid: Grid | None) -> tuple[Any, Any]:
@@ -187,7 +207,7 @@ def _full(x: Any, value: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.broadcast_to(value, leaf.shape).astype(leaf.dtype), x)
 
 
-def _like(u: Any, x: Any) -> Any:
+def like_stream(u: Any, x: Any) -> Any:
     """`u` cast to the stream's dtypes; raises where its structure or shapes differ."""
     got = [trees.describe(leaf) for leaf in jax.tree.leaves(u)]
     expected = [trees.describe(leaf) for leaf in jax.tree.leaves(x)]
@@ -204,4 +224,14 @@ def _like(u: Any, x: Any) -> Any:
             f"a branch returned {', '.join(got) or type(u).__name__}, expected the shape of the "
             f"stream it updates, {', '.join(expected)}: an update changes no shape"
         )
+    if any(map(_drops_imaginary, jax.tree.leaves(u), jax.tree.leaves(x))):
+        raise ValueError(
+            f"a branch returned {', '.join(got)}, expected real numbers for a stream of them, "
+            f"{', '.join(expected)}: take their real part, or their size"
+        )
     return jax.tree.map(lambda a, b: a.astype(trees.dtype_of(b)), u, x)
+
+
+def _drops_imaginary(u, x):
+    is_complex = lambda leaf: jnp.issubdtype(trees.dtype_of(leaf), jnp.complexfloating)
+    return is_complex(u) and not is_complex(x)

@@ -18,6 +18,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from revnet_jax.core import trees
+from revnet_jax.core.constants import is_whole
 
 DEFAULT_BITS = 12
 
@@ -32,8 +33,8 @@ class Grid:
     bits: int = DEFAULT_BITS
 
     def __post_init__(self):
-        if not 0 <= self.bits <= 22:
-            raise ValueError(f"got a grid of {self.bits} bits, expected 0 to 22")
+        if not is_whole(self.bits) or not 0 <= self.bits <= 22:
+            raise ValueError(f"got a grid of {self.bits!r} bits, expected a whole number, 0 to 22")
 
     def snap(self, tree: Any) -> Any:
         """Rounds every array to the nearest grid point; the gradient passes straight through.

@@ -9,6 +9,7 @@ with denominator 2**12 and the arithmetic is that of integers, so nothing is lef
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -62,15 +63,16 @@ def pack(bits: jax.Array) -> jax.Array:
 
     Rows are padded to whole bytes.
     """
-    rows = bits.reshape(bits.shape[0], -1) if bits.ndim > 1 else bits.reshape(-1)
-    return jnp.packbits(rows, axis=-1)
+    # Not -1, which no size can be told from where there are no rows.
+    shape = (bits.shape[0], math.prod(bits.shape[1:])) if bits.ndim > 1 else (bits.size,)
+    return jnp.packbits(bits.reshape(shape), axis=-1)
 
 
 def unpack(packed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Undoes `pack` for an array of this shape; uint8 zeros and ones."""
-    row = 1
-    for size in shape[1:] if len(shape) > 1 else shape:
-        row *= size
+    row = math.prod(shape[1:] if len(shape) > 1 else shape)
+    if not packed.size:
+        return jnp.zeros(shape, jnp.uint8)
     return jnp.unpackbits(packed, axis=-1, count=row).reshape(shape)
 
 

@@ -55,13 +55,7 @@ def update_in_place(params_L: Any, state_L: Any, update: Update) -> Consumer:
         # Fused with the writing, reading one stack would come after writing another, for all the
         # compiler knows: on CPU it then copies whole stacks, for every layer.
         returned = isolate(update, dparams, state, floats)
-        new = trees.pair(returned, "update", "(params, state)")
-        if jax.tree.structure(new) != jax.tree.structure((floats, state)):
-            raise ValueError(
-                "update returned trees of another structure than the params and state it got, "
-                "expected the same: has it a state, and state_L been passed?"
-            )
-        return _put(written, i, new)
+        return _put(written, i, returned)
 
     return Consumer((floats_L, state_L), lambda written: trees.join(written[0], rest_L), write)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Number
 from typing import Any
 
 import jax
@@ -42,6 +43,15 @@ def pair(value: Any, who: str, expected: str) -> tuple[Any, Any]:
     if not isinstance(value, tuple) or len(value) != 2:
         raise TypeError(f"{who} returned a {type(value).__name__}, expected a pair {expected}")
     return value
+
+
+def check_arrays(tree: Any, who: str) -> None:
+    """Raises TypeError unless all that `who` returned is arrays, or numbers."""
+    for leaf in jax.tree.leaves(tree):
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, Number):
+            raise TypeError(
+                f"{who} returned something of type {type(leaf).__name__}, expected arrays"
+            )
 
 
 def describe(leaf: Any) -> str:

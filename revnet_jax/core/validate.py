@@ -1,12 +1,12 @@
 """One clear line (got, expected, what to do) for arguments that a chain cannot use.
 
-Everything here runs while JAX traces, before anything is compiled, and costs one abstract
-evaluation of a layer for each section.
+Everything here runs while JAX traces, before anything is compiled, and costs an abstract
+evaluation of a layer for each section, of its inverse and of its update.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,29 @@ from jax.core import Tracer
 
 from revnet_jax.core import trees
 from revnet_jax.core.block import Block, Context, ReversibleLayer
+from revnet_jax.core.constants import is_whole
 from revnet_jax.core.exactness import Exactness
+
+
+def checked_sections(sections: Iterable[Any]) -> tuple[Any, ...]:
+    """All of them as a tuple; raises unless each is a section, of a layer."""
+    if hasattr(sections, "layer"):
+        raise TypeError("got a Section as a sequence, expected a list of them: [Section(...)]")
+    sections = tuple(sections)
+    if not sections:
+        raise ValueError("got no sections, expected at least one")
+    for section in sections:
+        if not hasattr(section, "layer"):
+            got = type(section).__name__
+            raise TypeError(f"got a {got} in a sequence, expected Section(layer, params_L)")
+        layer = section.layer
+        if isinstance(layer, type) or not callable(getattr(layer, "forward", None)):
+            got = getattr(layer, "__name__", repr(layer))
+            raise TypeError(
+                f"got {got} as a layer, expected one with `forward`: what `reversible_block(f, g)` "
+                "returns, or an Invertible or PlainLayer of functions"
+            )
+    return sections
 
 
 def check_sections(
@@ -24,19 +46,13 @@ def check_sections(
     """Raises unless each layer maps streams to streams as a chain needs; returns the depths."""
     if backprop not in known:
         raise ValueError(f"got backprop={backprop!r}, expected one of {', '.join(known)}")
-    if not sections:
-        raise ValueError("got no sections, expected at least one")
-    for section in sections:
-        if not hasattr(section, "layer"):
-            got = type(section).__name__
-            raise TypeError(f"got a {got} in a sequence, expected Section(layer, params_L)")
     common_grid(sections)
     check_streams(x)
     depths = []
     for section in sections:
         check_block(section, x)
         depths.append(depth(section))
-        x = _one_layer(section, x, shared, depths[-1])
+        x = _one_layer(section, x, shared, depths[-1], backprop == "reverse")
     return depths
 
 
@@ -51,19 +67,21 @@ def check_reversible(sections: Sequence[Any]) -> list[ReversibleLayer]:
     return [section.layer for section in sections]
 
 
-def check_stored_layers(stored_layers: int, depth: int) -> None:
-    """Raises unless that many layers can store."""
-    if not isinstance(stored_layers, int) or not 0 <= stored_layers <= depth:
+def checked_stored_layers(stored_layers: Any, depth: int) -> int:
+    """How many, as a Python integer; raises unless that many layers can store."""
+    if not is_whole(stored_layers) or not 0 <= stored_layers <= depth:
         raise ValueError(
             f"got stored_layers={stored_layers!r}, expected a whole number from 0 to {depth}, all "
             "layers there are"
         )
+    return int(stored_layers)
 
 
-def check_unroll(unroll: int) -> None:
-    """Raises unless it is a number of layers per loop iteration."""
-    if not isinstance(unroll, int) or unroll < 1:
+def checked_unroll(unroll: Any) -> int:
+    """Layers per loop iteration, as a Python integer; raises unless it is a number of them."""
+    if not is_whole(unroll) or unroll < 1:
         raise ValueError(f"got unroll={unroll!r}, expected a whole number of layers from 1")
+    return int(unroll)
 
 
 def check_probe(probe: Any) -> None:
@@ -111,7 +129,7 @@ def check_streams(x: Any, who: str = "got") -> None:
 def depth(section: Any) -> int:
     """L: the common leading axis of all that is stacked, or the section's `length`."""
     length = section.length
-    if not isinstance(length, int | None):
+    if length is not None and not is_whole(length):
         raise TypeError(f"got length={length!r}, expected a whole number of layers")
     depths: dict[Any, str] = {} if length is None else {length: "length"}
     for name, tree in (("params_L", section.params_L), ("data_L", section.data_L)):
@@ -131,7 +149,7 @@ def depth(section: Any) -> int:
     (result,) = depths
     if result < 1:
         raise ValueError(f"got a chain of {result} layers, expected at least one")
-    return result
+    return int(result)
 
 
 def check_block(section: Any, x: Any) -> None:
@@ -152,34 +170,152 @@ def check_block(section: Any, x: Any) -> None:
         )
 
 
-def _one_layer(section, x, shared, depth):
-    """Evaluates one layer abstractly, and returns what its streams become."""
-    layer, stacked = section.layer, (section.params_L, section.data_L)
-    params, data = jax.eval_shape(lambda tree: jax.tree.map(lambda leaf: leaf[0], tree), stacked)
+def check_update(sections: Sequence[Any], depths: Sequence[int], update: Any) -> None:
+    """Raises unless it returns what it got: parameters and states, alike in shape and dtype."""
+    check_states(sections, depths, update)
+    if update is not None and not callable(update):
+        raise TypeError(
+            f"got update={update!r}, expected a function of (dparams, state, params) that "
+            "returns (params, state)"
+        )
+    if update is None:
+        return
+    floats = [trees.split(section.params_L)[0] for section in sections]
+    traces = [leaf._trace for leaf in jax.tree.leaves(floats) if isinstance(leaf, Tracer)]
+    for section, floats_L in zip(sections, floats, strict=True):
+        if not jax.tree.leaves(floats_L):
+            continue
+        program = _one_update(floats_L, section.state_L, update)
+        # The backward pass runs where `jax.grad` is called. What is traced outside of that, as by
+        # one `jax.jit` of the whole step, is still there; what is traced within, as the parameters
+        # then are, is not.
+        lost = [v for v in _traced(program) if traces and all(v._trace is t for t in traces)]
+        if lost:
+            raise ValueError(
+                f"update closes over traced values ({_described(lost)}) that are gone when it "
+                "runs, in the backward pass, expected constants, or what is traced outside of "
+                "`jax.grad`: pass a learning rate in the state (state_L, one for each layer), or "
+                "jit the whole step"
+            )
+
+
+def _one_update(floats_L, state_L, update):
+    """The program of one layer's update; raises where its results cannot be put in place."""
+    got = params, state = _first_layer((floats_L, state_L))
+
+    def run(dparams, state, params):
+        new = trees.pair(update(dparams, state, params), "update", "(params, state)")
+        trees.check_arrays(new, "update")
+        return new
+
+    program, new = jax.make_jaxpr(run, return_shape=True)(params, state, params)
+    if jax.tree.structure(new) != jax.tree.structure(got):
+        raise ValueError(
+            "update returned trees of another structure than the params and state it got, "
+            "expected the same: has it a state, and state_L been passed?"
+        )
+    for (path, leaf), before in zip(
+        jax.tree_util.tree_leaves_with_path(new), jax.tree.leaves(got), strict=True
+    ):
+        if trees.describe(leaf) != trees.describe(before):
+            where = ("params", "state")[path[0].idx] + jax.tree_util.keystr(path[1:])
+            raise ValueError(
+                f"update returned {where} {trees.describe(leaf)}, expected {trees.describe(before)}"
+                ": new values take the place of the old, and keep their shapes and dtypes"
+            )
+    return program
+
+
+def _one_layer(section, x, shared, depth, reverses):
+    """Evaluates one layer abstractly, and returns what its streams become.
+
+    reverses: undoes it, too, if it has an inverse.
+    """
+    layer = section.layer
+    params, data = _first_layer((section.params_L, section.data_L))
+    reverses = reverses and isinstance(layer, ReversibleLayer)
 
     def forward(params, x, shared, data):
-        return layer.forward(params, x, Context(shared, data))[0]
+        if reverses and isinstance(layer, Block):
+            return _there_and_back(layer, params, x, Context(shared, data))
+        y, _, residue, *_ = layer.forward(params, x, Context(shared, data))
+        return y, residue if reverses else None
 
-    program, y = jax.make_jaxpr(forward, return_shape=True)(params, x, shared, data)
-    check_streams(y, f"the {type(layer).__name__} returned")
+    def inverse(params, y, residue, shared, data):
+        return layer.inverse(params, y, residue, Context(shared, data))
+
+    name = type(layer).__name__
+    program, (y, residue) = jax.make_jaxpr(forward, return_shape=True)(params, x, shared, data)
+    check_streams(y, f"the {name} returned")
     if depth > 1:
-        if len(y) != len(x):
-            raise ValueError(f"the layer maps {len(x)} streams to {len(y)}, expected as many")
-        for i, (before, after) in enumerate(zip(x, y, strict=True)):
-            got = [trees.describe(leaf) for leaf in jax.tree.leaves(after)]
-            expected = [trees.describe(leaf) for leaf in jax.tree.leaves(before)]
-            if got != expected or jax.tree.structure(before) != jax.tree.structure(after):
-                raise ValueError(
-                    f"the layer maps stream {i} from {', '.join(expected)} to {', '.join(got)}, "
-                    "expected the layers of a chain to keep shapes and dtypes: put one that "
-                    "changes them into a section of its own"
-                )
-    # A custom gradient cannot see what a branch closes over, and outlives it.
-    closed_over = [trees.describe(v) for v in program.consts if isinstance(v, Tracer)]
+        _check_kept(x, y)
+    _check_closed_over(program)
+    if reverses and isinstance(layer, Block):
+        _check_undone("a coupling's unmerge", *residue)
+    elif reverses:
+        program, rebuilt = jax.make_jaxpr(inverse, return_shape=True)(
+            params, y, residue, shared, data
+        )
+        check_streams(rebuilt, f"the inverse of the {name} returned")
+        _check_undone(f"the inverse of the {name}", x, rebuilt)
+        _check_closed_over(program)
+    return y
+
+
+def _there_and_back(block, params, x, context):
+    """(y, (streams before each update, the same after undoing it)), each branch evaluated once."""
+    streams, before, rebuilt = list(x), [], []
+    for step, step_params in zip(block.half_steps, params, strict=True):
+        u, _, streams, _ = step.evaluate(step_params, streams, context)
+        before.append(streams[step.updates])
+        y, residue = step.merge(before[-1], u, block.grid)
+        rebuilt.append(step.coupling.unmerge(y, u, residue, block.grid))
+        streams[step.updates] = y
+    return tuple(streams), (tuple(before), tuple(rebuilt))
+
+
+def _check_kept(x, y):
+    if len(y) != len(x):
+        raise ValueError(f"the layer maps {len(x)} streams to {len(y)}, expected as many")
+    for i, (before, after) in enumerate(zip(x, y, strict=True)):
+        if not _alike(before, after):
+            raise ValueError(
+                f"the layer maps stream {i} from {_described(before)} to {_described(after)}, "
+                "expected the layers of a chain to keep shapes and dtypes: put one that "
+                "changes them into a section of its own"
+            )
+
+
+def _check_undone(who, x, rebuilt):
+    if not _alike(x, rebuilt):
+        raise ValueError(
+            f"{who} returned {_described(rebuilt)}, expected what it undoes, {_described(x)}"
+        )
+
+
+def _check_closed_over(program):
+    """A custom gradient cannot see what a branch closes over, and outlives it."""
+    closed_over = _traced(program)
     if closed_over:
         raise ValueError(
-            f"a branch closes over traced values ({', '.join(closed_over)}), expected it to close "
-            "over constants only: their gradient would be lost. Pass them through the chain's "
-            "`shared`, or `data_L` where each layer has its own"
+            f"a branch closes over traced values ({_described(closed_over)}), or a coupling or an "
+            "inverse does, expected constants only: their gradient would be lost. Pass them "
+            "through the chain's `shared`, or `data_L` where each layer has its own"
         )
-    return y
+
+
+def _traced(program):
+    return [value for value in program.consts if isinstance(value, Tracer)]
+
+
+def _first_layer(tree_L):
+    """Shapes of the trees of one layer."""
+    return jax.eval_shape(lambda tree: jax.tree.map(lambda leaf: leaf[0], tree), tree_L)
+
+
+def _alike(a, b):
+    return jax.tree.structure(a) == jax.tree.structure(b) and _described(a) == _described(b)
+
+
+def _described(tree):
+    return ", ".join(map(trees.describe, jax.tree.leaves(tree))) or "nothing"

@@ -2,18 +2,19 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from revnet_jax.core import (
     Coupling,
     Grid,
-    HalfStep,
+    Invertible,
     Section,
-    additive,
+    bdia_block,
     chain,
-    leapfrog,
     reversible_block,
     sequence,
+    sequence_forward,
     sequence_inverse,
 )
 
@@ -85,6 +86,68 @@ CASES = {
         ValueError,
         "got unroll=0, expected a whole number of layers from 1",
     ),
+    "stored layers a truth": (
+        {"stored_layers": True},
+        ValueError,
+        "got stored_layers=True, expected a whole number from 0 to 3",
+    ),
+    "unroll a truth": ({"unroll": True}, ValueError, "got unroll=True, expected a whole number"),
+    "length a truth": ({"length": True}, TypeError, "got length=True, expected a whole number"),
+    "a function as a layer": (
+        {"layer": double},
+        TypeError,
+        "got double as a layer, expected one with `forward`: what `reversible_block",
+    ),
+    "what builds a layer": (
+        {"layer": reversible_block},
+        TypeError,
+        "got reversible_block as a layer, expected one with `forward`",
+    ),
+    "a layer's class": ({"layer": Invertible}, TypeError, "got Invertible as a layer, expected"),
+    "complex update of a real stream": (
+        {"layer": reversible_block(lambda p, x, c: jax.lax.complex(x, x), double)},
+        ValueError,
+        r"returned complex64\[4\], expected real numbers for a stream of them, float32\[4\]",
+    ),
+    "complex update of an integrator": (
+        {
+            "layer": bdia_block(lambda p, x, c: jax.lax.complex(x, x), double),
+            "data_L": {"gamma": jnp.full((3, 2), 0.5)},
+        },
+        ValueError,
+        r"returned complex64\[4\], expected real numbers",
+    ),
+    "an update that is no array": (
+        {"layer": reversible_block(lambda p, x, c: object(), double)},
+        TypeError,
+        "a branch returned something of type object, expected arrays",
+    ),
+    "an auxiliary output that is no array": (
+        {"layer": reversible_block(*[lambda p, x, c: (x, "hello")] * 2, has_aux=True)},
+        TypeError,
+        "a branch returned something of type str, expected arrays",
+    ),
+    "gamma for one half-step": (
+        {"layer": bdia_block(double, double), "data_L": {"gamma": jnp.full((3, 1), 0.5)}},
+        ValueError,
+        "got 1 gammas for a layer, expected 2, one for each half-step",
+    ),
+    "gamma for none": (
+        {"layer": bdia_block(double, double), "data_L": {"gamma": jnp.full(3, 0.5)}},
+        ValueError,
+        "got None gammas for a layer, expected 2",
+    ),
+    "gamma of another shape": (
+        {"layer": bdia_block(double, double), "data_L": {"gamma": jnp.full((3, 2, 7), 0.5)}},
+        ValueError,
+        r"got gamma float32\[7\], expected a shape that broadcasts to a stream float32\[4\]",
+    ),
+    "gamma of more axes": (
+        {"layer": bdia_block(double, double), "data_L": {"gamma": jnp.full((3, 2, 1, 4), 0.5)}},
+        ValueError,
+        r"got gamma float32\[1,4\], expected a shape that broadcasts",
+    ),
+    "update no function": ({"update": "sgd"}, TypeError, "got update='sgd', expected a function"),
     "a state without an update": (
         {"state_L": jnp.ones(3)},
         ValueError,
@@ -143,21 +206,82 @@ def test_closing_over_constants_is_fine():
     assert jnp.all(jax.grad(loss)(PARAMS_L)[0] != 0)
 
 
-def test_a_half_step_cannot_read_what_it_updates():
-    with pytest.raises(ValueError, match="updates stream 1 and reads"):
-        HalfStep(double, updates=1, reads=(0, 1), coupling=additive())
+def swap(params, x, context):
+    return x[1], x[0] * params
 
 
-def test_a_coupling_and_a_grid_are_made_before_they_are_passed():
-    with pytest.raises(TypeError, match=r"got coupling=.*leapfrog.*, expected a Coupling: what"):
-        reversible_block(double, double, coupling=leapfrog)
-    with pytest.raises(TypeError, match=r"got grid=12, expected Grid\(bits\)"):
-        reversible_block(double, double, grid=12)
+def unswap(params, y, context):
+    return y[1] / params, y[0]
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+def test_an_inverse_that_closes_over_something_traced(wrap):
+    def invertible(weight):
+        return Invertible(swap, lambda *args: (unswap(*args)[0] * weight, args[1][0])), jnp.ones(3)
+
+    def block(weight):
+        coupling = Coupling(lambda x, u, grid: (x + u, None), lambda y, u, _, grid: y - u * weight)
+        return reversible_block(double, double, coupling=coupling), PARAMS_L
+
+    for make in (invertible, block):
+        loss = lambda weight, make=make: jnp.sum(chain(*make(weight), X)[0][0])
+        with pytest.raises(
+            ValueError, match=r"closes over traced values \(float32\[\]\).*`shared`"
+        ):
+            jax.grad(wrap(loss))(2.0)
+
+
+@pytest.mark.parametrize(
+    ("undo", "message"),
+    [
+        (
+            lambda p, y, c: y[:1],
+            r"returned float32\[4\], expected what it undoes, float32\[4\], fl",
+        ),
+        (lambda p, y, c: list(unswap(p, y, c)), "returned streams of type list, expected a plain"),
+        (
+            lambda p, y, c: (y[1].astype(jnp.float16), y[0]),
+            r"returned float16\[4\], float32\[4\], ",
+        ),
+    ],
+)
+def test_what_an_inverse_returns(undo, message):
+    layer = Invertible(swap, undo)
+    with pytest.raises((TypeError, ValueError), match=f"the inverse of the Invertible {message}"):
+        chain(layer, jnp.ones(3), X)
+    chain(layer, jnp.ones(3), X, backprop="store")  # which has no use for it
+
+
+def test_what_an_unmerge_returns():
+    coupling = Coupling(lambda x, u, grid: (x + u, None), lambda y, u, residue, grid: y[:1])
+    message = (
+        r"a coupling's unmerge returned float32\[1\], .*, expected what it undoes, float32\[4\]"
+    )
+    with pytest.raises(ValueError, match=message):
+        call(layer=reversible_block(double, double, coupling=coupling))
+
+
+def test_whole_numbers_may_be_of_numpy():
+    call(stored_layers=np.int64(1), length=np.int64(3), unroll=np.int32(2))
 
 
 def test_inverse_checks_its_arguments_too():
     with pytest.raises(ValueError, match="got 1 streams, expected the 2"):
         sequence_inverse([Section(BLOCK, PARAMS_L)], X[:1])
+
+
+def test_a_sequence_may_be_generated():
+    sections = [Section(BLOCK, PARAMS_L)] * 2
+    y, _, residues = sequence_forward(iter(sections), X)
+    assert all(map(jnp.array_equal, y, sequence(sections, X)[0]))
+    assert all(map(jnp.array_equal, y, sequence(iter(sections), X)[0]))
+    assert all(map(jnp.array_equal, X, sequence_inverse(iter(sections), y, residues)))
+
+
+@pytest.mark.parametrize("run", [sequence, sequence_forward, sequence_inverse])
+def test_a_section_alone_is_no_sequence(run):
+    with pytest.raises(TypeError, match=r"got a Section as a sequence, expected a list of them"):
+        run(Section(BLOCK, PARAMS_L), X)
 
 
 def test_a_sequence_takes_sections():
@@ -189,12 +313,45 @@ def test_what_a_branch_and_a_coupling_return(branch, options, message):
     [
         (lambda d, s, p: p[0], r"update returned a .*, expected a pair \(params, state\)"),
         (lambda d, s, p: (p, p), "another structure than .* has it a state"),
+        (
+            lambda d, s, p: ((p[0], p[1][None]), s),
+            r"update returned params\[1\] float32\[1\], expected float32\[\]: new values",
+        ),
+        (
+            lambda d, s, p: ((p[0].astype(jnp.float16), p[1]), s),
+            r"update returned params\[0\] float16\[\], expected float32\[\]: new values",
+        ),
+        (lambda d, s, p: ((p[0], "p"), s), "update returned something of type str, expected arr"),
     ],
 )
 def test_what_an_update_returns(update, message):
     loss = lambda params_L: jnp.sum(call(params_L=params_L, update=update)[0][0])
     with pytest.raises((TypeError, ValueError), match=message):
         jax.grad(loss)(PARAMS_L)
+
+
+def test_an_update_of_another_state():
+    update = lambda dparams, state, params: (params, {"rate": state["rate"][None]})
+    message = r"update returned state\['rate'\] float32\[1\], expected float32\[\]"
+    with pytest.raises(ValueError, match=message):
+        call(update=update, state_L={"rate": jnp.ones(3)})
+
+
+def test_a_learning_rate_that_is_traced():
+    """What is traced outside of `jax.grad` outlives the backward pass, and may be closed over."""
+
+    def loss(params_L, rate):
+        update = lambda d, s, p: (jax.tree.map(lambda p, d: p - rate * d, p, d), s)
+        y, _ = call(params_L=params_L, update=update)
+        return jnp.sum(y[0] * y[1])
+
+    new = jax.jit(jax.grad(loss))(PARAMS_L, 0.1)
+    assert all(map(jnp.array_equal, new, jax.grad(loss)(PARAMS_L, 0.1)))
+    message = (
+        r"update closes over traced values \(float32\[\]\).*in the state \(state_L.*jit the whole"
+    )
+    with pytest.raises(ValueError, match=message):
+        jax.grad(jax.jit(loss))(PARAMS_L, 0.1)
 
 
 def test_free_streams_may_be_narrow():

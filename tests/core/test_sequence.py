@@ -351,3 +351,22 @@ def test_forward_mode_through_reverse():
         jax.jvp(run, (X,), (X,))
     with pytest.raises(TypeError, match=r"forward-mode.*\(jvp\).*custom_vjp function"):
         jax.jvp(toy.jit(run), (X,), (X,))
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (3, 0)])
+def test_streams_without_elements(shape):
+    """A last batch may be empty: nothing to compute, nothing that could differ."""
+    pair = lambda params, x, context: (x * params, jnp.sin(x) * params)
+    x = (jnp.ones(shape), jnp.ones(shape))
+    block = reversible_block(pair, pair, coupling=affine())
+
+    def loss(params_L, x, probe):
+        y, _ = chain(block, params_L, x, probe=probe)
+        return jnp.sum(y[0] * y[1])
+
+    dparams, dx, exactness = toy.jit(jax.grad(loss, argnums=(0, 1, 2)))(
+        PARAMS_L, x, Exactness.probe()
+    )
+    assert [leaf.shape for leaf in dx] == [shape, shape]
+    assert not any(map(jnp.any, dparams))
+    assert exactness == (0, 0, 0)

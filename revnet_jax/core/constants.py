@@ -1,0 +1,33 @@
+"""Numbers that a layer is built with, as `step` or `bits`: checked where they come in."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral
+from typing import Any
+
+from jax.core import Tracer
+
+from revnet_jax.core import trees
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number, of Python's or NumPy's; booleans are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def constant(name: str, value: Any) -> float:
+    """The finite number as a float; raises TypeError or ValueError unless it is one."""
+    if isinstance(value, Tracer):
+        raise TypeError(
+            f"got {name}=a traced {trees.describe(value)}, expected a constant, which is compiled "
+            "into the layer. Let a branch multiply by what is learnt (in its params), or by what "
+            "differs from layer to layer (in `data_L`)"
+        )
+    try:
+        number = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"got {name}={value!r}, expected a finite number")
+    return number
