@@ -87,13 +87,13 @@ def _checksums(leaves, rows):
             # the array has examples side by side in memory: 4 of them in the place of 128.
             if longer := [i for i, n in enumerate(leaf.shape) if n > limits[i]]:
                 limits[longer[-1]] = 2
-            bits = _mixed(_bits(lax.slice(leaf, [0] * leaf.ndim, limits)))
+            bits = _bits(lax.slice(leaf, [0] * leaf.ndim, limits))
             if has_examples:
-                sums += jnp.sum(bits, axis=tuple(range(1, leaf.ndim)), dtype=jnp.int32)
+                sums += _mixed(jnp.sum(bits, axis=tuple(range(1, leaf.ndim)), dtype=jnp.int32))
             else:
                 of_none.append(bits.reshape(-1))
     # Side by side, so that they take one kernel, not one each: a branch of a RevNet has ten.
-    return sums + jnp.sum(jnp.concatenate(of_none), dtype=jnp.int32)
+    return sums + jnp.sum(_mixed(jnp.concatenate(of_none)), dtype=jnp.int32)
 
 
 def _bits(leaf):
