@@ -66,8 +66,8 @@ def as_table(report: Mapping[str, Any]) -> str:
     lines += [
         "",
         "of one device and step; gradients: at most; activations: all the rest; ms by roofline:",
-        "a lower bound, and what is sent after what is computed; MFU at most: the time that store's",
-        "arithmetic would take at the chip's peak, as a share of ms at least",
+        "a lower bound, and what is sent after what is computed; MFU at most: the time that",
+        "store's arithmetic would take at the chip's peak, as a share of ms at least",
         *[_GPU_MEMORY] * is_gpu,
         "",
         f"take {found['strategy'] or 'none'}: {found['reason']}",
