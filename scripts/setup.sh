@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv in the clone, with what pyproject.toml asks for, in the versions that were tested.
-#   scripts/setup.sh [EXTRA,...]     extras: dev, tpu, cuda13, gpu_compiler
+#   scripts/setup.sh [EXTRA,...]     extras: dev, text, tpu, cuda13, gpu_compiler
 # Needs Python 3.11 or later; PYTHON names another interpreter than python3.
 set -euo pipefail
 cd "$(dirname "$0")/.."

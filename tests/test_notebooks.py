@@ -10,10 +10,44 @@ from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((pathlib.Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+# What the prose rests on: lines that are committed, and printed again.
+LINES = {
+    "01_extend_a_block": (
+        "elements not rebuilt, all steps together: 0",
+        "pixels that differ: 0 of 22976",
+        r"gradient = store, bfloat16  ok  .*\n(.*\n){10,}gradient = store, bfloat16  ok",
+    ),
+    "02_where_the_memory_goes": (r"a layer +768\.0 \| +768\.0 +256\.0 \| +256\.0 +0\.0 \| +0\.0",),
+    "03_is_the_gradient_right": (
+        r"bfloat16  free floats +8 +0\.0e\+00 +[1-9]",
+        r"bfloat16  free floats +128 +[1-9]\.\de-01",
+        r"bfloat16  on the grid +128 +0\.0e\+00 +0 of 2048",
+        "64 layers: 0 elements of the output differ\n0 elements of the input not rebuilt\n"
+        r"the gradients differ by 0\.0e\+00",
+        r"Grid\(bits=12\): 0 elements .*\nGrid\(bits=20\): [1-9]\d* elements not rebuilt",
+    ),
+}
 
 
 def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def printed(notebook):
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    return "".join(output.text for output in outputs if output.output_type == "stream")
+
+
+def check_lines(name, text):
+    for line in LINES[name]:
+        assert re.search(line, text), line
+    if name.startswith("02"):  # written out, remat saves nothing on a CPU
+        kib = dict(re.findall(r"^(store|remat|reverse) +([\d,]+) +[\d,]+$", text, re.MULTILINE))
+        store, remat, reverse = (
+            int(kib[n].replace(",", "")) for n in ("store", "remat", "reverse")
+        )
+        assert 0.95 * store < remat < 1.05 * store
+        assert reverse < 0.3 * store
 
 
 def test_there_are_notebooks():
@@ -31,6 +65,7 @@ def test_it_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     notebook = nbformat.read(path, as_version=4)
+    check_lines(path.stem, printed(notebook))
     client = NotebookClient(
         notebook,
         timeout=600,
@@ -38,8 +73,9 @@ def test_it_runs(path, tmp_path, monkeypatch):
         resources={"metadata": {"path": str(tmp_path)}},
     )
     client.execute()
-    printed = [output for cell in code_cells(notebook) for output in cell.outputs]
-    assert not [output.text for output in printed if output.get("name") == "stderr"]
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    assert not [output.text for output in outputs if output.get("name") == "stderr"]
+    check_lines(path.stem, printed(notebook))
 
 
 @every_notebook

@@ -62,7 +62,9 @@ def chain(
       `shared`, and say how many they are by `length`.
     x: a tuple of streams. Snapped to the block's grid, where it has one. Differentiated.
     shared: side inputs that every layer sees; differentiated, cotangents summed over layers.
-    backprop: `store`, `remat_dots`, `remat`, `offload` or `reverse`: see `strategies`.
+    backprop: `store`, `remat_dots`, `remat`, `offload` or `reverse`: see `strategies`. On a CPU
+      `remat` saves nothing for a chain of one layer, which is outside a loop: XLA's CPU compiler
+      drops the barrier and computes the layer once. Compiled for an H100 it saves.
     stored_layers: how many layers, counted from the last, store whatever `backprop` says: memory
       that is left spent on compute that is saved.
     unroll: layers per loop iteration, where they store or reverse and nothing is updated; others

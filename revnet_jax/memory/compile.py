@@ -76,6 +76,15 @@ class Compiler:
     cache_dir: Path
     report: Callable[[str], None]
 
+    def refusals(self, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+        """The names of those configs that cannot be trained, and why; asked once, of all of them.
+
+        None where the process that looks at them ends in any other way: compiling will tell.
+        """
+        process = self._ask({"configs": {name: dict(each) for name, each in settings.items()}})
+        lines = process.stdout.splitlines()
+        return json.loads(lines[-1]).get("refusals", {}) if lines else {}
+
     def steps(
         self, settings: Mapping[str, Mapping[str, Any]]
     ) -> dict[str, CompiledStep | NotCompiled]:
@@ -95,23 +104,22 @@ class Compiler:
         return {name: results[name] for name in settings}
 
     def _step(self, settings):
-        request = {
-            "config": dict(settings),
-            "topology": self.topology.name,
-            "cache_dir": str(self.cache_dir),
-        }
+        started = time.monotonic()
+        process = self._ask({"config": dict(settings)})
+        return _result(process), time.monotonic() - started
+
+    def _ask(self, request):
+        request |= {"topology": self.topology.name, "cache_dir": str(self.cache_dir)}
         # Executables from JAX's own cache are not asked: those of a topology cannot be loaded.
         environment = {"JAX_ENABLE_COMPILATION_CACHE": "false", **self.topology.environment}
         environment["JAX_TRACEBACK_FILTERING"] = "off"  # the last line is to be the error's
-        started = time.monotonic()
-        process = subprocess.run(
+        return subprocess.run(
             [sys.executable, "-m", "revnet_jax.memory.worker"],
             input=json.dumps(request),
             capture_output=True,
             text=True,
             env={**os.environ, **environment},
         )
-        return _result(process), time.monotonic() - started
 
 
 def _result(process):

@@ -35,18 +35,21 @@ def plan(
       further compilations of each.
     by_part: give each row `parts`, where its time goes (see `by_part.by_part`).
 
-    Returns settings of the plan, a list of rows, and a recommendation. Sizes are bytes, and flops,
+    Returns settings of the plan, a list of rows, why strategies were left out, by name, and a
+    recommendation. Sizes are bytes, and flops,
     of one device; `least_ms` (all that is sent is sent beside what is computed), `in_turn_ms` (one
     after the other) and `utilization` (by `least_ms`) are null for devices not in `CHIPS`.
 
-    Raises UserError for a strategy there is not, for parts of anything but GPUs, and where nothing
-    could be compiled.
+    Raises UserError for a strategy there is not, for settings that no strategy can be trained in,
+    for parts of anything but GPUs, and where nothing could be compiled.
     """
     topology = compiler.topology
     if by_part and not (topology.is_gpu or topology.name == LOCAL):
         raise _no_parts(topology.name)
     overrides = chosen(list(strategies) if strategies else None, variants(config))
-    steps = compiler.steps({name: {**config, **each} for name, each in overrides.items()})
+    settings = {name: {**config, **each} for name, each in overrides.items()}
+    left_out = refused(settings, compiler)
+    steps = compiler.steps({name: settings[name] for name in settings if name not in left_out})
     compiled = {name: step for name, step in steps.items() if isinstance(step, CompiledStep)}
     if not compiled:
         raise UserError(next(iter(steps.values())).error)
@@ -78,8 +81,20 @@ def plan(
         "batch_size": config["batch_size"],
         "layers": depth(config),
         "rows": rows,
+        "left_out": left_out,
         "recommendation": recommend(rows, any_step.limit_bytes),
     }
+
+
+def refused(settings: Mapping[str, Mapping[str, Any]], compiler: Compiler) -> dict[str, str]:
+    """Why some of these strategies cannot be, said in a line each; UserError if none can."""
+    found = compiler.refusals(settings)
+    if len(found) == len(settings):
+        raise UserError(next(iter(found.values())))
+    for error in dict.fromkeys(found.values()):
+        names = [name for name in found if found[name] == error]
+        compiler.report(f"left out {', '.join(names)}: {error}")
+    return found
 
 
 def _no_parts(got):
@@ -104,12 +119,10 @@ def recommend(rows: Sequence[Row], limit_bytes: int | None) -> dict[str, str | N
     best = min(fitting, key=cost)
     needs = f"{size(best['needed_bytes'])} of {room}"
     refused = [row["strategy"] for row in known if not row["fits"]]
-    others = f", which {', '.join(refused)} would not" if refused else ""
+    others = f"; {', '.join(refused)} would not fit" if refused else ""
     by = "fastest by roofline" if best["least_ms"] else "least arithmetic"
-    return {
-        "strategy": best["strategy"],
-        "reason": f"{by} of those that fit: it needs {needs}{others}",
-    }
+    why = f"{by} of those that fit" if len(fitting) > 1 else "it fits"
+    return {"strategy": best["strategy"], "reason": f"{why}: it needs {needs}{others}"}
 
 
 def _failed(name, step):

@@ -66,12 +66,9 @@ def as_table(report: Mapping[str, Any]) -> str:
     lines += [
         "",
         "of one device and step; gradients: at most; activations: all the rest; ms by roofline:",
-        "a lower bound, and what is sent after what is computed; MFU: the share of the first that",
-        "store's arithmetic takes at the chip's peak",
-        *(
-            ["memory of a GPU: the share that JAX takes; XLA_CLIENT_MEM_FRACTION=0.9 takes more"]
-            * is_gpu
-        ),
+        "a lower bound, and what is sent after what is computed; MFU at most: the time that",
+        "store's arithmetic would take at the chip's peak, as a share of ms at least",
+        *[_GPU_MEMORY] * is_gpu,
         "",
         f"take {found['strategy'] or 'none'}: {found['reason']}",
         *(line for name, rows in parts.items() for line in _by_part(name, rows)),

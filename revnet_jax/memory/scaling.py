@@ -9,7 +9,7 @@ from revnet_jax.errors import UserError
 from revnet_jax.memory.chips import chip_of
 from revnet_jax.memory.compile import Compiler, NotCompiled
 from revnet_jax.memory.gpus import GPUS
-from revnet_jax.memory.plan import Row, row_of
+from revnet_jax.memory.plan import Row, refused, row_of
 from revnet_jax.memory.plan_report import GIB, either, markdown, milliseconds
 from revnet_jax.memory.topology import Topology
 from revnet_jax.memory.units import size
@@ -31,8 +31,8 @@ def scaling(
     Returns settings and a list of rows: those of a plan, and `efficiency`, throughput per device
     over that of the first topology, and `in_turn_efficiency`, by the times of a plan's names.
 
-    Raises UserError for more than one strategy, one that there is not, and a batch that the first
-    topology cannot split.
+    Raises UserError for more than one strategy, an unknown one, settings that cannot be used, and
+    a batch that the first topology cannot split.
     """
     (name, overrides), batch = _strategy(config, strategies), config["batch_size"]
     first = compilers[0].topology.num_devices
@@ -41,6 +41,8 @@ def scaling(
             f"config.batch_size: got {batch}, expected a multiple of the {first} devices of "
             f"{compilers[0].topology.name}: each has as much of a batch, whatever their number"
         )
+    settings = grown(config, batch // first, compilers[0].topology)
+    refused({name: {**settings, **overrides}}, compilers[0])
     rows = []
     for compiler in compilers:
         settings = grown(config, batch // first, compiler.topology)

@@ -2,7 +2,8 @@
 
 Reads a request, JSON, from stdin: {"config": settings by dotted key, "topology": name,
 "cache_dir": folder}. Writes to stdout one line of JSON: {"step": ...} with the fields of
-`CompiledStep`, or {"error": a line for the user}.
+`CompiledStep`, or {"error": a line for the user}. Asked with {"configs": settings by name} in place
+of "config", it compiles nothing and writes {"refusals": ...}, as of `refusals`.
 """
 
 from __future__ import annotations
@@ -28,27 +29,38 @@ from revnet_jax.memory.chips import chip_of, fillable_bytes
 from revnet_jax.memory.counts import arithmetic
 from revnet_jax.memory.topology import Topology, devices, parse_topology
 from revnet_jax.training import auto, compiler
-from revnet_jax.training.program import StepProgram, step_program
+from revnet_jax.training.program import StepProgram, recipe_on, step_program
 
 
 def main() -> None:
     request = json.loads(sys.stdin.read())
     try:
         topology = parse_topology(request["topology"])
+        if "configs" in request:
+            print(json.dumps({"refusals": refusals(request["configs"], topology)}))
+            return
         step = measure(as_config(request["config"]), topology, Path(request["cache_dir"]))
         print(json.dumps({"step": step}))
     except UserError as error:
         print(json.dumps({"error": str(error)}))
 
 
+def refusals(configs: Mapping[str, Mapping[str, Any]], topology: Topology) -> dict[str, str]:
+    """The names of those configs that cannot be trained there, each with a line that says why."""
+    found, targets = {}, devices(topology)
+    for name, settings in configs.items():
+        try:
+            _check_offload(config := as_config(settings), targets)
+            recipe_on(config, targets)
+        except UserError as error:
+            found[name] = str(error)
+    return found
+
+
 def measure(config: ConfigDict, topology: Topology, cache_dir: Path) -> dict[str, Any]:
     """The fields of `CompiledStep`; what the compiler said is looked up if it was asked before."""
     targets = devices(topology)
-    platform = targets[0].platform
-    if platform == "cpu" and "offload" in config.model.backprop:
-        raise ConfigError(
-            "config.model.backprop: got offload on a CPU, expected a device with memory of its own"
-        )
+    _check_offload(config, targets)
     program = step_program(config, targets)
     traced = program.step.trace(program.state, program.batch)
     lowered = traced.lower()
@@ -64,11 +76,18 @@ def measure(config: ConfigDict, topology: Topology, cache_dir: Path) -> dict[str
         "num_devices": len(targets),
         "device_kind": targets[0].device_kind,
         "limit_bytes": int(config.memory_limit_gib * 2**30) or _limit_bytes(targets[0]),
-        "flops": arithmetic(traced.jaxpr, platform=platform),
+        "flops": arithmetic(traced.jaxpr, platform=targets[0].platform),
         "cached": cached,
         **_sizes(program, config),
         **json.loads(path.read_text()),
     }
+
+
+def _check_offload(config, targets):
+    if targets[0].platform == "cpu" and "offload" in config.model.backprop:
+        raise ConfigError(
+            "config.model.backprop: got offload on a CPU, expected a device with memory of its own"
+        )
 
 
 def as_config(settings: Mapping[str, Any]) -> ConfigDict:

@@ -144,7 +144,7 @@ def check_layerwise(optimizer: optax.GradientTransformation, params: Any) -> Non
         raise ValueError(
             "got lockstep and an optimizer that looks at all gradients at once (a global norm?), "
             "expected one that looks at a layer's: gradients of a chain never exist together. Clip "
-            "each layer by its own norm: clip='layer'"
+            "each layer by its own norm: --config.optimizer.clip=layer"
         )
 
 

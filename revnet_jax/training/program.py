@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from revnet_jax.training.build import build_recipe, check_split
+from revnet_jax.training.build import Recipe, build_recipe, check_split
 from revnet_jax.training.compiler import jit
 from revnet_jax.training.sharding import batch_sharding, make_mesh, on_mesh, placed
 from revnet_jax.training.step import TrainState, init_state, make_train_step
@@ -41,20 +41,30 @@ def step_program(
 
     Nothing is computed. Raises ConfigError for settings that cannot be used.
     """
-    platform = devices[0].platform
-    task, schedule, optimizer = build_recipe(config, stored_layers, platform=platform)
-    mesh = make_mesh(devices, **config.mesh)
-    check_split(config, mesh)
+    (task, schedule, optimizer), mesh = recipe_on(config, devices, stored_layers)
     init = lambda: init_state(task.network, optimizer, config.seed)
     step = make_train_step(task, optimizer, schedule, microbatches=config.microbatches)
     state = placed(init, task.network.rules, mesh)
     # What `jit` asks of the compiler on CPU, other compilers do not know.
-    step = jit_step(step, mesh, state, jit if platform == "cpu" else jax.jit)
+    step = jit_step(step, mesh, state, jit if devices[0].platform == "cpu" else jax.jit)
     batch = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=batch_sharding(mesh))
         for name, leaf in task.batch_shapes(config.batch_size).items()
     }
     return StepProgram(task, mesh, init, step, state, batch)
+
+
+def recipe_on(
+    config: ConfigDict, devices: Sequence[jax.Device], stored_layers: int | None = None
+) -> tuple[Recipe, Mesh]:
+    """What is trained, and the mesh of devices that it is split over; arguments: `step_program`.
+
+    The step is not traced. Raises ConfigError for settings that cannot be used.
+    """
+    recipe = build_recipe(config, stored_layers, platform=devices[0].platform)
+    mesh = make_mesh(devices, **config.mesh)
+    check_split(config, mesh)
+    return recipe, mesh
 
 
 def jit_step(

@@ -56,7 +56,11 @@ class FakeCompiler:
 
     def __init__(self, say):
         self._say = say
-        self.asked = []
+        self.asked, self.lines = [], []
+        self.report = self.lines.append
+
+    def refusals(self, settings):
+        return {}
 
     def steps(self, settings):
         self.asked += settings.values()
@@ -110,7 +114,7 @@ def test_rows_say_what_fits_and_what_it_is_made_of(tiny_config):
     assert reverse["utilization"] == pytest.approx(0.8)  # of 5 operations one is recomputed
     assert store["least_ms"] is None
     assert report["recommendation"]["strategy"] == "reverse"
-    assert "which store would not" in report["recommendation"]["reason"]
+    assert "; store would not fit" in report["recommendation"]["reason"]
     json.dumps(report)
 
 
@@ -149,7 +153,10 @@ def test_of_equal_times_the_least_memory_is_taken():
         | {"needed_bytes": needed}
         for name, needed in (("store", 9), ("remat", 8))
     ]
-    assert recommend(rows, 10)["strategy"] == "remat"
+    found = recommend(rows, 10)
+    assert found["strategy"] == "remat"
+    assert found["reason"].startswith("fastest by roofline of those that fit: it needs")
+    assert recommend(rows[:1], 10)["reason"].startswith("it fits: it needs")  # no race of one
     assert "of an unknown memory" in recommend(rows, None)["reason"]
 
 
@@ -158,6 +165,26 @@ def test_where_nothing_fits_the_least_demand_is_named():
     found = recommend([row, {**row, "strategy": "remat", "needed_bytes": None}], 16 * GIB)
     assert found["strategy"] is None
     assert "16.00 GiB (store asks for 22.00 GiB)" in found["reason"]
+
+
+def test_settings_are_checked_once_before_anything_compiles(tiny_config, tmp_path, monkeypatch):
+    """What no strategy can use is an error; strategies that cannot be are left out, in a line."""
+    lines, compiled = [], []
+    compiler = Compiler(LOCAL, tmp_path, lines.append)
+    say = lambda _, settings: compiled.extend(settings) or dict.fromkeys(settings, STEP)
+    monkeypatch.setattr(Compiler, "steps", say)
+    tiny_config.optimizer.update({"clip": "global", "clip_norm": 1.0})
+    names = ["store", "reverse", "offload", "store/lockstep", "reverse/lockstep"]
+    report = plan(flatten(tiny_config), compiler, strategies=names)
+    assert compiled == ["store", "reverse"]
+    on_cpu, lockstep = lines
+    assert on_cpu.startswith("left out offload: config.model.backprop: got offload on a CPU")
+    assert lockstep.startswith("left out store/lockstep, reverse/lockstep: config.optimizer: got")
+    assert lockstep.endswith("--config.optimizer.clip=layer")
+    assert list(report["left_out"]) == ["offload", "store/lockstep", "reverse/lockstep"]
+    with pytest.raises(UserError, match=r"expected at least 1"):
+        plan(flatten(tiny_config) | {"batch_size": 0}, compiler)
+    assert len(lines) == len(compiled) == 2
 
 
 def test_a_strategy_there_is_not(tiny_config):

@@ -22,6 +22,9 @@ class FakeCompiler:
     def report(self, line):
         pass
 
+    def refusals(self, settings):
+        return {}
+
     def steps(self, settings):
         self.asked += settings.values()
         return {name: self._say(self.topology, each) for name, each in settings.items()}
