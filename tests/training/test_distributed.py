@@ -205,7 +205,7 @@ from revnet_jax.training import distributed, sharding
 
 distributed.start(sys.argv[2], 2, int(sys.argv[1]), heartbeat_timeout_seconds=10)
 near = [jax.devices()[i] for i in (0, 4, 1, 5, 7, 2, 3, 6)]  # not by process, as on a torus
-for sizes in ((8, 1, 1), (2, 4, 1), (4, 1, 2), (1, 1, 8)):
+for sizes in ((8, 1, 1, 1), (2, 4, 1, 1), (4, 1, 1, 2), (1, 1, 8, 1)):
     mesh = jax.sharding.Mesh(np.reshape(near, sizes), sharding.AXES)
     batch = {"x": np.arange(48).reshape(24, 2)}
     rows = sharding.local_rows(mesh, 24)
