@@ -103,6 +103,10 @@ def steps(name, wrap, dtype, lockstep):
 )
 def test_ten_steps_equal_the_ordinary_ones(name, dtype, tolerance, moments):
     wrap = lambda optimizer: rounded(optimizer, moments=moments) if moments else optimizer
+    if (name, dtype) == ("muon", "float32"):
+        # Products of a stack round otherwise than a layer's, and five iterations enlarge what lies
+        # along small singular values up to 3.4445**5 times. In float64 1e-12 is kept.
+        tolerance *= 3.4445**5
     with jax.enable_x64(dtype == "float64"), jax.numpy_dtype_promotion("standard"):
         ordinary, norm = steps(name, wrap, dtype, lockstep=False)
         lockstep, lockstep_norm = steps(name, wrap, dtype, lockstep=True)
