@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 
 from revnet_jax.core import trees
 from revnet_jax.core.block import Block, Context, HalfStep, check_branch
@@ -150,9 +149,10 @@ def bdia_block(
 
         def run(params, x, context):
             gammas = (gamma or from_data)(context)
-            count = (
-                len(gammas) if isinstance(gammas, tuple | list) else (*jnp.shape(gammas), None)[0]
-            )
+            try:
+                count = len(gammas)
+            except TypeError:  # a number, or an array without axes
+                count = 0
             if count != 2:
                 raise ValueError(
                     f"got {count} gammas for a layer, expected 2, one for each half-step"

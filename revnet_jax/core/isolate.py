@@ -106,7 +106,7 @@ def _bits(leaf):
 
 
 def _mixed(bits):
-    """int32 from which no differences cancel in a sum: every bit depends on all of its bits.
+    """int32 whose differences hardly cancel in a sum: every bit depends on all of the bits.
 
     Summed as they are, two flips of a sign would be none. The finalizer of MurmurHash3 (Appleby).
     """

@@ -1,4 +1,4 @@
-"""Muon: momentum, each matrix of which is made orthogonal before it is applied.
+"""Muon: each matrix of momentum is made orthogonal before it is applied.
 
 Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/); Liu et al. 2025 (arXiv:2502.16982).
 """
@@ -32,7 +32,7 @@ def scale_by_muon(
     """Muon for kernels, and Adam for all else: embeddings, norms, biases, and kernels in `ENDS`.
 
     Muon is Nesterov momentum of 0.95, then `orthogonalize`. Its updates are as large as Adam's are
-    (Liu et al. 2025, section 2.2), so that both share one learning rate and one weight decay. The
+    (Liu et al. 2025), so that both share one learning rate and one weight decay. The
     best rate need not be AdamW's: for a model of width 128 it was twice that.
 
     What is one matrix goes by a kernel's name and shape, after the axis of layers if it has one:
@@ -142,7 +142,7 @@ def _gathered(cuts, function, part):
 
 
 def _orthogonal(leaf, leading):
-    """Each matrix of a kernel, after so many leading axes."""
+    """A kernel with each of its matrices, which come after so many leading axes, orthogonalized."""
     dims = leaf.ndim - leading
     if dims == 2:
         return orthogonalize(leaf)

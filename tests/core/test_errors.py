@@ -135,7 +135,7 @@ CASES = {
     "gamma for none": (
         {"layer": bdia_block(double, double), "data_L": {"gamma": jnp.full(3, 0.5)}},
         ValueError,
-        "got None gammas for a layer, expected 2",
+        "got 0 gammas for a layer, expected 2",
     ),
     "gamma of another shape": (
         {"layer": bdia_block(double, double), "data_L": {"gamma": jnp.full((3, 2, 7), 0.5)}},

@@ -76,7 +76,7 @@ def test_on_meshes_whose_axes_are_types(layers, settings):
 
 
 def test_gradients_of_shared_inputs_are_added_in_one_order():
-    """Of three layers with two branches that read them: the same bits under all strategies."""
+    """Two branches in each of three layers read them; all strategies give the same bits."""
     scaled = lambda params, x, context: jnp.tanh(x @ params) * context.shared
     x = (jnp.linspace(-1, 1, ROWS * WIDTH).reshape(ROWS, WIDTH),) * 2
 

@@ -48,7 +48,7 @@ def test_slow_averages_move(moments, error):
 
 
 def test_averages_of_noise_in_float8_are_near_those_in_float32():
-    """Of gradients as noise, over four times their memory. Rounded anew in every step, as with
+    """Gradients are noise, for four times the averages' memory. Rounded anew in every step, as with
     scales that follow the largest of a block, they would scatter by several times themselves."""
     adam = optax.scale_by_adam(b2=0.999)
     optimizers = adam, rounded(adam, moments="float8")
