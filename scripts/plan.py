@@ -30,7 +30,7 @@ SCALING = flags.DEFINE_list(
     "scaling", None, "Topologies, the fewest devices first: compare one strategy on all of them."
 )
 STRATEGIES = flags.DEFINE_list("strategies", None, "Some of the rows, by name; all by default.")
-LARGEST = flags.DEFINE_bool("largest", False, "Also find the largest batch and depth that fit.")
+LARGEST = flags.DEFINE_list("largest", [], "Also find the largest batch, depth, context that fit.")
 BY_PART = flags.DEFINE_bool("by_part", False, "Also say which part of the model takes how long.")
 CACHE_DIR = flags.DEFINE_string("cache_dir", str(DEFAULT_CACHE_DIR), "Folder of the answers.")
 JSON = flags.DEFINE_bool("json", False, "Print JSON rather than a table.")

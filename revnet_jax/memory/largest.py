@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+SIZES = ("batch", "depth", "context")  # of a training step, that a plan can search
+
 
 class Largest(NamedTuple):
     """size: the largest that was compiled and fits; None where even the smallest does not.

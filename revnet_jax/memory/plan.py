@@ -8,7 +8,7 @@ from typing import Any
 from revnet_jax.errors import UserError
 from revnet_jax.memory.chips import Chip, chip_of, step_seconds
 from revnet_jax.memory.compile import CompiledStep, Compiler, NotCompiled
-from revnet_jax.memory.largest import largest_that_fits
+from revnet_jax.memory.largest import SIZES, largest_that_fits
 from revnet_jax.memory.topology import LOCAL
 from revnet_jax.memory.traffic import Traffic
 from revnet_jax.memory.units import size
@@ -24,15 +24,15 @@ def plan(
     compiler: Compiler,
     *,
     strategies: Sequence[str] | None = None,
-    largest: bool = False,
+    largest: Sequence[str] = (),
     by_part: bool = False,
 ) -> dict[str, Any]:
     """Compiles the config's training step in every variant, and compares what compilers say.
 
     config: settings by dotted key.
     strategies: names of variants; all that the network has by default.
-    largest: also search, for each, the largest batch and the largest depth that fit: about five
-      further compilations of each.
+    largest: some of `SIZES`, of which each row gets the largest that fits, as `largest_batch` and
+      so on: three to six further compilations each. Contexts are multiples of the config's.
     by_part: give each row `parts`, where its time goes (see `by_part.by_part`).
 
     Returns settings of the plan, a list of rows, why strategies were left out, by name, and a
@@ -40,10 +40,14 @@ def plan(
     of one device; `least_ms` (all that is sent is sent beside what is computed), `in_turn_ms` (one
     after the other) and `utilization` (by `least_ms`) are null for devices not in `CHIPS`.
 
-    Raises UserError for a strategy there is not, for settings that no strategy can be trained in,
-    for parts of anything but GPUs, and where nothing could be compiled.
+    Raises UserError for a strategy or size there is not, for settings that no strategy can be
+    trained in, for parts of anything but GPUs, and where nothing could be compiled.
     """
     topology = compiler.topology
+    sizes = [name for name in SIZES if name != "context" or "data.context" in config]
+    for name in largest:
+        if name not in sizes:
+            raise UserError(f"got largest={name!r}, expected some of {', '.join(sizes)}")
     if by_part and not (topology.is_gpu or topology.name == LOCAL):
         raise _no_parts(topology.name)
     overrides = chosen(list(strategies) if strategies else None, variants(config))
@@ -68,11 +72,12 @@ def plan(
         for row in rows:
             step = compiled.get(row["strategy"])
             row["parts"] = step and step.parts
-    if largest:
-        for row in rows:
-            if row["error"] is None:
-                name = row["strategy"]
-                row |= _largest(name, {**config, **overrides[name]}, compiler, any_step)
+    for row in rows:
+        if row["error"] is None and any_step.limit_bytes is not None:
+            name = row["strategy"]
+            for searched in largest:
+                found = _largest(searched, name, {**config, **overrides[name]}, compiler, any_step)
+                row[f"largest_{searched}"] = found._asdict()
     return {
         "topology": compiler.topology.name,
         "devices": any_step.num_devices,
@@ -177,10 +182,8 @@ def _memory(step: CompiledStep) -> dict[str, int | None]:
     }
 
 
-def _largest(strategy, settings, compiler, step):
-    """The largest batch, and the largest depth, that fit; nothing where memory is not known."""
-    if step.limit_bytes is None:
-        return {}
+def _largest(searched, strategy, settings, compiler, step):
+    """The largest batch, number of layers or context that fits."""
 
     def needed_bytes(changes):
         name = f"{strategy}, " + ", ".join(f"{key} {value}" for key, value in changes.items())
@@ -191,21 +194,20 @@ def _largest(strategy, settings, compiler, step):
         known = result.fits or (result.needed_bytes or 0) > step.limit_bytes
         return result.needed_bytes if known else None
 
-    batch_size = settings["batch_size"]
-    batch = largest_that_fits(
-        lambda n: needed_bytes({"batch_size": n}),
-        batch_size,
-        limit_bytes=step.limit_bytes,
-        step=step.num_devices * settings["microbatches"],
-        most=MOST_TIMES * batch_size,
-    )
-    times = largest_that_fits(
-        lambda n: needed_bytes(deeper(settings, n)),
-        1,
-        limit_bytes=step.limit_bytes,
-        most=MOST_TIMES,
-    )
-    return {
-        "largest_batch": batch._asdict(),
-        "largest_depth": times._replace(size=times.size and times.size * depth(settings))._asdict(),
-    }
+    def search(changes, start, multiple):
+        return largest_that_fits(
+            lambda n: needed_bytes(changes(n)),
+            start,
+            limit_bytes=step.limit_bytes,
+            step=multiple,
+            most=MOST_TIMES * start,
+        )
+
+    if searched == "batch":
+        changes = lambda n: {"batch_size": n}
+        return search(changes, settings["batch_size"], step.num_devices * settings["microbatches"])
+    if searched == "context":
+        changes = lambda n: {"data.context": n}
+        return search(changes, settings["data.context"], settings["data.context"])
+    times = search(lambda n: deeper(settings, n), 1, 1)
+    return times._replace(size=times.size and times.size * depth(settings))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from revnet_jax.memory.largest import SIZES
 from revnet_jax.memory.units import size
 
 GIB = 2**30
@@ -55,8 +56,11 @@ def as_table(report: Mapping[str, Any]) -> str:
     networks = {key: n for key, n in networks.items() if any(r.get(key) for r in report["rows"])}
     header = ["strategy", "fits", "peak", *PARTS.values(), "GFLOP", "moved", *networks.values()]
     header += ["ms at least", "ms in turn", "MFU at most, %"]
-    if any("largest_batch" in row for row in report["rows"]):
-        header += ["largest batch", "largest depth"]
+    header += [
+        f"largest {name}"
+        for name in SIZES
+        if any(f"largest_{name}" in row for row in report["rows"])
+    ]
     lines += markdown([header, *(_cells(row, networks, len(header)) for row in report["rows"])])
     lines += [
         f"{row['strategy']}: {row['error']}" for row in report["rows"] if row["error"] is not None
@@ -106,9 +110,8 @@ def _cells(row, networks, length):
     cells += [either(row[name], lambda sent: size(sum(sent.values()))) for name in networks]
     cells += [milliseconds(row[name]) for name in ("least_ms", "in_turn_ms")]
     cells += [either(row["utilization"], lambda share: f"{100 * share:.0f}")]
-    return cells + [
-        _largest_cell(row[name]) for name in ("largest_batch", "largest_depth") if name in row
-    ]
+    searched = [row[f"largest_{name}"] for name in SIZES if f"largest_{name}" in row]
+    return cells + [_largest_cell(found) for found in searched]
 
 
 def _largest_cell(found):

@@ -5,7 +5,7 @@ import json
 import jax
 import pytest
 
-from revnet_jax.config import flatten
+from revnet_jax.config import flatten, language_model
 from revnet_jax.errors import UserError
 from revnet_jax.memory.compile import CompiledStep, Compiler, NotCompiled
 from revnet_jax.memory.largest import Largest, largest_that_fits
@@ -199,12 +199,29 @@ def test_the_largest_sizes_are_searched(tiny_config):
         return CompiledStep(**{**vars(STEP), "needed_bytes": needed})
 
     compiler = FakeCompiler(say)
-    (row,) = plan(flatten(tiny_config), compiler, strategies=["store"], largest=True)["rows"]
+    (row,) = plan(flatten(tiny_config), compiler, strategies=["store"], largest=["batch", "depth"])[
+        "rows"
+    ]
     # 64 * 16 GiB in all: 4 layers take 40 of them, and a batch of 16 leaves 1,008.
     assert row["largest_batch"] == {"size": 984, "needed_bytes": 16 * GIB, "exact": True}
     assert row["largest_depth"]["size"] == 100
     assert row["largest_depth"]["exact"]
     assert len(compiler.asked) <= 9
+    with pytest.raises(UserError, match="got largest='context', expected some of batch, depth"):
+        plan(flatten(tiny_config), compiler, largest=["context"])
+
+
+def test_the_largest_context_is_a_multiple_of_the_config_s():
+    config = {**flatten(language_model()), "data.context": 100}
+
+    def say(settings):
+        return CompiledStep(**{**vars(STEP), "needed_bytes": settings["data.context"] * GIB // 64})
+
+    report = plan(config, FakeCompiler(say), strategies=["reverse/lockstep"], largest=["context"])
+    found = {"size": 1000, "needed_bytes": 1000 * GIB // 64, "exact": True}
+    assert report["rows"][0]["largest_context"] == found
+    assert "largest context |\n" in as_table(report)
+    assert " 1,000 |\n" in as_table(report)
 
 
 @pytest.mark.parametrize("limit", [95, 1000, 1003, 123_456])
@@ -230,9 +247,9 @@ def test_a_refusal_that_rounds_to_what_there_is_does_not_fit(tiny_config):
         refused = {"needed_bytes": 16 * GIB, "out_of_memory": True, "traffic": None}
         return CompiledStep(**{**vars(STEP), **refused})
 
-    (row,) = plan(flatten(tiny_config), FakeCompiler(say), strategies=["store"], largest=True)[
-        "rows"
-    ]
+    (row,) = plan(
+        flatten(tiny_config), FakeCompiler(say), strategies=["store"], largest=["batch", "depth"]
+    )["rows"]
     assert row["largest_batch"] == {"size": 64, "needed_bytes": 16 * GIB, "exact": True}
 
 
