@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from revnet_jax.data.dataset import DataError
+from revnet_jax.data.dataset import DataError, shorten
 from revnet_jax.data.image_file import SUFFIXES
 
 
@@ -68,11 +68,6 @@ def _check_known(split_dirs: Sequence[Path], classes: Sequence[Sequence[str]]) -
                 f"folders of {split_dirs[0]} ({shorten(classes[0])}); rename it or add training "
                 "images"
             )
-
-
-def shorten(names: Sequence[str], limit: int = 8) -> str:
-    """The first of them, for a message."""
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
 class _Search:

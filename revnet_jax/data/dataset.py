@@ -19,6 +19,11 @@ class DataError(UserError, ValueError):
         super().__init__("\\n".join(message.splitlines()))  # names of files may hold line breaks
 
 
+def shorten(names: Sequence[str], limit: int = 8) -> str:
+    """The first of them, for a message."""
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+
+
 @contextlib.contextmanager
 def file_errors(expected: str) -> Iterator[None]:
     """Turns an OSError into a DataError that names the file and what was expected of it."""

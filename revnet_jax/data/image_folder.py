@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from revnet_jax.data.class_folders import find_images, shorten
-from revnet_jax.data.dataset import DataError, Dataset
+from revnet_jax.data.class_folders import find_images
+from revnet_jax.data.dataset import DataError, Dataset, shorten
 from revnet_jax.data.image_file import (
     NUM_CROP_UNIFORMS,
     centre_crop_box,
