@@ -5,6 +5,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -32,6 +33,14 @@ def file_errors(expected: str) -> Iterator[None]:
     except OSError as error:
         where = "" if error.filename is None else f"{os.fspath(error.filename)}: "
         raise DataError(f"{where}{error.strerror or error}; expected {expected}") from error
+
+
+def read_file(path: Path, expected: str) -> bytes:
+    """What a file holds. DataError for what cannot be read, and for a pipe, which might not end."""
+    with file_errors(expected):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise DataError(f"{path}: got a pipe, socket or device; expected {expected}")
+        return path.read_bytes()
 
 
 class Split(Protocol):
