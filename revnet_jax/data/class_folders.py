@@ -1,5 +1,6 @@
 """Which image files belong to which class: every one to one class of one split."""
 
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,8 @@ def find_images(split_dirs: Sequence[Path]) -> list[dict[str, list[str]]]:
 
     A split's folder and the folder of a class may be links to where they are kept, and so may
     images. Nothing may be reached as two classes or splits: a link in a class folder to another
-    folder has to stay in that class (and adds nothing), and no link may lead back.
+    folder has to stay in that class (and adds nothing), and no link may lead back. Copies and hard
+    links are not looked for.
 
     Raises:
       DataError: names a link that leads elsewhere, what looks like an image and is no file, a
@@ -36,13 +38,10 @@ def find_images(split_dirs: Sequence[Path]) -> list[dict[str, list[str]]]:
 
 
 def _check_apart(split_dirs: Sequence[Path]) -> None:
-    for one in split_dirs:
-        for other in split_dirs:
-            if one is not other and _is_in(os.path.realpath(one), os.path.realpath(other)):
-                raise DataError(
-                    f"{one} is, or leads to, {os.path.realpath(one)}, which is in {other}: "
-                    "expected two folders, with other images to evaluate on than to train on"
-                )
+    for one, other in itertools.permutations(split_dirs, 2):
+        real, real_other = os.path.realpath(one), os.path.realpath(other)
+        if os.path.islink(one) and (_is_in(real, real_other) or _is_in(real_other, real)):
+            raise _astray(str(one), real, f"is {other}, holds it, or is in it")
 
 
 def _classes(split_dir: Path) -> list[str]:
