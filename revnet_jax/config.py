@@ -75,7 +75,7 @@ def image_classification() -> ConfigDict:
     config.data.crop_padding = 0  # pixels of zeros on each side to crop from
     config.data.flip = False  # mirror left to right with probability 1/2
     config.data.min_crop_area = 1.0  # of a random resized crop; image_folder only
-    config.data.verify_images = True  # image_folder: look at every file before training
+    config.data.verify_images = True  # image_folder: decode every file before training
     config.data.num_threads = 2
     config.data.prefetch = 4  # batches
 

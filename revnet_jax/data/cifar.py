@@ -9,10 +9,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from revnet_jax.data.dataset import DataError, Dataset, in_memory_dataset
+from revnet_jax.data.dataset import DataError, Dataset, in_memory_dataset, shorten
 from revnet_jax.data.safe_pickle import load_pickled_dict
 
 _PIXEL_BYTES = 3 * 32 * 32
@@ -150,6 +151,12 @@ def _read_python(path: Path, layout: _Layout) -> tuple[np.ndarray, np.ndarray]:
     """Returns uint8 rows [N, 3072] and labels [N] of one pickled dictionary."""
     batch = load_pickled_dict(path)
     rows, labels = _field(path, batch, "data"), _field(path, batch, layout.labels_key)
+    # Checked before numpy copies them: a file can name one long string a million times.
+    if not isinstance(labels, np.ndarray) and not _is_list_of(int, labels):
+        raise DataError(
+            f"{path}: got {layout.labels_key!r} that are no list of integers, expected one; "
+            "download it again"
+        )
     labels = np.asarray(labels)
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or not len(labels):
         raise DataError(
@@ -167,13 +174,17 @@ def _read_python(path: Path, layout: _Layout) -> tuple[np.ndarray, np.ndarray]:
     return rows, labels
 
 
-def _field(path: Path, batch: dict, key: str):
+def _field(path: Path, batch: dict[str, Any], key: str) -> Any:
     if key not in batch:
         raise DataError(
-            f"{path}: got a dictionary with the keys {sorted(batch)}, expected {key!r}; "
+            f"{path}: got a dictionary with the keys {shorten(sorted(batch))}, expected {key!r}; "
             "check that the file belongs to this data set"
         )
     return batch[key]
+
+
+def _is_list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is kind for item in value)
 
 
 def _check_labels(path: Path, labels: np.ndarray, num_classes: int) -> None:
@@ -199,15 +210,24 @@ def _check_proportions(paths: Sequence[Path], counts: Sequence[int], layout: _La
 def _read_class_names(path: Path, layout: _Layout) -> tuple[str, ...]:
     if layout.names_key:
         names = _field(path, load_pickled_dict(path), layout.names_key)
-        names = tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names)
+        if not _is_list_of(bytes, names) and not _is_list_of(str, names):
+            raise DataError(
+                f"{path}: got {layout.names_key!r} that are no list of strings, expected the names "
+                "of the classes; unpack the archive again"
+            )
     else:
-        names = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+        names = [line.strip() for line in path.read_bytes().splitlines() if line.strip()]
     if len(names) != layout.num_classes:
         raise DataError(
             f"{path}: got {len(names)} class names, expected {layout.num_classes}; "
             "unpack the archive again"
         )
-    return names
+    try:
+        return tuple(name.decode() if isinstance(name, bytes) else name for name in names)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: got a class name that is no UTF-8 ({error}); unpack the archive again"
+        ) from error
 
 
 def _to_images(rows: Sequence[np.ndarray]) -> np.ndarray:

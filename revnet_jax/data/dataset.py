@@ -1,7 +1,11 @@
 """What a data set is to the rest of the package: two splits, class names and a normalisation."""
 
-from collections.abc import Sequence
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +15,32 @@ from revnet_jax.errors import UserError
 
 class DataError(UserError, ValueError):
     """Data on disk that cannot be used. The message is one line that names the folder or file."""
+
+    def __init__(self, message: str):
+        super().__init__("\\n".join(message.splitlines()))  # names of files may hold line breaks
+
+
+def shorten(names: Sequence[str], limit: int = 8) -> str:
+    """The first of them, for a message."""
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+
+
+@contextlib.contextmanager
+def file_errors(expected: str) -> Iterator[None]:
+    """Turns an OSError into a DataError that names the file and what was expected of it."""
+    try:
+        yield
+    except OSError as error:
+        where = "" if error.filename is None else f"{os.fspath(error.filename)}: "
+        raise DataError(f"{where}{error.strerror or error}; expected {expected}") from error
+
+
+def read_file(path: Path, expected: str) -> bytes:
+    """What a file holds. DataError for what cannot be read, and for a pipe, which might not end."""
+    with file_errors(expected):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise DataError(f"{path}: got a pipe, socket or device; expected {expected}")
+        return path.read_bytes()
 
 
 class Split(Protocol):
@@ -76,6 +106,8 @@ class Dataset:
       image_shape: (H, W, C).
       mean_HWC: float32 [H, W, C], in pixel values.
       scale: float32, a scalar or [H, W, C], in pixel values.
+      sha256: of what is to be the same when a run goes on: images and labels where they are in
+        memory, the names of the files otherwise. "" is not compared.
     """
 
     name: str
@@ -85,6 +117,7 @@ class Dataset:
     image_shape: tuple[int, int, int]
     mean_HWC: np.ndarray
     scale: np.ndarray
+    sha256: str = ""
 
     @property
     def num_classes(self) -> int:
@@ -119,15 +152,26 @@ def in_memory_dataset(
             f"{name}: got training images whose pixels are all equal; expected images that differ; "
             "check the files"
         )
+    train = ArraySplit(train_images_NHWC, train_labels.astype(np.int32))
+    test = ArraySplit(test_images_NHWC, test_labels.astype(np.int32))
     return Dataset(
         name=name,
-        train=ArraySplit(train_images_NHWC, train_labels.astype(np.int32)),
-        test=ArraySplit(test_images_NHWC, test_labels.astype(np.int32)),
+        train=train,
+        test=test,
         class_names=tuple(class_names),
         image_shape=tuple(train_images_NHWC.shape[1:]),
         mean_HWC=mean_HWC.astype(np.float32),
         scale=np.asarray(scale, np.float32),
+        sha256=_sha256(train.images_NHWC, train.labels, test.images_NHWC, test.labels),
     )
+
+
+def _sha256(*arrays: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(repr(array.shape).encode())
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
 
 
 def _standard_deviation(images_NHWC: np.ndarray) -> float:

@@ -4,10 +4,12 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
+from revnet_jax.data import jpeg
 from revnet_jax.data.dataset import DataError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -15,15 +17,12 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", "
 # left, top, right, bottom, in pixels of the stored image; fractions are allowed
 Box = tuple[float, float, float, float]
 
-# The last bytes of a complete file: JPEG's end-of-image marker; PNG's last chunk and its checksum.
-_TAILS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xae\x42\x60\x82"}
-
 # A random crop tries ten boxes, each of two numbers (area, aspect ratio), and two place it.
 _CROP_ATTEMPTS = 10
 NUM_CROP_UNIFORMS = 2 * _CROP_ATTEMPTS + 2
 _MIN_ASPECT, _MAX_ASPECT = 3 / 4, 4 / 3
 
-_CHECK_THREADS = 8  # they mostly wait for the disk
+_CHECK_THREADS = 8  # more would wait for each other: opening an image holds Python's lock
 
 
 def random_crop_box(width: int, height: int, uniforms_U: np.ndarray, min_crop_area: float) -> Box:
@@ -59,24 +58,21 @@ def read_image(path: str, choose_box: Callable[[int, int], Box], image_size: int
     """Returns the box of the image, resized (bilinear, antialiased) to uint8 [S, S, 3].
 
     Args:
-      path: the file.
-      choose_box: maps (width, height) of the stored image to the box to keep.
+      path: of the image.
+      choose_box: from the width and height of the stored image to the box to keep.
       image_size: S, in pixels.
 
     Raises:
-      DataError: the file cannot be decoded, or has more than 8 bits a channel.
+      DataError: the file cannot be decoded, ends early, or has more than 8 bits a channel.
     """
     try:
-        with Image.open(path) as image:
-            _check_depth(image)
+        with open(path, "rb") as file, Image.open(file) as image:
             width, height = image.size
             left, top, right, bottom = choose_box(width, height)
             # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size at a fraction of the cost: ask
             # for the smallest whose box still has image_size pixels.
-            shrink = min(right - left, bottom - top) / image_size
-            target_size = (math.ceil(width / shrink), math.ceil(height / shrink))
-            drafted = image.draft("RGB", target_size) if shrink > 1 else None
-            scale = drafted[1][2] / width if drafted else 1  # of the decoded over the stored image
+            shrink = max(1, min(right - left, bottom - top) / image_size)
+            scale = _load(file, image, (math.ceil(width / shrink), math.ceil(height / shrink)))
             rgb = image if image.mode == "RGB" else image.convert("RGB")
             resized = rgb.resize(
                 (image_size, image_size),
@@ -89,7 +85,12 @@ def read_image(path: str, choose_box: Callable[[int, int], Box], image_size: int
 
 
 def check_image_files(paths: Iterable[str]) -> None:
-    """Checks that each file is an image and complete, without decoding the usual ones.
+    """Decodes each file, to check that it is an image and complete.
+
+    A JPEG is decoded at 1/8 of its size. What is not found is said at `jpeg.check_complete`; in
+    formats without checksums (BMP, PPM, TIFF and WebP), zeros in place of pixels are not either.
+
+    Cost: 1 ms for a JPEG of 500x375 pixels and 5 ms for a PNG, on one of eight threads.
 
     Raises:
       DataError: names the first file (in the order given) that cannot be used.
@@ -114,18 +115,23 @@ def _check_chunk(paths: list[str]) -> None:
 def _check_image_file(path: str) -> None:
     try:
         with open(path, "rb") as file, Image.open(file) as image:
-            _check_depth(image)
-            tail = _TAILS.get(image.format or "")
-            if tail is not None:
-                file.seek(-min(len(tail), os.fstat(file.fileno()).st_size), os.SEEK_END)
-                if file.read() == tail:
-                    return
-        # No mark to look for, or bytes after it, which many sound files have: decode to decide.
-        # Opened anew because Pillow reads on from where the file stands.
-        with Image.open(path) as image:
-            image.load()
+            _load(file, image, (1, 1))
     except Exception as error:
         raise _unreadable(path, error) from error
+
+
+def _load(file: BinaryIO, image: Image.Image, min_size: tuple[int, int]) -> float:
+    """Decodes the image just opened and checks it; returns the scale at which it was decoded.
+
+    min_size: a JPEG is decoded at the smallest scale that gives this width and height.
+    """
+    _check_depth(image)
+    width = image.width
+    drafted = image.draft("RGB", min_size)
+    image.load()
+    if image.format in jpeg.FORMATS:
+        jpeg.check_complete(file, image, min_size)
+    return drafted[1][2] / width if drafted else 1
 
 
 def _check_depth(image: Image.Image) -> None:

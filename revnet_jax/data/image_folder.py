@@ -1,16 +1,18 @@
 """Images in one folder a class: `train/<class>/*.jpg` beside `test/<class>/` or `val/<class>/`."""
 
+import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from revnet_jax.data.dataset import DataError, Dataset
+from revnet_jax.data.class_folders import find_images
+from revnet_jax.data.dataset import DataError, Dataset, shorten
 from revnet_jax.data.image_file import (
     NUM_CROP_UNIFORMS,
-    SUFFIXES,
     centre_crop_box,
     check_image_files,
     random_crop_box,
@@ -65,31 +67,30 @@ def load_image_folder(
     """Loads a tree `dir/train/<class>/` and `dir/test/<class>/` (or `dir/val/<class>/`).
 
     The classes are the sorted folders of `train`. Files inside a class folder are found at any
-    depth; hidden files and those without an image suffix are skipped. Images are RGB (others are
-    converted) and are read as stored: an EXIF orientation is not applied, as usual for ImageNet.
+    depth; files and folders whose names start with "." and files without an image suffix are
+    skipped. What links may be there: see `find_images`. Images are RGB (others are converted) and
+    are read as stored: an EXIF orientation is not applied, as usual for ImageNet.
 
     Args:
       dir: the root of the tree.
       image_size: height and width of the images to produce, in pixels.
-      verify_images: open every file now, and decode those that look incomplete.
+      verify_images: decode every file now, to find those that are damaged or end early
+        (`check_image_files` says which, and at which cost). Without it they are found when they
+        are read: no image is trained on with a part filled in.
 
     Raises:
-      DataError: a folder is missing or empty, `test` has a class that `train` lacks, both `test`
-        and `val` exist, or a file is not a readable image.
+      DataError: a folder is missing, empty or cannot be read, `test` has a class that `train`
+        lacks, both `test` and `val` exist, a link leads to where it may not, or a file is not a
+        readable image.
       ValueError: `image_size` is not positive.
     """
     if image_size < 1:
         raise ValueError(f"got image_size={image_size}, expected a positive number of pixels")
-    train_dir, test_dir = _split_dirs(Path(dir))
-    class_names = _class_folders(train_dir)
-    unknown = sorted(set(_class_folders(test_dir)) - set(class_names))
-    if unknown:
-        raise DataError(
-            f"{test_dir / unknown[0]} is a class without training images: expected the folders of "
-            f"{train_dir} ({_shorten(class_names)}); rename it or add training images"
-        )
-    train = _folder_split(train_dir, class_names, image_size)
-    test = _folder_split(test_dir, class_names, image_size)
+    split_dirs = _split_dirs(Path(dir))
+    train_paths, test_paths = find_images(split_dirs)
+    class_names = tuple(train_paths)
+    train = _folder_split(train_paths, class_names, image_size)
+    test = _folder_split(test_paths, class_names, image_size)
     if verify_images:
         check_image_files(train.paths + test.paths)
     image_shape = (image_size, image_size, 3)
@@ -101,6 +102,7 @@ def load_image_folder(
         image_shape=image_shape,
         mean_HWC=_fill(_IMAGENET_MEAN, image_shape),
         scale=_fill(_IMAGENET_STD, image_shape),
+        sha256=_sha256_of_names(split_dirs, (train, test)),
     )
 
 
@@ -117,7 +119,7 @@ def _split_dirs(dir: Path) -> tuple[Path, Path]:
         )
     test_dirs = [dir / name for name in ("test", "val") if (dir / name).is_dir()]
     if not (dir / "train").is_dir() or not test_dirs:
-        found = _shorten(sorted(path.name for path in dir.iterdir())) or "nothing"
+        found = shorten(sorted(path.name for path in dir.iterdir())) or "nothing"
         raise DataError(
             f"image_folder: expected {dir / 'train'} and {dir / 'test'} or {dir / 'val'}, each "
             f"with one folder a class; got {found}; check dir"
@@ -130,45 +132,22 @@ def _split_dirs(dir: Path) -> tuple[Path, Path]:
     return dir / "train", test_dirs[0]
 
 
-def _class_folders(split_dir: Path) -> tuple[str, ...]:
-    folders = sorted(
-        entry.name
-        for entry in os.scandir(split_dir)
-        if entry.is_dir() and not entry.name.startswith(".")
-    )
-    if not folders:
-        raise DataError(
-            f"{split_dir}: got no class folders, expected one folder of images a class; check dir"
-        )
-    return tuple(folders)
+def _folder_split(
+    paths: dict[str, list[str]], class_names: Sequence[str], image_size: int
+) -> FolderSplit:
+    """paths: by class; a test split may lack some."""
+    counts = [len(paths.get(name, ())) for name in class_names]
+    in_order = tuple(path for name in class_names for path in paths.get(name, ()))
+    labels = np.repeat(np.arange(len(class_names), dtype=np.int32), counts)
+    return FolderSplit(in_order, labels, image_size)
 
 
-def _folder_split(split_dir: Path, class_names: tuple[str, ...], image_size: int) -> FolderSplit:
-    paths: list[str] = []
-    labels: list[int] = []
-    for label, class_name in enumerate(class_names):
-        class_dir = split_dir / class_name
-        if not class_dir.is_dir():
-            continue  # a test split may lack a class; _class_folders vouches for training
-        class_paths = _image_paths(class_dir)
-        if not class_paths:
-            raise DataError(
-                f"{class_dir}: got no images, expected files ending in {', '.join(SUFFIXES)}; "
-                "add images or remove the folder"
-            )
-        paths += class_paths
-        labels += [label] * len(class_paths)
-    return FolderSplit(tuple(paths), np.asarray(labels, np.int32), image_size)
-
-
-def _image_paths(class_dir: Path) -> list[str]:
-    return sorted(
-        os.path.join(folder, file)
-        for folder, _, files in os.walk(class_dir, followlinks=True)
-        for file in files
-        if not file.startswith(".") and file.lower().endswith(SUFFIXES)
-    )
-
-
-def _shorten(names, limit: int = 8) -> str:
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+def _sha256_of_names(split_dirs: Sequence[Path], splits: Sequence[FolderSplit]) -> str:
+    """Of the paths below each split's folder, in their order: the same wherever the tree is."""
+    digest = hashlib.sha256()
+    for split_dir, split in zip(split_dirs, splits, strict=True):
+        start = len(os.path.join(split_dir, ""))
+        for path in split.paths:
+            digest.update(os.fsencode(path[start:]) + b"\0")
+        digest.update(b"\0")
+    return digest.hexdigest()

@@ -3,13 +3,14 @@
 import os
 
 from revnet_jax.data.cifar import load_cifar
-from revnet_jax.data.dataset import Dataset
+from revnet_jax.data.dataset import Dataset, file_errors
 from revnet_jax.data.digits import load_digits
 from revnet_jax.data.image_folder import load_image_folder
 
 DATASET_NAMES = ("digits", "cifar10", "cifar100", "image_folder")
 
 
+@file_errors("a data set that can be read")
 def load_dataset(
     name: str,
     *,

@@ -1,10 +1,14 @@
 """Reads the pickles that CIFAR is published in, and no others.
 
-Unpickling may call any function that the file names. Here a file may name only what numpy arrays
-and byte strings need; anything else is an error that names it.
+Unpickling may call any function that the file names, and a short file can stand for a value too
+large to walk through: a tuple that holds a tuple twice, that again, and so on. Here the file's
+instructions are looked through first. They may name only what numpy arrays and byte strings need,
+may not refer to a container a second time, and are limited in number.
 """
 
 import pickle
+import pickletools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +16,82 @@ import numpy as np
 
 from revnet_jax.data.dataset import DataError
 
+# The largest published file has 155 MB, 50,000 images with two labels and a name each, and, written
+# again by Python 3, half a million instructions.
+_MAX_BYTES = 2**29
+_MAX_INSTRUCTIONS = 2**20
+_MAX_CONTAINERS = 100  # one dictionary, three lists, and the shapes of arrays
+
+# Protocol 2, in which the files are published, to 5.
+_NO_VALUES = frozenset({"PROTO", "FRAME", "MARK", "STOP"})
+_NUMBERS = frozenset({"NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1"})
+_BYTES = frozenset({"BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"})
+_TEXT = frozenset({"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"})
+_GLOBALS = frozenset({"GLOBAL", "STACK_GLOBAL"})
+_CONSUME = frozenset({"REDUCE", "BUILD"})  # a tuple before them is gone after them
+_TUPLES = frozenset({"EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"})
+_CONTAINERS = _TUPLES | {"EMPTY_DICT", "EMPTY_LIST"}
+_FILL = frozenset({"APPEND", "APPENDS", "SETITEM", "SETITEMS"})
+_PUT = frozenset({"BINPUT", "LONG_BINPUT", "MEMOIZE"})
+_GET = frozenset({"BINGET", "LONG_BINGET"})
+_ALLOWED = frozenset().union(
+    _NO_VALUES, _NUMBERS, _BYTES, _TEXT, _GLOBALS, _CONSUME, _CONTAINERS, _FILL, _GET
+)
+
+
+class _Refused(Exception):
+    """What a file asks for and may not have."""
+
+
+class _Dtype:
+    """Stands in for `numpy.dtype`."""
+
+    def __init__(self, name: Any, *_: Any):
+        self.name = name.decode() if isinstance(name, bytes) else name
+        self.order = "="
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        order = state[1]
+        self.order = order.decode() if isinstance(order, bytes) else order
+
+    def to_numpy(self) -> np.dtype:
+        if not re.fullmatch("[iu][1248]", self.name) or self.order not in ("<", ">", "=", "|"):
+            raise _Refused(f"an array of {str(self.order)[:9]}{str(self.name)[:9]}")
+        return np.dtype(self.name).newbyteorder(self.order)
+
+
+class _Array:
+    """Stands in for an array, which numpy makes empty and then gives a state.
+
+    (numpy itself would make one of any size, before it is known whether the file has the values.)
+    """
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, self.shape, self.dtype, self.fortran, self.content = state
+
+    def to_numpy(self) -> np.ndarray:
+        flat = np.frombuffer(self.content, self.dtype.to_numpy())
+        return flat.reshape(self.shape, order="F" if self.fortran else "C")
+
+
+def _reconstruct(*_: Any) -> _Array:
+    return _Array()
+
 
 def _encode_latin1(text: str, encoding: str) -> bytes:
     """Stands in for `_codecs.encode`, which protocol 2 uses to write byte strings."""
     if encoding != "latin1":
-        raise pickle.UnpicklingError(f"got a byte string encoded as {encoding!r}, expected latin1")
+        raise _Refused("a byte string that is not encoded as latin1")
     return text.encode("latin1")
 
 
-# numpy's function to rebuild an array, under its names before and after numpy 2. Taken from an
-# array because importing it by the old name warns.
-_reconstruct = np.zeros(0).__reduce__()[0]
 _ALLOWED_GLOBALS = {
-    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,  # before numpy 2
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
+    ("numpy", "ndarray"): None,  # an argument of _reconstruct, not to be called
+    ("numpy", "dtype"): _Dtype,
     ("_codecs", "encode"): _encode_latin1,
 }
-
-
-class _DisallowedGlobal(Exception):
-    pass
 
 
 class _Unpickler(pickle.Unpickler):
@@ -41,7 +99,7 @@ class _Unpickler(pickle.Unpickler):
         try:
             return _ALLOWED_GLOBALS[module_name, global_name]
         except KeyError:
-            raise _DisallowedGlobal(f"{module_name}.{global_name}") from None
+            raise _Refused(f"{module_name}.{global_name}"[:99]) from None
 
 
 def load_pickled_dict(path: Path) -> dict[str, Any]:
@@ -50,27 +108,67 @@ def load_pickled_dict(path: Path) -> dict[str, Any]:
     Strings written by Python 2 come back as bytes.
 
     Raises:
-      DataError: the file is truncated or damaged, names a global outside the allow-list, or holds
-        something other than a dictionary.
+      DataError: the file is truncated or damaged, asks for what the published files do not need,
+        or holds something other than a dictionary.
     """
+    size = path.stat().st_size
     try:
+        if size > _MAX_BYTES:
+            raise _Refused(f"{size:,} bytes")
         with path.open("rb") as file:
+            _check_instructions(file)
+            file.seek(0)
             value = _Unpickler(file, encoding="bytes").load()
-    except _DisallowedGlobal as error:
+        if isinstance(value, dict):
+            return {_text(key): _to_numpy(item) for key, item in value.items()}
+    except _Refused as error:
         raise DataError(
             f"{path}: got a pickle that asks for {error}; expected only numpy arrays, numbers and "
-            "strings; do not load it, and download the data set from its published address"
+            "strings, as the published files have; do not load it, and download the data set from "
+            "its published address"
         ) from None
     # A damaged pickle fails in as many ways as it has instructions.
     except Exception as error:
         raise DataError(
-            f"{path}: got a pickle of {path.stat().st_size} bytes that ends early or is damaged "
+            f"{path}: got a pickle of {size} bytes that ends early or is damaged "
             f"({type(error).__name__}: {error}); expected a file of the published python version; "
             "download it again"
         ) from error
-    if not isinstance(value, dict):
-        raise DataError(
-            f"{path}: got a pickled {type(value).__name__}, expected a dictionary; "
-            "check that this file belongs to the data set"
-        )
-    return {key.decode() if isinstance(key, bytes) else str(key): value[key] for key in value}
+    raise DataError(
+        f"{path}: got a pickled {type(value).__name__}, expected a dictionary; "
+        "check that this file belongs to the data set"
+    )
+
+
+def _check_instructions(file: Any) -> None:
+    """Raises _Refused for more, or others, than a published file needs. Cost: 1 us each."""
+    is_container: dict[int, bool] = {}  # what the file may refer to, by its number
+    on_top, containers = "", 0  # what made the last value
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+        name = opcode.name
+        if count >= _MAX_INSTRUCTIONS:
+            raise _Refused(f"more than {_MAX_INSTRUCTIONS:,} values")
+        if name in _PUT:
+            number = len(is_container) if name == "MEMOIZE" else argument
+            if number >= _MAX_INSTRUCTIONS:  # Python makes room for all numbers below
+                raise _Refused(f"a value of number {number:,}")
+            is_container[number] = on_top in _CONTAINERS or on_top in _FILL
+            continue
+        if name in _GET and is_container.get(argument):
+            raise _Refused("one list, tuple or dictionary in two places")
+        if name in _CONSUME and on_top in _TUPLES:
+            containers -= 1
+        containers += name in _CONTAINERS
+        if containers > _MAX_CONTAINERS:
+            raise _Refused(f"more than {_MAX_CONTAINERS} lists, tuples and dictionaries")
+        if name not in _ALLOWED:
+            raise _Refused(f"the instruction {name}")
+        on_top = name
+
+
+def _text(key: Any) -> str:
+    return key.decode() if isinstance(key, bytes) else str(key)
+
+
+def _to_numpy(value: Any) -> Any:
+    return value.to_numpy() if isinstance(value, _Array) else value

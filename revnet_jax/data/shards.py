@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from revnet_jax.data.dataset import DataError
+from revnet_jax.data.dataset import DataError, file_errors, read_file
 from revnet_jax.data.vocabulary import Vocabulary, largest_id, load_tokenizer
 
+WRITTEN = "what tokenize_text.py wrote"
 _PIECE_BYTES = 2**20
 _PIECES = 16  # tokenized together
 
@@ -42,20 +44,23 @@ def load_shards(folder: Path) -> tuple[Shards, Shards, Vocabulary, float]:
     Raises DataError for what is missing, cut short, or not what `tokenize_files` writes.
     """
     path = folder / "tokens.json"
+    content = read_file(path, WRITTEN)
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(content.decode())
         dtype = {"uint16": np.dtype(np.uint16), "uint32": np.dtype(np.uint32)}[found["dtype"]]
         vocabulary = Vocabulary(
-            "tokenizer", int(found["vocab_size"]), tokenizer_sha256=found["tokenizer_sha256"]
+            "tokenizer",
+            _whole(found["vocab_size"]),
+            tokenizer_sha256=_string(found["tokenizer_sha256"]),
         )
-        sizes = {split: dict(found["splits"][split]) for split in ("train", "test")}
+        sizes = {split: _sizes(found["splits"][split]) for split in ("train", "test")}
         per_token = float(found["test_bytes_per_token"])
-    except OSError as error:
-        raise DataError(
-            f"{path}: {error.strerror}; expected what tokenize_text.py wrote"
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: {error!r}; expected what tokenize_text.py writes") from error
+        if not 0 < per_token < math.inf:
+            raise ValueError(f"got {per_token} bytes per token")
+    # An integer may be too large for a float; brackets in brackets exceed Python's stack.
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        found = f"{type(error).__name__}: {str(error)[:200]}"
+        raise DataError(f"{path}: {found}; expected {WRITTEN}") from error
     splits = {
         split: Shards([_map(folder / name, dtype, size) for name, size in files.items()])
         for split, files in sizes.items()
@@ -63,15 +68,33 @@ def load_shards(folder: Path) -> tuple[Shards, Shards, Vocabulary, float]:
     return splits["train"], splits["test"], vocabulary, per_token
 
 
-def _map(path, dtype, size):
-    got = path.stat().st_size if path.exists() else None
-    if got != size * dtype.itemsize:
-        raise DataError(
-            f"{path}: got {got} bytes, expected {size * dtype.itemsize}: it is missing or cut short"
-        )
-    return np.memmap(path, dtype, mode="r")
+def _whole(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise TypeError(f"got {repr(value)[:40]}, expected a whole number")
+    return value
 
 
+def _string(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"got {repr(value)[:40]}, expected a string")
+    return value
+
+
+def _sizes(files: Any) -> dict[str, int]:
+    if not isinstance(files, dict) or any(Path(name).name != name for name in files):
+        raise TypeError("expected names of files in its folder, with their tokens")
+    return {name: _whole(size) for name, size in files.items()}
+
+
+def _map(path: Path, dtype: np.dtype, size: int) -> np.ndarray:
+    got = f"{path.stat().st_size} bytes" if path.is_file() else "no file"
+    expected = f"{size * dtype.itemsize} bytes"
+    if got != expected:
+        raise DataError(f"{path}: got {got}, expected {expected}: it is missing or cut short")
+    return np.memmap(path, dtype, mode="r") if size else np.empty(0, dtype)
+
+
+@file_errors("files that can be read, and a folder that can be written")
 def tokenize_files(
     inputs: Sequence[Path],
     tokenizer_file: Path,

@@ -10,9 +10,9 @@ from pathlib import Path
 import grain
 import numpy as np
 
-from revnet_jax.data.dataset import DataError
+from revnet_jax.data.dataset import DataError, file_errors, read_file
 from revnet_jax.data.pipeline import LAST_STEP, Batch, iterate, rows_of
-from revnet_jax.data.shards import Shards, load_shards
+from revnet_jax.data.shards import WRITTEN, Shards, load_shards
 from revnet_jax.data.vocabulary import Vocabulary
 
 
@@ -38,6 +38,7 @@ NEEDS_PATH = {
 }
 
 
+@file_errors("a text that can be read")
 def load_text(name: str, *, path: str = "", train_share: float = 0.9) -> Text:
     """Reads a text; everything that can be checked is checked here, before training starts.
 
@@ -54,10 +55,14 @@ def load_text(name: str, *, path: str = "", train_share: float = 0.9) -> Text:
         raise ValueError(f"got no dir for {name}, expected {NEEDS_PATH[name]}")
     if name == "shards":
         *splits, per_token = load_shards(Path(path))
-        return Text(*splits, per_token, _sha256(_read(Path(path) / "tokens.json")))
+        description = read_file(Path(path) / "tokens.json", WRITTEN)
+        return Text(*splits, per_token, _sha256(description))
     if name not in ("bytes", "characters"):
         raise ValueError(f"got name={name!r}, expected one of bytes, characters, shards")
-    content = _read(Path(path) if path else _embedded())
+    file = Path(path) if path else _embedded()
+    content = read_file(file, "a text file")
+    if not content:
+        raise DataError(f"{file}: got an empty file, expected a text")
     if name == "bytes":
         tokens = np.frombuffer(content, np.uint8)
         seen = bytes(np.unique(tokens[: int(train_share * len(tokens))]).tolist())
@@ -94,13 +99,6 @@ def _embedded() -> Path:
     if spec is None or spec.origin is None:
         raise DataError("this Python comes without pydoc_data.topics: give config.data.dir")
     return Path(spec.origin)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; expected a text file") from error
 
 
 def train_windows(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from revnet_jax.data.dataset import DataError
+from revnet_jax.data.dataset import DataError, read_file
 
 _LOOK_BACK = 16  # tokens
 
@@ -45,8 +45,14 @@ class Vocabulary(NamedTuple):
 
 
 def vocabulary_from(record: Mapping[str, Any]) -> Vocabulary:
-    """From what `_asdict` made."""
-    return Vocabulary(**record)
+    """From what `_asdict` made; DataError for what it did not make."""
+    try:
+        return Vocabulary(**record)
+    except TypeError as error:
+        raise DataError(
+            f"got a vocabulary that cannot be read ({error}), expected what training recorded in "
+            "config.json: bring the file back as it was"
+        ) from error
 
 
 class Codec(NamedTuple):
@@ -108,14 +114,14 @@ def load_tokenizer(path: Path) -> tuple[Any, str]:
             "the tokenizers library is not installed, expected for tokenizer files: run "
             "scripts/setup.sh text"
         ) from error
+    content = read_file(path, "a tokenizer file")
     try:
-        content = path.read_bytes()
         tokenizer = Tokenizer.from_str(content.decode())
+        if not tokenizer.get_vocab():
+            raise ValueError("got a tokenizer without tokens")
         # Published files may have been saved with these; here they would lose text, or make it up.
         tokenizer.no_truncation()
         tokenizer.no_padding()
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; expected a tokenizer file") from error
     except Exception as error:  # that library raises nothing narrower
         raise DataError(f"{path}: {error}; expected a tokenizer file, tokenizer.json") from error
     return tokenizer, hashlib.sha256(content).hexdigest()

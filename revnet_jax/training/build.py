@@ -25,6 +25,7 @@ from revnet_jax.models import (
     VisionTransformer,
 )
 from revnet_jax.models.attention import kernel_for
+from revnet_jax.training import data_record
 from revnet_jax.training.lockstep import LockstepOptimizer, check_layerwise
 from revnet_jax.training.mismatch import ACTIONS
 from revnet_jax.training.optimizer import make_optimizer, make_schedule
@@ -271,11 +272,7 @@ def build_data(config: ConfigDict, mesh: Mesh, eval_batch_size: int | None = Non
                 max_windows=data.eval_batches * config.eval_batch_size,
                 **batches_of(eval_batch_size),
             ),
-            {
-                "sha256": text.sha256,
-                "bytes_per_token": text.bytes_per_token,
-                "vocabulary": text.vocabulary._asdict(),
-            },
+            data_record.of_text(text),
         )
     dataset = build_dataset(config)
     return Data(
@@ -289,7 +286,7 @@ def build_data(config: ConfigDict, mesh: Mesh, eval_batch_size: int | None = Non
             **batches_of(config.batch_size),
         ),
         lambda: eval_batches(dataset, **batches_of(eval_batch_size)),
-        {},
+        data_record.of_dataset(dataset),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -34,7 +35,8 @@ def generate_text(
 ) -> Iterator[str]:
     """What the model of a run goes on with after the prompt, in pieces as they come.
 
-    tokenizer: the file its tokens were made with, for a model of such.
+    tokenizer: the file its tokens were made with, for a model of such. Of a prompt longer than the
+      context the model reads the end, and a line on stderr says so.
 
     Raises UserError in one line, before anything is computed: no language model there, a prompt of
     nothing or of what the model cannot have seen, another tokenizer, settings out of range.
@@ -55,6 +57,12 @@ def generate_text(
         raise UserError(f"got prompt {prompt!r}, expected one token at least")
     run = restore_run(workdir, which)
     assert isinstance(run.task, NextToken)
+    if len(token_T) > run.task.context:
+        print(
+            f"note: got a prompt of {len(token_T):,} tokens for a context of "
+            f"{run.task.context:,}: the model reads its last {run.task.context:,}",
+            file=sys.stderr,
+        )
     decode = decoder(token_T)
     for token in generate(
         run.task.network,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -11,9 +12,11 @@ from ml_collections import ConfigDict
 
 from revnet_jax.data.vocabulary import vocabulary_from
 from revnet_jax.models import Variables
+from revnet_jax.training import data_record
 from revnet_jax.training.build import build_data, build_recipe
 from revnet_jax.training.checkpoint import CheckpointError
 from revnet_jax.training.compiler import jit
+from revnet_jax.training.distributed import is_first
 from revnet_jax.training.evaluation import evaluate
 from revnet_jax.training.loop import open_checkpoints
 from revnet_jax.training.sharding import batch_parts, make_mesh, on_mesh, placed
@@ -65,7 +68,8 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Evaluates a checkpoint of a run as the run itself does; changes nothing in its folder.
 
-    data_dir: where the data are, if not where they were in training.
+    data_dir: where the data are, if not where they were in training. A line on stderr says so where
+      they are not those that the run recorded; the scores are of what is there.
 
     Raises UserError in one line: no run or no checkpoint there, data missing or of another
     vocabulary.
@@ -82,6 +86,12 @@ def evaluate_run(
     if "vocabulary" in run.data:
         found, expected = (vocabulary_from(r["vocabulary"]) for r in (data.record, run.data))
         found.check_same_ids(expected, f"the run in {workdir}")
+    if is_first() and not data_record.is_same(data.record, run.data):
+        print(
+            f"note: other data than those of the run in {workdir}: this evaluates "
+            f"{data_record.summary(data.record)}, the run recorded {data_record.summary(run.data)}",
+            file=sys.stderr,
+        )
     task = run.task.of_data(data.record)
     means = evaluate(jit(on_mesh(task.sums, mesh)), run.variables, data.test(), mesh)
     return {"step": run.step, "checkpoint": which, **task.scores(means)}

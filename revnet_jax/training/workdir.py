@@ -19,6 +19,7 @@ from revnet_jax.config import (
     language_model,
     vision_transformer,
 )
+from revnet_jax.training import data_record
 
 # Hosts of one run have their own of these; all else they must agree on.
 PER_HOST = ("data.dir", "data.verify_images", "data.num_threads", "data.prefetch")
@@ -121,11 +122,12 @@ def last_values(workdir: Path) -> dict[str, Any]:
 
 
 def _check_same(path: Path, config: ConfigDict, data: dict[str, Any]) -> None:
-    there = load_record(path.parent)["data"].get("sha256")
-    if data.get("sha256") != there:
+    recorded = load_record(path.parent)["data"]
+    if not data_record.is_same(data, recorded):
         raise ConfigError(
-            f"{path.parent} holds a run on other data: got a text of sha256 {data.get('sha256')}, "
-            f"expected {there}; choose another --workdir, or the text of that run to resume it"
+            f"{path.parent} holds a run on other data: got {data_record.summary(data)}, expected "
+            f"{data_record.summary(recorded)}: files were added, removed, renamed or changed. "
+            "Choose another --workdir, or bring the data of that run back to resume it"
         )
     got, expected = flatten(config), flatten(load_config(path.parent))
     differing = [

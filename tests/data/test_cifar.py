@@ -1,11 +1,13 @@
 import os
 import pickle
 import struct
+import time
 
 import numpy as np
 import pytest
 
 from revnet_jax.data import DataError, load_dataset
+from revnet_jax.data.safe_pickle import load_pickled_dict
 
 CIFAR10_CLASSES = [f"class{i}" for i in range(10)]
 CIFAR100_CLASSES = [f"fine{i}" for i in range(100)]
@@ -246,6 +248,116 @@ def test_pickle_that_calls_a_function(tmp_path, cifar10_batches):
     path.write_bytes(python3_pickle({b"data": _Attack(tmp_path / "made")}))
     assert_data_error(tmp_path, path, f"{os.mkdir.__module__}.mkdir")
     assert not (tmp_path / "made").exists()
+
+
+def nested(make_pair, levels):
+    """A value that holds the one below it twice, and so on: a few bytes a level."""
+    parts = [b"K\x01"]
+    for level in range(levels):
+        parts.append(bytes([ord("q"), level]) + bytes([ord("h"), level]) + make_pair)
+    return b"".join(parts)
+
+
+ANY = b"\x80\x02}(U\x04data"  # a dictionary with an entry to come
+BOMBS = {
+    # Hashed element by element, without end.
+    "tuples as a key": (b"\x80\x02}" + nested(b"\x86", 60) + b"Ns.", "in two places"),
+    # numpy would copy every path through them.
+    "lists as labels": (
+        b"\x80\x02}U\x06labels]K\x01a"
+        + b"".join(b"q%c](h%ch%ce" % (i, i, i) for i in range(60))
+        + b"s.",
+        "in two places",
+    ),
+    "a list in itself": (ANY + b"]q\x00h\x00au.", "in two places"),
+    "deep": (b"\x80\x02}K\x01" + b"\x85" * 500_000 + b"Ns.", "more than 100"),
+    "number of a value": (ANY + b"K\x01r\xff\xff\xff\x7fu.", "number 2,147,483,647"),
+    "many values": (b"\x80\x02}U\x06labels](" + b"K\x01" * 2**20 + b"es.", "more than 1,048,576"),
+    "many references": (
+        b"\x80\x02}U\x04dataNsU\x06labels](T"
+        + struct.pack("<i", 10**6)
+        + b"x" * 10**6
+        + b"q\x00"
+        + b"h\x00" * 100_000
+        + b"es.",
+        "no list of integers",
+    ),
+    "a set": (b"\x80\x04\x8f.", "the instruction EMPTY_SET"),
+    "a string of 2**60 bytes": (b"\x80\x04\x8e" + struct.pack("<q", 2**60) + b"x.", "is damaged"),
+    "an array of another type": (
+        ANY + b"cnumpy.core.multiarray\n_reconstruct\n)R(K\x01K\x01\x85cnumpy\ndtype\nU\x03V99\x85R"
+        b"\x89U\x00tbu.",
+        "an array of =V99",
+    ),
+    "an array too large": (
+        ANY + b"cnumpy.core.multiarray\n_reconstruct\n)R(K\x01J\xff\xff\xff\x7f\x85cnumpy\ndtype\n"
+        b"U\x02u8\x85R\x89U\x08aaaaaaaatbu.",
+        "is damaged",
+    ),
+    "a key in another encoding": (b"\x80\x02}U\x01\xffNs.", "'utf-8' codec"),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_pickle_of_more_than_a_data_set_is_refused_quickly(tmp_path, cifar10_batches, name):
+    folder = tmp_path / "cifar-10-batches-py"
+    write_python10(folder, cifar10_batches)
+    path = folder / "data_batch_1"
+    content, message = BOMBS[name]
+    path.write_bytes(content)
+    start = time.process_time()
+    assert_data_error(tmp_path, path, message)
+    assert time.process_time() - start < 20  # they would take hours, or all memory
+
+
+def test_pickle_of_more_bytes_than_any_published_file(tmp_path, cifar10_batches):
+    folder = tmp_path / "cifar-10-batches-py"
+    write_python10(folder, cifar10_batches)
+    with open(folder / "data_batch_1", "r+b") as file:
+        file.truncate(2**40)  # which takes no room on the disk
+    assert_data_error(tmp_path, folder / "data_batch_1", "1,099,511,627,776 bytes")
+
+
+def test_pickle_as_large_as_the_published_ones(tmp_path):
+    path = tmp_path / "train"
+    labels = list(range(50_000))
+    batch = {b"fine_labels": labels, b"coarse_labels": labels[::-1]}
+    batch[b"filenames"] = [b"%i.png" % i for i in labels]
+    path.write_bytes(python3_pickle(batch))
+    assert load_pickled_dict(path)["filenames"] == batch[b"filenames"]
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+def test_arrays_of_labels(tmp_path, protocol):
+    array = np.arange(6, dtype=">i4").reshape(2, 3)
+    path = tmp_path / "train"
+    path.write_bytes(pickle.dumps({"a": array, "b": array.astype("<u2").T}, protocol))
+    found = load_pickled_dict(path)
+    np.testing.assert_array_equal(found["a"], array)
+    np.testing.assert_array_equal(found["b"], array.T)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (5, "no list of strings"),
+        ([b"a", 5], "no list of strings"),
+        ([[b"a"], [b"b"]], "no list of strings"),
+        ([b"\xff"] * 10, "no UTF-8"),
+    ],
+)
+def test_class_names_of_another_kind(tmp_path, cifar10_batches, names, message):
+    folder = tmp_path / "cifar-10-batches-py"
+    write_python10(folder, cifar10_batches)
+    (folder / "batches.meta").write_bytes(pickle.dumps({b"label_names": names}, protocol=3))
+    assert_data_error(tmp_path, folder / "batches.meta", message)
+
+
+def test_class_names_that_are_no_text(tmp_path, cifar10_batches):
+    folder = tmp_path / "cifar-10-batches-bin"
+    write_binary10(folder, cifar10_batches)
+    (folder / "batches.meta.txt").write_bytes(b"\xff\n" * 10)
+    assert_data_error(tmp_path, folder / "batches.meta.txt", "no UTF-8")
 
 
 def test_real_archive():

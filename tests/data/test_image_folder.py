@@ -1,5 +1,8 @@
 import contextlib
+import functools
 import io
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from revnet_jax.data import DataError, eval_batches, load_dataset, train_batches
 from revnet_jax.data.image_file import (
     NUM_CROP_UNIFORMS,
     centre_crop_box,
+    check_image_files,
     random_crop_box,
     read_image,
 )
@@ -205,16 +209,161 @@ def test_no_class_folders(tmp_path):
     assert_data_error(tmp_path, tmp_path / "train", "no class folders")
 
 
+def place(tree, where):
+    """An image of its own at the path given below the tree."""
+    path = tree / where
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encoded(Image.new("RGB", (20, 20))))
+    return path
+
+
+def link(tree, where, target):
+    path = tree / where
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(target if os.path.isabs(target) else tree / target)
+    return path
+
+
+def test_hidden_folders_are_passed_over(tree):
+    place(tree, "train/blue/.ipynb_checkpoints/0-checkpoint.jpg")
+    place(tree, "train/.trash/old.jpg")
+    place(tree, "train/blue/more/deep/3.jpg")
+    names = [os.path.relpath(path, tree / "train/blue") for path in load(tree).train.paths[:4]]
+    assert names == ["0.jpg", "1.jpg", "2.jpg", "more/deep/3.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("where", "target", "why"),
+    [
+        ("train/blue/loop", "train/blue", "which holds the link"),
+        ("train/blue/more/loop", "train/blue/more", "which holds the link"),
+        ("train/blue/up", "train", "which holds the link"),
+        ("train/blue/root", "/", "which holds the link"),
+        ("train/blue/other", "train/green", "not searched for"),
+        ("val/blue/other", "train/blue", "not searched for"),
+        ("train/blue/out", "kept", "not searched for"),
+        ("train/blue/hidden", "train/blue/.cache", "not searched for"),
+        ("train/violet", "train/blue", "holds other classes or belongs to one"),
+        ("train/violet", "train", "holds other classes or belongs to one"),
+        ("train/violet", ".", "holds other classes or belongs to one"),
+        ("val/red", "train/red", "holds other classes or belongs to one"),
+        ("train/blue/9.jpg", "train/red/0.jpg", "is an image of"),
+        ("train/red/9.jpg", "train/blue/0.jpg", "is an image of"),
+        ("val/blue/9.jpg", "train/blue/0.jpg", "is an image of"),
+        ("val", "train", "holds it, or is in it"),
+        ("val", "train/blue", "holds it, or is in it"),
+        ("val", ".", "holds it, or is in it"),
+        ("train/blue/gone", "nowhere", "does not exist"),
+        ("train/blue/gone.jpg", "nowhere.jpg", "does not exist"),
+        ("train/gone", "nowhere", "does not exist"),
+        ("train/blue/self.jpg", "train/blue/self.jpg", "leads back to the link"),
+    ],
+)
+def test_links_that_lead_astray_are_named(tree, where, target, why):
+    place(tree, "train/blue/more/1.jpg")
+    place(tree, "train/blue/.cache/1.jpg")
+    place(tree, "kept/1.jpg")
+    if (tree / where).exists():
+        shutil.rmtree(tree / where)
+    assert_data_error(tree, link(tree, where, target), why)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("train/violet", "train/white"), ("train/blue/7.jpg", "val/blue/8.jpg")],
+)
+def test_two_links_to_one_place(tree, first, second):
+    target = "kept/1.jpg" if first.endswith("jpg") else "kept"
+    place(tree, "kept/1.jpg")
+    link(tree, first, target)
+    assert_data_error(tree, link(tree, second, target), "kept")
+
+
+def test_links_to_where_things_are_kept(tree):
+    """Splits, classes and images may be links; a link that stays in its class adds nothing."""
+    (tree / "train").rename(tree / "images")
+    link(tree, "train", "images")
+    place(tree, "kept/violet/1.jpg")
+    link(tree, "train/violet", "kept/violet")
+    place(tree, "kept/2.jpg")
+    link(tree, "train/violet/2.jpg", "kept/2.jpg")
+    link(tree, "train/violet/again", "train/violet/more")
+    place(tree, "train/violet/more/3.jpg")
+    dataset = load(tree)
+    assert dataset.class_names == ("blue", "green", "red", "violet")
+    names = [os.path.relpath(path, tree / "train/violet") for path in dataset.train.paths[9:]]
+    assert names == ["1.jpg", "2.jpg", "more/3.jpg"]
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_what_is_no_file(tree, verify):
+    os.mkfifo(tree / "train/blue/pipe.png")
+    assert_data_error(tree, tree / "train/blue/pipe.png", "got a pipe", verify_images=verify)
+    (tree / "train/blue/pipe.png").unlink()
+    device = link(tree, "train/blue/zero.png", "/dev/zero")
+    assert_data_error(tree, device, "got a pipe", verify_images=verify)
+
+
+def test_folder_that_cannot_be_read(tree, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("green"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert_data_error(tree, tree / "train/green", "Permission denied")
+
+
+@pytest.mark.parametrize("name", ["new\nline.jpg", os.fsdecode(b"\xff.jpg"), "löwe 🦁.jpg"])
+def test_odd_names(tree, name):
+    path = place(tree, f"train/blue/{name}")
+    assert len(load(tree).train) == 10
+    path.write_bytes(b"")
+    assert_data_error(tree, name.split("\n")[-1], "0 bytes")
+
+
+def test_the_list_of_files_has_a_fingerprint(tree, tmp_path_factory):
+    first = load(tree).sha256
+    moved = tmp_path_factory.mktemp("moved") / "tree"
+    shutil.copytree(tree, moved)
+    (moved / "val").rename(moved / "test")
+    assert load(moved).sha256 == first
+    (moved / "train/blue/0.jpg").rename(moved / "train/blue/00.jpg")
+    renamed = load(moved).sha256
+    (moved / "train/blue/00.jpg").rename(moved / "test/blue/0.jpg.jpg")
+    assert len({first, renamed, load(moved).sha256}) == 3
+
+
+@functools.cache
 def damaged_files():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    return {
-        "half.jpg": encoded(noise)[:2000],
+    whole, end = encoded(noise), b"\xff\xd9"
+    thirds = encoded(noise, progressive=True)
+    parts = encoded(noise, restart_marker_rows=1)
+    files = {
+        "half.jpg": whole[:2000],
         "half.png": encoded(noise, "PNG")[:5000],
         "half.bmp": encoded(noise, "BMP")[:5000],
+        "ended.png": encoded(noise, "PNG")[:5000] + b"\0\0\0\0IEND\xae\x42\x60\x82",
         "text.jpg": b"<html>not found</html>",
         "empty.png": b"",
         "deep.png": encoded(Image.fromarray(np.full((9, 9), 40000, np.uint16)), "PNG"),
+        # With an end marker, libjpeg takes grey for what is missing, without an error.
+        "ended.jpg": whole[:2000] + end,
+        "nearly.jpg": whole[: int(0.93 * len(whole))] + end,
+        "after_ff.jpg": whole[:2000] + b"\xff" + end,
+        "zeros.jpg": whole[:2000] + bytes(len(whole)),
+        "grey.jpg": encoded(noise.convert("L"))[:1500] + end,
+        "cmyk.jpg": encoded(noise.convert("CMYK"))[:3000] + end,
+        "parts.jpg": parts[: parts.index(b"\xff\xd1")] + end,
+        "progressive.jpg": thirds[: len(thirds) // 3] + end,
+        "scans.jpg": thirds[: thirds.rindex(b"\xff\xda")] + end,
     }
+    for name in ("ended.jpg", "nearly.jpg", "zeros.jpg", "scans.jpg", "parts.jpg"):
+        Image.open(io.BytesIO(files[name])).load()  # Pillow alone has nothing to say
+    return files
 
 
 @pytest.mark.parametrize("name", damaged_files())
@@ -240,3 +389,30 @@ def test_bytes_after_the_end_are_accepted(tree):
     path = tree / "train" / "blue" / "0.jpg"
     path.write_bytes(path.read_bytes() + b"\0" * 100)
     assert len(load(tree).train) == 9
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
+@pytest.mark.parametrize("size", [16, 64])  # decoded at 1/8, and as it is
+def test_grey_images_are_complete(tmp_path, options, size):
+    image = gradient(160, 120)
+    image.paste((128, 128, 128), (40, 60, 160, 120))
+    path = tmp_path / "grey.jpg"
+    path.write_bytes(encoded(image, **options))
+    assert Image.open(path).getpixel((159, 119)) == (128, 128, 128)
+    check_image_files([str(path)])
+    box = (0, 0, 160, 120) if size == 16 else (0, 0, size, size)
+    assert read_image(str(path), lambda width, height: box, size).shape == (size, size, 3)
+
+
+def test_where_a_cut_jpeg_is_found(tmp_path):
+    """Wherever the data are cut, up to the last block of pixels."""
+    whole = encoded(gradient(80, 64).effect_spread(9), quality=90, subsampling=0)
+    start = whole.index(b"\xff\xda") + 14
+    path = tmp_path / "cut.jpg"
+    missed = []
+    for cut in [*range(start, len(whole) - 40, 37), *range(len(whole) - 40, len(whole) - 2)]:
+        path.write_bytes(whole[:cut] + b"\xff\xd9")
+        with contextlib.suppress(DataError):
+            check_image_files([str(path)])
+            missed.append(len(whole) - cut)
+    assert max(missed) < 2 * (len(whole) - start) / (10 * 8)  # of its 80 blocks

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import os
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from revnet_jax.data.dataset import DataError
 from revnet_jax.data.shards import Shards, load_shards, tokenize_files
 from revnet_jax.data.text import Text, eval_windows, load_text, train_windows
-from revnet_jax.data.vocabulary import Vocabulary, codec, load_tokenizer
+from revnet_jax.data.vocabulary import Vocabulary, codec, load_tokenizer, vocabulary_from
 
 TEXT = "Ein Löwe, ein Bär.\n" * 20
 READ = {"num_threads": 0, "prefetch": 0}
@@ -220,3 +221,91 @@ def test_mistakes(path, tokenizer_file, tmp_path):
     (tmp_path / "damaged.json").write_text(json.dumps(damaged))
     with pytest.raises(DataError, match=r"damaged.json: .*expected a tokenizer file"):
         codec(other, tmp_path / "damaged.json")
+
+
+DESCRIPTION = {
+    "dtype": "uint16",
+    "vocab_size": 5,
+    "tokenizer_sha256": "ab",
+    "splits": {"train": {"a.bin": 4}, "test": {"b.bin": 4}},
+    "test_bytes_per_token": 1.5,
+}
+DAMAGED = {
+    "brackets": "[" * 200_000,
+    "null": None,
+    "no vocabulary": DESCRIPTION | {"vocab_size": float("inf")},
+    "half a token": DESCRIPTION | {"vocab_size": 1.5},
+    "no bytes": DESCRIPTION | {"test_bytes_per_token": 0},
+    "not a number": DESCRIPTION | {"test_bytes_per_token": float("nan")},
+    "too large": DESCRIPTION | {"test_bytes_per_token": 10**400},
+    "another sum": DESCRIPTION | {"tokenizer_sha256": ["ab"]},
+    "no size": DESCRIPTION | {"splits": {"train": {"a.bin": None}, "test": {"b.bin": 4}}},
+    "pairs": DESCRIPTION | {"splits": {"train": [["a.bin", 4]], "test": {"b.bin": 4}}},
+    "elsewhere": DESCRIPTION | {"splits": {"train": {"../a.bin": 4}, "test": {"b.bin": 4}}},
+}
+
+
+def write_shards(folder, description, num_bytes=8):
+    for name in ("a.bin", "b.bin"):
+        (folder / name).write_bytes(bytes(num_bytes))
+    text = description if isinstance(description, str) else json.dumps(description)
+    (folder / "tokens.json").write_text(text)
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_description_of_shards_is_named(tmp_path, name):
+    write_shards(tmp_path, DESCRIPTION)
+    assert len(load_text("shards", path=str(tmp_path)).train) == 4
+    write_shards(tmp_path, DAMAGED[name])
+    with pytest.raises(DataError, match=r"tokens\.json: [A-Z].*expected what tokenize") as caught:
+        load_text("shards", path=str(tmp_path))
+    assert len(str(caught.value)) < 500
+
+
+def test_files_of_shards(tmp_path):
+    none = {"splits": {"train": {"a.bin": 0}, "test": {"b.bin": 0}}}
+    write_shards(tmp_path, DESCRIPTION | none, num_bytes=0)
+    assert len(load_text("shards", path=str(tmp_path)).train) == 0
+    write_shards(tmp_path, DESCRIPTION)
+    (tmp_path / "b.bin").unlink()
+    with pytest.raises(DataError, match=r"b\.bin: got no file, expected 8 bytes"):
+        load_text("shards", path=str(tmp_path))
+
+
+def test_files_that_never_end_or_hold_nothing(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    os.mkfifo(tmp_path / "tokens.json")
+    for name, path in (("bytes", tmp_path / "pipe"), ("shards", tmp_path)):
+        with pytest.raises(DataError, match="got a pipe, socket or device; expected"):
+            load_text(name, path=str(path))
+    with pytest.raises(DataError, match="zero: got a pipe, socket or device"):
+        load_text("characters", path="/dev/zero")
+    (tmp_path / "nothing").touch()
+    with pytest.raises(DataError, match="nothing: got an empty file"):
+        load_text("bytes", path=str(tmp_path / "nothing"))
+    with pytest.raises(DataError, match="File name too long; expected a text file"):
+        load_text("bytes", path=str(tmp_path / ("a" * 300)))
+
+
+def test_tokenizers_and_records_that_are_none(path, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(tmp_path / "empty.json"))
+    with pytest.raises(DataError, match=r"empty\.json: got a tokenizer without tokens"):
+        tokenize_files([path], tmp_path / "empty.json", tmp_path / "out")
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(DataError, match=r"pipe\.json: got a pipe"):
+        load_tokenizer(tmp_path / "pipe.json")
+
+
+def test_a_record_of_no_vocabulary():
+    with pytest.raises(DataError, match=r"unexpected keyword argument 'a'\), expected what"):
+        vocabulary_from({"a": 5})
+
+
+def test_a_disk_that_is_full(path, tokenizer_file, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "train_00000.bin")
+
+    monkeypatch.setattr("builtins.open", full)
+    with pytest.raises(DataError, match="bin: No space left on device; expected files that"):
+        tokenize_files([path], tokenizer_file, tmp_path / "out")

@@ -12,6 +12,8 @@ from revnet_jax.config import ConfigError, language_model
 from revnet_jax.data.shards import tokenize_files
 from revnet_jax.errors import UserError
 from revnet_jax.models import Decoder, LanguageModel
+from revnet_jax.training import generate as generating
+from revnet_jax.training import restore
 from revnet_jax.training.generate import generate, generate_text, sample
 from revnet_jax.training.loop import train
 from revnet_jax.training.restore import evaluate_run
@@ -36,7 +38,7 @@ TINY = {
 }
 
 
-def test_from_text_to_a_model_to_text(tmp_path):
+def test_from_text_to_a_model_to_text(tmp_path, monkeypatch, capsys):
     (tmp_path / "text").write_text(TEXT)
     config = language_model()
     config.update_from_flattened_dict(
@@ -66,6 +68,17 @@ def test_from_text_to_a_model_to_text(tmp_path):
     config.data.dir = str(tmp_path / "other")
     with pytest.raises(ConfigError, match="holds a run on other data: got a text of sha256"):
         train(config, workdir)
+    # Another text of the same characters is evaluated, and a longer prompt is read, with a word.
+    assert "note:" not in capsys.readouterr().err
+    (tmp_path / "other").write_text("hgfedcba" * 200)
+    monkeypatch.setattr(restore, "evaluate", lambda *_: {"loss": 1.0})
+    assert evaluate_run(workdir, data_dir=str(tmp_path / "other"))["eval_loss"] == 1
+    note = capsys.readouterr().err
+    assert "note: other data than those of the run" in note
+    assert note.count("a text of sha256") == 2
+    monkeypatch.setattr(generating, "generate", lambda *_, **__: iter(()))
+    assert list(generate_text(workdir, "abcdefgha", num_tokens=1)) == []
+    assert "got a prompt of 9 tokens for a context of 8" in capsys.readouterr().err
 
 
 def test_from_shards_of_tokens_to_text_by_way_of_a_crash(tmp_path):

@@ -1,0 +1,43 @@
+"""What a run records of its data, and whether other data are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from revnet_jax.data import Dataset
+from revnet_jax.data.text import Text
+
+Record = Mapping[str, Any]  # JSON
+
+
+def of_text(text: Text) -> dict[str, Any]:
+    """sha256 of the file, what its tokens stand for, and how long they are."""
+    return {
+        "sha256": text.sha256,
+        "bytes_per_token": text.bytes_per_token,
+        "vocabulary": text.vocabulary._asdict(),
+    }
+
+
+def of_dataset(dataset: Dataset) -> dict[str, Any]:
+    """sha256 of the images or of the list of their files, and how many they are."""
+    return {
+        "sha256": dataset.sha256,
+        "train_images": len(dataset.train),
+        "test_images": len(dataset.test),
+    }
+
+
+def is_same(found: Record, recorded: Record) -> bool:
+    """Whether the sha256 agree; true where an older version recorded none."""
+    return not recorded.get("sha256") or found.get("sha256") == recorded["sha256"]
+
+
+def summary(record: Record) -> str:
+    """For a message: a text of sha256 ..., or 50 training and 10 test images of sha256 ..."""
+    if "train_images" in record:
+        what = f"{record['train_images']:,} training and {record['test_images']:,} test images"
+    else:
+        what = "a text"
+    return f"{what} of sha256 {record.get('sha256')}"
