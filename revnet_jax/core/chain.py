@@ -11,7 +11,7 @@ from jax import lax
 
 from revnet_jax.core import trees, validate
 from revnet_jax.core.block import Context, Layer, ReversibleLayer, Streams
-from revnet_jax.core.exactness import Exactness, compare
+from revnet_jax.core.exactness import Exactness, compare, vary_over, varying_axes
 from revnet_jax.core.grid import snap
 from revnet_jax.core.strategies import STRATEGIES, Backprop, per_iteration, plan_runs, remembering
 from revnet_jax.core.sweep import (
@@ -77,7 +77,8 @@ def chain(
       closes over has to be constant, or traced outside of `jax.grad`.
     state_L: what `update` carries from step to step (an optimizer's moments), stacked.
     probe: `Exactness.probe()`; its cotangent is the run-time exactness check of `reverse`, at the
-      price of keeping the chain's input.
+      price of keeping the chain's input. One may serve several chains, and be used within `scan`,
+      `vmap` and `shard_map`.
 
     aux_L: the layers' auxiliary outputs, stacked; floating-point leaves are differentiable.
 
@@ -278,11 +279,15 @@ def _swept(runs, sections, x, shared, unroll, update, probe):
         if true_x is not None:
             checksums = kepts.checksum, swept.checksum
             dprobe = compare(swept.x, true_x, swept.max_abs, checksums)
+        dprobe = vary_over(axes, dprobe)
         dparams = swept.written if update is None else [new[0] for new in swept.written]
         dstates = states if update is None else [new[1] for new in swept.written]
         return dparams, dstates, swept.dx, swept.dshared, dprobe, None
 
     run.defvjp(forward, backward)
+    # What a probe that is the same on all devices is told is added up over them.
+    axes = varying_axes((params, x, shared, data, probe)) if probe else frozenset()
+    probe = vary_over(axes, probe)
     with _explaining_forward_mode():
         return run(params, states, x, shared, probe, (params_rest, shared_rest, data))
 
