@@ -380,7 +380,8 @@ def test_second_derivatives_of_a_product_are_those_of_store(bits):
         )
 
         def hessian_vector_product(backprop):
-            loss = lambda params_L: jnp.mean(chain(block, params_L, x, backprop=backprop)[0][0] ** 2)
+            run = lambda params_L: chain(block, params_L, x, backprop=backprop)[0]
+            loss = lambda params_L: jnp.mean(run(params_L)[0] ** 2)
             return jax.jvp(jax.grad(loss), (params_L,), (params_L,))[1]
 
         got, expected = toy.jit(lambda: [hessian_vector_product(b) for b in ("reverse", "store")])()
