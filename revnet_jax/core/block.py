@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from revnet_jax.core import trees
+from revnet_jax.core.constants import is_whole
 from revnet_jax.core.couplings import Coupling
 from revnet_jax.core.evaluate import evaluate, isolated_derivative
 from revnet_jax.core.grid import Grid
@@ -127,6 +128,13 @@ class HalfStep:
             raise TypeError(
                 f"got coupling={self.coupling!r}, expected a Coupling: what `affine()` returns, "
                 "rather than `affine`"
+            )
+        is_index = lambda i: is_whole(i) and i >= 0
+        are_indices = isinstance(self.reads, tuple) and all(map(is_index, self.reads))
+        if not are_indices or not is_index(self.updates):
+            raise ValueError(
+                f"got a half-step that updates {self.updates!r} and reads {self.reads!r}, expected "
+                "the index of a stream, counted from 0, and a tuple of indices"
             )
         if self.updates in self.reads:
             raise ValueError(

@@ -11,7 +11,7 @@ from jax import lax
 
 from revnet_jax.core import trees, validate
 from revnet_jax.core.block import Context, Layer, ReversibleLayer, Streams
-from revnet_jax.core.exactness import Exactness, compare
+from revnet_jax.core.exactness import Exactness, compare, vary_over, varying_axes
 from revnet_jax.core.grid import snap
 from revnet_jax.core.strategies import STRATEGIES, Backprop, per_iteration, plan_runs, remembering
 from revnet_jax.core.sweep import (
@@ -77,7 +77,8 @@ def chain(
       closes over has to be constant, or traced outside of `jax.grad`.
     state_L: what `update` carries from step to step (an optimizer's moments), stacked.
     probe: `Exactness.probe()`; its cotangent is the run-time exactness check of `reverse`, at the
-      price of keeping the chain's input.
+      price of keeping the chain's input. One may serve several chains, and be used within `scan`,
+      `vmap` and `shard_map`.
 
     aux_L: the layers' auxiliary outputs, stacked; floating-point leaves are differentiable.
 
@@ -123,6 +124,7 @@ def sequence(
     with a grid must have the same one.
     """
     sections = validate.checked_sections(sections)
+    x, shared = validate.arrays("x", x), validate.arrays("shared", shared)
     depths = validate.check_sections(sections, x, shared, backprop, STRATEGIES)
     stored_layers = validate.checked_stored_layers(stored_layers, sum(depths))
     unroll = validate.checked_unroll(unroll)
@@ -150,6 +152,7 @@ def sequence_forward(
     """`sequence` with what `sequence_inverse` needs: `(y, auxes, residue_L of each section)`."""
     sections = validate.checked_sections(sections)
     validate.check_reversible(sections)
+    x, shared = validate.arrays("x", x), validate.arrays("shared", shared)
     depths = validate.check_sections(sections, x, shared, "reverse", STRATEGIES)
     sections = [s._replace(length=n) for s, n in zip(sections, depths, strict=True)]
     return _forward(sections, _on_grid(sections, x), shared)
@@ -170,6 +173,7 @@ def sequence_inverse(
     """
     sections = validate.checked_sections(sections)
     layers = validate.check_reversible(sections)
+    y, shared = validate.arrays("y", y), validate.arrays("shared", shared)
     validate.common_grid(sections)
     validate.check_streams(y)
     residues = [None] * len(sections) if residues is None else residues
@@ -224,8 +228,8 @@ def _added_by_layer(shared):
 
     JAX would add those of every half-step to the sum of all layers so far: another order.
     """
-    floats, rest = trees.split(shared)
-    return trees.join(jax.tree.map(lax.optimization_barrier, floats), rest)
+    apart = lambda leaf: lax.optimization_barrier(leaf) if trees.is_inexact(leaf) else leaf
+    return jax.tree.map(apart, shared)
 
 
 def _swept(runs, sections, x, shared, unroll, update, probe):
@@ -234,6 +238,7 @@ def _swept(runs, sections, x, shared, unroll, update, probe):
     states = [section.state_L for section in sections]
     shared, shared_rest = trees.split(shared)
     data = [section.data_L for section in sections]
+    trees.split((x, states, data))  # raises for classes that JAX's custom gradients cannot rebuild
 
     def joined(params, shared, not_differentiated):
         params_rest, shared_rest, data = not_differentiated
@@ -264,25 +269,30 @@ def _swept(runs, sections, x, shared, unroll, update, probe):
     def backward(kept, cotangents):
         params, states, shared, not_differentiated, kepts, true_x = kept
         sections, shared = joined(params, shared, not_differentiated)
-        swept = sweep(
-            runs,
-            sections,
-            kepts,
-            (cotangents[0], trees.split(cotangents[1])[0]),
-            shared,
-            [consumer(*pair) for pair in zip(sections, states, strict=True)],
-            unroll=unroll,
-            track_range=true_x is not None,
-        )
+        with _explaining_axes():
+            swept = sweep(
+                runs,
+                sections,
+                kepts,
+                (cotangents[0], trees.split(cotangents[1])[0]),
+                shared,
+                [consumer(*pair) for pair in zip(sections, states, strict=True)],
+                unroll=unroll,
+                track_range=true_x is not None,
+            )
         dprobe = probe and Exactness.probe()
         if true_x is not None:
             checksums = kepts.checksum, swept.checksum
             dprobe = compare(swept.x, true_x, swept.max_abs, checksums)
+        dprobe = vary_over(axes, dprobe)
         dparams = swept.written if update is None else [new[0] for new in swept.written]
         dstates = states if update is None else [new[1] for new in swept.written]
         return dparams, dstates, swept.dx, swept.dshared, dprobe, None
 
     run.defvjp(forward, backward)
+    # What a probe that is the same on all devices is told is added up over them.
+    axes = varying_axes((params, x, shared, data, probe)) if probe else frozenset()
+    probe = vary_over(axes, probe)
     with _explaining_forward_mode():
         return run(params, states, x, shared, probe, (params_rest, shared_rest, data))
 
@@ -297,4 +307,19 @@ def _explaining_forward_mode():
         raise TypeError(
             "got forward-mode differentiation (jvp) of a chain that reverses, mixes or updates, "
             "expected reverse mode: take backprop='store' for all layers, which has both"
+        ) from error
+
+
+@contextlib.contextmanager
+def _explaining_axes():
+    """JAX runs the backward pass of a custom gradient outside of the `vmap` that it was made in."""
+    try:
+        yield
+    except NameError as error:
+        if "axis name" not in str(error):
+            raise
+        raise NameError(
+            f"got a collective in a branch over an axis that its rewind does not know "
+            f"({str(error).splitlines()[0]}), expected the gradient to be taken within the "
+            "`jax.vmap` that names the axis: vmap(grad(loss)), or take backprop='store' or 'remat'"
         ) from error

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from revnet_jax.core import trees, validate
 from revnet_jax.core.block import Block, Context, ReversibleLayer, Streams
 from revnet_jax.core.chain import Section, chain, sequence_forward, sequence_inverse
-from revnet_jax.core.exactness import Exactness, compare
+from revnet_jax.core.exactness import Exactness, compare, largest
 from revnet_jax.core.grid import snap
 from revnet_jax.core.strategies import STRATEGIES
 
 # Largest relative error (L2) against `store`. On exact streams only rounding is left, in the
 # order of sums (float32) and where the compiler keeps more digits than bfloat16 has.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-2, "float64": 1e-10}
+_RANGE = "range of the grid"
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ def check_reversible(
     try:
         one = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (params, data))
         section = Section(layer, *_repeat(one, depth), length=depth)
+        (section,) = validate.checked_sections([section])
+        x, shared = validate.arrays("x", x), validate.arrays("shared", shared)
         validate.check_reversible([section])
         validate.check_sections([section], x, shared, "reverse", STRATEGIES)
     except Exception as error:
@@ -97,7 +100,9 @@ def check_reversible(
     if not findings[-1].passed:  # nothing else can be right, or be found out
         return Report(tuple(findings))
     try:
-        findings.extend(_round_trips(section, x, shared))
+        findings.extend(_range_and_resolution(section, x, shared))
+        is_in_range = all(finding.passed for finding in findings if finding.law == _RANGE)
+        findings.extend(_round_trips(section, x, shared, is_in_range=is_in_range))
     except Exception as error:
         return Report((*findings, Finding("inverse of forward", False, _line(error), "as it says")))
     for dtype in dtypes:
@@ -144,7 +149,62 @@ def _randomness(layer, params, x, shared, data) -> Finding:
     )
 
 
-def _round_trips(section, x, shared) -> Iterator[Finding]:
+def _range_and_resolution(section, x, shared) -> Iterator[Finding]:
+    """What becomes of the streams within the chain, and of the updates of its layers."""
+    layer = section.layer
+    grid = getattr(layer, "grid", None)
+    if grid is None:
+        return
+
+    def one(x, layer_slice):
+        params, data = layer_slice
+        context = Context(shared, data)
+        lost = _lost_updates(layer, params, x, context) if isinstance(layer, Block) else [(0, 0)]
+        y = layer.forward(params, x, context)[0]
+        return y, (largest(y), jnp.asarray(lost, jnp.float32))
+
+    layers_L = section.params_L, section.data_L
+    run = jax.jit(lambda x, layers_L: jax.lax.scan(one, x, layers_L, length=section.length))
+    _, (largest_L, lost_L) = run(x, layers_L)
+    smallest = 2.0 ** -(grid.bits + 1)
+    most, limit = float(jnp.max(largest_L)), grid.limit(jnp.float32)
+    yield Finding(
+        _RANGE,
+        most < limit / 2,
+        f"|x| up to {most:.3g} of {limit:g} after {section.length} layers",
+        "normalise what the branches read, or what they return; or take a grid of fewer bits",
+    )
+    share = max(float(lost / max(total, 1)) for lost, total in jnp.sum(lost_L, axis=0))
+    yield Finding(
+        "resolution of the grid",
+        None if 0.1 < share <= 0.5 else share <= 0.5,
+        f"{share:.1%} of a branch's updates rounded to nothing, below {smallest:.2g}",
+        f"take a grid of more bits (here {grid.bits}; each halves the range), or larger updates",
+    )
+
+
+def _lost_updates(block, params, x, context):
+    """For each half-step (elements whose update rounding takes away, elements with an update).
+
+    An element has one where merging it makes a difference, against merging zeros.
+    """
+    streams, found = list(x), []
+    for step, step_params in zip(block.half_steps, params, strict=True):
+        u, _, streams, _ = step.evaluate(step_params, streams, context)
+        before = streams[step.updates]
+
+        def changes(grid, step=step, before=before, u=u):
+            merged = [step.merge(before, v, grid)[0] for v in (u, jax.tree.map(jnp.zeros_like, u))]
+            return jax.tree.map(jnp.not_equal, *merged)
+
+        on_grid, free = jax.tree.leaves(changes(block.grid)), jax.tree.leaves(changes(None))
+        lost = sum(jnp.sum(b & ~a) for a, b in zip(on_grid, free, strict=True))
+        found.append((lost, sum(map(jnp.sum, free))))
+        streams[step.updates] = step.merge(before, u, block.grid)[0]
+    return found
+
+
+def _round_trips(section, x, shared, *, is_in_range) -> Iterator[Finding]:
     @jax.jit
     def both_ways(x):
         y, _, residues = sequence_forward([section], x, shared=shared)
@@ -162,11 +222,13 @@ def _round_trips(section, x, shared) -> Iterator[Finding]:
             name,
             not found.mismatches,
             f"{int(found.mismatches)} elements differ, by up to {float(found.max_difference):.2g}",
-            _exactness_advice(section.layer),
+            _exactness_advice(section.layer, is_in_range=is_in_range),
         )
 
 
-def _exactness_advice(layer) -> str:
+def _exactness_advice(layer, *, is_in_range) -> str:
+    if not is_in_range:
+        return f"beyond its range a grid is not exact: see '{_RANGE}'"
     if not isinstance(layer, Block):
         return "`undo` is not the exact inverse of `apply`: compare them on one stream at a time"
     if layer.grid is None:
@@ -192,14 +254,6 @@ def _gradients(section, x, shared, dtype) -> Iterator[Finding]:
         f"relative error {error:.2g}, {mismatches} elements of the input not rebuilt",
         "see the first law that fails above; if there is none, compare with fewer layers",
     )
-    if dtype == "float32" and grid is not None:
-        largest, limit = float(exactness.max_abs), grid.limit(jnp.float32)
-        yield Finding(
-            "range of the grid",
-            largest < limit / 2,
-            f"|x| up to {largest:.3g} of {limit:g} after {section.length} layers",
-            "normalise the branches' outputs, or take a grid of fewer bits",
-        )
 
 
 def _gradient_error(section, x, shared, dtype) -> tuple[float, Exactness]:

@@ -194,7 +194,8 @@ def _divide(y: Any, residue: Any, scale: Any, grid: Grid | None) -> Any:
     if residue is None and grid is not None:
         raise ValueError(
             "got no residue, expected what the forward pass left: this coupling multiplies, and "
-            "cannot be undone without. Take it from `sequence_forward`"
+            "cannot be undone without. Take it from `sequence_forward`; for a y that no forward "
+            "pass made, as in sampling from a flow, build the block with grid=None"
         )
     leaves, treedef = jax.tree.flatten(y)
     residue = (None,) * len(leaves) if residue is None else residue

@@ -55,7 +55,11 @@ def divide(y: jax.Array, residue: Any, scale: jax.Array, grid: Grid | None) -> j
     quotient = y / scale
     # Larger ones belong to no x in range, and their integers may have overflowed.
     in_range = jnp.abs(quotient) <= grid.limit(y.dtype)
-    return straight_through(quotient, jnp.where(in_range, x, lax.stop_gradient(quotient)))
+    x = jnp.where(in_range, x, lax.stop_gradient(quotient))
+    # The derivative is that of the inverse at x, not at the quotient, which is off by what the
+    # product was rounded by. Compiled where second derivatives are taken, and nowhere else.
+    rounded_by = jnp.where(in_range, lax.stop_gradient(x * scale - y), jnp.zeros_like(y))
+    return straight_through((y + rounded_by) / scale, x)
 
 
 def pack(bits: jax.Array) -> jax.Array:

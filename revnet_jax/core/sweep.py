@@ -15,7 +15,7 @@ from jax import lax
 
 from revnet_jax.core import trees
 from revnet_jax.core.block import Context, Rewound, Streams, differentiate
-from revnet_jax.core.exactness import largest
+from revnet_jax.core.exactness import largest, vary_over, varying_axes
 from revnet_jax.core.isolate import isolate
 from revnet_jax.core.strategies import Kept, Run, per_iteration, remembering
 
@@ -143,7 +143,8 @@ def sweep(
     """
     dx, dauxes = cotangents
     x, checksum = None, jnp.int32(0)
-    max_abs = jnp.float32(0) if track_range else None
+    # Typed, in a `shard_map`, as what a loop makes of it.
+    max_abs = vary_over(varying_axes(dx), jnp.float32(0)) if track_range else None
     dshared = jax.tree.map(jnp.zeros_like, trees.split(shared)[0])
     written = [consumer.start for consumer in consumers]
     for run, kept_L in reversed(list(zip(runs, kepts.runs, strict=True))):

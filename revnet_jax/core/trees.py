@@ -21,9 +21,18 @@ def is_inexact(leaf: Any) -> bool:
 
 def split(tree: Any) -> tuple[Any, Any]:
     """(floating-point leaves, all other leaves): two copies of the tree with None elsewhere."""
-    floats = jax.tree.map(lambda leaf: leaf if is_inexact(leaf) else None, tree)
-    others = jax.tree.map(lambda leaf: None if is_inexact(leaf) else leaf, tree)
-    return floats, others
+    leaves, structure = jax.tree.flatten(tree)
+    pairs = [(leaf, is_inexact(leaf)) for leaf in leaves]
+    select = lambda kind: [v if is_it == kind else None for v, is_it in pairs]
+    try:
+        return structure.unflatten(select(True)), structure.unflatten(select(False))
+    except Exception as error:  # whatever a class of the caller's raises
+        reason = (str(error).splitlines() or [""])[0]
+        raise TypeError(
+            "got a tree of a class that takes no None in the place of an array "
+            f"({type(error).__name__}: {reason}), expected its `tree_unflatten` to look at nothing "
+            "that it gets: JAX puts placeholders there. Check in a constructor of its own"
+        ) from error
 
 
 def join(floats: Any, others: Any) -> Any:

@@ -19,8 +19,32 @@ from revnet_jax.core.constants import is_whole
 from revnet_jax.core.exactness import Exactness
 
 
+def arrays(name: str, tree: Any) -> Any:
+    """The same, NumPy's arrays as JAX has them (float64 as float32); raises for what is no array.
+
+    name: of the argument, for the error.
+    """
+
+    def checked(path, leaf):
+        if isinstance(leaf, jax.Array):
+            return leaf
+        try:
+            if hasattr(leaf, "__array__"):
+                return jnp.asarray(leaf)
+            jnp.result_type(leaf)
+        except TypeError:
+            got = f"{name}{jax.tree_util.keystr(path)} of type {type(leaf).__name__}"
+            got += f" and dtype {leaf.dtype}" if hasattr(leaf, "dtype") else ""
+            raise TypeError(
+                f"got {got}, expected an array: what is none belongs into the branch itself"
+            ) from None
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(checked, tree)
+
+
 def checked_sections(sections: Iterable[Any]) -> tuple[Any, ...]:
-    """All of them as a tuple; raises unless each is a section, of a layer."""
+    """All of them as a tuple, of arrays; raises unless each is a section, of a layer."""
     if hasattr(sections, "layer"):
         raise TypeError("got a Section as a sequence, expected a list of them: [Section(...)]")
     sections = tuple(sections)
@@ -37,7 +61,8 @@ def checked_sections(sections: Iterable[Any]) -> tuple[Any, ...]:
                 f"got {got} as a layer, expected one with `forward`: what `reversible_block(f, g)` "
                 "returns, or an Invertible or PlainLayer of functions"
             )
-    return sections
+    stacked = ("params_L", "data_L", "state_L")
+    return tuple(s._replace(**{n: arrays(n, getattr(s, n)) for n in stacked}) for s in sections)
 
 
 def check_sections(
@@ -182,14 +207,19 @@ def check_update(sections: Sequence[Any], depths: Sequence[int], update: Any) ->
         return
     floats = [trees.split(section.params_L)[0] for section in sections]
     traces = [leaf._trace for leaf in jax.tree.leaves(floats) if isinstance(leaf, Tracer)]
+    still_there = list(map(_outside_of_gradient, traces))
     for section, floats_L in zip(sections, floats, strict=True):
         if not jax.tree.leaves(floats_L):
             continue
         program = _one_update(floats_L, section.state_L, update)
         # The backward pass runs where `jax.grad` is called. What is traced outside of that, as by
-        # one `jax.jit` of the whole step, is still there; what is traced within, as the parameters
-        # then are, is not.
-        lost = [v for v in _traced(program) if traces and all(v._trace is t for t in traces)]
+        # one `jax.jit` of the whole step, is still there; what is traced within, by a `jit`, `vmap`
+        # or `scan`, is not.
+        lost = [
+            value
+            for value in _traced(program)
+            if any(all(value._trace is not trace for trace in there) for there in still_there)
+        ]
         if lost:
             raise ValueError(
                 f"update closes over traced values ({_described(lost)}) that are gone when it "
@@ -197,6 +227,16 @@ def check_update(sections: Sequence[Any], depths: Sequence[int], update: Any) ->
                 "`jax.grad`: pass a learning rate in the state (state_L, one for each layer), or "
                 "jit the whole step"
             )
+
+
+def _outside_of_gradient(trace):
+    """What was being traced when `jax.grad` began that traces parameters, or before they were."""
+    outwards = []
+    while trace is not None:
+        outwards.append(trace)
+        trace = getattr(trace, "parent_trace", None)
+    differentiates = [type(each).__name__ in ("JVPTrace", "LinearizeTrace") for each in outwards]
+    return outwards[1 + (differentiates.index(True) if any(differentiates) else 0) :]
 
 
 def _one_update(floats_L, state_L, update):

@@ -22,9 +22,9 @@ class PureModule:
     """
 
     def __init__(self, make: Callable[[nnx.Rngs], nnx.Module]):
-        self._make = make
         is_built = isinstance(make, nnx.Module | linen.Module)
-        module = make if is_built else nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+        self._make = make if is_built else _without_sharding(make)
+        module = make if is_built else nnx.eval_shape(lambda: self._make(nnx.Rngs(0)))
         if is_built or not isinstance(module, nnx.Module):
             got = type(module).__name__
             raise ValueError(f"got {got}, expected what builds it: `lambda rngs: MLP(rngs=rngs)`")
@@ -59,6 +59,16 @@ class PureModule:
         new_stats = nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
         # Averages over past batches are a record, not a path for gradients.
         return output, jax.lax.stop_gradient(new_stats)
+
+
+def _without_sharding(make):
+    """Partitioning annotations are of one layer's axes, and ask for a mesh: nothing is placed."""
+
+    def made(rngs):
+        with nnx.use_eager_sharding(False):
+            return make(rngs)
+
+    return made
 
 
 def _restarted(leaf, draw):

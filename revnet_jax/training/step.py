@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from revnet_jax.core import Exactness
 from revnet_jax.models import Lockstep, Variables
 from revnet_jax.training.lockstep import LockstepOptimizer
 from revnet_jax.training.rounding import apply_updates, widened
@@ -151,11 +150,7 @@ def accumulate(
     start = stats, jax.tree.map(jnp.zeros_like, widened(params))
     inputs = jax.tree.map(parts, batch), jax.random.split(key, microbatches)
     (stats, total), (losses, others, exactness) = jax.lax.scan(body, start, inputs)
-    if exactness is not None:
-        exactness = {
-            name: Exactness(jnp.sum(e.mismatches), jnp.max(e.max_difference), jnp.max(e.max_abs))
-            for name, e in exactness.items()
-        }
+    exactness = jax.tree.map(lambda counts: jnp.sum(counts, axis=0), exactness)
     grads = jax.tree.map(lambda leaf: leaf / microbatches, total)
     return (jnp.mean(losses), (stats, jax.tree.map(jnp.mean, others))), (grads, exactness)
 

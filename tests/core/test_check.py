@@ -10,6 +10,7 @@ from revnet_jax.core import (
     Grid,
     Invertible,
     check_reversible,
+    leapfrog,
     momentum_block,
     reversible_block,
 )
@@ -75,6 +76,53 @@ def test_a_range_that_is_used_up(arguments):
         check_reversible(reversible_block(grow, grow, grid=Grid(20)), params, x, dtypes=["float32"])
     )
     assert "grid of fewer bits" in wrong["range of the grid"].advice
+
+
+def test_a_range_that_overflows_is_named_first(arguments):
+    """What fails behind it says so, rather than blame the coupling."""
+    large = lambda params, x, context: 3000 * dense(params, x, context)
+    wrong = failed(check_reversible(reversible_block(large, large), *arguments, dtypes=["float32"]))
+    first, second, *_ = wrong.values()
+    assert first.law == "range of the grid"
+    assert first.measured.startswith("|x| up to 2.4e+04 of 4096")
+    assert "normalise what the branches read" in first.advice
+    assert "fewer bits" in first.advice
+    assert second.law == "inverse of forward"
+    assert "see 'range of the grid'" in second.advice
+
+
+@pytest.mark.parametrize(
+    ("step", "bits", "passed"),
+    [(5e-5, 12, False), (5e-4, 12, None), (5e-5, 20, True), (0.1, 12, True)],
+)
+def test_updates_that_vanish_on_the_grid(arguments, step, bits, passed):
+    """An ODE whose steps are refined until the state stands still."""
+    _, x = arguments
+    decay = lambda params, x, context: -0.5 * x
+    block = reversible_block(decay, decay, coupling=leapfrog(step), grid=Grid(bits))
+    report = check_reversible(block, ((), ()), x, dtypes=[])
+    (finding,) = [f for f in report.findings if f.law == "resolution of the grid"]
+    assert finding.passed is passed
+    smallest = {12: "0.00012", 20: "4.8e-07"}[bits]
+    assert f"of a branch's updates rounded to nothing, below {smallest}" in finding.measured
+    assert "take a grid of more bits" in finding.advice
+    assert report.ok == (passed is not False)
+
+
+def test_branches_that_return_zeros_lose_nothing(arguments):
+    """As those that are initialised with zeros; and what is pushed into a velocity is an update."""
+    zero = lambda params, x, context: jnp.zeros_like(x)
+    for block, is_lost in (
+        (momentum_block(zero), False),
+        (momentum_block(lambda *args: zero(*args) + 1e-3), True),
+    ):
+        report = check_reversible(block, ((), ()), arguments[1], depth=2, dtypes=[])
+        assert report.ok != is_lost, report
+
+
+def test_what_is_no_array_is_one_line(arguments):
+    report = check_reversible(reversible_block(dense, dense), *arguments, shared="text")
+    assert "got shared of type str, expected an array" in report.findings[0].measured
 
 
 def test_a_layer_that_changes_a_stream(arguments):

@@ -29,6 +29,14 @@ def test_a_half_step_cannot_read_what_it_updates():
         HalfStep(double, updates=1, reads=(0, 1), coupling=additive())
 
 
+@pytest.mark.parametrize(
+    ("updates", "reads"), [(-1, (0,)), (0, (-1,)), (0, (True,)), (0, 1), (0.0, (1,)), (0, [1])]
+)
+def test_streams_are_counted_from_zero(updates, reads):
+    with pytest.raises(ValueError, match=r"got a half-step that updates .* counted from 0"):
+        HalfStep(double, updates=updates, reads=reads, coupling=additive())
+
+
 def test_a_coupling_and_a_grid_are_made_before_they_are_passed():
     with pytest.raises(TypeError, match=r"got coupling=.*leapfrog.*, expected a Coupling: what"):
         reversible_block(double, double, coupling=leapfrog)

@@ -36,6 +36,26 @@ def call(**changes):
 CASES = {
     "unknown strategy": ({"backprop": "revers"}, ValueError, "got backprop='revers', expected one"),
     "streams not a tuple": ({"x": jnp.ones(4)}, TypeError, "expected a plain tuple"),
+    "a string as a stream": (
+        {"x": (jnp.ones(4), "x2")},
+        TypeError,
+        r"got x\[1\] of type str, expected an array",
+    ),
+    "a string among shared inputs": (
+        {"shared": {"mode": "train"}},
+        TypeError,
+        r"got shared\['mode'\] of type str, expected an array: .* into the branch itself",
+    ),
+    "an object among the parameters": (
+        {"params_L": (jnp.ones(3), object())},
+        TypeError,
+        r"got params_L\[1\] of type object, expected an array",
+    ),
+    "words among the data": (
+        {"data_L": np.asarray(["a", "b", "c"])},
+        TypeError,
+        "got data_L of type ndarray and dtype <U1, expected an array",
+    ),
     "integer stream": (
         {"x": (jnp.ones(4), jnp.ones(4, jnp.int32))},
         TypeError,
@@ -352,6 +372,98 @@ def test_a_learning_rate_that_is_traced():
     )
     with pytest.raises(ValueError, match=message):
         jax.grad(jax.jit(loss))(PARAMS_L, 0.1)
+
+
+@pytest.mark.parametrize("together", [jax.vmap, lambda f: lambda xs: jax.lax.map(f, xs)])
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit])
+def test_a_learning_rate_that_is_traced_inside_of_grad(together, jit):
+    """What a `vmap` or `scan` traces within `jax.grad` is gone in the backward pass, too."""
+
+    def loss(params_L, rates):
+        def one(rate):
+            new = lambda params, dparams: jax.vmap(lambda p, d: p - rate * d)(params, dparams)
+            update = lambda d, s, p: (jax.tree.map(new, p, d), s)
+            y, _ = chain(BLOCK, params_L, (jnp.ones(2),) * 2, update=update)
+            return jnp.sum(y[0] * y[1])
+
+        return jnp.sum(together(one)(rates))
+
+    wide_L = (jnp.ones((3, 2)),) * 2
+    with pytest.raises(ValueError, match=r"update closes over traced values \(float32\[\]\)"):
+        jit(jax.grad(loss))(wide_L, jnp.ones(3))
+
+
+def test_a_learning_rate_of_each_example_around_grad():
+    def new_params(rate):
+        update = lambda d, s, p: (jax.tree.map(lambda p, d: p - rate * d, p, d), s)
+        loss = lambda params_L: jnp.sum(call(params_L=params_L, update=update)[0][0])
+        return jax.grad(loss)(PARAMS_L)[0]
+
+    together = jax.vmap(new_params)(jnp.asarray([0.0, 0.5]))
+    np.testing.assert_array_equal(together[0], PARAMS_L[0])
+    np.testing.assert_array_equal(together[1], new_params(jnp.float32(0.5)))
+
+
+def test_arrays_of_numpy_are_those_of_jax():
+    """Its default is float64, which JAX has not unless told so."""
+    rng = np.random.default_rng(0)
+    params_L, x = (tuple(rng.normal(size=shape) for _ in range(2)) for shape in ((3,), (4,)))
+    y, _ = call(params_L=params_L, x=x, shared=np.float64(1))
+    expected = jax.jit(lambda params_L, x: call(params_L=params_L, x=x)[0])(params_L, x)
+    jax.tree.map(np.testing.assert_array_equal, y, expected)
+    sections = [Section(BLOCK, params_L)]
+    y, _, residues = sequence_forward(sections, x)
+    rebuilt = sequence_inverse(sections, jax.tree.map(np.asarray, y), residues)
+    true_x = BLOCK.grid.snap(jax.tree.map(jnp.asarray, x))
+    jax.tree.map(np.testing.assert_array_equal, rebuilt, true_x)
+
+
+@jax.tree_util.register_pytree_node_class
+class Checked:
+    """A pytree that looks at what it gets."""
+
+    def __init__(self, weight):
+        self.weight = weight
+        assert weight.ndim < 9
+
+    def tree_flatten(self):
+        return (self.weight,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+@pytest.mark.parametrize("where", ["params_L", "data_L", "shared", "state_L"])
+def test_classes_that_refuse_placeholders(where):
+    """Under `store` they will do; JAX's custom gradients put placeholders into them."""
+    weight = Checked(jnp.ones(3))
+    arguments = {where: (weight, weight) if where == "params_L" else weight}
+    options = {"update": lambda d, s, p: (p, s)} if where == "state_L" else {}
+    block = reversible_block(*[lambda params, x, context: x] * 2)
+    run = lambda **options: call(layer=block, **arguments | options)
+    message = r"class that takes no None .*'NoneType' object has no attribute 'ndim'.*constructor"
+    with pytest.raises(TypeError, match=message) as caught:
+        run(**options)
+    assert "\n" not in str(caught.value)
+    if not options:
+        run(backprop="store")
+
+
+def test_a_collective_over_an_axis_that_the_rewind_does_not_know():
+    centred = lambda params, x, context: x - jax.lax.pmean(x * params, "batch")
+    block = reversible_block(centred, centred)
+    rows = (jnp.ones((2, 4)), jnp.ones((2, 4)))
+
+    def total(params_L, backprop):
+        one = lambda x: jnp.sum(chain(block, params_L, x, backprop=backprop)[0][0])
+        return jnp.sum(jax.vmap(one, axis_name="batch")(rows))
+
+    jax.grad(total)(PARAMS_L, "store")
+    message = r"axis name: batch.*vmap\(grad\(loss\)\).*'store'"
+    with pytest.raises(NameError, match=message) as caught:
+        jax.grad(total)(PARAMS_L, "reverse")
+    assert "\n" not in str(caught.value)
 
 
 def test_free_streams_may_be_narrow():

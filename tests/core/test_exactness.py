@@ -5,8 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
 
 from revnet_jax.core import (
+    Coupling,
     Exactness,
     Grid,
     Section,
@@ -14,6 +17,7 @@ from revnet_jax.core import (
     reversible_block,
     sequence_inverse,
 )
+from revnet_jax.core.exactness import compare
 from tests.core import toy
 
 DEPTH, CHANNELS, BATCH, SIZE = 50, 16, 8, 8
@@ -100,3 +104,73 @@ def test_wrong_without_the_grid_and_the_check_says_so():
     assert toy.relative_error(grads, true_grads) > 0.01
     assert exactness.mismatches > 0.9 * 2 * BATCH * SIZE * SIZE * CHANNELS
     assert exactness.max_difference > 0.01
+
+
+# One probe for several rewinds: JAX adds up what it is told.
+PARTS, ELEMENTS = 6, 4
+
+
+def vmapped(run, x):
+    return jnp.mean(jax.vmap(run)(x))
+
+
+def scanned(run, x):
+    return jnp.mean(jax.lax.map(run, x))
+
+
+def several_chains(run, x):
+    return sum(run(jax.tree.map(lambda leaf, i=i: leaf[i], x)) for i in range(PARTS))
+
+
+def on_two_devices(run, x):
+    mesh = Mesh(jax.devices()[:2], ("parts",))
+    local = lambda x: jax.lax.pmean(vmapped(run, x), "parts")
+    specs = {"in_specs": PartitionSpec("parts"), "out_specs": PartitionSpec()}
+    return jax.shard_map(local, mesh=mesh, **specs)(x)
+
+
+@pytest.mark.parametrize("together", [vmapped, scanned, several_chains, on_two_devices])
+def test_a_probe_that_is_shared_finds_the_largest_value_and_not_their_sum(together):
+    """A coupling that undoes too much; of values up to 16."""
+    coupling = Coupling(lambda x, u, grid: (x + u, None), lambda y, u, _, grid: 1.25 * (y - u))
+    zero = lambda params, x, context: x * params
+    block = reversible_block(zero, zero, coupling=coupling)
+    sizes = jnp.asarray([0.5, 1, 2, 4, 8, 16])
+    x = (jnp.broadcast_to(sizes.reshape(PARTS, 1), (PARTS, ELEMENTS)),) * 2
+
+    @toy.jit
+    @jax.grad
+    def check(probe):
+        params_L = (jnp.zeros(1),) * 2
+        return together(lambda x: jnp.sum(chain(block, params_L, x, probe=probe)[0][0]), x)
+
+    found = check(Exactness.probe())
+    assert found.mismatches == 2 * PARTS * ELEMENTS
+    assert found.max_difference == 16 / 4
+    assert found.max_abs == 16 + 16 / 4
+
+
+def test_a_gradient_within_shard_map_checks_all_devices():
+    """A probe that is the same on all of them is told of all."""
+    zero = lambda params, x, context: x * params
+    block, x = reversible_block(zero, zero), (jnp.asarray([1.0, 8.0]),) * 2
+
+    def local(x, probe):
+        loss = lambda probe: jnp.sum(chain(block, (jnp.zeros(2),) * 2, x, probe=probe)[0][0])
+        return jax.grad(lambda probe: jax.lax.pmean(loss(probe), "parts"))(probe)
+
+    mesh = Mesh(jax.devices()[:2], ("parts",))
+    specs = {"in_specs": (PartitionSpec("parts"), PartitionSpec()), "out_specs": PartitionSpec()}
+    found = toy.jit(jax.shard_map(local, mesh=mesh, **specs))(x, Exactness.probe())
+    assert (found.mismatches, found.max_difference, found.max_abs) == (0, 0, 8)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-20, 0.3, 1.0, 4095.99, 4096.0, 1e30, np.inf, np.nan])
+def test_the_largest_value_is_cut_to_an_eighth(value):
+    """So it is below a power of two if and only if the value is."""
+    found = compare((jnp.float32(value),), (jnp.float32(0),), jnp.float32(0))
+    for figure in (found.max_abs, found.max_difference):
+        expected = float(figure)
+        assert np.isnan(value) == np.isnan(expected)
+        assert np.isnan(value) or value / 1.125 <= expected <= value
+        assert (expected < 4096) == (value < 4096)

@@ -326,7 +326,7 @@ def test_an_inverse_without_the_residue_it_needs():
     sections = [Section(reversible_block(pair, pair, coupling=affine()), PARAMS_L)]
     y, _, residues = sequence_forward(sections, X)
     sequence_inverse(sections, y, residues)
-    with pytest.raises(ValueError, match=r"got no residue, expected.*`sequence_forward`"):
+    with pytest.raises(ValueError, match=r"got no residue, .*`sequence_forward`.*flow.*grid=None"):
         sequence_inverse(sections, y)
 
 
@@ -369,4 +369,4 @@ def test_streams_without_elements(shape):
     )
     assert [leaf.shape for leaf in dx] == [shape, shape]
     assert not any(map(jnp.any, dparams))
-    assert exactness == (0, 0, 0)
+    assert not any(map(jnp.any, exactness))

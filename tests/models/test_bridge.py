@@ -307,3 +307,17 @@ def test_mistakes_are_named(make, match):
     with pytest.raises(ValueError, match=match) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+def test_partitioning_annotations_need_no_mesh():
+    """They are of one layer's axes; where the stacked parameters lie is for others to say."""
+    make_kernel = linen.initializers.lecun_normal()
+    dense = linen.Dense(8, kernel_init=linen.with_partitioning(make_kernel, (None, "model")))
+    annotated = nnx.with_partitioning(make_kernel, (None, "model"))
+    linear = lambda rngs: nnx.Linear(8, 8, kernel_init=annotated, rngs=rngs)
+    x = jnp.ones((4, 8))
+    branches = linen_branch(dense, "f", x), nnx_branch(linear, "g")
+    params_L, data_L = init_layers(branches, jax.random.key(0), 3)
+    assert [params["kernel"].shape for params in params_L] == [(3, 8, 8)] * 2
+    y, _ = chain(reversible_block(*branches, has_aux=True), params_L, (x, x), data_L=data_L)
+    assert jnp.all(y[0] != x)
