@@ -16,7 +16,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from revnet_jax.errors import PREEMPTED_STATUS, Preempted, UserError
+from revnet_jax.errors import UserError, exit_status
 
 
 class ConfigError(UserError, ValueError):
@@ -315,24 +315,15 @@ def define_process_flags() -> Callable[[], dict[str, Any]]:
 
 
 def run(main: Callable[[list[str]], Any], *, required: tuple[str, ...]) -> None:
-    """`absl.app.run`, except that what the user can mend is one line on stderr and status 1.
-
-    So is a run that was preempted, with status 75: start it again.
+    """`absl.app.run`, except that what the user can mend is one line (`errors.exit_status`).
 
     required: names of flags. A mistake in a flag costs no more than parsing them.
     """
 
     def guarded(argv):
         logging.set_verbosity(logging.WARNING)
-        try:
+        with exit_status():
             main(argv)
-        except UserError as error:
-            sys.exit(f"error: {error}")
-        except Preempted as stop:
-            print(stop, file=sys.stderr)
-            sys.exit(PREEMPTED_STATUS)
-        except KeyboardInterrupt:
-            sys.exit("interrupted")
 
     app.run(guarded, flags_parser=lambda argv: _parse(argv, required))
 

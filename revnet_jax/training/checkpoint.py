@@ -8,8 +8,13 @@ disk loads silently), falling back to an older checkpoint, and comparing trees b
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
+import logging as std_logging
 import math
 import os
+import re
+import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -21,6 +26,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from revnet_jax.errors import file_system, writing
 from revnet_jax.training import manifest
 from revnet_jax.training.manifest import CheckpointError, Damaged, PyTree
 
@@ -57,6 +63,9 @@ class Checkpoints:
             raise ValueError(f"got {keep_newest=}, {keep_best=}, expected at least 1, 0")
         # Orbax logs dozens of lines a save; its failures also come back as exceptions.
         logging.get_absl_logger().addFilter(_not_from_orbax)
+        std_logging.getLogger("asyncio").addFilter(_not_of_orbax)
+        if not isinstance(sys.unraisablehook, _WithoutAbandoned):
+            sys.unraisablehook = _WithoutAbandoned(sys.unraisablehook)
         path = epath.Path(directory)
         self.directory = path if "://" in str(path) else path.resolve()
         self._best_metric, self._sign = best_metric, 1.0 if best_mode == "max" else -1.0
@@ -67,7 +76,8 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
             create=not read_only,
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        with self._explained():
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
         for step in self._manager.all_steps():
             with contextlib.suppress(Damaged):  # restore will report it; it has no score
                 self._note_score(step, self._read_manifest(step)["metrics"])
@@ -95,6 +105,8 @@ class Checkpoints:
     def save(self, step: int, state: PyTree, metrics: Mapping[str, float] | None = None) -> bool:
         """Starts to save `state` and returns whether it did; never at or before the newest step.
 
+        The newest step, if it is saved already, gets the metrics that it was saved without.
+
         The state's buffers may be donated or deleted as soon as this returns.
 
         Cost: one pass over the state on the devices, a copy to the host, and the wait for both and
@@ -107,6 +119,8 @@ class Checkpoints:
             raise CheckpointError(f"got save({step}) on {self.directory}, opened read-only")
         newest = self.latest_step()
         if newest is not None and step <= newest:
+            if step == newest and metrics:
+                self._add_metrics(step, metrics)
             return False
         self.wait()
         leaves = manifest.by_path(state)
@@ -117,14 +131,33 @@ class Checkpoints:
         with self._explained():
             return self._manager.save(step, args=args, force=True)
 
+    def evaluated(self, step: int) -> bool:
+        """Whether the checkpoint of this step has metrics."""
+        return bool(self._read_manifest(step)["metrics"])
+
+    def _add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.wait()
+        sealed = self._read_manifest(step)
+        if sealed["metrics"]:
+            return
+        sealed = manifest.with_metrics(sealed, metrics)
+        self._note_score(step, sealed["metrics"])
+        if jax.process_index() == 0:
+            path = self.directory / str(step) / "manifest" / "metadata"  # orbax's name of the file
+            partial = path.with_name("metadata.tmp")
+            with self._explained():
+                partial.write_text(json.dumps(sealed))
+                partial.replace(path)  # at once: a reader finds the one or the other
+
     @contextlib.contextmanager
     def _explained(self) -> Generator[None, None, None]:
         try:
             yield
         except Exception as error:
             raise CheckpointError(
-                f"saving to {self.directory} failed: {_first_line(error)}. Check that it can be "
-                "written and has room; the same command resumes from the newest whole checkpoint."
+                f"saving to {self.directory} failed: {_reason(error)} "
+                f"({file_system(self.directory)}). Make room, or make it writable: the same "
+                "command resumes from the newest whole checkpoint"
             ) from error
 
     def restore(
@@ -230,7 +263,8 @@ class Checkpoints:
             if not self._read_only:
                 self._scores.pop(step, None)
                 if jax.process_index() == 0:
-                    _move(self.directory / str(step), aside)
+                    with writing(aside):
+                        _move(self.directory / str(step), aside)
             self._report(f"checkpoint {step} is damaged: {what}; {fate}; step {used} used instead")
         if damaged and not self._read_only:
             multihost_utils.sync_global_devices("damaged checkpoints moved")
@@ -254,6 +288,21 @@ class _NewestAndBest:
         return [step in kept for step in steps]
 
 
+@dataclasses.dataclass
+class _WithoutAbandoned:
+    """A hook for exceptions that nobody can catch: passes on all but those of abandoned writes.
+
+    Orbax reads and writes arrays concurrently. Of several that fail it raises one and closes the
+    event loop of the others, each of which then fails to tell it so.
+    """
+
+    hook: Callable[[Any], Any]
+
+    def __call__(self, unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self.hook(unraisable)
+
+
 def _move(source: epath.Path, into: epath.Path) -> None:
     """Moves a directory, under a longer name if one of its name is there already."""
     into.mkdir(parents=True, exist_ok=True)
@@ -263,9 +312,20 @@ def _move(source: epath.Path, into: epath.Path) -> None:
     source.rename(target)
 
 
+def _reason(error: Exception) -> str:
+    """What the operating system said, if it is that; tensorstore wraps it in several lines."""
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(found[1])) if found else _first_line(error)
+
+
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:300]
 
 
 def _not_from_orbax(record: Any) -> bool:
     return "/orbax/" not in record.pathname
+
+
+def _not_of_orbax(record: Any) -> bool:
+    """Not of a task that orbax abandoned: asyncio says which file it is from, or what failed."""
+    return not any(name in record.getMessage() for name in ("/orbax/", "OCDBT database"))

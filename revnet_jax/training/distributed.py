@@ -208,12 +208,12 @@ def _store() -> Any:
 class Stop:
     """Whether the run is to stop because its machines are taken away: a SIGTERM announces it.
 
-    Of several processes any one may get the signal, and all stop at the same step. A single one
+    Of several processes any one may get the signal, and all stop at the same question. A single one
     catches it while this context is open, where Python lets it: in the main thread.
     """
 
     def __init__(self):
-        self._signalled, self._next = False, 0
+        self._requested, self._questions = False, 0
         self._handler: Any = None
 
     def __enter__(self) -> Stop:
@@ -227,14 +227,16 @@ class Stop:
             signal.signal(signal.SIGTERM, self._handler)
 
     def _note(self, *signal_and_frame: Any) -> None:
-        self._signalled = True
+        self._requested = True
 
-    def requested(self, step: int) -> bool:
-        """Ask after every step, in every process: True in all of them after the same step."""
-        if not jax.distributed.is_initialized():
-            return self._signalled
-        # JAX picks a step that no process has asked about, and says so when asked about that very
-        # step: one before the first of a resumed run, if the signal came while it was starting.
-        steps = range(self._next, step + 1)
-        self._next = step + 1
-        return any(multihost_utils.reached_preemption_sync_point(each) for each in steps)
+    def requested(self) -> bool:
+        """Ask equally often in every process: the same question is the first that all find True.
+
+        After every step and every batch of an evaluation, say. Once True it stays so.
+        """
+        if jax.distributed.is_initialized():
+            # JAX counts these questions as steps, and picks one that no process has asked yet.
+            sync = multihost_utils.reached_preemption_sync_point(self._questions)
+            self._requested = self._requested or sync
+            self._questions += 1
+        return self._requested

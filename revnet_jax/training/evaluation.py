@@ -9,24 +9,32 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from revnet_jax.training.metrics import DelayedFetch
 from revnet_jax.training.sharding import put_batch
 
 
 def evaluate(
-    sums: Callable[[Any, Any], dict[str, jax.Array]], variables: Any, batches: Any, mesh: Mesh
-) -> dict[str, float]:
-    """Means over all that has weight in the batches.
+    sums: Callable[[Any, Any], dict[str, jax.Array]],
+    variables: Any,
+    batches: Any,
+    mesh: Mesh,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """Means over all that has weight in the batches; None if told to stop before the last.
 
     sums: `(variables, batch) -> {"count": weights, name: what they weigh, ...}`, jitted.
     batches: an iterator of this process's parts, which is closed.
+    stop: is asked before every batch.
     """
+    # Sums are fetched one batch late: the device does not wait for the host, nor is the host so
+    # far ahead of it that a request to stop would wait for the whole evaluation.
+    fetch, fetched = DelayedFetch(), []
     with contextlib.closing(batches):
-        found = [sums(variables, put_batch(batch, mesh)) for batch in batches]
-    totals = {name: sum_of(name, found) for name in found[0]}
+        for number, batch in enumerate(batches):
+            if stop():
+                return None
+            fetched += fetch.exchange(number, sums(variables, put_batch(batch, mesh)))
+    fetched += fetch.flush()
+    totals = {name: sum(values[name] for _, values in fetched) for name in fetched[0][1]}
     count = totals.pop("count")
     return {name: total / count for name, total in totals.items()}
-
-
-def sum_of(name: str, found: list[dict[str, jax.Array]]) -> float:
-    """Of one entry, over all batches."""
-    return sum(float(each[name]) for each in found)

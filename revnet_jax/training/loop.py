@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,31 +76,33 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         if start == 0:
             workdirs.check_fresh(workdir, config.checkpoint_every_steps)
         if of_first(start == config.num_steps and (workdir / "summary.json").exists()):
-            return json.loads((workdir / "summary.json").read_text()) if is_first() else {}
+            return workdirs.read_json(workdir / "summary.json") if is_first() else {}
         with (
             contextlib.closing(data.train(start)) as batches,
             Recorder(workdir, config, task, start, seen=state.exact_mismatches) as recorder,
             traced,
         ):
-            for step in range(start + 1, config.num_steps + 1):
-                traced.before(step)
-                state, metrics = program.step(state, put_batch(next(batches), mesh))
-                traced.after(step, metrics)
-                recorder.training(step, metrics)
-                last = step == config.num_steps
-                evaluating = last or step % config.eval_every_steps == 0
-                stopping = not last and stop.requested(step)
-                if evaluating or stopping or step % config.checkpoint_every_steps == 0:
+            evaluates = lambda step: step == config.num_steps or step % config.eval_every_steps == 0
+            # Told to stop during an evaluation, a run makes it when it goes on.
+            owed = start > 0 and evaluates(start) and not checkpoints.evaluated(start)
+            for step in range(start if owed else start + 1, config.num_steps + 1):
+                if step > start:
+                    traced.before(step)
+                    state, metrics = program.step(state, put_batch(next(batches), mesh))
+                    traced.after(step, metrics)
+                    recorder.training(step, metrics)
+                if evaluates(step) or stop.requested() or step % config.checkpoint_every_steps == 0:
                     recorder.flush()  # stops the run before anything that is wrong is saved
                     scores = {}
-                    if evaluating:
-                        means = evaluate(sums, state.variables, data.test(), mesh)
-                        scores = task.scores(means)
-                        recorder.evaluation(step, scores)
+                    if evaluates(step):
+                        parts = recorder.shown(step, data.test())
+                        means = evaluate(sums, state.variables, parts, mesh, stop.requested)
+                        scores = recorder.evaluation(step, means)
+                    recorder.doing(step, "saving")
                     checkpoints.save(step, state, scores)
-                if stopping:
-                    checkpoints.wait()
-                    raise Preempted(step)
+                    if stop.requested() and not (step == config.num_steps and scores):
+                        checkpoints.wait()
+                        raise Preempted(step)
     if not is_first():
         return {}
     speed = {f"{task.unit}_per_second": recorder.per_second}
@@ -127,7 +128,9 @@ def claim(workdir: Path, config: ConfigDict, data: Mapping[str, Any]) -> None:
 def resolve_auto(config: ConfigDict, workdir: Path) -> int:
     """The number that stored_layers=auto stands for; the same whenever this run is resumed."""
     path = workdir / "auto.json"
-    known = of_first(json.loads(path.read_text())["stored_layers"] if path.exists() else -1)
+    known = of_first(
+        workdirs.read_json(path, "stored_layers")["stored_layers"] if path.exists() else -1
+    )
     if known >= 0:
         return known
     # All compile the same programs for the same limit: on GPUs they share the search for kernels.
@@ -165,7 +168,7 @@ class Recorder:
         self._num_steps, self._log_every = config.num_steps, config.log_every_steps
         self._fetch = DelayedFetch()
         self._writer = MetricsWriter(workdir, resume_step=start or None) if is_first() else None
-        self._unit, units = task.unit, task.units(config.batch_size)
+        self._task, self._unit, units = task, task.unit, task.units(config.batch_size)
         self._progress = Progress(config.num_steps, examples_per_step=units, unit=task.unit)
         self._rates: list[float] = []
         say = self._progress.say if is_first() else lambda line: None
@@ -189,11 +192,28 @@ class Recorder:
         if self._writer:
             self._writer.sync()
 
-    def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
+    def shown(self, step: int, batches: Any) -> Iterator[Any]:
+        """The batches of an evaluation, each shown in the progress line; closes them."""
+        with contextlib.closing(batches):
+            for number, batch in enumerate(batches, start=1):
+                self.doing(step, f"evaluating, batch {number}")
+                yield batch
+
+    def doing(self, step: int, what: str) -> None:
+        """Shows what the next step waits for."""
+        if self._writer:
+            self._progress.doing(step, what)
+
+    def evaluation(self, step: int, means: Mapping[str, float] | None) -> dict[str, float]:
+        """Records the scores of an evaluation and returns them; none of one that was stopped."""
+        if means is None:
+            return {}
+        scores = self._task.scores(means)
         self._check_finite(step, scores, scores)
         if self._writer:
             self._writer.write(step, scores)
             self._writer.sync()
+        return scores
 
     @property
     def per_second(self) -> float | None:

@@ -96,8 +96,13 @@ def make(leaves: Mapping[str, jax.Array], metrics: Mapping[str, float]) -> dict[
         records[path] = {"shape": list(x.shape), "dtype": str(x.dtype), "checksum": sums.get(path)}
         if _is_key(x):
             records[path]["key_impl"] = str(jax.random.key_impl(x))
+    return with_metrics({"format": 1, "leaves": records}, metrics)
+
+
+def with_metrics(manifest: dict[str, Any], metrics: Mapping[str, float]) -> dict[str, Any]:
+    """The manifest, sealed, with these metrics, as far as they are finite, in place of others."""
     finite = {name: float(x) for name, x in metrics.items() if math.isfinite(x)}
-    return _seal({"format": 1, "leaves": records, "metrics": finite})
+    return _seal({**manifest, "metrics": finite})
 
 
 def _seal(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,8 @@ the progress line.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import math
 import os
@@ -20,6 +22,8 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
+from revnet_jax.errors import StorageError, write_all, writing
+
 Scalar = Any  # a Python, numpy or jax number without axes
 
 
@@ -30,7 +34,9 @@ class MetricsWriter:
     SIGKILL loses at most the row being written. Floats are written so that they read back exactly;
     a value that is not finite is the string "nan", "inf" or "-inf", which `float` reads.
 
-    TensorBoard gets one event file per (re)start; its last seconds may be lost by a SIGKILL.
+    TensorBoard gets one event file per (re)start, which hides the later steps of those before.
+
+    What cannot be written is a StorageError: no room, or a folder in the place of a file.
 
     Args:
       workdir: a local directory, created if missing.
@@ -43,22 +49,20 @@ class MetricsWriter:
         self, workdir: str | os.PathLike[str], *, resume_step: int | None, tensorboard: bool = True
     ):
         self.path = Path(workdir) / "metrics.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        _trim(self.path, resume_step)
-        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - close() closes it
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _trim(self.path, resume_step)
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - close() closes it
         self._events: Any = None
         if tensorboard:
-            from tensorboardX import SummaryWriter  # late: evaluation and notebooks do without
+            from revnet_jax.training.events import EventFile  # late: notebooks do without
 
-            purge_step = None if resume_step is None else resume_step + 1
-            # Event files are named by the second: two starts within one would share a file.
-            suffix = f".{os.getpid()}.{time.time_ns()}"
-            self._events = SummaryWriter(
-                str(self.path.parent / "tensorboard"),
-                purge_step=purge_step,
-                flush_secs=5,
-                filename_suffix=suffix,
-            )
+            folder = self.path.parent / "tensorboard"
+            try:
+                self._events = EventFile(folder, purge_step=(resume_step or 0) + 1)
+            except StorageError:
+                self._file.close()
+                raise
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -76,14 +80,18 @@ class MetricsWriter:
         """Writes one row. `timings`, which differ from run to run, go to TensorBoard alone."""
         numbers = {name: _python_number(value) for name, value in values.items()}
         row = {"step": int(step), **{name: _json_value(x) for name, x in numbers.items()}}
-        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+        with writing(self.path):
+            write_all(self._file, json.dumps(row, allow_nan=False).encode() + b"\n")
         if self._events is not None:
-            for name, value in {**numbers, **(timings or {})}.items():
-                self._events.add_scalar(name, float(value), int(step))
+            scalars = {**numbers, **(timings or {})}
+            self._events.write(int(step), {name: float(x) for name, x in scalars.items()})
 
     def sync(self) -> None:
         """Returns when the rows are where a machine that is lost cannot take them along."""
-        os.fsync(self._file.fileno())
+        with writing(self.path):
+            os.fsync(self._file.fileno())
+        if self._events is not None:
+            self._events.sync()
 
     def close(self) -> None:
         self._file.close()
@@ -183,7 +191,9 @@ class Progress:
         self._every_seconds = default_seconds if every_seconds is None else every_seconds
         self._first: tuple[int, float] | None = None  # (step, seconds) of the first update
         self._previous: tuple[int, float] | None = None
-        self._shown_at, self._unshown, self._width = -math.inf, "", 0
+        self._parts: list[str] = []  # of the line for the last step, the most important first
+        self._shown: list[str] = []
+        self._shown_at, self._width = -math.inf, 0
 
     def update(self, step: int, *, loss: float, learning_rate: float) -> float | None:
         """Takes the figures of `step`; returns the speed since the last call, or None."""
@@ -193,29 +203,33 @@ class Progress:
             rate = (step - self._previous[0]) * self.examples_per_step / (now - self._previous[1])
         self._first = self._first or (step, now)
         self._previous = (step, now)
-        self._unshown = self._line(step, now, loss, learning_rate, rate)
+        self._parts = self._describe(step, now, loss, learning_rate, rate)
         if now - self._shown_at >= self._every_seconds:
-            self._show(now)
+            self._show(self._parts)
         return rate
+
+    def doing(self, step: int, what: str) -> None:
+        """Says in the line what the next step waits for: evaluating, saving."""
+        if self._in_place or self._clock() - self._shown_at >= self._every_seconds:
+            self._show([f"step {step}/{self.total_steps}", what, *self._parts[1:]])
 
     def say(self, line: str) -> None:
         """Shows a line that stays, above the progress line."""
         erase = f"\r{' ' * self._width}\r" if self._in_place else ""
-        self._stream.write(f"{erase}{line}\n")
-        self._stream.flush()
+        self._put(f"{erase}{line}\n")
         self._width = 0
 
     def close(self) -> None:
-        """Shows the last line, if it was not, and ends it."""
-        if self._unshown:
-            self._show(self._clock())
+        """Shows the last step's line, if it is not the one shown, and ends it."""
+        if self._shown != self._parts:
+            self._show(self._parts)
         if self._in_place and self._width:
-            self._stream.write("\n")
+            self._put("\n")
             self._width = 0
 
-    def _line(
+    def _describe(
         self, step: int, now: float, loss: float, learning_rate: float, rate: float | None
-    ) -> str:
+    ) -> list[str]:
         parts = [f"step {step}/{self.total_steps}", f"loss {loss:.4f}", f"lr {learning_rate:.3g}"]
         if rate is not None:
             parts.append(f"{rate:,.0f} {self._unit}/s")
@@ -223,14 +237,37 @@ class Progress:
         if step > first_step:
             seconds = (now - first_time) / (step - first_step) * (self.total_steps - step)
             parts.append(f"{_duration(seconds)} left")
-        return "  ".join([*parts, _memory()])
+        return [*parts, _memory()]
 
-    def _show(self, now: float) -> None:
-        line = self._unshown
-        text = f"\r{line.ljust(self._width)}" if self._in_place else f"{line}\n"
-        self._stream.write(text)
-        self._stream.flush()
-        self._shown_at, self._unshown, self._width = now, "", len(line)
+    def _show(self, parts: list[str]) -> None:
+        if self._in_place:
+            columns = self._columns()
+            line = _fitted(parts, columns)
+            self._put(f"\r{line.ljust(min(self._width, columns))}")
+            self._width = len(line)
+        else:
+            self._put("  ".join(parts) + "\n")
+        self._shown, self._shown_at = parts, self._clock()
+
+    def _columns(self) -> int:
+        """What a line of the terminal holds, less one: in the last column some go to the next."""
+        try:
+            return (os.get_terminal_size(self._stream.fileno()).columns or 80) - 1
+        except OSError:
+            return 79
+
+    def _put(self, text: str) -> None:
+        # A terminal that was closed, or a full disk below a log, is no reason to stop training.
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+            self._stream.flush()
+
+
+def _fitted(parts: list[str], columns: int) -> str:
+    """As many of the parts, from the first, as a line of so many columns holds."""
+    ends = itertools.accumulate(len(part) + 2 for part in parts)
+    fitting = sum(end - 2 <= columns for end in ends)
+    return "  ".join(parts[: max(1, fitting)])[:columns]
 
 
 def _duration(seconds: float) -> str:

@@ -19,6 +19,7 @@ from revnet_jax.config import (
     language_model,
     vision_transformer,
 )
+from revnet_jax.errors import UserError, writing
 from revnet_jax.training import data_record
 
 # Hosts of one run have their own of these; all else they must agree on.
@@ -108,8 +109,24 @@ def load_record(workdir: Path) -> dict[str, Any]:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Replaces a file atomically: a reader sees the old or the new one, whole."""
     partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)
+    with writing(path):
+        partial.write_text(json.dumps(content, indent=2) + "\n")
+        os.replace(partial, path)
+
+
+def read_json(path: Path, *numbers: str) -> dict[str, Any]:
+    """What `write_json` wrote, with whole numbers of these names in it; UserError otherwise."""
+    try:
+        found = json.loads(path.read_text())
+        if isinstance(found, dict) and all(type(found.get(name)) is int for name in numbers):
+            return found
+        problem = f"got {str(found)[:50]}"
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    raise UserError(
+        f"cannot read {path} ({problem}): expected what the run wrote there; delete it, and the "
+        "same command writes it again"
+    )
 
 
 def last_values(workdir: Path) -> dict[str, Any]:

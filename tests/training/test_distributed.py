@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -321,22 +322,35 @@ def test_a_signal_stops_a_single_process(alone, tmp_path):
 def test_the_handler_is_ours_while_a_run_goes_on():
     before = signal.getsignal(signal.SIGTERM)
     with Stop() as stop:
-        assert not stop.requested(1)
+        assert not stop.requested()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.requested(2)
+        assert stop.requested()
         with Stop() as another:
-            assert not another.requested(1)
+            assert not another.requested()
     assert signal.getsignal(signal.SIGTERM) is before
 
     def elsewhere():
         with Stop() as stop:
-            found.extend([stop.requested(1), signal.getsignal(signal.SIGTERM)])
+            found.extend([stop.requested(), signal.getsignal(signal.SIGTERM)])
 
     found = []
     thread = threading.Thread(target=elsewhere)
     thread.start()
     thread.join()
     assert found == [False, before]
+
+
+def test_several_processes_stop_at_the_same_question(monkeypatch):
+    """Questions are counted, whatever they are asked after; JAX says yes at one of them, once."""
+    asked = []
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(
+        "jax.experimental.multihost_utils.reached_preemption_sync_point",
+        lambda step: asked.append(step) or step == 2,
+    )
+    with Stop() as stop:
+        assert [stop.requested() for _ in range(5)] == [False, False, True, True, True]
+    assert asked == [0, 1, 2, 3, 4]
 
 
 def test_incomplete_flags(run_program, tiny_flags, tmp_path):

@@ -1,7 +1,9 @@
 """A run from config to summary: what it leaves behind, and that it can be interrupted."""
 
+import itertools
 import json
 import math
+import os
 import shutil
 import signal
 import time
@@ -10,8 +12,11 @@ import numpy as np
 import pytest
 
 from revnet_jax.config import ConfigError
-from revnet_jax.training.loop import NonFiniteError, train
+from revnet_jax.errors import Preempted, UserError
+from revnet_jax.training.loop import NonFiniteError, resolve_auto, train
 from revnet_jax.training.restore import evaluate_run
+from revnet_jax.training.sharding import put_batch
+from revnet_jax.training.workdir import read_json, write_json
 
 
 def rows(workdir):
@@ -99,6 +104,40 @@ def test_killed_at_any_moment_it_ends_the_same(start_program, run_program, tiny_
     assert json.loads(stdout)["steps"] == 12
 
 
+def test_stopped_in_an_evaluation_it_makes_it_when_it_goes_on(tiny_config, tmp_path, monkeypatch):
+    """In the middle of the run and at its end."""
+    tiny_config.update({"num_steps": 4, "eval_every_steps": 2, "eval_batch_size": 300})
+    tiny_config.model.update({"units": (1,), "channels": (8, 8)})
+    expected = train(tiny_config, tmp_path / "alone")
+    stopped = tmp_path / "stopped"
+    # An evaluation has two batches: the third of the second start is of step 4.
+    for signalled, step in ((1, 2), (3, 4)):
+        count = itertools.count(1)
+
+        def put_and_signal(batch, mesh, count=count, signalled=signalled):
+            if next(count) == signalled:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return put_batch(batch, mesh)
+
+        with monkeypatch.context() as patched:
+            patched.setattr("revnet_jax.training.evaluation.put_batch", put_and_signal)
+            with pytest.raises(Preempted, match=f"saved step {step}"):
+                train(tiny_config, stopped)
+        assert [row["step"] for row in rows(stopped)] == [1, 2, 2, 3, 4][: step + step // 4]
+        assert not (stopped / "summary.json").exists()
+    summary = train(tiny_config, stopped)
+    assert summary["eval_loss"] == expected["eval_loss"]
+    assert rows(stopped) == rows(tmp_path / "alone")
+    # Checkpoints have their scores as if they had been saved with them.
+    for step in (2, 4):
+        saved, undisturbed = (
+            json.loads((run / f"checkpoints/{step}/manifest/metadata").read_text())["metrics"]
+            for run in (stopped, tmp_path / "alone")
+        )
+        assert saved == undisturbed
+        assert saved["eval_loss"]
+
+
 def test_narrow_moments_and_parameters_are_resumed_bit_for_bit(tiny_config, tmp_path):
     """From an earlier checkpoint than the last; moments in float8, kernels in bfloat16."""
     tiny_config.model.update({"channels": (16, 16, 32), "param_dtype": "bfloat16"})
@@ -116,7 +155,6 @@ def test_narrow_moments_and_parameters_are_resumed_bit_for_bit(tiny_config, tmp_
     assert rows(stopped) == rows(tmp_path / "alone")
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's threads
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
     tiny_config, tmp_path, caplog
 ):
@@ -198,3 +236,19 @@ def test_a_folder_with_a_run_of_unknown_config(tiny_config, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(ConfigError, match=r"holds a run but no config.json"):
         train(tiny_config, tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", '{"steps": 1', "[]", "null"])
+def test_a_summary_that_was_cut_is_named(content, tmp_path):
+    write_json(tmp_path / "summary.json", {"steps": 12})
+    assert read_json(tmp_path / "summary.json", "steps") == {"steps": 12}
+    (tmp_path / "summary.json").write_text(content)
+    with pytest.raises(UserError, match=r"cannot read .*summary.json \(.*\): expected.*delete it"):
+        read_json(tmp_path / "summary.json")
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"stored_layers": "3"}'])
+def test_stored_layers_that_were_cut_are_named(content, tiny_config, tmp_path):
+    (tmp_path / "auto.json").write_text(content)
+    with pytest.raises(UserError, match=r"cannot read .*auto.json \(.*\): expected"):
+        resolve_auto(tiny_config, tmp_path)

@@ -1,14 +1,20 @@
 """What a run tells: rows that survive a kill, metrics fetched late, a line of progress."""
 
+import contextlib
+import errno
 import io
 import json
+import os
+import resource
 import struct
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from revnet_jax.errors import StorageError
 from revnet_jax.training.metrics import DelayedFetch, MetricsWriter, Progress, peak_memory_bytes
 
 
@@ -17,15 +23,19 @@ def rows(path):
 
 
 def events(path) -> list[list[tuple[int, str, float]]]:
-    """The scalars of every event file, file by file: records of length, crc, data, crc."""
+    """The scalars of every event file, file by file: records of length, crc, data, crc.
+
+    Where a run starts, TensorBoard forgets that step and later ones: (step, "START", 0).
+    """
     from tensorboardX.proto.event_pb2 import Event
 
     files = []
-    for file in sorted((path / "tensorboard").iterdir(), key=lambda f: f.stat().st_mtime_ns):
+    for file in sorted((path / "tensorboard").iterdir()):  # as TensorBoard reads them
         data, found = file.read_bytes(), []
         while data:
             (size,) = struct.unpack("<Q", data[:8])
             event = Event.FromString(data[12 : 12 + size])
+            found += [(event.step, "START", 0)] if event.HasField("session_log") else []
             found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
             data = data[16 + size :]
         files.append(found)
@@ -97,7 +107,8 @@ def test_rows_are_on_disk_at_once(tmp_path):
 
 
 def test_timings_go_to_tensorboard_alone_one_event_file_a_start(tmp_path, monkeypatch):
-    monkeypatch.setattr("time.time", lambda: 1e9)  # two starts within one second
+    clock = iter(range(10**18, 10**18 + 100, 7))  # two starts within one second
+    monkeypatch.setattr("time.time_ns", lambda: next(clock))
     log_steps(tmp_path, 1, 2, None, tensorboard=True)
     log_steps(tmp_path, 2, 2, resume_step=1, tensorboard=True)
     assert all("examples_per_second" not in row for row in rows(tmp_path))
@@ -106,6 +117,59 @@ def test_timings_go_to_tensorboard_alone_one_event_file_a_start(tmp_path, monkey
     assert (2, "examples_per_second", 102.0) in first
     assert {step for step, _, _ in second} == {2}
     assert (2, "eval_accuracy", 0.5) in second
+
+
+@pytest.mark.parametrize(("resume_step", "purged"), [(None, 1), (3, 4)])
+def test_a_restart_hides_the_points_that_it_writes_again(tmp_path, resume_step, purged):
+    log_steps(tmp_path, 1, 5, None, tensorboard=True)
+    log_steps(tmp_path, purged, 5, resume_step, tensorboard=True)
+    first, second = events(tmp_path)
+    assert first[0] == (1, "START", 0)
+    assert second[0] == (purged, "START", 0)
+
+
+@contextlib.contextmanager
+def file_limit(size: int):
+    """As if the disk were full for files beyond this size, which take what there is room for."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize(("tensorboard", "file"), [(True, "events.out"), (False, "metrics.jsonl")])
+def test_a_full_disk_is_one_error_and_loses_no_row_before(tmp_path, tensorboard, file):
+    whole, full = tmp_path / "whole", tmp_path / "full"
+    log_steps(whole, 1, 100, None)
+    threads = threading.active_count()
+    with file_limit(3000), pytest.raises(StorageError) as caught:
+        log_steps(full, 1, 100, None, tensorboard=tensorboard)
+    assert threading.active_count() == threads
+    assert "\n" not in str(caught.value)
+    assert f"{file}" in str(caught.value)
+    assert "File too large (file system /" in str(caught.value)
+    assert "MiB free" in str(caught.value)
+    lines = (full / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith(b"\n")]
+    assert len(kept) > 10
+    assert b"".join(kept) == (whole / "metrics.jsonl").read_bytes()[: len(b"".join(kept))]
+    log_steps(full, 6, 100, resume_step=5, tensorboard=tensorboard)  # there is room again
+    assert (full / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("blocked", ["metrics.jsonl", "tensorboard", "."])
+@pytest.mark.parametrize("resume_step", [None, 3])
+def test_what_is_in_the_way_of_a_file_is_named(tmp_path, blocked, resume_step):
+    path = tmp_path / "run" / blocked
+    if blocked == "metrics.jsonl":
+        path.mkdir(parents=True)
+    else:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    with pytest.raises(StorageError, match=r"cannot write .*run.*(Is a|Not a|File exists)"):
+        log_steps(tmp_path / "run", 1, 3, resume_step, tensorboard=True)
 
 
 def test_metrics_are_handed_out_after_the_next_step_was_dispatched():
@@ -162,6 +226,50 @@ def test_progress_on_a_terminal_rewrites_one_line():
     assert stream.getvalue().count("\n") == 1
     assert stream.getvalue().endswith("\n")
     assert stream.getvalue().count("\rstep ") == 12
+
+
+@pytest.mark.parametrize("columns", [20, 45, 80, 200])
+def test_progress_fits_the_terminal_and_names_what_it_waits_for(monkeypatch, columns):
+    stream = Terminal()
+    stream.fileno = lambda: 2
+    monkeypatch.setattr(os, "get_terminal_size", lambda fd: os.terminal_size((columns, 24)))
+    progress = Progress(123456, examples_per_step=64, stream=stream, clock=iter(range(99)).__next__)
+    progress.doing(1000, "evaluating, batch 1")  # what a resumed run begins with
+    for step in (1001, 1002):
+        progress.update(step, loss=2.0, learning_rate=1e-3)
+    progress.doing(1002, "evaluating, batch 7")
+    progress.doing(1002, "saving")
+    progress.close()
+    lines = stream.getvalue().removesuffix("\n").split("\r")[1:]
+    assert max(map(len, lines)) < columns
+    shown = [line.rstrip() for line in lines]
+    assert all(line.startswith("step 100") for line in shown)
+    if columns >= 45:
+        assert shown[0] == "step 1000/123456  evaluating, batch 1"
+        assert shown[3].startswith("step 1002/123456  evaluating, batch 7")
+        assert shown[4].startswith("step 1002/123456  saving  loss 2.0000")
+    assert shown[-1] == shown[2]
+    assert ("GiB" in shown[2]) == (columns == 200)
+
+
+def test_progress_off_a_terminal_names_what_takes_long():
+    stream, now = io.StringIO(), [0.0]
+    progress = Progress(20, examples_per_step=64, stream=stream, clock=lambda: now[0])
+    progress.update(1, loss=2.0, learning_rate=1e-3)
+    for batch in range(1, 10):
+        now[0] += 1
+        progress.doing(1, f"evaluating, batch {batch}")
+    progress.close()
+    shown = [line.split("  ")[1] for line in stream.getvalue().splitlines()]
+    assert shown == ["loss 2.0000", "evaluating, batch 5", "loss 2.0000"]
+
+
+def test_a_log_that_cannot_be_written_stops_no_run():
+    class Closed(Terminal):
+        def write(self, text):
+            raise OSError(errno.EIO, "of a terminal that is gone")
+
+    assert run_progress(Closed(), seconds_per_step=1.0)[-1] == 64.0
 
 
 def test_peak_memory_is_none_where_the_backend_cannot_tell():

@@ -1,0 +1,77 @@
+"""How programs end: one line and a status, also where the fault is the operating system's."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from revnet_jax.errors import StorageError, file_system, writing
+
+PROGRAM = """
+from revnet_jax import config
+
+def main(argv):
+    for _ in range(LINES):
+        print("x" * 100)
+
+config.run(main, required=())
+"""
+
+
+def ended(stdout, program):
+    """(status, stderr) of a program that prints there."""
+    done = subprocess.run([sys.executable, "-c", program], stdout=stdout, stderr=subprocess.PIPE)
+    return done.returncode, done.stderr.decode()
+
+
+@pytest.mark.parametrize("lines", [3, 3000])  # in the buffer until the end, or not
+def test_output_that_cannot_be_written_is_one_line(lines):
+    program = PROGRAM.replace("LINES", str(lines))
+    with open("/dev/full", "w") as full:
+        status, stderr = ended(full, program)
+    assert (status, stderr) == (
+        1,
+        "error: cannot write to standard output: [Errno 28] No space left on device\n",
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    status, stderr = ended(writer, program)
+    os.close(writer)
+    assert (status, stderr) == (
+        1,
+        "error: cannot write to standard output: [Errno 32] Broken pipe\n",
+    )
+
+
+def test_other_errors_of_the_operating_system_lose_no_output():
+    program = PROGRAM.replace("LINES", "1").replace(
+        "\n\nconfig", "\n    open('/nowhere')\n\nconfig"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout == "x" * 100 + "\n"
+    assert done.stderr == "error: [Errno 2] No such file or directory: '/nowhere'\n"
+
+
+def test_writing_names_the_place_and_what_is_free_there(tmp_path):
+    path = tmp_path / "no" / "such" / "folder"
+    with pytest.raises(StorageError) as caught, writing(path):
+        path.write_text("x")
+    # What is free may change meanwhile.
+    got = re.sub(r"[\d,]+\.\d MiB", "N MiB", str(caught.value))
+    mount = file_system(tmp_path).partition(":")[0]
+    assert got == (
+        f"cannot write {path}: No such file or directory ({mount}: N MiB of N MiB free). Make "
+        "room, or make it writable, and start the same command again"
+    )
+    with pytest.raises(ValueError, match="not of storage"), writing(path):
+        raise ValueError("not of storage")
+
+
+def test_file_systems():
+    assert file_system("gs://bucket/run") == "remote storage"
+    mount, _, figures = file_system("/proc/self/nowhere").partition(": ")
+    assert mount == "file system /proc"
+    assert figures.startswith("0.0 MiB of 0.0 MiB free")
