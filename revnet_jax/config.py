@@ -32,8 +32,10 @@ def _optimizer() -> ConfigDict:
     """How gradients become updates."""
     optimizer = ConfigDict()
     optimizer.name = "sgd"  # sgd | adamw | lion | muon
-    optimizer.update({"momentum": 0.9, "nesterov": False})  # sgd
-    optimizer.update({"b1": 0.9, "b2": 0.999})  # adamw, lion; muon: of the rest, by Adam
+    optimizer.momentum = 0.9  # of sgd
+    optimizer.nesterov = False  # of sgd
+    optimizer.b1 = 0.9  # of adamw, lion; muon: of the rest, by Adam
+    optimizer.b2 = 0.999  # of the same
     optimizer.weight_decay = 2e-4  # of kernels only; sgd: L2 penalty, else decoupled
     optimizer.state_dtype = "float32"  # float32 | bfloat16 | float8: of moments
     optimizer.lockstep = False  # update each layer inside the backward sweep, in place
@@ -80,8 +82,8 @@ def image_classification() -> ConfigDict:
     config.model.channels = (32, 32, 64)  # of the stem, then of each stage
     config.model.bottleneck = False
     config.model.stem = "cifar"  # cifar | imagenet
-    config.model.backprop = "reverse"  # store | remat_dots | remat | offload | reverse, or one for
-    # each chain: reverse,store,store
+    # One for all chains, or one for each: reverse,store,store.
+    config.model.backprop = "reverse"  # store | remat_dots | remat | offload | reverse
     config.model.stored_layers = "0"  # how many of the last layers store anyway; or auto
     config.model.unroll = 1  # layers per loop iteration, that store or reverse; all: no loop
     config.model.compute_dtype = "float32"  # float32 | bfloat16
@@ -111,7 +113,7 @@ def vision_transformer(size: str = "S") -> ConfigDict:
     model = config.model
     for name in ("units", "channels", "bottleneck", "stem"):
         del model[name]
-    model.family = "vit"
+    model.family = "vit"  # others have other settings
     model.reversible = True  # False: the twin of one stream, for store and remat
     model.layers, model.width, model.heads = VIT_SIZES[size]
     model.hidden = 4 * model.width
@@ -143,7 +145,7 @@ def language_model() -> ConfigDict:
     model = config.model
     for name in ("units", "channels", "bottleneck", "stem"):
         del model[name]
-    model.family = "decoder"
+    model.family = "decoder"  # others have other settings
     model.reversible = True  # False: the twin of one stream, for store and remat
     model.layers = 4
     model.width = 128
