@@ -1,22 +1,17 @@
-"""What an experiment can set, and how its file and flags become a config.
+"""What an experiment can set.
 
 Imports nothing heavy: a misspelt flag should cost half a second, not the start of JAX.
 """
 
 from __future__ import annotations
 
-import difflib
-import itertools
-import runpy
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from revnet_jax.errors import UserError, exit_status
+from revnet_jax.errors import UserError
 
 
 class ConfigError(UserError, ValueError):
@@ -37,8 +32,10 @@ def _optimizer() -> ConfigDict:
     """How gradients become updates."""
     optimizer = ConfigDict()
     optimizer.name = "sgd"  # sgd | adamw | lion | muon
-    optimizer.update({"momentum": 0.9, "nesterov": False})  # sgd
-    optimizer.update({"b1": 0.9, "b2": 0.999})  # adamw, lion; muon: of the rest, by Adam
+    optimizer.momentum = 0.9  # of sgd
+    optimizer.nesterov = False  # of sgd
+    optimizer.b1 = 0.9  # of adamw, lion; muon: of the rest, by Adam
+    optimizer.b2 = 0.999  # of the same
     optimizer.weight_decay = 2e-4  # of kernels only; sgd: L2 penalty, else decoupled
     optimizer.state_dtype = "float32"  # float32 | bfloat16 | float8: of moments
     optimizer.lockstep = False  # update each layer inside the backward sweep, in place
@@ -85,8 +82,8 @@ def image_classification() -> ConfigDict:
     config.model.channels = (32, 32, 64)  # of the stem, then of each stage
     config.model.bottleneck = False
     config.model.stem = "cifar"  # cifar | imagenet
-    config.model.backprop = "reverse"  # store | remat_dots | remat | offload | reverse, or one for
-    # each chain: reverse,store,store
+    # One for all chains, or one for each: reverse,store,store.
+    config.model.backprop = "reverse"  # store | remat_dots | remat | offload | reverse
     config.model.stored_layers = "0"  # how many of the last layers store anyway; or auto
     config.model.unroll = 1  # layers per loop iteration, that store or reverse; all: no loop
     config.model.compute_dtype = "float32"  # float32 | bfloat16
@@ -116,7 +113,7 @@ def vision_transformer(size: str = "S") -> ConfigDict:
     model = config.model
     for name in ("units", "channels", "bottleneck", "stem"):
         del model[name]
-    model.family = "vit"
+    model.family = "vit"  # others have other settings
     model.reversible = True  # False: the twin of one stream, for store and remat
     model.layers, model.width, model.heads = VIT_SIZES[size]
     model.hidden = 4 * model.width
@@ -148,7 +145,7 @@ def language_model() -> ConfigDict:
     model = config.model
     for name in ("units", "channels", "bottleneck", "stem"):
         del model[name]
-    model.family = "decoder"
+    model.family = "decoder"  # others have other settings
     model.reversible = True  # False: the twin of one stream, for store and remat
     model.layers = 4
     model.width = 128
@@ -284,89 +281,6 @@ def with_arms(config: ConfigDict, arm: str, arms: Mapping[str, Mapping[str, Any]
             raise ConfigError(f"got arm {name!r}, expected one of {', '.join(arms) or 'none'}")
         config.update_from_flattened_dict(dict(arms[name]))
     return config
-
-
-def define_config_flag() -> flags.FlagHolder:
-    """`--config=FILE[:arm]`, each of whose keys is a flag too: `--config.model.backprop=store`."""
-    # No default path: it would be read, relative to the current folder, as soon as this is called.
-    return config_flags.DEFINE_config_file("config", None, "FILE[:arm] of the experiment.")
-
-
-def define_process_flags() -> Callable[[], dict[str, Any]]:
-    """The flags that say which of several processes this is; what it returns reads them.
-
-    What that returns are the arguments of `training.distributed.start`.
-    """
-    holders = {
-        "coordinator_address": flags.DEFINE_string(
-            "coordinator_address", None, "host:port of the first of several processes."
-        ),
-        "num_processes": flags.DEFINE_integer(
-            "num_processes", None, "How many processes work together."
-        ),
-        "process_id": flags.DEFINE_integer(
-            "process_id", None, "Which of them this one is, from 0."
-        ),
-        "heartbeat_timeout_seconds": flags.DEFINE_integer(
-            "heartbeat_timeout_seconds", 60, "After so long without a sign of it a process is dead."
-        ),
-    }
-    return lambda: {name: holder.value for name, holder in holders.items()}
-
-
-def run(main: Callable[[list[str]], Any], *, required: tuple[str, ...]) -> None:
-    """`absl.app.run`, except that what the user can mend is one line (`errors.exit_status`).
-
-    required: names of flags. A mistake in a flag costs no more than parsing them.
-    """
-
-    def guarded(argv):
-        logging.set_verbosity(logging.WARNING)
-        with exit_status():
-            main(argv)
-
-    app.run(guarded, flags_parser=lambda argv: _parse(argv, required))
-
-
-def _parse(argv: list[str], required: tuple[str, ...]) -> list[str]:
-    try:
-        rest = flags.FLAGS(argv)
-    except flags.Error as error:  # where the config file failed, its traceback is in the message
-        last_line = str(error).strip().splitlines()[-1]
-        sys.exit(f"error: {last_line.removeprefix('revnet_jax.config.ConfigError: ')}")
-    except (AttributeError, TypeError) as error:  # from ml_collections, for a key there is not
-        sys.exit(f"error: {_explain_key(argv) or error}")
-    if len(rest) > 1:
-        sys.exit(f"error: got argument {rest[1]!r}, expected flags only: write --name=value")
-    for name in required:
-        if flags.FLAGS[name].value is None:
-            sys.exit(f"error: --{name} is missing: see --help")
-    config = flags.FLAGS["config"].value if "config" in flags.FLAGS else ConfigDict()
-    if not isinstance(config, ConfigDict | None):  # a stand-in that raises whenever it is used
-        sys.exit(f"error: got {_config_path(argv)!r} as --config, expected a file that exists")
-    return rest
-
-
-def _explain_key(argv: list[str]) -> str | None:
-    """Names the first flag that is no key of the config, and the key that was probably meant."""
-    path, _, arm = _config_path(argv).partition(":")
-    known = flatten(runpy.run_path(path)["get_config"](arm))
-    for arg in argv[1:]:
-        key = arg.lstrip("-").split("=")[0].removeprefix("config.")
-        if arg.startswith("--config.") and key not in known:
-            last = key.rpartition(".")[2]
-            near = difflib.get_close_matches(key, known, 1) or [
-                name for name in known if name.rpartition(".")[2] == last
-            ]
-            hint = f"did you mean --config.{near[0]}?" if near else f"one of {', '.join(known)}"
-            return f"got --config.{key}, which is no key of the config: {hint}"
-    return None
-
-
-def _config_path(argv: list[str]) -> str:
-    following = dict(itertools.pairwise(argv)).get("--config", "")
-    joined = [arg.removeprefix("--config=") for arg in argv if arg.startswith("--config=")]
-    return joined[-1] if joined else following
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:

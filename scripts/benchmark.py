@@ -24,11 +24,12 @@ from pathlib import Path
 
 from absl import flags
 
-from revnet_jax import config as configs
+from revnet_jax import cli
+from revnet_jax.config import ConfigError
 from revnet_jax.errors import UserError
 from revnet_jax.figures import load_figure_class
 
-CONFIG = configs.define_config_flag()
+CONFIG = cli.define_config_flag()
 SUITE = flags.DEFINE_enum("suite", "laptop", ["laptop", "gpu"], "What is measured.")
 MODELS = flags.DEFINE_list("models", None, "Some of the suite's models, by name; all by default.")
 STRATEGIES = flags.DEFINE_list("strategies", None, "Some strategies, by name; all by default.")
@@ -59,7 +60,7 @@ def main(argv):
     if CONFIG.value is not None:
         for_suites = (SUITE, MODELS, STRATEGIES, LAYERS, BATCH, LIMIT_GIB, MINUTES, JSONL, PLOT)
         if given := [f"--{flag.name}" for flag in for_suites if flag.present]:
-            raise configs.ConfigError(f"got {', '.join(given)} with --config, expected one of both")
+            raise ConfigError(f"got {', '.join(given)} with --config, expected one of both")
         row = feed(CONFIG.value, 10.0 if SECONDS.value is None else SECONDS.value)
         print(json.dumps(row) if JSON.value else report.as_sentence(row))
         return
@@ -103,7 +104,7 @@ def whole_numbers(name, texts):
     if texts is None:
         return None
     if not all(text.isdecimal() and int(text) for text in texts):
-        raise configs.ConfigError(f"got --{name}={','.join(texts)}, expected numbers from 1")
+        raise ConfigError(f"got --{name}={','.join(texts)}, expected numbers from 1")
     return [int(text) for text in texts]
 
 
@@ -113,4 +114,4 @@ def describe_device(device):
 
 
 if __name__ == "__main__":
-    configs.run(main, required=())
+    cli.run(main, required=())

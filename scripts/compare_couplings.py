@@ -13,7 +13,7 @@ import sys
 
 from absl import flags
 
-from revnet_jax import config as configs
+from revnet_jax import cli
 from revnet_jax.figures import load_figure_class
 
 SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each, with seeds 0, 1, ...", lower_bound=1)
@@ -131,4 +131,4 @@ def draw(report, figure_class):
 
 
 if __name__ == "__main__":
-    configs.run(main, required=())
+    cli.run(main, required=())

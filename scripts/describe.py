@@ -7,9 +7,9 @@ import json
 
 from absl import flags
 
-from revnet_jax import config as configs
+from revnet_jax import cli
 
-CONFIG = configs.define_config_flag()
+CONFIG = cli.define_config_flag()
 JSON = flags.DEFINE_bool("json", False, "Print JSON rather than a table.")
 
 
@@ -45,4 +45,4 @@ def as_text(report):
 
 
 if __name__ == "__main__":
-    configs.run(main, required=("config",))
+    cli.run(main, required=("config",))

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from absl import flags
 
-from revnet_jax import config as configs
+from revnet_jax import cli
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 WHICH = flags.DEFINE_enum("checkpoint", "newest", ["newest", "best"], "Which checkpoint.")
-PROCESSES = configs.define_process_flags()
+PROCESSES = cli.define_process_flags()
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the data are, if not where they were.")
 
 
@@ -32,4 +32,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    configs.run(main, required=("workdir",))
+    cli.run(main, required=("workdir",))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from absl import flags
 
-from revnet_jax import config as configs
+from revnet_jax import cli
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 PROMPT = flags.DEFINE_string("prompt", "\n", "What to go on from.")
@@ -41,4 +41,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    configs.run(main, required=("workdir",))
+    cli.run(main, required=("workdir",))

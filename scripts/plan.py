@@ -17,12 +17,13 @@ from pathlib import Path
 
 from absl import flags
 
-from revnet_jax import config as configs
+from revnet_jax import cli
+from revnet_jax.config import ConfigError, flatten
 from revnet_jax.figures import load_figure_class
 from revnet_jax.memory.compile import DEFAULT_CACHE_DIR, Compiler
 from revnet_jax.memory.topology import parse_topology
 
-CONFIG = configs.define_config_flag()
+CONFIG = cli.define_config_flag()
 TOPOLOGY = flags.DEFINE_string(
     "topology", "local", "What to compile for: local, h100:1, 4xh100:8, v5e:2x4, 4xv5e:16x16."
 )
@@ -43,7 +44,7 @@ def main(argv):
     from revnet_jax.memory.plan import plan
 
     if SCALING.value and (TOPOLOGY.present or LARGEST.value or BY_PART.value):
-        raise configs.ConfigError(
+        raise ConfigError(
             "got --scaling with --topology, --largest or --by_part, expected it alone: it names "
             "topologies"
         )
@@ -52,7 +53,7 @@ def main(argv):
     report = lambda line: print(line, file=sys.stderr, flush=True)
     compilers = [Compiler(parse_topology(name), cache_dir, report) for name in names]
     figure_class = load_figure_class("plot", PLOT.value) if PLOT.value else None
-    config, strategies = configs.flatten(CONFIG.value), STRATEGIES.value
+    config, strategies = flatten(CONFIG.value), STRATEGIES.value
     if SCALING.value:
         shown = scaling
         found = scaling.scaling(config, compilers, strategies=strategies)
@@ -66,4 +67,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    configs.run(main, required=("config",))
+    cli.run(main, required=("config",))

@@ -13,10 +13,10 @@ import time
 
 from absl import flags
 
-from revnet_jax import config as configs
+from revnet_jax import cli
 from revnet_jax.errors import UserError
 
-CONFIG = configs.define_config_flag()
+CONFIG = cli.define_config_flag()
 BATCH = flags.DEFINE_list("batch", ["16"], "Sequences of a step; a row for each.")
 STEPS = flags.DEFINE_integer("steps", 15, "Steps that are timed, after four that are not.")
 
@@ -151,4 +151,4 @@ def decoder(torch, config):
 
 
 if __name__ == "__main__":
-    configs.run(main, required=("config",))
+    cli.run(main, required=("config",))

@@ -13,11 +13,11 @@ import os
 
 from absl import flags
 
-from revnet_jax import config as configs
+from revnet_jax import cli
 from revnet_jax.figures import load_figure_class
 from revnet_jax.memory.topology import LOCAL, Topology, TopologyError, devices, parse_topology
 
-CONFIG = configs.define_config_flag()
+CONFIG = cli.define_config_flag()
 LAYERS = flags.DEFINE_integer("layers", 4, "In each chain.", lower_bound=3)
 STRATEGIES = flags.DEFINE_list("strategies", [], "Some of them; by default the basic three.")
 TOPOLOGY = flags.DEFINE_string("topology", LOCAL, "What to compile for: local, or a GPU as h100:1.")
@@ -55,4 +55,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    configs.run(main, required=("config", "out"))
+    cli.run(main, required=("config", "out"))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from absl import flags
 
-from revnet_jax import config as configs
+from revnet_jax import cli
 from revnet_jax.config import settings
 
 INPUT = flags.DEFINE_list("input", None, "UTF-8 files, one after the other.")
@@ -37,4 +37,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    configs.run(main, required=("input", "tokenizer", "out"))
+    cli.run(main, required=("input", "tokenizer", "out"))

@@ -21,12 +21,13 @@ from pathlib import Path
 
 from absl import flags
 
-from revnet_jax import config as configs
+from revnet_jax import cli
+from revnet_jax.config import ConfigError
 from revnet_jax.errors import PREEMPTED_STATUS
 
-CONFIG = configs.define_config_flag()
+CONFIG = cli.define_config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command resumes it.")
-PROCESSES = configs.define_process_flags()
+PROCESSES = cli.define_process_flags()
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check and print the config; train nothing.")
 NUM_DEVICES = flags.DEFINE_integer(
     "num_devices",
@@ -50,18 +51,18 @@ def main(argv):
 
     elsewhere = (NUM_DEVICES, NUM_SLICES, PLATFORM)
     if not DRY_RUN.value and any(flag.present for flag in elsewhere):
-        raise configs.ConfigError(
+        raise ConfigError(
             "got --num_devices, --num_slices or --platform without --dry_run, expected none of "
             "them: a run takes the devices that are there"
         )
     if NUM_DEVICES.value is None and NUM_SLICES.present:
-        raise configs.ConfigError("got --num_slices alone, expected --num_devices with it")
+        raise ConfigError("got --num_slices alone, expected --num_devices with it")
     if DRY_RUN.value:
         report = dry_run(CONFIG.value, NUM_DEVICES.value, NUM_SLICES.value, PLATFORM.value)
     elif WORKDIR.value is None:
-        raise configs.ConfigError("--workdir is missing: name the folder of the run")
+        raise ConfigError("--workdir is missing: name the folder of the run")
     elif "://" in WORKDIR.value:
-        raise configs.ConfigError(
+        raise ConfigError(
             f"got --workdir={WORKDIR.value}, expected a folder: one of the bucket, mounted"
         )
     else:
@@ -73,4 +74,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    configs.run(main, required=("config",))
+    cli.run(main, required=("config",))

@@ -159,11 +159,16 @@ def test_describe_of_a_resnet_has_no_reverse():
     [
         (["--config.model.unit=3"], "got --config.model.unit, .*did you mean --config.model.units"),
         (["--config.units=3"], "did you mean --config.model.units"),
+        (["--config.lr=0.1"], "did you mean --config.schedule.learning_rate\\? "),
+        (["--config.xyzzy=1"], "no setting of the config: --config=configs/digits.py --help lists"),
+        (["--config.optimizer=lion"], "a group of settings .*did you mean --config.optimizer.name"),
+        (["--config.optimizer.momentum=nan"], "config.optimizer.momentum: got nan, expected a num"),
         (["--confg=3"], "Unknown command line flag 'confg'"),
         (["lr=3"], "got argument 'lr=3', expected flags only"),
         (["--config.batch_size=a"], "flag --config.batch_size=a: invalid literal"),
         (["--config=configs/digits.py:huge"], "got arm 'huge', expected one of"),
         (["--config=nothing.py"], "got 'nothing.py' as --config, expected a file that exists"),
+        (["--config=nothing.py", "--config.seed=1"], "got 'nothing.py' as --config, expected a"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_the_flags_is_one_line_before_jax_is_imported(flags, message):

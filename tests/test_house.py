@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "core": {"core"},
     "data": {"data", "errors"},
     "models": {"core", "models"},
-    "training": {"core", "models", "data", "training", "config", "errors"},
+    "training": {"core", "models", "data", "training", "config", "ranges", "errors"},
     "memory": {"core", "models", "training", "memory", "config", "errors"},
 }
 

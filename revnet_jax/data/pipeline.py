@@ -42,11 +42,12 @@ def train_batches(
       seed: of the shuffle and the augmentation, 0 to 2**32 - 1.
       start_step: the step of the first batch, counted in global batches from 0.
       crop_padding: pixels of zeros (the mean image) added on each side, to crop from; 0 for none.
+        Fewer than the image has, so that some of it is in every crop.
       flip: mirror each image left to right with probability 1/2.
       min_crop_area: smallest share of the image in a random resized crop, in (0, 1]. For
         image_folder only; other data sets have images of one size and take 1.0.
       num_threads: threads that prepare batches; 0 prepares them in the caller's.
-      prefetch: batches prepared ahead; 0 for none.
+      prefetch: batches prepared ahead, one by each thread at least; 0 for none.
       rows: which rows of each global batch to produce; all of them by default.
 
     Yields:
@@ -65,7 +66,7 @@ def train_batches(
         )
     _check_range("seed", seed, 0, 2**32 - 1)
     _check_range("start_step", start_step, 0)
-    _check_range("crop_padding", crop_padding, 0)
+    _check_range("crop_padding", crop_padding, 0, min(dataset.image_shape[:2]) - 1)
     if not 0 < min_crop_area <= 1:
         raise ValueError(f"got min_crop_area={min_crop_area}, expected a share in (0, 1]")
     if min_crop_area != 1 and not split.num_crop_uniforms:
@@ -196,6 +197,11 @@ def iterate(batches: grain.MapDataset, num_threads: int, prefetch: int) -> grain
     # most of the work, and processes would need parsed absl flags and a copy of the data.
     _check_range("num_threads", num_threads, 0)
     _check_range("prefetch", prefetch, 0)
+    if 0 < prefetch < num_threads:
+        raise ValueError(
+            f"got num_threads={num_threads} and prefetch={prefetch}, expected prefetch of "
+            f"{num_threads} at least: it limits how many batches are prepared at a time"
+        )
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
     return iter(batches.to_iter_dataset(options))
 

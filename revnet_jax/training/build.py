@@ -25,6 +25,7 @@ from revnet_jax.models import (
     VisionTransformer,
 )
 from revnet_jax.models.attention import kernel_for
+from revnet_jax.ranges import check_ranges
 from revnet_jax.training import data_record
 from revnet_jax.training.lockstep import LockstepOptimizer, check_layerwise
 from revnet_jax.training.mismatch import ACTIONS
@@ -55,12 +56,7 @@ def build_recipe(
     stored_layers: in place of the config's; "auto" there is 0 until it is resolved.
     platform: "cpu", "gpu" or "tpu", of the devices to train on; by default those that are here.
     """
-    for name in ("num_steps", "batch_size", "eval_batch_size", "microbatches", "log_every_steps"):
-        _at_least_one(name, config[name])
-    _at_least_one("eval_every_steps", config.eval_every_steps)
-    _at_least_one("checkpoint_every_steps", config.checkpoint_every_steps)
-    if not 0 <= config.seed < 2**32:
-        raise ConfigError(f"config.seed: got {config.seed}, expected 0 to 2**32 - 1")
+    check_ranges(config)
     check_on_mismatch(config)
     with settings("schedule"):
         schedule = make_schedule(num_steps=config.num_steps, **config.schedule)
@@ -87,6 +83,7 @@ def build_task(
     config: ConfigDict, stored_layers: int | None = None, *, platform: str | None = None
 ) -> Task:
     """The model of a config, and what it is to learn. Arguments: see `build_recipe`."""
+    check_ranges(config)
     platform = platform or jax.default_backend()
     (known,) = (names for setting, names in FAMILIES.items() if setting in config.model)
     if config.model.family not in known:
@@ -97,12 +94,6 @@ def build_task(
     if config.model.family == "decoder":
         model = build_language_model(config, stored_layers, platform)
         return NextToken(model, config.data.context, config.balance)
-    if not 0 <= config.label_smoothing < 1:
-        raise ConfigError(
-            f"config.label_smoothing: got {config.label_smoothing}, expected a share in [0, 1)"
-        )
-    if config.mixup < 0:
-        raise ConfigError(f"config.mixup: got {config.mixup}, expected 0 or more")
     if config.model.family == "vit":
         network = build_vision_transformer(config, stored_layers, platform)
     else:
@@ -163,17 +154,15 @@ def _pop_common(model: dict[str, Any], stored_layers: int | None) -> tuple[Any, 
         for name, dtype in dtypes.items():
             if dtype not in DTYPES:
                 raise ValueError(f"got {name}={dtype!r}, expected one of {', '.join(DTYPES)}")
-        if model["unroll"] < 1:
-            raise ValueError(f"got unroll={model['unroll']}, expected 1 layer or more")
         if setting != "auto" and not setting.isdecimal():
             raise ValueError(f"got stored_layers={setting!r}, expected a whole number or auto")
+        if stored_layers is None:
+            stored_layers = 0 if setting == "auto" else int(setting)
         common = {
             **{name: DTYPES[dtype] for name, dtype in dtypes.items()},
             "grid": Grid(bits) if grid else None,
             "check_exactness": check_exactness,
         }
-    if stored_layers is None:
-        stored_layers = 0 if setting == "auto" else int(setting)
     gradient = {
         "backprop": tuple(backprop.split(",")) if "," in backprop else backprop,
         "stored_layers": stored_layers,
@@ -253,10 +242,6 @@ def build_data(config: ConfigDict, mesh: Mesh, eval_batch_size: int | None = Non
         return {"batch_size": size, "rows": local_rows(mesh, size), **reading}
 
     if config.model.family == "decoder":
-        if data.eval_batches < 0:
-            raise ConfigError(
-                f"config.data.eval_batches: got {data.eval_batches}, expected 0 (all) or more"
-            )
         text = build_text(config)
         return Data(
             lambda step: train_windows(
@@ -360,8 +345,3 @@ def check_data_dir(config: ConfigDict) -> None:
     name = config.data.name
     if not config.data.dir and name not in ("digits", "bytes"):
         raise ConfigError(f"config.data.dir: got none for {name}, expected where its files will be")
-
-
-def _at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise ConfigError(f"config.{name}: got {value}, expected at least 1")

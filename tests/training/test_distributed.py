@@ -257,7 +257,7 @@ STUCK = """
 import sys, time
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from revnet_jax import config, errors
+from revnet_jax import cli, errors
 from revnet_jax.training import distributed
 
 address, process_id, raises = sys.argv.pop(), sys.argv.pop(), sys.argv.pop()
@@ -276,7 +276,7 @@ def main(argv):
             raise errors.UserError("got no second process, expected one")
         never.block_until_ready()
 
-config.run(main, required=())
+cli.run(main, required=())
 """
 
 

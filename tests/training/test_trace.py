@@ -20,7 +20,7 @@ def test_a_run_leaves_a_trace_of_the_steps_asked_for(tiny_config, tmp_path):
     names = {event.name for plane in planes for line in plane.lines for event in line.events}
     assert any("train_step" in name for name in names)
     tiny_config.profile.start_step = 0
-    with pytest.raises(ConfigError, match=r"config.profile: got start_step=0"):
+    with pytest.raises(ConfigError, match=r"config.profile.start_step: got 0, expected"):
         train(tiny_config, tmp_path / "other")
 
 

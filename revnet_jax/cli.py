@@ -1,0 +1,235 @@
+"""The command line: how an experiment's file and flags become a config, and how programs end.
+
+Imports nothing heavy: a misspelt flag should cost half a second, not the start of JAX.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import itertools
+import re
+import runpy
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags import tuple_parser
+
+from revnet_jax import config as configs
+from revnet_jax.config import ConfigError, flatten
+from revnet_jax.errors import exit_status
+from revnet_jax.ranges import check_ranges
+
+flags.disclaim_key_flags()  # a flag defined here is one of the program that asks for it: --help
+
+_HELP = ("--help", "-help", "-h", "-?", "--helpshort", "--helpfull")
+# What settings are called elsewhere, where no rule of `near_keys` finds them.
+_SHORT = {
+    "batch": ("batch_size",),
+    "steps": ("num_steps",),
+    "epochs": ("num_steps",),
+    "depth": ("model.layers", "model.units"),
+    "layers": ("model.units",),
+    "width": ("model.channels",),
+    "dim": ("model.width", "model.channels"),
+    "dtype": ("model.compute_dtype", "model.param_dtype", "optimizer.state_dtype"),
+    "workers": ("data.num_threads",),
+    "path": ("data.dir",),
+}
+
+
+class _TupleParser(flags.ArgumentParser):
+    """Tuples, of which the last on the command line counts, as of numbers; else all are joined."""
+
+    def parse(self, argument: Any) -> tuple[Any, ...]:
+        return tuple_parser.TupleParser().parse(argument)
+
+
+config_flags.register_flag_parser_for_type(tuple, _TupleParser())
+
+
+def define_config_flag() -> flags.FlagHolder:
+    """`--config=FILE[:arm]`, each of whose keys is a flag too: `--config.model.backprop=store`."""
+    # No default path: it would be read, relative to the current folder, as soon as this is called.
+    return config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "FILE[:arm] of the experiment, as configs/digits.py. Each of its settings is a flag: "
+        "--config.batch_size=32. --config=FILE --help lists them.",
+    )
+
+
+def define_process_flags() -> Callable[[], dict[str, Any]]:
+    """The flags that say which of several processes this is; what it returns reads them.
+
+    What that returns are the arguments of `training.distributed.start`.
+    """
+    holders = {
+        "coordinator_address": flags.DEFINE_string(
+            "coordinator_address", None, "host:port of the first of several processes."
+        ),
+        "num_processes": flags.DEFINE_integer(
+            "num_processes", None, "How many processes work together."
+        ),
+        "process_id": flags.DEFINE_integer(
+            "process_id", None, "Which of them this one is, from 0."
+        ),
+        "heartbeat_timeout_seconds": flags.DEFINE_integer(
+            "heartbeat_timeout_seconds", 60, "After so long without a sign of it a process is dead."
+        ),
+    }
+    return lambda: {name: holder.value for name, holder in holders.items()}
+
+
+def run(main: Callable[[list[str]], Any], *, required: tuple[str, ...]) -> None:
+    """`absl.app.run`, except that what the user can mend is one line (`errors.exit_status`).
+
+    required: names of flags. A mistake in a flag costs no more than parsing them.
+    """
+
+    def guarded(argv):
+        logging.set_verbosity(logging.WARNING)
+        with exit_status():
+            main(argv)
+
+    app.run(guarded, flags_parser=lambda argv: _parse(argv, required))
+
+
+def _parse(argv: list[str], required: tuple[str, ...]) -> list[str]:
+    """Parses the flags; whatever is wrong with them ends the program with one line."""
+    logging.set_verbosity(logging.ERROR)  # of ml_collections, which warns before it raises
+    asked = set(_HELP) & set(argv)
+    try:
+        rest = flags.FLAGS([arg for arg in argv if arg not in asked])
+    except Exception as error:
+        mistake = _file_mistake(argv) or _flag_mistake(argv, error)
+        if mistake is None:
+            raise
+        sys.exit(f"error: {mistake}")
+    if len(rest) > 1:
+        sys.exit(f"error: got argument {rest[1]!r}, expected flags only: write --name=value")
+    config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
+    if _config_path(argv) and not isinstance(config, ConfigDict):  # or a stand-in, that raises
+        sys.exit(f"error: {_file_mistake(argv)}")
+    if config is not None and (mistake := _wrong_key(argv, config)):
+        sys.exit(f"error: {mistake}")
+    if asked:
+        app.usage(shorthelp="--helpfull" not in asked, writeto_stdout=True)
+        if config is not None:
+            print(list_settings(config))
+        sys.exit(0)
+    for name in required:
+        if flags.FLAGS[name].value is None:
+            sys.exit(f"error: --{name} is missing: see --help")
+    if config is not None:
+        try:
+            check_ranges(config)
+        except ConfigError as error:
+            sys.exit(f"error: {error}")
+    return rest
+
+
+def _file_mistake(argv: list[str]) -> str | None:
+    """What is wrong with the file of --config, or with flags of its settings; loads it again."""
+    if not _config_path(argv):
+        return None
+    path, *arm = _config_path(argv).split(":", 1)
+    if not Path(path).is_file():
+        return f"got {path!r} as --config, expected a file that exists"
+    try:
+        module = runpy.run_path(path)
+        if "get_config" not in module:
+            return f"{path}: got no function get_config, expected one that returns a ConfigDict"
+        config = module["get_config"](*arm)
+    except ConfigError as error:
+        return str(error)
+    except Exception as error:
+        tries = traceback.TracebackException.from_exception(error).stack
+        lines = [at.lineno for at in tries if Path(at.filename).absolute() == Path(path).absolute()]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        text = " ".join(str(getattr(error, "msg", error)).split())
+        where = path if line is None else f"{path}, line {line}"
+        return f"{where}: {type(error).__name__}: {text}"
+    if not isinstance(config, ConfigDict):
+        return f"got {config!r} from get_config of {path}, expected a ConfigDict"
+    return _wrong_key(argv, config)
+
+
+def _flag_mistake(argv: list[str], error: Exception) -> str | None:
+    """What absl or ml_collections found wrong with a flag; None for a fault of another kind."""
+    known = isinstance(error, flags.Error | AttributeError | TypeError | KeyError)
+    return " ".join(str(error).split()) if known else None
+
+
+def _config_path(argv: list[str]) -> str:
+    """The value of --config, as absl finds it; empty where it is not given."""
+    found = ""
+    for arg, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+        name, equals, value = arg.partition("=")
+        if name in ("--config", "-config"):
+            found = value if equals else following
+    return found
+
+
+def _wrong_key(argv: list[str], config: ConfigDict) -> str | None:
+    """Names the first flag that is no setting of the config, and what was probably meant."""
+    known = flatten(config)
+    for arg in argv[1:]:
+        found = re.match(r"--?(?:no)?config\.([^=]*)", arg)
+        if found is None or found[1] in known:
+            continue
+        key = found[1]
+        inside = [name for name in known if name.startswith(f"{key}.")]
+        got = f"got --config.{key}, which is {'a group of settings' if inside else 'no setting'}"
+        near = [f"--config.{name}" for name in near_keys(key, list(known))]
+        *others, last = near or [""]
+        named = f"{', '.join(others)} or {last}" if others else last
+        hint = f"did you mean {named}? " if near else ""
+        return f"{got} of the config: {hint}--config={_config_path(argv)} --help lists them"
+    return None
+
+
+def near_keys(key: str, known: Sequence[str]) -> list[str]:
+    """Up to four of the known keys that a mistaken key may stand for, the likeliest first.
+
+    The same name in another group; a short name of `_SHORT`; initials (lr: learning_rate); for a
+    group its name or its first settings; a key spelt much like it; a part of a name.
+    """
+    name = key.rpartition(".")[2]
+    names: dict[str, list[str]] = {}
+    for each in sorted(known, key=lambda each: each.count(".")):
+        names.setdefault(each.rpartition(".")[2], []).append(each)
+    initials = lambda long: "".join(word[0] for word in long.split("_") if word)
+    having = lambda holds: [each for long in names if holds(long) for each in names[long]]
+    close = difflib.get_close_matches(key, known, 1)
+    close = close or having(lambda long: long in difflib.get_close_matches(name, names, 1))
+    found = (
+        names.get(name, [])
+        or [each for each in _SHORT.get(name, ()) if each in known]
+        or having(lambda long: "_" in long and initials(long) == name)
+        or [each for each in (f"{key}.name", f"{key}.family") if each in known]
+        or [each for each in known if each.startswith(f"{key}.")]
+        or close
+        or having(lambda long: len(name) > 2 and name in long)
+    )
+    return found[:4]
+
+
+def list_settings(config: ConfigDict) -> str:
+    """The settings of a config as flags, with the comment on each where it is defined."""
+    defined = [configs._mesh, configs._optimizer, configs.image_classification]
+    defined += [configs.vision_transformer] if "patch" in config.model else []
+    defined += [configs.language_model] if "context" in config.data else []
+    source = "".join(inspect.getsource(each) for each in defined)
+    said = dict(re.findall(r"^ +(?:config\.)?([\w.]+) = .*?  # (.+)$", source, re.MULTILINE))
+    lines = ["settings:", ""]
+    for key, value in flatten(config).items():
+        shown = f"  --config.{key}={shlex.quote(str(value))}"
+        lines.append(f"{shown:44}  {said[key]}" if key in said else shown)
+    return "\n".join(lines)

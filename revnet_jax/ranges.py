@@ -1,0 +1,144 @@
+"""The range of every numeric setting, in one table.
+
+Imports nothing heavy: a number out of its range is refused before JAX starts.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import struct
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from revnet_jax.config import ConfigError, flatten
+
+_INT32 = 2**31 - 1  # steps, positions and tokens are 32 bit integers on a device
+_AHEAD = 1_000  # batches in memory at once, and the threads that prepare them
+_DEEP = 100_000  # layers: of those before a chain a list is made, one by one
+
+
+class Range(NamedTuple):
+    """expected: for error messages. holds: whether a value, of whatever type, is in the range."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+
+def whole(low: int, high: int = _INT32, *, or_else: int | None = None) -> Range:
+    """Integers from low to high. or_else: another value that stands for something."""
+    special = "" if or_else is None else f"{or_else}, or "
+
+    def holds(value: Any) -> bool:
+        integral = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        return integral and (low <= value <= high or value == or_else)
+
+    return Range(f"{special}a whole number, {low:,} to {high:,}", holds)
+
+
+def real(interval: str) -> Range:
+    """Numbers in an interval, written as in `[0, 1)`, once they are rounded to float32.
+
+    So they are on a device, where 1 - 1e-9 is 1 and 1e39 is infinite.
+    """
+    low, high = map(float, interval[1:-1].split(","))
+
+    def holds(value: Any) -> bool:
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            return False
+        try:
+            (rounded,) = struct.unpack("f", struct.pack("f", value))
+        except OverflowError:
+            return False
+        above = low < rounded if interval[0] == "(" else low <= rounded
+        return above and (rounded < high if interval[-1] == ")" else rounded <= high)
+
+    if math.isfinite(high):
+        return Range(f"a number in {interval}", holds)
+    bound = f"{low:g} or more" if interval[0] == "[" else f"more than {low:g}"
+    return Range(f"a finite number, {bound}", holds)
+
+
+def several(each: Range, *, length: int | None = None, increasing: bool = False) -> Range:
+    """Tuples of numbers that are in a range. length: None for any."""
+
+    def holds(values: Any) -> bool:
+        return (
+            isinstance(values, tuple)
+            and (length is None or len(values) == length)
+            and all(map(each.holds, values))
+            and (not increasing or list(values) == sorted(set(values)))
+        )
+
+    kind = "an increasing tuple" if increasing else "a tuple"
+    size = "" if length is None else f" of {length}"
+    return Range(f"{kind}{size}, each element {each.expected}", holds)
+
+
+RANGES = {
+    "seed": whole(0, 2**32 - 1),
+    "num_steps": whole(1),
+    "batch_size": whole(1),
+    "eval_batch_size": whole(1),
+    "microbatches": whole(1),
+    "memory_limit_gib": real("[0, 1e6]"),
+    "label_smoothing": real("[0, 1)"),
+    "mixup": real("[0, inf)"),
+    "balance": real("[0, inf)"),
+    "log_every_steps": whole(1),
+    "eval_every_steps": whole(1),
+    "checkpoint_every_steps": whole(1),
+    "mesh.data": whole(1, or_else=-1),
+    "mesh.fsdp": whole(1, or_else=-1),
+    "mesh.sequence": whole(1, or_else=-1),
+    "mesh.tensor": whole(1, or_else=-1),
+    "profile.start_step": whole(1),
+    "profile.num_steps": whole(0),
+    "data.image_shape": several(whole(1, 65_536), length=3),
+    "data.num_classes": whole(1),
+    "data.crop_padding": whole(0, 65_536),
+    "data.min_crop_area": real("(0, 1]"),
+    "data.num_threads": whole(0, _AHEAD),
+    "data.prefetch": whole(0, _AHEAD),
+    "data.train_share": real("(0, 1)"),
+    "data.vocab_size": whole(1),
+    "data.context": whole(1),
+    "data.eval_batches": whole(0),
+    "model.units": several(whole(1, _DEEP)),
+    "model.channels": several(whole(1)),
+    "model.layers": whole(1, _DEEP),
+    "model.width": whole(1),
+    "model.heads": whole(1),
+    "model.kv_heads": whole(1),
+    "model.hidden": whole(1),
+    "model.patch": whole(1),
+    "model.dropout": real("[0, 1)"),
+    "model.experts": whole(0),
+    "model.experts_per_token": whole(1),
+    "model.rotary_base": real("(0, inf)"),
+    "model.feed_forward_chunks": whole(1),
+    "model.loss_chunk": whole(1),
+    "model.unroll": whole(1),
+    "model.grid_bits": whole(0, 22),
+    "optimizer.momentum": real("[0, 1)"),
+    "optimizer.b1": real("[0, 1)"),
+    "optimizer.b2": real("[0, 1)"),
+    "optimizer.weight_decay": real("[0, inf)"),
+    "optimizer.clip_norm": real("[0, inf)"),
+    "schedule.learning_rate": real("[0, inf)"),
+    "schedule.warmup_steps": whole(0),
+    "schedule.boundaries": several(whole(1), increasing=True),
+    "schedule.factor": real("[0, inf)"),
+}
+
+
+def check_ranges(config: ConfigDict) -> None:
+    """Raises ConfigError for a number that is not finite or out of its range.
+
+    Settings that are not in the table, of a model of one's own, are left to that model.
+    """
+    for name, value in flatten(config).items():
+        if name in RANGES and not RANGES[name].holds(value):
+            raise ConfigError(f"config.{name}: got {value!r}, expected {RANGES[name].expected}")
