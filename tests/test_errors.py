@@ -46,9 +46,7 @@ def test_output_that_cannot_be_written_is_one_line(lines):
 
 
 def test_other_errors_of_the_operating_system_lose_no_output():
-    program = PROGRAM.replace("LINES", "1").replace(
-        "\n\nconfig", "\n    open('/nowhere')\n\nconfig"
-    )
+    program = PROGRAM.replace("LINES", "1").replace("\n\ncli", "\n    open('/nowhere')\n\ncli")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stdout == "x" * 100 + "\n"
