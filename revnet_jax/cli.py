@@ -45,7 +45,7 @@ _SHORT = {
 
 
 class _TupleParser(flags.ArgumentParser):
-    """Tuples, of which the last on the command line counts, as of numbers; else all are joined."""
+    """Parses tuples. A flag given twice takes its last value; ml_collections would join them."""
 
     def parse(self, argument: Any) -> tuple[Any, ...]:
         return tuple_parser.TupleParser().parse(argument)

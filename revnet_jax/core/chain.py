@@ -143,6 +143,8 @@ def sequence(
     if update is None and len(strategies) == 1 and strategies != {"reverse"}:
         y, auxes, _ = _forward(sections, x, shared, *strategies, unroll)
         return y, auxes  # JAX's own gradient, and its jvp
+    # Raises for classes that JAX's custom gradients cannot rebuild.
+    trees.split((x, [(section.state_L, section.data_L) for section in sections]))
     return _swept(runs, sections, x, shared, unroll, update, probe)
 
 
@@ -238,7 +240,6 @@ def _swept(runs, sections, x, shared, unroll, update, probe):
     states = [section.state_L for section in sections]
     shared, shared_rest = trees.split(shared)
     data = [section.data_L for section in sections]
-    trees.split((x, states, data))  # raises for classes that JAX's custom gradients cannot rebuild
 
     def joined(params, shared, not_differentiated):
         params_rest, shared_rest, data = not_differentiated
@@ -282,19 +283,18 @@ def _swept(runs, sections, x, shared, unroll, update, probe):
             )
         dprobe = probe and Exactness.probe()
         if true_x is not None:
-            checksums = kepts.checksum, swept.checksum
-            dprobe = compare(swept.x, true_x, swept.max_abs, checksums)
+            dprobe = compare(swept.x, true_x, swept.max_abs, (kepts.checksum, swept.checksum))
         dprobe = vary_over(axes, dprobe)
         dparams = swept.written if update is None else [new[0] for new in swept.written]
         dstates = states if update is None else [new[1] for new in swept.written]
         return dparams, dstates, swept.dx, swept.dshared, dprobe, None
 
     run.defvjp(forward, backward)
-    # What a probe that is the same on all devices is told is added up over them.
+    # The cotangents of a probe that is the same on all devices are added up over the devices.
     axes = varying_axes((params, x, shared, data, probe)) if probe else frozenset()
-    probe = vary_over(axes, probe)
     with _explaining_forward_mode():
-        return run(params, states, x, shared, probe, (params_rest, shared_rest, data))
+        rest = params_rest, shared_rest, data
+        return run(params, states, x, shared, vary_over(axes, probe), rest)
 
 
 @contextlib.contextmanager

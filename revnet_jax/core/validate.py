@@ -36,7 +36,7 @@ def arrays(name: str, tree: Any) -> Any:
             got = f"{name}{jax.tree_util.keystr(path)} of type {type(leaf).__name__}"
             got += f" and dtype {leaf.dtype}" if hasattr(leaf, "dtype") else ""
             raise TypeError(
-                f"got {got}, expected an array: what is none belongs into the branch itself"
+                f"got {got}, expected an array: write constants that are not arrays into the branch"
             ) from None
         return leaf
 

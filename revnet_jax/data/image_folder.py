@@ -143,7 +143,7 @@ def _folder_split(
 
 
 def _sha256_of_names(split_dirs: Sequence[Path], splits: Sequence[FolderSplit]) -> str:
-    """Of the paths below each split's folder, in their order: the same wherever the tree is."""
+    """The hash of all paths relative to their split's folder, which moving the tree keeps."""
     digest = hashlib.sha256()
     for split_dir, split in zip(split_dirs, splits, strict=True):
         start = len(os.path.join(split_dir, ""))

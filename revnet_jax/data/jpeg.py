@@ -27,8 +27,10 @@ _FILLER = b"\0" + _NOISE + b"".join(b"\xff" + bytes([0xD0 + i]) + _NOISE for i i
 
 
 class _Structure(NamedTuple):
-    """components: their ids. final: of which (component, coefficient) the last bit is there.
+    """What the markers of a file say.
 
+    components: the ids of the components.
+    final: the (component, coefficient) pairs that are complete down to their last bit.
     end: where the end-of-image marker is, -1 if there is none.
     """
 

@@ -31,8 +31,9 @@ def plan(
 
     config: settings by dotted key.
     strategies: names of variants; all that the network has by default.
-    largest: some of `SIZES`, of which each row gets the largest that fits, as `largest_batch` and
-      so on: three to six further compilations each. Contexts are multiples of the config's.
+    largest: some of `SIZES`. Each row gets the largest batch, depth or context that fits, as
+      `largest_batch` and so on. Each takes three to six more compilations; contexts are multiples
+      of the config's.
     by_part: give each row `parts`, where its time goes (see `by_part.by_part`).
 
     Returns settings of the plan, a list of rows, why strategies were left out, by name, and a

@@ -292,8 +292,8 @@ class _NewestAndBest:
 class _WithoutAbandoned:
     """A hook for exceptions that nobody can catch: passes on all but those of abandoned writes.
 
-    Orbax reads and writes arrays concurrently. Of several that fail it raises one and closes the
-    event loop of the others, each of which then fails to tell it so.
+    Orbax reads and writes arrays concurrently. If several fail, it raises the first error and
+    closes the event loop. Python then prints a traceback for each of the others.
     """
 
     hook: Callable[[Any], Any]
