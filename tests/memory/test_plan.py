@@ -182,7 +182,7 @@ def test_settings_are_checked_once_before_anything_compiles(tiny_config, tmp_pat
     assert lockstep.startswith("left out store/lockstep, reverse/lockstep: config.optimizer: got")
     assert lockstep.endswith("--config.optimizer.clip=layer")
     assert list(report["left_out"]) == ["offload", "store/lockstep", "reverse/lockstep"]
-    with pytest.raises(UserError, match=r"expected at least 1"):
+    with pytest.raises(UserError, match=r"batch_size: got 0, expected a whole number, 1 to"):
         plan(flatten(tiny_config) | {"batch_size": 0}, compiler)
     assert len(lines) == len(compiled) == 2
 
