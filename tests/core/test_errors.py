@@ -44,8 +44,8 @@ CASES = {
     "a string among shared inputs": (
         {"shared": {"mode": "train"}},
         TypeError,
-        r"got shared\['mode'\] of type str, expected an array: write constants that are not arrays into "
-        "the branch",
+        r"got shared\['mode'\] of type str, expected an array: write constants that are not "
+        "arrays into the branch",
     ),
     "an object among the parameters": (
         {"params_L": (jnp.ones(3), object())},
