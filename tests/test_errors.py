@@ -1,5 +1,6 @@
 """How programs end: one line and a status, also where the fault is the operating system's."""
 
+import io
 import os
 import re
 import subprocess
@@ -7,7 +8,7 @@ import sys
 
 import pytest
 
-from revnet_jax.errors import StorageError, UserError, file_system, writing
+from revnet_jax.errors import StorageError, UserError, file_system, write_all, writing
 from revnet_jax.figures import load_figure_class, save
 
 PROGRAM = """
@@ -91,3 +92,13 @@ def test_plots_are_refused_at_the_start_or_end_in_one_line(tmp_path):
 
     with pytest.raises(StorageError, match=r"cannot write /dev/full: No space left on device"):
         save(Figure(), "/dev/full")
+
+
+def test_a_file_that_takes_less_at_a_time_gets_all():
+    class Slow(io.BytesIO):
+        def write(self, content):
+            return super().write(content[:3])
+
+    file = Slow()
+    write_all(file, b"0123456789")
+    assert file.getvalue() == b"0123456789"
