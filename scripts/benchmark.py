@@ -26,8 +26,8 @@ from absl import flags
 
 from revnet_jax import cli
 from revnet_jax.config import ConfigError
-from revnet_jax.errors import UserError
-from revnet_jax.figures import load_figure_class
+from revnet_jax.errors import UserError, writing
+from revnet_jax.figures import load_figure_class, save
 
 CONFIG = cli.define_config_flag()
 SUITE = flags.DEFINE_enum("suite", "laptop", ["laptop", "gpu"], "What is measured.")
@@ -82,21 +82,28 @@ def main(argv):
         "command": " ".join(["scripts/benchmark.py", *sys.argv[1:]]),
     }
     rows = []
+    if JSONL.value:
+        append(JSONL.value, "")  # fails before anything is measured
     for row in run(suite, limit_bytes=limit_bytes, minutes=MINUTES.value):
         rows.append(row)
         line = json.dumps(row | common)
         if JSONL.value:
-            with open(JSONL.value, "a") as file:
-                file.write(line + "\n")
+            append(JSONL.value, line + "\n")
         if JSON.value:
             print(line, flush=True)
     measured = [row for row in rows if "error" not in row]
     if not JSON.value:
         print(report.as_tables(measured))
     if figure_class:
-        report.draw(measured, figure_class).savefig(PLOT.value, dpi=100)
+        save(report.draw(measured, figure_class), PLOT.value)
     if len(measured) < len(rows):
         raise UserError(f"{len(rows) - len(measured)} of {len(rows)} rows failed, as told above")
+
+
+def append(path, text):
+    """Adds text to a file."""
+    with writing(path), open(path, "a") as file:
+        file.write(text)
 
 
 def whole_numbers(name, texts):

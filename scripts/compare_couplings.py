@@ -14,7 +14,7 @@ import sys
 from absl import flags
 
 from revnet_jax import cli
-from revnet_jax.figures import load_figure_class
+from revnet_jax.figures import load_figure_class, save
 
 SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each, with seeds 0, 1, ...", lower_bound=1)
 DATA = flags.DEFINE_enum("data", "digits", ["digits", "cifar10"], "What is learnt.")
@@ -50,7 +50,7 @@ def main(argv):
     }
     print(json.dumps(report, indent=2) if JSON.value else as_table(report))
     if figure_class:
-        draw(report, figure_class).savefig(PLOT.value, dpi=100)
+        save(draw(report, figure_class), PLOT.value)
 
 
 def as_table(report):

@@ -19,7 +19,7 @@ from absl import flags
 
 from revnet_jax import cli
 from revnet_jax.config import ConfigError, flatten
-from revnet_jax.figures import load_figure_class
+from revnet_jax.figures import load_figure_class, save
 from revnet_jax.memory.compile import DEFAULT_CACHE_DIR, Compiler
 from revnet_jax.memory.topology import parse_topology
 
@@ -63,7 +63,7 @@ def main(argv):
         found = plan(config, compilers[0], strategies=strategies, **options)
     print(json.dumps(found, indent=2) if JSON.value else shown.as_table(found))
     if figure_class:
-        shown.draw(found, figure_class).savefig(PLOT.value, dpi=100)
+        save(shown.draw(found, figure_class), PLOT.value)
 
 
 if __name__ == "__main__":

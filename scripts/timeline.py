@@ -14,7 +14,7 @@ import os
 from absl import flags
 
 from revnet_jax import cli
-from revnet_jax.figures import load_figure_class
+from revnet_jax.figures import load_figure_class, save
 from revnet_jax.memory.topology import LOCAL, Topology, TopologyError, devices, parse_topology
 
 CONFIG = cli.define_config_flag()
@@ -49,9 +49,9 @@ def main(argv):
     shape = "x".join(map(str, next(iter(shapes)).shape))
     title = f"{config.model.family}, {LAYERS.value} layers a chain, batch {shape}"
     title += f", {device.device_kind}" if topology.is_gpu else ""
-    timeline.draw(lines, title, figure_class).savefig(OUT.value, dpi=120)
     report = {"title": title, "timelines": timeline.as_report(lines)}
     print(json.dumps(report, indent=2) if JSON.value else timeline.as_table(lines))
+    save(timeline.draw(lines, title, figure_class), OUT.value, dpi=120)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """How programs end: one line and a status, also where the fault is the operating system's."""
 
+import io
 import os
 import re
 import subprocess
@@ -7,7 +8,8 @@ import sys
 
 import pytest
 
-from revnet_jax.errors import StorageError, file_system, writing
+from revnet_jax.errors import StorageError, UserError, file_system, write_all, writing
+from revnet_jax.figures import load_figure_class, save
 
 PROGRAM = """
 from revnet_jax import cli
@@ -73,3 +75,28 @@ def test_file_systems():
     mount, _, figures = file_system("/proc/self/nowhere").partition(": ")
     assert mount == "file system /proc"
     assert figures.startswith("0.0 MiB of 0.0 MiB free")
+
+
+def test_plots_are_refused_at_the_start_or_end_in_one_line(tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    for path in (tmp_path / "folder.png", tmp_path / "no" / "x.png", tmp_path / "x.pdf"):
+        with pytest.raises(UserError, match=r"got --plot=.*, expected a .png file in a folder"):
+            load_figure_class("plot", str(path))
+
+    class Figure:
+        def savefig(self, path, dpi):
+            with open(path, "w") as file:
+                file.write("x" * dpi)
+
+    with pytest.raises(StorageError, match=r"cannot write /dev/full: No space left on device"):
+        save(Figure(), "/dev/full")
+
+
+def test_a_file_that_takes_less_at_a_time_gets_all():
+    class Slow(io.BytesIO):
+        def write(self, content):
+            return super().write(content[:3])
+
+    file = Slow()
+    write_all(file, b"0123456789")
+    assert file.getvalue() == b"0123456789"

@@ -13,6 +13,7 @@ import numpy as np
 
 from revnet_jax.data.dataset import DataError, file_errors, read_file
 from revnet_jax.data.vocabulary import Vocabulary, largest_id, load_tokenizer
+from revnet_jax.errors import writing
 
 WRITTEN = "what tokenize_text.py wrote"
 _PIECE_BYTES = 2**20
@@ -141,10 +142,11 @@ def tokenize_files(
         files = splits[split]
         if not files or list(files.values())[-1] >= shard_tokens:
             files[f"{split}_{len(files):05}.bin"] = 0
-            (out / list(files)[-1]).unlink(missing_ok=True)
+            with writing(out / list(files)[-1]):
+                (out / list(files)[-1]).unlink(missing_ok=True)
         name = list(files)[-1]
-        with open(out / name, "ab") as file:
-            tokens.tofile(file)
+        with writing(out / name), open(out / name, "ab") as file:
+            file.write(tokens.data)
         files[name] += len(tokens)
     test_tokens = sum(splits["test"].values())
     if not test_tokens or not splits["train"]:
@@ -160,8 +162,9 @@ def tokenize_files(
         "test_bytes_per_token": test_bytes / test_tokens,
     }
     partial = out / "tokens.json.tmp"
-    partial.write_text(json.dumps(description, indent=2) + "\n")
-    partial.replace(out / "tokens.json")  # whole, or not there
+    with writing(out / "tokens.json"):
+        partial.write_text(json.dumps(description, indent=2) + "\n")
+        partial.replace(out / "tokens.json")  # whole, or not there
     return description
 
 

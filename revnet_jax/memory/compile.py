@@ -106,6 +106,9 @@ class Compiler:
     def _step(self, settings):
         started = time.monotonic()
         process = self._ask({"config": dict(settings)})
+        for line in process.stderr.splitlines():
+            if line.startswith("note: "):
+                self.report(line)
         return _result(process), time.monotonic() - started
 
     def _ask(self, request):

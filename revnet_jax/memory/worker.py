@@ -3,7 +3,8 @@
 Reads a request, JSON, from stdin: {"config": settings by dotted key, "topology": name,
 "cache_dir": folder}. Writes to stdout one line of JSON: {"step": ...} with the fields of
 `CompiledStep`, or {"error": a line for the user}. Asked with {"configs": settings by name} in place
-of "config", it compiles nothing and writes {"refusals": ...}, as of `refusals`.
+of "config", it compiles nothing and writes {"refusals": ...}, as of `refusals`. Lines of stderr are
+for the user where they begin with "note: ".
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import jax
 from ml_collections import ConfigDict
 
 from revnet_jax.config import ConfigError
-from revnet_jax.errors import UserError
+from revnet_jax.errors import StorageError, UserError, writing
 from revnet_jax.memory import by_part, chips, collectives, gpus, hlo, traffic, units
 from revnet_jax.memory.chips import chip_of, fillable_bytes
 from revnet_jax.memory.counts import arithmetic
@@ -66,12 +67,11 @@ def measure(config: ConfigDict, topology: Topology, cache_dir: Path) -> dict[str
     lowered = traced.lower()
     path = cache_dir / f"{_digest(lowered.as_text(), topology, targets)}.json"
     cached = path.exists()
-    if not cached:
+    if cached:
+        compiled = path.read_text()
+    else:
         compiled = json.dumps(_compile(lowered, targets[0], _slices(program)))
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(compiled)
-        temporary.replace(path)  # at once: another process may read it
+        _keep(path, compiled)
     return {
         "num_devices": len(targets),
         "device_kind": targets[0].device_kind,
@@ -79,8 +79,20 @@ def measure(config: ConfigDict, topology: Topology, cache_dir: Path) -> dict[str
         "flops": arithmetic(traced.jaxpr, platform=targets[0].platform),
         "cached": cached,
         **_sizes(program, config),
-        **json.loads(path.read_text()),
+        **json.loads(compiled),
     }
+
+
+def _keep(path: Path, compiled: str) -> None:
+    """Writes an answer, or says on stderr why not: it is an answer all the same."""
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(f".{os.getpid()}")
+            temporary.write_text(compiled)
+            temporary.replace(path)  # at once: another process may read it
+    except StorageError as error:
+        print(f"note: {error}", file=sys.stderr)
 
 
 def _check_offload(config, targets):

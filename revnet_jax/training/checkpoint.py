@@ -75,6 +75,7 @@ class Checkpoints:
             preservation_policy=_NewestAndBest(keep_newest, keep_best, self._scores),
             cleanup_tmp_directories=not read_only,
             create=not read_only,
+            async_options=ocp.AsyncOptions(barrier_sync_fn=_wait_for_others),
         )
         with self._explained():
             self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -269,6 +270,17 @@ class Checkpoints:
         if damaged and not self._read_only:
             multihost_utils.sync_global_devices("damaged checkpoints moved")
             self._manager.reload()
+
+
+def _wait_for_others(*, key: str, timeout_ms: int) -> None:
+    """Orbax's barrier between processes, except that the one whose save failed does not wait.
+
+    Where writing failed, orbax comes here with the error on its way, and the others never do: for
+    20 minutes nobody would hear of it.
+    """
+    if error := sys.exc_info()[1]:
+        raise error
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 class _NewestAndBest:

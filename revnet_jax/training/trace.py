@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+from revnet_jax.errors import writing
+
 
 class Trace:
     """Records steps `start_step` to `start_step + num_steps - 1` in `folder`; a context.
@@ -48,5 +50,9 @@ class Trace:
 
     def _stop(self) -> None:
         if self._tracing:
-            jax.profiler.stop_trace()
             self._tracing = False
+            with writing(self._folder):
+                try:
+                    jax.profiler.stop_trace()
+                except jax.errors.JaxRuntimeError as error:  # of what it could not write
+                    raise OSError(str(error).partition("\n")[0]) from error

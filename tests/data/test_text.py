@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import resource
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from revnet_jax.data.dataset import DataError
 from revnet_jax.data.shards import Shards, load_shards, tokenize_files
 from revnet_jax.data.text import Text, eval_windows, load_text, train_windows
 from revnet_jax.data.vocabulary import Vocabulary, codec, load_tokenizer, vocabulary_from
+from revnet_jax.errors import StorageError
 
 TEXT = "Ein Löwe, ein Bär.\n" * 20
 READ = {"num_threads": 0, "prefetch": 0}
@@ -131,6 +133,21 @@ def test_shards_hold_the_text(path, tokenizer_file, tmp_path):
     first.write_bytes(first.read_bytes()[:-2])
     with pytest.raises(DataError, match=r"train_00000.bin: got \d+ bytes, expected \d+"):
         load_shards(out)
+
+
+def test_shards_that_find_no_room_are_written_again(path, tokenizer_file, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # as if the disk were full
+    try:
+        with pytest.raises(StorageError, match=r"cannot write .*train_00000.bin: File too large"):
+            tokenize_files([path], tokenizer_file, tmp_path / "out", test_share=0.25)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    written = tokenize_files([path], tokenizer_file, tmp_path / "out", test_share=0.25)
+    undisturbed = tokenize_files([path], tokenizer_file, tmp_path / "other", test_share=0.25)
+    assert written == undisturbed
+    for name in ("train_00000.bin", "test_00000.bin"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
 
 
 def test_what_a_tokenizer_file_may_hold(tokenizer_file, tmp_path):

@@ -283,7 +283,7 @@ def test_sizes_read_well():
     ]
 
 
-def test_a_step_is_compiled_once(tiny_config, tmp_path):
+def test_a_step_is_compiled_once(tiny_config, tmp_path, capsys):
     """In this process; what is said of memory is what the compiler says."""
     tiny_config.update_from_flattened_dict({"model.units": (1,), "model.channels": (2, 2)})
     tiny_config.model.backprop = "store"
@@ -292,6 +292,11 @@ def test_a_step_is_compiled_once(tiny_config, tmp_path):
     first, again = (measure(config, LOCAL, tmp_path) for _ in range(2))
     assert (first["cached"], again["cached"]) == (False, True)
     assert {**first, "cached": True} == again
+    # An answer that cannot be kept is one all the same.
+    (tmp_path / "file").touch()
+    third = measure(config, LOCAL, tmp_path / "file")
+    assert {**third, "compile_seconds": first["compile_seconds"]} == first
+    assert capsys.readouterr().err.startswith(f"note: cannot write {tmp_path / 'file'}/")
     step = CompiledStep(**first)
     assert step.num_devices == jax.device_count()
     assert step.fits

@@ -1,6 +1,8 @@
 """Runs of a network small enough to train in a test."""
 
+import contextlib
 import pathlib
+import resource
 import subprocess
 import sys
 
@@ -22,6 +24,17 @@ TINY = {
     "model.channels": (8, 8, 16),
     "schedule.learning_rate": 0.05,
 }
+
+
+@contextlib.contextmanager
+def file_limit(size: int):
+    """As if the disk were full for files beyond this size, which take what there is room for."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.fixture

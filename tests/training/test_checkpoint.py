@@ -3,11 +3,11 @@
 import gc
 import logging
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from revnet_jax.training.checkpoint import CheckpointError, Checkpoints
+from tests.training.conftest import file_limit
 
 OPTIONS = {"best_metric": "accuracy", "best_mode": "max"}
 
@@ -244,22 +245,35 @@ def test_read_only_changes_nothing(two_saved, tmp_path):
 
 
 def test_a_failed_asynchronous_save_is_one_error_and_leaves_the_last_good_step(tmp_path, capfd):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with Checkpoints(tmp_path / "checkpoints", **OPTIONS) as checkpoints:
         checkpoints.save(1, small_state(1))
         checkpoints.wait()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))  # As if the disk were full.
-        try:
+        with file_limit(5000):
             checkpoints.save(2, small_state(2))
-            with pytest.raises(CheckpointError, match=r"File too large \(file system /.*Make room"):
+            with pytest.raises(CheckpointError, match=r"File too large .*Make room"):
                 checkpoints.wait()
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert capfd.readouterr().err == ""
     with Checkpoints(tmp_path / "checkpoints", **OPTIONS) as checkpoints:
         assert checkpoints.restore(small_state())[0] == 1
         assert checkpoints.save(2, small_state(2))
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+
+
+def test_a_process_whose_save_failed_does_not_wait_for_the_others(tmp_path, monkeypatch):
+    """They would wait with it for orbax's timeout, 20 minutes."""
+    waited = []
+    barrier = lambda *, key, timeout_ms: waited.append(threading.current_thread().name)
+    monkeypatch.setattr("orbax.checkpoint.multihost.get_barrier_sync_fn", lambda: barrier)
+    with Checkpoints(tmp_path / "checkpoints", **OPTIONS) as checkpoints:
+        checkpoints.save(1, small_state(1))
+        checkpoints.wait()
+        assert "save_finalize" in waited  # where a good save waits
+        waited.clear()
+        with file_limit(5000):
+            checkpoints.save(2, small_state(2))
+            with pytest.raises(CheckpointError, match=r"File too large .*Make room"):
+                checkpoints.wait()
+    assert set(waited) == {"MainThread"}  # at the beginning
 
 
 def test_what_asyncio_tells_of_others_is_told(tmp_path, caplog):

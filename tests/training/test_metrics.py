@@ -1,11 +1,9 @@
 """What a run tells: rows that survive a kill, metrics fetched late, a line of progress."""
 
-import contextlib
 import errno
 import io
 import json
 import os
-import resource
 import struct
 import threading
 
@@ -16,6 +14,7 @@ import pytest
 
 from revnet_jax.errors import StorageError
 from revnet_jax.training.metrics import DelayedFetch, MetricsWriter, Progress, peak_memory_bytes
+from tests.training.conftest import file_limit
 
 
 def rows(path):
@@ -126,17 +125,6 @@ def test_a_restart_hides_the_points_that_it_writes_again(tmp_path, resume_step, 
     first, second = events(tmp_path)
     assert first[0] == (1, "START", 0)
     assert second[0] == (purged, "START", 0)
-
-
-@contextlib.contextmanager
-def file_limit(size: int):
-    """As if the disk were full for files beyond this size, which take what there is room for."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize(("tensorboard", "file"), [(True, "events.out"), (False, "metrics.jsonl")])

@@ -6,8 +6,10 @@ import jax
 import pytest
 
 from revnet_jax.config import ConfigError
+from revnet_jax.errors import StorageError
 from revnet_jax.training.loop import train
 from revnet_jax.training.program import step_program
+from revnet_jax.training.trace import Trace
 
 
 def test_a_run_leaves_a_trace_of_the_steps_asked_for(tiny_config, tmp_path):
@@ -22,6 +24,19 @@ def test_a_run_leaves_a_trace_of_the_steps_asked_for(tiny_config, tmp_path):
     tiny_config.profile.start_step = 0
     with pytest.raises(ConfigError, match=r"config.profile.start_step: got 0, expected"):
         train(tiny_config, tmp_path / "other")
+
+
+def test_a_trace_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    # Not the profiler itself, which would keep a trace that failed for the next one.
+    def fail():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: x.pb; No space left\nmore")
+
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: None)
+    monkeypatch.setattr(jax.profiler, "stop_trace", fail)
+    with Trace(tmp_path, start_step=1, num_steps=1, last_step=1) as trace:
+        trace.before(1)
+        with pytest.raises(StorageError, match=r"cannot write .*: RESOURCE_EXHAUSTED: x.pb; No sp"):
+            trace.after(1, jax.numpy.ones(1))
 
 
 @pytest.mark.parametrize("lockstep", [False, True])
