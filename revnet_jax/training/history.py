@@ -26,10 +26,12 @@ def record_start(
     changes: Mapping[str, Change],
     say: Callable[[str], None],
     init_from: Mapping[str, Any] | None = None,
+    evaluated: bool = True,
 ) -> None:
     """Records that the run in `workdir` starts, or goes on, at `step`. For process 0 alone.
 
     changes: settings that were others before. init_from: whose weights a new run starts with.
+    evaluated: False if the evaluation of this step, should one be due, was not made yet.
 
     Says in a line what changed, and which rows of metrics.jsonl are missing. A summary.json, of the
     run when it was to be shorter, is removed: there is one again in the end.
@@ -38,7 +40,7 @@ def record_start(
     # Steps after this one are made again, with the settings of now.
     history = [{**entry, "step": min(entry["step"], step)} for entry in record["changes"]]
     updated = {**record, "changes": history}
-    lost = lost_rows(workdir, updated, load_config(workdir), step)
+    lost = lost_rows(workdir, updated, load_config(workdir), step, evaluated)
     if lost:
         say(
             f"{workdir / 'metrics.jsonl'}: {lost['rows']} rows of steps {lost['first_step']} to "
@@ -70,7 +72,7 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def lost_rows(
-    workdir: Path, record: Mapping[str, Any], config: ConfigDict, step: int
+    workdir: Path, record: Mapping[str, Any], config: ConfigDict, step: int, evaluated: bool = True
 ) -> dict[str, int] | None:
     """The rows up to `step` that metrics.jsonl should have and has not; None if all are there.
 
@@ -79,7 +81,8 @@ def lost_rows(
     """
     rows = read_rows(workdir)
     logged = {row["step"] for row in rows if "train_loss" in row}
-    evaluated = {row["step"] for row in rows if "train_loss" not in row}
+    scored = {row["step"] for row in rows if "train_loss" not in row}
+    scored |= set() if evaluated else {step}
     known = [
         range(entry["first_step"], entry["last_step"] + 1)
         for entry in record["lost_rows"]
@@ -87,7 +90,7 @@ def lost_rows(
     ]
     missing = [
         due
-        for key, there in (("log_every_steps", logged), ("eval_every_steps", evaluated))
+        for key, there in (("log_every_steps", logged), ("eval_every_steps", scored))
         for due in _due(key, record, config, step)
         if due not in there and not any(due in steps for steps in known)
     ]

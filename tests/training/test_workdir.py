@@ -248,6 +248,14 @@ def test_rows_that_are_missing_are_told_once(kept, lost, trained):
     assert len(lines) == 1
 
 
+def test_an_evaluation_that_was_not_made_is_not_lost(trained):
+    lines, config = [], config_with(eval_every_steps=40)
+    record_start(trained, config, 40, {}, lines.append)
+    for evaluated in (False, True):
+        record_start(trained, config, 40, {}, lines.append, evaluated=evaluated)
+        assert len(lines) == evaluated
+
+
 def test_rows_are_due_by_the_intervals_of_their_time(trained):
     write_rows(trained, [{"step": step, "train_loss": 1.0} for step in (20, 40, 45, 50, 55, 60)])
     config, lines = config_with(log_every_steps=5), []
