@@ -56,8 +56,8 @@ def image_classification() -> ConfigDict:
     config.label_smoothing = 0.0  # share of the target spread over all classes, in training
     config.mixup = 0.0  # images are mixed in a proportion from Beta(mixup, mixup); 0: not
     config.log_every_steps = 20
-    config.eval_every_steps = 200
-    config.checkpoint_every_steps = 200
+    config.eval_every_steps = config.checkpoint_every_steps = 200
+    config.init_from = ""  # the workdir of another run: start from its last weights
     config.on_mismatch = "warn"  # warn | stop: if the backward pass disagrees with the forward pass
 
     config.mesh = _mesh()

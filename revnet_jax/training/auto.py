@@ -9,9 +9,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from revnet_jax.config import ConfigError
+from revnet_jax.config import ConfigError, flatten
 from revnet_jax.training.build import build_task
 from revnet_jax.training.program import step_program
+from revnet_jax.training.resume import COST
 
 
 def largest_stored_layers(
@@ -49,6 +50,11 @@ def largest_stored_layers(
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def memory_settings(config: ConfigDict) -> dict[str, Any]:
+    """What may change when a run is resumed, and changes how many layers fit."""
+    return {key: value for key, value in flatten(config).items() if key in COST}
 
 
 def needed_bytes(

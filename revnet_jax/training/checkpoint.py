@@ -174,7 +174,8 @@ class Checkpoints:
         one without comes uncommitted, on the default device. A damaged checkpoint is reported and
         the next in order used; once one was found whole, the damaged ones are moved aside.
 
-        partial: leaves that `abstract_state` lacks may be in the checkpoint: they are not read.
+        partial: parts of the state (the first key of a leaf's path) that `abstract_state` lacks
+          may be in the checkpoint: they are not read.
 
         Cost: one read of the checkpoint and one pass over the state on the devices.
 
@@ -239,7 +240,8 @@ class Checkpoints:
         records = self._read_manifest(step)["leaves"]
         leaves = manifest.by_path(abstract_state)
         wanted = {path: manifest.as_abstract(leaf) for path, leaf in leaves.items()}
-        saved = {path: r for path, r in records.items() if path in wanted or not partial}
+        parts = {_part(path) for path in wanted}
+        saved = {path: r for path, r in records.items() if _part(path) in parts or not partial}
         manifest.check_same_tree(self.directory / str(step), saved, wanted)
         specs = manifest.storable(wanted)
         plain = ocp.RestoreArgs(restore_type=np.ndarray)
@@ -313,6 +315,10 @@ class _WithoutAbandoned:
     def __call__(self, unraisable: Any) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":
             self.hook(unraisable)
+
+
+def _part(path: str) -> str:
+    return path.partition("/")[0]
 
 
 def _move(source: epath.Path, into: epath.Path) -> None:

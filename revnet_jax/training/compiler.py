@@ -26,13 +26,13 @@ def jit(function: Callable, *, quickly: bool = False, **kwargs: Any) -> Callable
     return jax.jit(function, compiler_options=options, **kwargs)
 
 
-def jit_initialization(init: Callable[[], Any], shardings: Any = None) -> Callable[[], Any]:
+def jit_initialization(init: Callable[..., Any], shardings: Any = None) -> Callable[..., Any]:
     """`jax.jit` for a program that runs once: on CPU, compiled quickly rather than well."""
     options = _QUICKLY if jax.default_backend() == "cpu" else None
     return jax.jit(init, out_shardings=shardings, compiler_options=options)
 
 
-def initialized(init: Callable[[], Any], abstract_state: Any) -> Any:
-    """What `init` returns, made where it is to lie: nothing is ever whole on one device."""
+def initialized(init: Callable[..., Any], abstract_state: Any, *args: Any) -> Any:
+    """What `init(*args)` returns, made where it is to lie: nothing is ever whole on one device."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
-    return jit_initialization(init, shardings)()
+    return jit_initialization(init, shardings)(*args)

@@ -17,11 +17,12 @@ from ml_collections import ConfigDict
 from revnet_jax.config import ConfigError, flatten, settings
 from revnet_jax.errors import Preempted, UserError
 from revnet_jax.models import num_params
+from revnet_jax.training import history
 from revnet_jax.training import workdir as workdirs
-from revnet_jax.training.auto import largest_stored_layers, memory_bytes
-from revnet_jax.training.build import build_data
+from revnet_jax.training.auto import largest_stored_layers, memory_bytes, memory_settings
+from revnet_jax.training.build import Data, build_data
 from revnet_jax.training.checkpoint import Checkpoints
-from revnet_jax.training.compiler import initialized, jit
+from revnet_jax.training.compiler import jit
 from revnet_jax.training.distributed import (
     Stop,
     check_agreement,
@@ -31,9 +32,11 @@ from revnet_jax.training.distributed import (
     wait_for_all,
 )
 from revnet_jax.training.evaluation import evaluate
+from revnet_jax.training.initial import first_state
 from revnet_jax.training.metrics import DelayedFetch, MetricsWriter, Progress, peak_memory_bytes
 from revnet_jax.training.mismatch import MismatchAlarm
-from revnet_jax.training.program import step_program
+from revnet_jax.training.program import StepProgram, step_program
+from revnet_jax.training.resume import PER_HOST, Change
 from revnet_jax.training.sharding import on_mesh, put_batch
 from revnet_jax.training.step import TrainState
 from revnet_jax.training.task import Model, Task
@@ -57,26 +60,44 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     one clear line, and Preempted once it saved what it had when told to stop.
     """
     started = time.monotonic()
-    check_agreement({k: v for k, v in flatten(config).items() if k not in workdirs.PER_HOST})
+    check_agreement({k: v for k, v in flatten(config).items() if k not in PER_HOST})
     program = step_program(config, jax.devices())
-    mesh = program.mesh
-    data = build_data(config, mesh)
+    data = build_data(config, program.mesh)
     with settings("data"), contextlib.closing(data.train(0)), contextlib.closing(data.test()):
         pass  # their arguments are sound
     with settings("profile"):
         traced = Trace(workdir / "profile", **config.profile, last_step=config.num_steps)
-    claim(workdir, config, data.record)
+    with claimed(workdir, config, data.record) as changes:
+        return _train(config, workdir, program, data, traced, changes, started)
+
+
+def _train(
+    config: ConfigDict,
+    workdir: Path,
+    program: StepProgram,
+    data: Data,
+    traced: Trace,
+    changes: Mapping[str, Change],
+    started: float,
+) -> dict[str, Any]:
+    """The run, once its folder is claimed. changes: settings that were others before."""
     if config.model.stored_layers == "auto":
         program = step_program(config, jax.devices(), resolve_auto(config, workdir))
-    task = program.task.of_data(data.record)
+    task, mesh = program.task.of_data(data.record), program.mesh
     sums = jit(on_mesh(task.sums, mesh))
     with Stop() as stop, open_checkpoints(workdir, task) as checkpoints:
         restored = checkpoints.restore(program.state)
-        start, state = restored or (0, initialized(program.init, program.state))
-        if start == 0:
-            workdirs.check_fresh(workdir, config.checkpoint_every_steps)
-        if of_first(start == config.num_steps and (workdir / "summary.json").exists()):
-            return workdirs.read_json(workdir / "summary.json") if is_first() else {}
+        start = restored[0] if restored else 0
+        workdirs.check_can_go_on(workdir, config, start)
+        summary = workdirs.finished_summary(workdir, start) if start == config.num_steps else None
+        if of_first(summary is not None):
+            return summary if summary and is_first() else {}
+        state, init_from = (
+            (restored[1], None) if restored else first_state(config, program, data, checkpoints)
+        )
+        evaluated = start > 0 and checkpoints.evaluated(start)
+        if is_first():
+            history.record_start(workdir, config, start, changes, say, init_from, evaluated)
         with (
             contextlib.closing(data.train(start)) as batches,
             Recorder(workdir, config, task, start, seen=state.exact_mismatches) as recorder,
@@ -84,7 +105,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         ):
             evaluates = lambda step: step == config.num_steps or step % config.eval_every_steps == 0
             # Told to stop during an evaluation, a run makes it when it goes on.
-            owed = start > 0 and evaluates(start) and not checkpoints.evaluated(start)
+            owed = start > 0 and evaluates(start) and not evaluated
             for step in range(start if owed else start + 1, config.num_steps + 1):
                 if step > start:
                     traced.before(step)
@@ -111,36 +132,54 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     return summary
 
 
-def claim(workdir: Path, config: ConfigDict, data: Mapping[str, Any]) -> None:
-    """Makes `workdir` this config's: the first process does, the others check that it is theirs."""
+@contextlib.contextmanager
+def claimed(
+    workdir: Path, config: ConfigDict, data: Mapping[str, Any]
+) -> Iterator[dict[str, Change]]:
+    """Makes `workdir` this config's, and this run's alone while the context is open.
+
+    The first process does, and holds the lock; the others check that the folder is theirs too.
+
+    Gives the settings that are others than when the run was last started.
+    """
+    with contextlib.ExitStack() as held:
+        changes = {}
+        if is_first():
+            held.enter_context(workdirs.locked(workdir))
+            changes = workdirs.claim(workdir, config, data)
+        wait_for_all("workdir claimed")
+        if not is_first():
+            if not (workdir / "config.json").exists():
+                raise ConfigError(
+                    f"--workdir {workdir}: got a folder without the config.json that the first "
+                    "process wrote there, expected one that all processes share"
+                )
+            workdirs.check_same(workdir, config, data)
+        yield changes
+
+
+def say(line: str) -> None:
+    """Shows a line, in the first process alone."""
     if is_first():
-        workdirs.claim(workdir, config, data)
-    wait_for_all("workdir claimed")
-    if not is_first():
-        if not (workdir / "config.json").exists():
-            raise ConfigError(
-                f"--workdir {workdir}: got a folder without the config.json that the first process "
-                "wrote there, expected one that all processes share"
-            )
-        workdirs.claim(workdir, config, data)
+        print(line, file=sys.stderr, flush=True)
 
 
 def resolve_auto(config: ConfigDict, workdir: Path) -> int:
-    """The number that stored_layers=auto stands for; the same whenever this run is resumed."""
-    path = workdir / "auto.json"
-    known = of_first(
-        workdirs.read_json(path, "stored_layers")["stored_layers"] if path.exists() else -1
-    )
+    """The number that stored_layers=auto stands for.
+
+    It is the same whenever this run is resumed, unless a setting changed that memory depends on.
+    """
+    path, found_for = workdir / "auto.json", memory_settings(config)
+    known = of_first(workdirs.known_stored_layers(path, found_for))
     if known >= 0:
         return known
     # All compile the same programs for the same limit: on GPUs they share the search for kernels.
     limited = config.copy_and_resolve_references()
     if not limited.memory_limit_gib:
         limited.memory_limit_gib = smallest(memory_bytes(jax.local_devices()[0]) or 0) / 2**30
-    report = lambda line: print(line, file=sys.stderr, flush=True) if is_first() else None
-    stored_layers = largest_stored_layers(limited, jax.devices(), report)
+    stored_layers = largest_stored_layers(limited, jax.devices(), say)
     if is_first():
-        workdirs.write_json(path, {"stored_layers": stored_layers})
+        workdirs.write_json(path, {"stored_layers": stored_layers, "found_for": found_for})
     return stored_layers
 
 
@@ -254,7 +293,7 @@ def summarize(
     device = jax.devices()[0]
     return {
         "steps": int(state.step),
-        "train_loss": last["train_loss"],
+        "train_loss": last.get("train_loss"),  # None where its rows were lost
         **{name: value for name, value in last.items() if name.startswith("eval_")},
         "exact_mismatches": int(state.exact_mismatches) if network.probes() else None,
         "stored_layers": sum(s.stored_layers for s in network.strategies.values()),

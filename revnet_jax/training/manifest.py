@@ -29,6 +29,14 @@ class CheckpointError(UserError, RuntimeError):
     """A checkpoint cannot be saved or restored; the message says got, expected and what to do."""
 
 
+class OtherTree(CheckpointError):
+    """A checkpoint holds other leaves than those wanted. differences: a line for each."""
+
+    def __init__(self, message: str, differences: list[str]):
+        super().__init__(message)
+        self.differences = differences
+
+
 class Damaged(Exception):
     """A checkpoint cannot be read back as it was written; an older one may."""
 
@@ -120,7 +128,7 @@ def check_seal(sealed: Any) -> dict[str, Any]:
 
 
 def check_same_tree(where: Any, records: dict[str, Record], wanted: dict[str, ABSTRACT]) -> None:
-    """Raises CheckpointError if a checkpoint holds other leaves than those wanted."""
+    """Raises OtherTree, a CheckpointError, if a checkpoint holds other leaves than those wanted."""
     saved = {path: "{dtype}{shape}".format(**record) for path, record in records.items()}
     expected = {path: _describe(leaf) for path, leaf in wanted.items()}
     differences = [
@@ -129,10 +137,11 @@ def check_same_tree(where: Any, records: dict[str, Record], wanted: dict[str, AB
         if saved.get(path) != expected.get(path)
     ]
     if differences:
-        raise CheckpointError(
+        raise OtherTree(
             f"checkpoint {where} was written by another architecture or optimizer; leaves that "
             f"differ: {len(differences)}, such as {'; '.join(differences[:3])}. "
-            "Use the config it was saved with, or another workdir."
+            "Use the config it was saved with, or another workdir.",
+            differences,
         )
 
 

@@ -13,6 +13,8 @@ from revnet_jax.models.partition import Rules
 from revnet_jax.training.muon import scale_by_muon
 from revnet_jax.training.rounding import MOMENTS, rounded
 
+SCHEDULES_WITHOUT_END = ("constant", "piecewise")  # whose rates do not depend on num_steps
+
 
 def make_schedule(
     *,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,13 +20,13 @@ from revnet_jax.training.task import Batch, Task
 class StepProgram(NamedTuple):
     """`step(state, batch)` as it trains, and the shapes and placement of what it takes.
 
-    init: `() -> state`, to be jitted. step: jitted, its state donated; to look at what is compiled:
-      `step.lower(state, batch).compile()`.
+    init: `() -> state`, or `(variables) -> state` with these for weights, to be jitted. step:
+      jitted, its state donated; to look at what is compiled: `step.lower(state, batch).compile()`.
     """
 
     task: Task
     mesh: Mesh
-    init: Callable[[], TrainState]
+    init: Callable[..., TrainState]
     step: Any
     state: TrainState
     batch: Batch
@@ -42,7 +43,7 @@ def step_program(
     Nothing is computed. Raises ConfigError for settings that cannot be used.
     """
     (task, schedule, optimizer), mesh = recipe_on(config, devices, stored_layers)
-    init = lambda: init_state(task.network, optimizer, config.seed)
+    init = functools.partial(init_state, task.network, optimizer, config.seed)
     step = make_train_step(task, optimizer, schedule, microbatches=config.microbatches)
     state = placed(init, task.network.rules, mesh)
     # What `jit` asks of the compiler on CPU, other compilers do not know.

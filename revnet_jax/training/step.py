@@ -37,10 +37,13 @@ class TrainState(NamedTuple):
         return cls(None, variables, None, None, None)
 
 
-def init_state(network: Model, optimizer: Optimizer, seed: int) -> TrainState:
-    """The state before the first step."""
+def init_state(
+    network: Model, optimizer: Optimizer, seed: int, variables: Variables | None = None
+) -> TrainState:
+    """The state before the first step. variables: to start from, in place of random ones."""
     init_key, run_key = jax.random.split(jax.random.key(seed))
-    variables = network.init(init_key)
+    if variables is None:
+        variables = network.init(init_key)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         variables=variables,

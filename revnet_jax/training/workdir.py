@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import contextlib
 import json
 import os
-import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,97 +19,171 @@ from revnet_jax.config import (
     vision_transformer,
 )
 from revnet_jax.errors import UserError, writing
-from revnet_jax.training import data_record
-
-# Hosts of one run have their own of these; all else they must agree on.
-PER_HOST = ("data.dir", "data.verify_images", "data.num_threads", "data.prefetch")
-# Neither where data lie and how fast they are read, nor on what and how closely a run is watched,
-# changes what is computed; other devices add numbers up in another order, no more. A run that
-# on_mismatch stopped may go on with a warning.
-MAY_DIFFER = (
-    *PER_HOST,
-    "on_mismatch",
-    "mesh.data",
-    "mesh.fsdp",
-    "mesh.sequence",
-    "mesh.tensor",
-    "profile.start_step",
-    "profile.num_steps",
-)
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+from revnet_jax.training import data_record, lock
+from revnet_jax.training.provenance import git_commit, versions
+from revnet_jax.training.resume import Change, changed_settings
 
 
-def claim(workdir: Path, config: ConfigDict, data: Mapping[str, Any] | None = None) -> None:
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Keeps other runs out of `workdir`, which is made if missing, while the context is open."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--workdir {workdir} cannot be made: {error}") from error
+    with lock.locked(workdir / "lock"):
+        yield
+
+
+def claim(workdir: Path, config: ConfigDict, data: Mapping[str, Any]) -> dict[str, Change]:
     """Makes `workdir` this config's: writes config.json, or checks that it holds the same run.
 
     data: what is to be recorded of the data.
 
+    Returns the settings that changed, as `check_same`.
+
     Raises ConfigError, and changes nothing, where the folder holds another config's run.
     """
     path = workdir / "config.json"
-    if path.exists():
-        _check_same(path, config, dict(data or {}))
-    elif (workdir / "checkpoints").exists() or (workdir / "metrics.jsonl").exists():
+    checkpoints, metrics = workdir / "checkpoints", workdir / "metrics.jsonl"
+    if not path.exists() and (checkpoints.exists() or metrics.exists()):
         raise ConfigError(
-            f"{workdir} holds a run but no config.json to compare with: choose another --workdir"
+            f"{workdir} holds a run but no config.json to compare with: bring it back, or "
+            f"choose another --workdir, where --config.init_from={workdir} starts from its weights"
         )
-    else:
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"--workdir {workdir} cannot be made: {error}") from error
-        record = {
-            "config": config.to_dict(),
-            "data": dict(data or {}),
-            "git_commit": _git_commit(),
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        }
-        write_json(path, record)
+    # A run that failed before its first step, for want of memory perhaps, may be mended freely.
+    has_steps = checkpoints.exists() and any(checkpoints.iterdir())
+    if has_steps or (metrics.exists() and metrics.stat().st_size):
+        return check_same(workdir, config, data)
+    record = {
+        "config": config.to_dict(),
+        "data": dict(data),
+        "git_commit": git_commit(),
+        "versions": versions(),
+    }
+    write_json(path, record)
+    return {}
 
 
-def check_fresh(workdir: Path, checkpoint_every_steps: int) -> None:
-    """Raises ConfigError where metrics tell of checkpoints that are not there.
+def check_same(workdir: Path, config: ConfigDict, data: Mapping[str, Any]) -> dict[str, Change]:
+    """The settings that may change when the run in `workdir` is resumed, and do.
 
-    Starting at step 0 would replace those metrics. A checkpoint is written while training goes on,
-    and finished before the next one is begun: a run killed before that has none, and starts anew.
+    Raises ConfigError where the folder holds another run.
     """
-    path = workdir / "metrics.jsonl"
-    last_step = last_values(workdir).get("step", 0) if path.exists() else 0
-    if last_step > 2 * checkpoint_every_steps:
+    recorded = load_record(workdir)["data"]
+    if not data_record.is_same(data, recorded):
         raise ConfigError(
-            f"{path} goes to step {last_step}, but there is no checkpoint to go on from: bring "
-            f"{workdir / 'checkpoints'} back, or choose another --workdir"
+            f"{workdir} holds a run on other data: got {data_record.summary(data)}, expected "
+            f"{data_record.summary(recorded)}: files were added, removed, renamed or changed. "
+            "Choose another --workdir, or bring the data of that run back to resume it"
         )
+    return changed_settings(config, load_config(workdir), workdir)
+
+
+def check_can_go_on(workdir: Path, config: ConfigDict, step: int) -> None:
+    """Raises ConfigError where the run in `workdir` cannot go on from its checkpoint of `step`.
+
+    step: 0 if there is no checkpoint. Starting there would replace the metrics of a run whose
+      checkpoints are gone. A checkpoint is written while training goes on, and finished before the
+      next one is begun: a run killed before that has none, and starts anew.
+    """
+    if step > config.num_steps:
+        raise ConfigError(
+            f"config.num_steps: got {config.num_steps}, expected {step} or more: {workdir} has a "
+            f"checkpoint of step {step}"
+        )
+    every_steps = max(config.checkpoint_every_steps, load_config(workdir).checkpoint_every_steps)
+    last_step = max((row["step"] for row in read_rows(workdir)), default=0)
+    if step == 0 and last_step > 2 * every_steps:
+        raise ConfigError(
+            f"{workdir / 'metrics.jsonl'} goes to step {last_step}, but there is no checkpoint to "
+            f"go on from: bring {workdir / 'checkpoints'} back, or choose another --workdir"
+        )
+
+
+def finished_summary(workdir: Path, num_steps: int) -> dict[str, Any] | None:
+    """What summary.json holds, if it is there and of a run of so many steps; else None."""
+    path = workdir / "summary.json"
+    summary = read_json(path, "steps") if path.exists() else None
+    return summary if summary and summary["steps"] == num_steps else None
+
+
+def known_stored_layers(path: Path, found_for: Mapping[str, Any]) -> int:
+    """What auto.json holds, if it is there and was found for these settings; else -1."""
+    found = read_json(path, "stored_layers") if path.exists() else {"stored_layers": -1}
+    return found["stored_layers"] if found.get("found_for", found_for) == found_for else -1
 
 
 def load_config(workdir: Path) -> ConfigDict:
-    """The config that a run was started with. Raises ConfigError where there is none."""
+    """The config that a run was last started with. Raises ConfigError where there is none."""
     saved = load_record(workdir)["config"]
     knobs = {"decoder": language_model, "vit": vision_transformer}
     config = knobs.get(saved.get("model", {}).get("family"), image_classification)()
+    defaults, path = flatten(config), workdir / "config.json"
     try:
         config.update(_tuples(saved))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{workdir / 'config.json'} is of another version: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = " ".join(str(error).split())
+        raise ConfigError(f"{path} is damaged, or of another version: {what}") from error
+    for key, value in flatten(config).items():
+        if value is None and defaults.get(key) is not None:  # which a config takes for any type
+            raise ConfigError(f"{path} is damaged: got {key}=null, expected a value")
     return config
 
 
 def load_record(workdir: Path) -> dict[str, Any]:
-    """What config.json holds, its config and data at least; ConfigError where it has none."""
+    """What config.json holds, its config, data, changes and lost rows at least.
+
+    Raises ConfigError, in one line, where it has none, or what is no such record.
+    """
+    path = workdir / "config.json"
     try:
-        record = json.loads((workdir / "config.json").read_text())
-        return {"data": {}, **record, "config": dict(record["config"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"cannot read {workdir / 'config.json'} ({error}): expected the --workdir of a run"
-        ) from error
+        record = json.loads(path.read_text())
+        problem = _problem(record)
+    except (OSError, ValueError, RecursionError) as error:
+        problem = str(error)
+    if problem:
+        raise ConfigError(f"cannot read {path} ({problem}): expected the --workdir of a run")
+    return {"data": {}, "changes": [], "lost_rows": [], **record}
+
+
+def _problem(record: Any) -> str:
+    """What is wrong with the structure of a record; "" if nothing is."""
+    if not isinstance(record, dict):
+        return f"it holds {str(record)[:50]}"
+    config, data = record.get("config"), record.get("data", {})
+    if not isinstance(config, dict) or not isinstance(config.get("model", {}), dict):
+        return "it holds no config"
+    if not isinstance(config.get("model", {}).get("family", ""), str):
+        return "it names no model.family"
+    if not isinstance(data, dict) or not isinstance(data.get("vocabulary", {}), dict):
+        return "its data are no record of data"
+    for name, numbers in (("changes", ("step",)), ("lost_rows", ("first_step", "last_step"))):
+        entries = record.get(name, [])
+        if not isinstance(entries, list) or not all(
+            isinstance(entry, dict) and all(isinstance(entry.get(n), int) for n in numbers)
+            for entry in entries
+        ):
+            return f"its {name} are no list of {name}"
+    if not all(_is_change(entry.get("settings")) for entry in record.get("changes", [])):
+        return "its changes name no settings"
+    return ""
+
+
+def _is_change(settings: Any) -> bool:
+    return isinstance(settings, dict) and all(
+        isinstance(change, dict) and {"was", "now"} <= change.keys() for change in settings.values()
+    )
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Replaces a file atomically: a reader sees the old or the new one, whole."""
     partial = path.with_name(path.name + ".tmp")
     with writing(path):
-        partial.write_text(json.dumps(content, indent=2) + "\n")
+        with open(partial, "w") as file:
+            file.write(json.dumps(content, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # else a machine that is lost may leave the new name, empty
         os.replace(partial, path)
 
 
@@ -121,7 +194,7 @@ def read_json(path: Path, *numbers: str) -> dict[str, Any]:
         if isinstance(found, dict) and all(type(found.get(name)) is int for name in numbers):
             return found
         problem = f"got {str(found)[:50]}"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         problem = str(error)
     raise UserError(
         f"cannot read {path} ({problem}): expected what the run wrote there; delete it, and the "
@@ -129,35 +202,30 @@ def read_json(path: Path, *numbers: str) -> dict[str, Any]:
     )
 
 
+def read_rows(workdir: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, without lines that are damaged, or cut by the end of a process."""
+    path = workdir / "metrics.jsonl"
+    try:
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    return [row for line in lines if (row := _row(line)) is not None]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
 def last_values(workdir: Path) -> dict[str, Any]:
     """The last value of every metric in metrics.jsonl."""
     values: dict[str, Any] = {}
-    for line in (workdir / "metrics.jsonl").read_text().splitlines(keepends=True):
-        if line.endswith("\n"):  # a killed run may leave half a row
-            values |= json.loads(line)
+    for row in read_rows(workdir):
+        values |= row
     return values
-
-
-def _check_same(path: Path, config: ConfigDict, data: dict[str, Any]) -> None:
-    recorded = load_record(path.parent)["data"]
-    if not data_record.is_same(data, recorded):
-        raise ConfigError(
-            f"{path.parent} holds a run on other data: got {data_record.summary(data)}, expected "
-            f"{data_record.summary(recorded)}: files were added, removed, renamed or changed. "
-            "Choose another --workdir, or bring the data of that run back to resume it"
-        )
-    got, expected = flatten(config), flatten(load_config(path.parent))
-    differing = [
-        f"{key}={got.get(key)!r} (there: {expected.get(key)!r})"
-        for key in sorted(got.keys() | expected.keys())
-        if key not in MAY_DIFFER and got.get(key) != expected.get(key)
-    ]
-    if differing:
-        raise ConfigError(
-            f"{path.parent} holds a run of another config: got {', '.join(differing[:4])}"
-            + (f" and {len(differing) - 4} more" if len(differing) > 4 else "")
-            + "; choose another --workdir, or the config of that run to resume it"
-        )
 
 
 def _tuples(tree: Any) -> Any:
@@ -165,14 +233,3 @@ def _tuples(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {key: _tuples(value) for key, value in tree.items()}
     return tuple(_tuples(value) for value in tree) if isinstance(tree, list) else tree
-
-
-def _git_commit() -> str | None:
-    """The commit this runs from, "-dirty" where files differ from it; None outside git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        folder = Path(__file__).parent
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None

@@ -23,7 +23,9 @@ def claim(tiny_config, tmp_path):
     def claim(dir):
         tiny_config.data.dir = str(dir)
         data = build_data(tiny_config, all_fsdp())
+        (tmp_path / "run").mkdir(exist_ok=True)
         workdirs.claim(tmp_path / "run", tiny_config, data.record)
+        (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')  # a step was made
 
     return claim
 
@@ -62,6 +64,7 @@ def test_images_in_memory_are_told_apart_by_what_they_hold(tiny_config, tmp_path
     record = build_data(tiny_config, all_fsdp()).record
     assert (record["train_images"], record["test_images"]) == (1438, 359)
     workdirs.claim(tmp_path, tiny_config, record)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')  # a step was made
     load = np.load
 
     def changed(*args, **kwargs):

@@ -54,7 +54,7 @@ def test_what_a_run_leaves_behind(tiny_config, tmp_path):
     # Another config may not touch the folder; the same one finds it finished.
     tiny_config.schedule.learning_rate = 0.01
     with pytest.raises(
-        ConfigError, match=r"another config: got schedule.learning_rate=0.01 \(there: 0.05\)"
+        ConfigError, match=r"another config: config.schedule.learning_rate: got 0.01, expected 0.05"
     ):
         train(tiny_config, tmp_path)
     assert snapshot(tmp_path) == before

@@ -1,0 +1,75 @@
+"""The state that a new run starts with: random weights, or those of another run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from revnet_jax.config import ConfigError
+from revnet_jax.data.vocabulary import vocabulary_from
+from revnet_jax.models import Variables
+from revnet_jax.training.build import Data
+from revnet_jax.training.checkpoint import Checkpoints
+from revnet_jax.training.compiler import initialized
+from revnet_jax.training.manifest import OtherTree
+from revnet_jax.training.program import StepProgram
+from revnet_jax.training.step import TrainState
+from revnet_jax.training.workdir import load_record
+
+
+def first_state(
+    config: ConfigDict, program: StepProgram, data: Data, checkpoints: Checkpoints
+) -> tuple[TrainState, dict[str, Any] | None]:
+    """(the state before the first step, what is to be recorded of the run that its weights are of).
+
+    Weights of another run, `config.init_from`, are saved at once, as a checkpoint of step 0: that
+    run may go on, or be deleted, whenever this one is resumed. Step, optimizer and random numbers
+    start afresh.
+    """
+    if not config.init_from:
+        return initialized(program.init, program.state), None
+    source = Path(config.init_from)
+    step, variables = load_weights(source, program.state.variables, data.record)
+    state = initialized(program.init, program.state, variables)
+    checkpoints.save(0, state)
+    return state, {"workdir": str(source.resolve()), "step": step}
+
+
+def load_weights(workdir: Path, wanted: Variables, data: dict[str, Any]) -> tuple[int, Variables]:
+    """(step, parameters and running averages) of the last checkpoint of the run in `workdir`.
+
+    wanted: their shapes, dtypes and shardings. data: what is recorded of the new run's data, whose
+    tokens must stand for what they stood for.
+
+    Raises ConfigError in one line: no run or no checkpoint there, or other weights than wanted.
+    """
+    if not (workdir / "checkpoints").is_dir():
+        raise ConfigError(
+            f"config.init_from: got {workdir}, which holds no checkpoints, expected the --workdir "
+            "of a run that has saved some"
+        )
+    if "vocabulary" in data and (workdir / "config.json").exists():
+        there = load_record(workdir)["data"].get("vocabulary")
+        if there is not None:
+            found, expected = vocabulary_from(data["vocabulary"]), vocabulary_from(there)
+            found.check_same_ids(expected, f"the run in {workdir}")
+    options = {"best_metric": None, "best_mode": "max", "read_only": True}
+    with Checkpoints(workdir / "checkpoints", **options) as checkpoints:
+        try:
+            restored = checkpoints.restore(TrainState.of_variables(wanted), partial=True)
+        except OtherTree as error:
+            names = "; ".join(line.removeprefix("variables/") for line in error.differences[:3])
+            raise ConfigError(
+                f"config.init_from: {workdir} holds the weights of another model: "
+                f"{len(error.differences)} arrays differ, such as {names}. Take the config.model "
+                "and config.data of its config.json"
+            ) from error
+    if restored is None:
+        raise ConfigError(
+            f"config.init_from: got {workdir}, which holds no checkpoint, expected the --workdir "
+            "of a run that has saved some"
+        )
+    step, state = restored
+    return step, state.variables

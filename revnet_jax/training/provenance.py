@@ -1,0 +1,77 @@
+"""How, where and with what a program was started."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import importlib.metadata
+import os
+import platform
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+
+PACKAGES = (
+    "revnet_jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "numpy",
+)
+
+
+def describe_start() -> dict[str, Any]:
+    """How, where and with what this process was started."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "host": socket.gethostname(),
+        "process_id": os.getpid(),
+        "command": sys.argv,
+        "config_file": _config_file(),
+        "folder": os.getcwd(),
+        "devices": {
+            "count": jax.device_count(),
+            "kind": jax.devices()[0].device_kind,
+            "processes": jax.process_count(),
+        },
+        "python": platform.python_version(),
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Of the packages that a run's figures may depend on; None for one that is not installed."""
+    found: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _config_file() -> str | None:
+    """What `--config` was given; None where there is no such flag, as in a notebook."""
+    flag = flags.FLAGS["config"] if "config" in flags.FLAGS else None  # noqa: SIM401
+    return getattr(flag, "config_filename", None) if flag is not None and flag.present else None
+
+
+@functools.cache
+def git_commit() -> str | None:
+    """The commit this runs from, "-dirty" where files differ from it; None outside git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        folder = Path(__file__).parent
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
