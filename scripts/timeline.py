@@ -39,8 +39,8 @@ def main(argv):
     topology = one_device(TOPOLOGY.value)
     if topology.is_gpu:  # else JAX finds its devices as ever
         os.environ.update(topology.environment)
+    from revnet_jax.families import build_task
     from revnet_jax.memory import timeline
-    from revnet_jax.training.build import build_task
 
     config = CONFIG.value
     device = devices(topology)[0]

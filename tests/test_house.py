@@ -21,8 +21,8 @@ MAY_IMPORT = {
     "core": {"core"},
     "data": {"data", "errors"},
     "models": {"core", "models"},
-    "training": {"core", "models", "data", "training", "config", "errors"},
-    "memory": {"core", "models", "training", "memory", "config", "errors"},
+    "training": {"core", "models", "data", "training", "config", "errors", "families"},
+    "memory": {"core", "models", "training", "memory", "config", "errors", "families"},
 }
 
 

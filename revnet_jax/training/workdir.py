@@ -12,13 +12,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from revnet_jax.config import (
-    ConfigError,
-    flatten,
-    image_classification,
-    language_model,
-    vision_transformer,
-)
+from revnet_jax.config import ConfigError, flatten
+from revnet_jax.families import CONVOLUTIONAL, FAMILIES
 
 # Hosts of one run have their own of these; all else they must agree on.
 PER_HOST = ("data.dir", "data.verify_images", "data.num_threads", "data.prefetch")
@@ -84,8 +79,7 @@ def check_fresh(workdir: Path, checkpoint_every_steps: int) -> None:
 def load_config(workdir: Path) -> ConfigDict:
     """The config that a run was started with. Raises ConfigError where there is none."""
     saved = load_record(workdir)["config"]
-    knobs = {"decoder": language_model, "vit": vision_transformer}
-    config = knobs.get(saved.get("model", {}).get("family"), image_classification)()
+    config = FAMILIES.get(saved.get("model", {}).get("family"), CONVOLUTIONAL).settings()
     try:
         config.update(_tuples(saved))
     except (KeyError, TypeError, ValueError) as error:
