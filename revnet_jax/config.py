@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import os
 import runpy
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -344,6 +345,10 @@ def run(main: Callable[[list[str]], Any], *, required: tuple[str, ...]) -> None:
 
 
 def _parse(argv: list[str], required: tuple[str, ...]) -> list[str]:
+    from revnet_jax.references import look_in
+
+    if path := _config_path(argv):
+        look_in([os.path.dirname(path) or "."])  # as Python does for a program
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:  # where the config file failed, its traceback is in the message

@@ -2,10 +2,14 @@
 
 The only place that knows one family from another. All else asks the `Model` and the `Task` that a
 row builds, or the row.
+
+A model of one's own needs no row: `config.model.family = "my_model:build"` names a function that
+gets the settings of `config.model` and returns a `Task` (see `references.py`, docs/your_own.md).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,8 +18,11 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from revnet_jax import references
 from revnet_jax.config import (
     ConfigError,
+    experiment,
+    flatten,
     image_classification,
     language_model,
     settings,
@@ -28,6 +35,7 @@ from revnet_jax.models import (
     LanguageModel,
     Network,
     RevViT,
+    Variables,
     VisionTransformer,
 )
 from revnet_jax.models.attention import kernel_for
@@ -57,18 +65,21 @@ class Family:
     settings: a config with every knob and its default.
     task: `(config, options, platform) -> task`. options: keyword arguments that all models take:
       how the gradient is computed, dtypes and grid. platform: "cpu", "gpu" or "tpu".
-    data: what the task learns from.
+    data: what the task learns from; None: what the data set is.
     """
 
     settings: Callable[[], ConfigDict]
     task: Callable[[ConfigDict, dict[str, Any], str], Task]
-    data: Literal["images", "text"]
+    data: Literal["images", "text"] | None
     depth: Depth
 
 
 def family_of(config: ConfigDict) -> Family:
     """The row of `config.model.family`; ConfigError unless the config has the settings of one."""
     name, model = config.model.family, set(config.model)
+    if references.is_reference(name):
+        _check_experiment(config)
+        return ONES_OWN
     fitting = [known for known, row in FAMILIES.items() if set(row.settings().model) == model]
     if name in fitting:
         return FAMILIES[name]
@@ -80,8 +91,17 @@ def family_of(config: ConfigDict) -> Family:
         )
     raise ConfigError(
         f"config.model.family: got {name!r}, expected one of {', '.join(fitting or FAMILIES)}: "
-        "others have other settings, take a config of theirs"
+        "others have other settings, take a config of theirs; or MODULE:FUNCTION, of your own"
     )
+
+
+def _check_experiment(config):
+    """Raises ConfigError where one's own config lacks knobs that every run has."""
+    if missing := sorted(flatten(experiment()).keys() - flatten(config).keys()):
+        raise ConfigError(
+            f"config: got no {', '.join(missing)}, expected what every run has: begin with "
+            "revnet_jax.config.experiment() and add to it"
+        )
 
 
 def build_task(
@@ -178,6 +198,26 @@ def _decoder(config, options, platform):
     return NextToken(network, config.data.context, config.balance)
 
 
+def _ones_own(config, options, platform):
+    name, model = config.model.family, _own(config)
+    optional = {"data": config.data, "platform": platform}
+    task = references.call("model.family", name, model, given=options, optional=optional)
+    check = functools.partial(references.check_members, "model.family", name)
+    members = ("network", "loss", "sums", "batch_shapes", "scores", "units", "of_data")
+    check(task, members, "a Task (revnet_jax/training/task.py)")
+    network = task.network
+    members = ("init", "probes", "rules", "grid", "invertible", "strategies", "stacked")
+    expected = "a Model (revnet_jax/models/model.py) as its network"
+    check(network, (*members, "most_stored_layers"), expected)
+    variables = jax.eval_shape(lambda: network.init(jax.random.key(0)))
+    if not isinstance(variables, Variables) or not set(network.stacked) <= set(variables.params):
+        raise ConfigError(
+            f"config.model: got an init of {name} that returns a {type(variables).__name__}, "
+            f"expected Variables whose params have the groups {', '.join(network.stacked)}"
+        )
+    return task
+
+
 def _kernel(name, platform):
     own = kernel_for(platform)
     if name not in ("auto", "chunked", own):
@@ -198,9 +238,17 @@ def _equal_units(config, layers):
     return {"units": tuple(layers + group.is_transition for group in first_units)}
 
 
+def _layers(model):
+    if not isinstance(model.get("layers"), int):
+        raise ConfigError(
+            f"config.model.layers: got {model.get('layers')!r}, expected a whole number: its depth"
+        )
+    return model["layers"]
+
+
 LAYERS = Depth(
-    of=lambda model: model["layers"],
-    times=lambda model, n: {"layers": n * model["layers"]},
+    of=_layers,
+    times=lambda model, n: {"layers": n * _layers(model)},
     equal=lambda config, layers: {"layers": layers},
 )
 UNITS = Depth(
@@ -208,6 +256,7 @@ UNITS = Depth(
     times=lambda model, n: {"units": tuple(n * units for units in model["units"])},
     equal=_equal_units,
 )
+ONES_OWN = Family(experiment, _ones_own, None, LAYERS)
 CONVOLUTIONAL = Family(image_classification, _convolutional, "images", UNITS)
 FAMILIES = {
     "revnet": CONVOLUTIONAL,

@@ -17,12 +17,13 @@ FORBIDDEN = {
     "training": set(),
     "memory": set(),
 }
+CONFIGS = {"config", "errors", "families", "references"}
 MAY_IMPORT = {
     "core": {"core"},
     "data": {"data", "errors"},
     "models": {"core", "models"},
-    "training": {"core", "models", "data", "training", "config", "errors", "families"},
-    "memory": {"core", "models", "training", "memory", "config", "errors", "families"},
+    "training": {"core", "models", "data", "training"} | CONFIGS,
+    "memory": {"core", "models", "training", "memory"} | CONFIGS,
 }
 
 

@@ -32,6 +32,7 @@ class Text:
     sha256: str
 
 
+TEXT_NAMES = ("bytes", "characters", "shards")
 NEEDS_PATH = {
     "characters": "the path of a text file",
     "shards": "the folder that tokenize_text.py wrote",
@@ -56,7 +57,7 @@ def load_text(name: str, *, path: str = "", train_share: float = 0.9) -> Text:
         *splits, per_token = load_shards(Path(path))
         return Text(*splits, per_token, _sha256(_read(Path(path) / "tokens.json")))
     if name not in ("bytes", "characters"):
-        raise ValueError(f"got name={name!r}, expected one of bytes, characters, shards")
+        raise ValueError(f"got name={name!r}, expected one of {', '.join(TEXT_NAMES)}")
     content = _read(Path(path) if path else _embedded())
     if name == "bytes":
         tokens = np.frombuffer(content, np.uint8)

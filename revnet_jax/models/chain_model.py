@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from revnet_jax.models.partition import Rules, on_batch
 from revnet_jax.models.strategies import Strategy
 
 
-class ChainModel:
+class ChainModel(ABC):
     """The chain, and how its gradient is computed; see `Model`.
 
     A subclass adds `init`, whose parameters have the chain's under "layers", stacked, and functions
@@ -59,7 +60,7 @@ class ChainModel:
                 "got backprop='reverse' for a model of one stream, expected any other: "
                 "its layers have no inverse. Take reversible=True to store nothing"
             )
-        self.invertible, self.grid = invertible, grid
+        self.layers, self.invertible, self.grid = layers, invertible, grid
         self.compute_dtype, self.param_dtype = compute_dtype, param_dtype
         self.check_exactness = check_exactness
         self._unroll = unroll
@@ -75,9 +76,9 @@ class ChainModel:
         """How many there are in chains that do not store anyway."""
         return 0 if self._strategy.backprop == "store" else self._strategy.layers
 
+    @abstractmethod
     def init(self, key: jax.Array) -> Variables:
         """Fresh variables."""
-        raise NotImplementedError
 
     def probes(self) -> dict[str, Exactness] | None:
         """What takes the check that the chain was undone exactly; None where there is none."""

@@ -10,12 +10,13 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
-from revnet_jax.config import ConfigError, flatten, settings
+from revnet_jax import references
+from revnet_jax.config import ConfigError, experiment, flatten, settings
 from revnet_jax.families import DTYPES, build_task
 from revnet_jax.models import Model
 from revnet_jax.training.lockstep import LockstepOptimizer, check_layerwise
 from revnet_jax.training.mismatch import ACTIONS
-from revnet_jax.training.optimizer import make_optimizer, make_schedule
+from revnet_jax.training.optimizer import completed, make_optimizer, make_schedule
 from revnet_jax.training.sharding import batch_parts
 from revnet_jax.training.step import Optimizer
 from revnet_jax.training.task import Task
@@ -68,8 +69,14 @@ def check_on_mismatch(config: ConfigDict) -> None:
 def build_optimizer(config: ConfigDict, network: Model, schedule: optax.Schedule) -> Optimizer:
     options = dict(config.optimizer)
     lockstep = options.pop("lockstep")
-    options |= {"param_dtype": DTYPES[config.model.param_dtype], "rules": network.rules}
-    make = functools.partial(make_optimizer, schedule, **options)
+    options["param_dtype"] = DTYPES[config.model.param_dtype]
+    if references.is_reference(config.optimizer.name):
+        names = ("clip_norm", "clip", "state_dtype", "param_dtype")
+        make = functools.partial(
+            completed, ones_own(config, schedule), **{name: options[name] for name in names}
+        )
+    else:
+        make = functools.partial(make_optimizer, schedule, rules=network.rules, **options)
     ordinary = make(stacked=network.stacked)
     if config.batch_size % config.microbatches:
         raise ConfigError(
@@ -92,6 +99,22 @@ def build_optimizer(config: ConfigDict, network: Model, schedule: optax.Schedule
     params = jax.eval_shape(network.init, jax.random.key(0)).params
     check_layerwise(ordinary, {name: params[name] for name in network.stacked})
     return LockstepOptimizer(make(stacked=()), make(stacked=None), tuple(network.stacked))
+
+
+def ones_own(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """The optimizer that `config.optimizer.name` names, such as "optax:lamb".
+
+    Its function gets `learning_rate`, the schedule, and the settings that are none of the
+    package's; of those that are (`b1`, `weight_decay`), what its signature names.
+    """
+    name, known = config.optimizer.name, experiment().optimizer
+    own = {knob: x for knob, x in config.optimizer.items() if knob not in known}
+    optional = {knob: x for knob, x in config.optimizer.items() if knob in known and knob != "name"}
+    given = {"learning_rate": schedule}
+    found = references.call("optimizer.name", name, own, given=given, optional=optional)
+    expected = "an optax.GradientTransformation"
+    references.check_members("optimizer.name", name, found, ("init", "update"), expected)
+    return found
 
 
 def check_split(config: ConfigDict, mesh: Mesh | AbstractMesh) -> None:

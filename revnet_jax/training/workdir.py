@@ -12,6 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from revnet_jax import references
 from revnet_jax.config import ConfigError, flatten
 from revnet_jax.families import CONVOLUTIONAL, FAMILIES
 
@@ -55,6 +56,7 @@ def claim(workdir: Path, config: ConfigDict, data: Mapping[str, Any] | None = No
         record = {
             "config": config.to_dict(),
             "data": dict(data or {}),
+            "folders": references.folders_of(flatten(config)),
             "git_commit": _git_commit(),
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         }
@@ -78,7 +80,11 @@ def check_fresh(workdir: Path, checkpoint_every_steps: int) -> None:
 
 def load_config(workdir: Path) -> ConfigDict:
     """The config that a run was started with. Raises ConfigError where there is none."""
-    saved = load_record(workdir)["config"]
+    record = load_record(workdir)
+    saved = record["config"]
+    references.look_in(record.get("folders", ()), first=False)  # after PYTHONPATH
+    if references.named_in(flatten(ConfigDict(saved))):
+        return ConfigDict(_tuples(saved))
     config = FAMILIES.get(saved.get("model", {}).get("family"), CONVOLUTIONAL).settings()
     try:
         config.update(_tuples(saved))
@@ -121,7 +127,8 @@ def _check_same(path: Path, config: ConfigDict, data: dict[str, Any]) -> None:
             f"{path.parent} holds a run on other data: got a text of sha256 {data.get('sha256')}, "
             f"expected {there}; choose another --workdir, or the text of that run to resume it"
         )
-    got, expected = flatten(config), flatten(load_config(path.parent))
+    expected = flatten(load_config(path.parent))
+    got = _tuples(flatten(config))
     differing = [
         f"{key}={got.get(key)!r} (there: {expected.get(key)!r})"
         for key in sorted(got.keys() | expected.keys())
