@@ -345,9 +345,13 @@ def run(main: Callable[[list[str]], Any], *, required: tuple[str, ...]) -> None:
 
 
 def _parse(argv: list[str], required: tuple[str, ...]) -> list[str]:
+    from revnet_jax.experiments import locate, names
     from revnet_jax.references import look_in
 
-    if path := _config_path(argv):
+    if given := _config_path(argv):
+        path = locate(given)
+        spelt = {given: path, f"--config={given}": f"--config={path}"}
+        argv = [spelt.get(arg, arg) for arg in argv]
         look_in([os.path.dirname(path) or "."])  # as Python does for a program
     try:
         rest = flags.FLAGS(argv)
@@ -363,7 +367,10 @@ def _parse(argv: list[str], required: tuple[str, ...]) -> list[str]:
             sys.exit(f"error: --{name} is missing: see --help")
     config = flags.FLAGS["config"].value if "config" in flags.FLAGS else ConfigDict()
     if not isinstance(config, ConfigDict | None):  # a stand-in that raises whenever it is used
-        sys.exit(f"error: got {_config_path(argv)!r} as --config, expected a file that exists")
+        sys.exit(
+            f"error: got {_config_path(argv)!r} as --config, expected a file that exists, or "
+            f"one of {', '.join(names('configs'))}"
+        )
     return rest
 
 
