@@ -321,12 +321,15 @@ def define_process_flags() -> Callable[[], dict[str, Any]]:
     return lambda: {name: holder.value for name, holder in holders.items()}
 
 
-def run(main: Callable[[list[str]], Any], *, required: tuple[str, ...]) -> None:
+def run(
+    main: Callable[[list[str]], Any], *, required: tuple[str, ...], arguments: bool = False
+) -> None:
     """`absl.app.run`, except that what the user can mend is one line on stderr and status 1.
 
     So is a run that was preempted, with status 75: start it again.
 
     required: names of flags. A mistake in a flag costs no more than parsing them.
+    arguments: whether there may be any besides flags.
     """
 
     def guarded(argv):
@@ -341,10 +344,10 @@ def run(main: Callable[[list[str]], Any], *, required: tuple[str, ...]) -> None:
         except KeyboardInterrupt:
             sys.exit("interrupted")
 
-    app.run(guarded, flags_parser=lambda argv: _parse(argv, required))
+    app.run(guarded, flags_parser=lambda argv: _parse(argv, required, arguments))
 
 
-def _parse(argv: list[str], required: tuple[str, ...]) -> list[str]:
+def _parse(argv: list[str], required: tuple[str, ...], arguments: bool) -> list[str]:
     from revnet_jax.experiments import locate, names
     from revnet_jax.references import look_in
 
@@ -360,7 +363,7 @@ def _parse(argv: list[str], required: tuple[str, ...]) -> list[str]:
         sys.exit(f"error: {last_line.removeprefix('revnet_jax.config.ConfigError: ')}")
     except (AttributeError, TypeError) as error:  # from ml_collections, for a key there is not
         sys.exit(f"error: {_explain_key(argv) or error}")
-    if len(rest) > 1:
+    if len(rest) > 1 and not arguments:
         sys.exit(f"error: got argument {rest[1]!r}, expected flags only: write --name=value")
     for name in required:
         if flags.FLAGS[name].value is None:
