@@ -19,7 +19,6 @@ from revnet_jax.errors import Preempted, UserError
 from revnet_jax.models import num_params
 from revnet_jax.training import workdir as workdirs
 from revnet_jax.training.auto import largest_stored_layers, memory_bytes
-from revnet_jax.training.build import build_data
 from revnet_jax.training.checkpoint import Checkpoints
 from revnet_jax.training.compiler import initialized, jit
 from revnet_jax.training.distributed import (
@@ -31,6 +30,7 @@ from revnet_jax.training.distributed import (
     wait_for_all,
 )
 from revnet_jax.training.evaluation import evaluate
+from revnet_jax.training.inputs import build_data
 from revnet_jax.training.metrics import DelayedFetch, MetricsWriter, Progress, peak_memory_bytes
 from revnet_jax.training.mismatch import MismatchAlarm
 from revnet_jax.training.program import step_program

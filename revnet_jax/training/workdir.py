@@ -12,14 +12,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from revnet_jax.config import (
-    ConfigError,
-    flatten,
-    image_classification,
-    language_model,
-    vision_transformer,
-)
+from revnet_jax import references
+from revnet_jax.config import ConfigError, flatten
 from revnet_jax.errors import UserError, writing
+from revnet_jax.families import CONVOLUTIONAL, FAMILIES
 from revnet_jax.training import data_record
 
 # Hosts of one run have their own of these; all else they must agree on.
@@ -62,6 +58,7 @@ def claim(workdir: Path, config: ConfigDict, data: Mapping[str, Any] | None = No
         record = {
             "config": config.to_dict(),
             "data": dict(data or {}),
+            "folders": references.folders_of(flatten(config)),
             "git_commit": _git_commit(),
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         }
@@ -85,9 +82,12 @@ def check_fresh(workdir: Path, checkpoint_every_steps: int) -> None:
 
 def load_config(workdir: Path) -> ConfigDict:
     """The config that a run was started with. Raises ConfigError where there is none."""
-    saved = load_record(workdir)["config"]
-    knobs = {"decoder": language_model, "vit": vision_transformer}
-    config = knobs.get(saved.get("model", {}).get("family"), image_classification)()
+    record = load_record(workdir)
+    saved = record["config"]
+    references.look_in(record.get("folders", ()), first=False)  # after PYTHONPATH
+    if references.named_in(flatten(ConfigDict(saved))):
+        return ConfigDict(_tuples(saved))
+    config = FAMILIES.get(saved.get("model", {}).get("family"), CONVOLUTIONAL).settings()
     try:
         config.update(_tuples(saved))
     except (KeyError, TypeError, ValueError) as error:
@@ -146,7 +146,8 @@ def _check_same(path: Path, config: ConfigDict, data: dict[str, Any]) -> None:
             f"{data_record.summary(recorded)}: files were added, removed, renamed or changed. "
             "Choose another --workdir, or bring the data of that run back to resume it"
         )
-    got, expected = flatten(config), flatten(load_config(path.parent))
+    expected = flatten(load_config(path.parent))
+    got = _tuples(flatten(config))
     differing = [
         f"{key}={got.get(key)!r} (there: {expected.get(key)!r})"
         for key in sorted(got.keys() | expected.keys())
