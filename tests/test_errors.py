@@ -10,13 +10,13 @@ import pytest
 from revnet_jax.errors import StorageError, file_system, writing
 
 PROGRAM = """
-from revnet_jax import config
+from revnet_jax import cli
 
 def main(argv):
     for _ in range(LINES):
         print("x" * 100)
 
-config.run(main, required=())
+cli.run(main, required=())
 """
 
 
