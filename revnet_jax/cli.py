@@ -24,7 +24,9 @@ from ml_collections.config_flags import tuple_parser
 from revnet_jax import config as configs
 from revnet_jax.config import ConfigError, flatten
 from revnet_jax.errors import exit_status
+from revnet_jax.experiments import locate, names
 from revnet_jax.ranges import check_ranges
+from revnet_jax.references import look_in
 
 flags.disclaim_key_flags()  # a flag defined here is one of the program that asks for it: --help
 
@@ -87,10 +89,13 @@ def define_process_flags() -> Callable[[], dict[str, Any]]:
     return lambda: {name: holder.value for name, holder in holders.items()}
 
 
-def run(main: Callable[[list[str]], Any], *, required: tuple[str, ...]) -> None:
+def run(
+    main: Callable[[list[str]], Any], *, required: tuple[str, ...], arguments: bool = False
+) -> None:
     """`absl.app.run`, except that what the user can mend is one line (`errors.exit_status`).
 
     required: names of flags. A mistake in a flag costs no more than parsing them.
+    arguments: whether there may be any besides flags.
     """
 
     def guarded(argv):
@@ -98,13 +103,18 @@ def run(main: Callable[[list[str]], Any], *, required: tuple[str, ...]) -> None:
         with exit_status():
             main(argv)
 
-    app.run(guarded, flags_parser=lambda argv: _parse(argv, required))
+    app.run(guarded, flags_parser=lambda argv: _parse(argv, required, arguments))
 
 
-def _parse(argv: list[str], required: tuple[str, ...]) -> list[str]:
+def _parse(argv: list[str], required: tuple[str, ...], arguments: bool) -> list[str]:
     """Parses the flags; whatever is wrong with them ends the program with one line."""
     logging.set_verbosity(logging.ERROR)  # of ml_collections, which warns before it raises
     asked = set(_HELP) & set(argv)
+    if given := _config_path(argv):
+        path = locate(given)
+        spelt = {given: path, f"--config={given}": f"--config={path}"}
+        argv = [spelt.get(arg, arg) for arg in argv]
+        look_in([Path(path).parent])  # as Python does for a program
     try:
         rest = flags.FLAGS([arg for arg in argv if arg not in asked])
     except Exception as error:
@@ -112,7 +122,7 @@ def _parse(argv: list[str], required: tuple[str, ...]) -> list[str]:
         if mistake is None:
             raise
         sys.exit(f"error: {mistake}")
-    if len(rest) > 1:
+    if len(rest) > 1 and not arguments:
         sys.exit(f"error: got argument {rest[1]!r}, expected flags only: write --name=value")
     config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
     if _config_path(argv) and not isinstance(config, ConfigDict):  # or a stand-in, that raises
@@ -141,7 +151,8 @@ def _file_mistake(argv: list[str]) -> str | None:
         return None
     path, *arm = _config_path(argv).split(":", 1)
     if not Path(path).is_file():
-        return f"got {path!r} as --config, expected a file that exists"
+        known = ", ".join(names("configs"))
+        return f"got {path!r} as --config, expected a file that exists, or one of {known}"
     try:
         module = runpy.run_path(path)
         if "get_config" not in module:
@@ -223,7 +234,8 @@ def near_keys(key: str, known: Sequence[str]) -> list[str]:
 
 def list_settings(config: ConfigDict) -> str:
     """The settings of a config as flags, with the comment on each where it is defined."""
-    defined = [configs._mesh, configs._optimizer, configs.image_classification]
+    defined = [configs._mesh, configs._optimizer, configs.experiment]
+    defined += [configs._images, configs.image_classification]
     defined += [configs.vision_transformer] if "patch" in config.model else []
     defined += [configs.language_model] if "context" in config.data else []
     source = "".join(inspect.getsource(each) for each in defined)

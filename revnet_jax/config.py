@@ -31,7 +31,7 @@ def _mesh() -> ConfigDict:
 def _optimizer() -> ConfigDict:
     """How gradients become updates."""
     optimizer = ConfigDict()
-    optimizer.name = "sgd"  # sgd | adamw | lion | muon
+    optimizer.name = "sgd"  # sgd | adamw | lion | muon, or MODULE:FUNCTION of one's own
     optimizer.momentum = 0.9  # of sgd
     optimizer.nesterov = False  # of sgd
     optimizer.b1 = 0.9  # of adamw, lion; muon: of the rest, by Adam
@@ -44,8 +44,8 @@ def _optimizer() -> ConfigDict:
     return optimizer
 
 
-def image_classification() -> ConfigDict:
-    """Every knob of an image classification run."""
+def experiment() -> ConfigDict:
+    """The knobs that every run has; a model or data of one's own adds its own to these."""
     config = ConfigDict()
     config.seed = 0
     config.num_steps = 600
@@ -53,8 +53,6 @@ def image_classification() -> ConfigDict:
     config.eval_batch_size = 200
     config.microbatches = 1  # parts of a batch whose gradients are added up
     config.memory_limit_gib = 0.0  # per device, for stored_layers=auto; 0: what it has
-    config.label_smoothing = 0.0  # share of the target spread over all classes, in training
-    config.mixup = 0.0  # images are mixed in a proportion from Beta(mixup, mixup); 0: not
     config.log_every_steps = 20
     config.eval_every_steps = config.checkpoint_every_steps = 200
     config.init_from = ""  # the workdir of another run: start from its last weights
@@ -65,23 +63,12 @@ def image_classification() -> ConfigDict:
     config.profile = ConfigDict({"start_step": 10, "num_steps": 0})
 
     config.data = ConfigDict()
-    config.data.name = "digits"  # digits | cifar10 | cifar100 | image_folder
-    config.data.dir = ""  # the folder with the files; digits need none
-    config.data.image_shape = (8, 8, 1)  # height, width, channels
-    config.data.num_classes = 10
-    config.data.crop_padding = 0  # pixels of zeros on each side to crop from
-    config.data.flip = False  # mirror left to right with probability 1/2
-    config.data.min_crop_area = 1.0  # of a random resized crop; image_folder only
-    config.data.verify_images = True  # image_folder: decode every file before training
+    config.data.name = ""  # a data set of the package's, or MODULE:FUNCTION of one's own
     config.data.num_threads = 2
     config.data.prefetch = 4  # batches
 
     config.model = ConfigDict()
-    config.model.family = "revnet"  # revnet | resnet | irevnet
-    config.model.units = (2, 2)  # residual units per stage
-    config.model.channels = (32, 32, 64)  # of the stem, then of each stage
-    config.model.bottleneck = False
-    config.model.stem = "cifar"  # cifar | imagenet
+    config.model.family = ""  # of the package's families, or MODULE:FUNCTION of one's own
     # One for all chains, or one for each: reverse,store,store.
     config.model.backprop = "reverse"  # store | remat_dots | remat | offload | reverse
     config.model.stored_layers = "0"  # how many of the last layers store anyway; or auto
@@ -103,17 +90,42 @@ def image_classification() -> ConfigDict:
     return config
 
 
+def _images() -> ConfigDict:
+    """The knobs of a run on images."""
+    config = experiment()
+    config.label_smoothing = 0.0  # share of the target spread over all classes, in training
+    config.mixup = 0.0  # images are mixed in a proportion from Beta(mixup, mixup); 0: not
+    config.data.name = "digits"  # digits | cifar10 | cifar100 | image_folder
+    config.data.dir = ""  # the folder with the files; digits need none
+    config.data.image_shape = (8, 8, 1)  # height, width, channels
+    config.data.num_classes = 10
+    config.data.crop_padding = 0  # pixels of zeros on each side to crop from
+    config.data.flip = False  # mirror left to right with probability 1/2
+    config.data.min_crop_area = 1.0  # of a random resized crop; image_folder only
+    config.data.verify_images = True  # image_folder: decode every file before training
+    return config
+
+
+def image_classification() -> ConfigDict:
+    """Every knob of a convolutional network's run."""
+    config = _images()
+    config.model.family = "revnet"  # revnet | resnet | irevnet
+    config.model.units = (2, 2)  # residual units per stage
+    config.model.channels = (32, 32, 64)  # of the stem, then of each stage
+    config.model.bottleneck = False
+    config.model.stem = "cifar"  # cifar | imagenet
+    return config
+
+
 # Layers, width and heads of vision transformers as published (arXiv:2010.11929, 2012.12877).
 VIT_SIZES = {"Ti": (12, 192, 3), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16)}
 
 
 def vision_transformer(size: str = "S") -> ConfigDict:
     """Every knob of a vision transformer's run."""
-    config = image_classification()
+    config = _images()
     model = config.model
-    for name in ("units", "channels", "bottleneck", "stem"):
-        del model[name]
-    model.family = "vit"  # others have other settings
+    model.family = "vit"
     model.reversible = True  # False: the twin of one stream, for store and remat
     model.layers, model.width, model.heads = VIT_SIZES[size]
     model.hidden = 4 * model.width
@@ -129,23 +141,17 @@ def vision_transformer(size: str = "S") -> ConfigDict:
 
 def language_model() -> ConfigDict:
     """Every knob of a language model's run."""
-    config = image_classification()
-    del config.label_smoothing, config.mixup
+    config = experiment()
     config.balance = 0.01  # weight of the experts' balance loss
-    config.data = ConfigDict()
     config.data.name = "bytes"  # bytes | characters | shards
     config.data.dir = ""  # the file of a text, the folder of shards; bytes have one of their own
     config.data.train_share = 0.9  # of a text; the rest is the test split
     config.data.vocab_size = 256
     config.data.context = 128  # tokens of a sequence
     config.data.eval_batches = 0  # that an evaluation stops after; 0: the whole test split
-    config.data.num_threads = 2
-    config.data.prefetch = 4  # batches
 
     model = config.model
-    for name in ("units", "channels", "bottleneck", "stem"):
-        del model[name]
-    model.family = "decoder"  # others have other settings
+    model.family = "decoder"
     model.reversible = True  # False: the twin of one stream, for store and remat
     model.layers = 4
     model.width = 128

@@ -22,7 +22,7 @@ def load_figure_class(flag: str, path: str) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError(f"--{flag} needs matplotlib: run scripts/setup.sh dev") from None
+        raise UserError(f"--{flag} needs matplotlib: run pip install matplotlib") from None
     return Figure
 
 

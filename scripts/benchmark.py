@@ -20,13 +20,13 @@ import json
 import os
 import runpy
 import sys
-from pathlib import Path
 
 from absl import flags
 
 from revnet_jax import cli
 from revnet_jax.config import ConfigError
 from revnet_jax.errors import UserError, writing
+from revnet_jax.experiments import locate
 from revnet_jax.figures import load_figure_class, save
 
 CONFIG = cli.define_config_flag()
@@ -44,8 +44,7 @@ JSON = flags.DEFINE_bool("json", False, "Print JSON lines rather than tables.")
 JSONL = flags.DEFINE_string("jsonl", None, "Also append the JSON lines to this file, row by row.")
 PLOT = flags.DEFINE_string("plot", None, "Also draw time and memory into this PNG file.")
 
-CONFIGS = Path(__file__).parents[1] / "configs"
-MEASURED = "cifar10_revnet110.py", "lm_124m.py"
+MEASURED = "cifar10_revnet110", "lm_124m"
 
 
 def main(argv):
@@ -64,7 +63,7 @@ def main(argv):
         row = feed(CONFIG.value, 10.0 if SECONDS.value is None else SECONDS.value)
         print(json.dumps(row) if JSON.value else report.as_sentence(row))
         return
-    measured_configs = [runpy.run_path(str(CONFIGS / name))["get_config"]() for name in MEASURED]
+    measured_configs = [runpy.run_path(locate(name))["get_config"]() for name in MEASURED]
     suite = select(
         suites(*measured_configs)[SUITE.value],
         models=MODELS.value,

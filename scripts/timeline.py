@@ -39,8 +39,11 @@ def main(argv):
     topology = one_device(TOPOLOGY.value)
     if topology.is_gpu:  # else JAX finds its devices as ever
         os.environ.update(topology.environment)
+        import jax  # if a config file of one's own has imported it, too late for the environment
+
+        jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+    from revnet_jax.families import build_task
     from revnet_jax.memory import timeline
-    from revnet_jax.training.build import build_task
 
     config = CONFIG.value
     device = devices(topology)[0]

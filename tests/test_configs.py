@@ -9,22 +9,15 @@ import sys
 import jax
 import pytest
 
-from revnet_jax.config import (
-    ConfigError,
-    flatten,
-    image_classification,
-    language_model,
-    vision_transformer,
-)
+from revnet_jax.config import ConfigError, flatten
+from revnet_jax.families import FAMILIES, build_task
 from revnet_jax.models import num_params
-from revnet_jax.training.build import build_network, build_recipe, build_task
+from revnet_jax.training.build import build_recipe
 from revnet_jax.training.describe import describe
 from revnet_jax.training.dry_run import dry_run
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
-KNOBS = dict.fromkeys(("revnet", "resnet", "irevnet"), image_classification)
-KNOBS |= {"decoder": language_model, "vit": vision_transformer}
 EXPECTED = {
     "digits", "cifar10_revnet38", "cifar10_revnet110", "cifar10_revnet164", "cifar10_resnet32",
     "cifar10_resnet110", "cifar10_resnet164", "imagenet_revnet56", "imagenet_revnet104",
@@ -55,7 +48,7 @@ def test_all_experiments_are_here():
 def test_every_arm_resolves_and_has_every_knob(name):
     for arm in ("", "laptop"):
         config = load(name, arm)
-        knobs = KNOBS[config.model.family]()
+        knobs = FAMILIES[config.model.family].settings()
         assert flatten(config).keys() == flatten(knobs).keys()
         build_recipe(config)
     with pytest.raises(ConfigError, match="got arm 'huge', expected one of"):
@@ -65,7 +58,7 @@ def test_every_arm_resolves_and_has_every_knob(name):
 @pytest.mark.parametrize("name", NUM_PARAMS)
 def test_parameters_are_the_published_ones(name):
     for arm, expected in zip(("", "cifar100"), NUM_PARAMS[name], strict=True):
-        network = build_network(load(name, arm))
+        network = build_task(load(name, arm)).network
         assert num_params(jax.eval_shape(network.init, jax.random.key(0))) == expected
 
 

@@ -17,12 +17,13 @@ FORBIDDEN = {
     "training": set(),
     "memory": set(),
 }
+CONFIGS = {"config", "errors", "families", "ranges", "references"}
 MAY_IMPORT = {
     "core": {"core"},
     "data": {"data", "errors"},
     "models": {"core", "models"},
-    "training": {"core", "models", "data", "training", "config", "ranges", "errors"},
-    "memory": {"core", "models", "training", "memory", "config", "errors"},
+    "training": {"core", "models", "data", "training"} | CONFIGS,
+    "memory": {"core", "models", "training", "memory"} | CONFIGS,
 }
 
 

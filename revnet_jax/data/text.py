@@ -32,6 +32,7 @@ class Text:
     sha256: str
 
 
+TEXT_NAMES = ("bytes", "characters", "shards")
 NEEDS_PATH = {
     "characters": "the path of a text file",
     "shards": "the folder that tokenize_text.py wrote",
@@ -58,7 +59,7 @@ def load_text(name: str, *, path: str = "", train_share: float = 0.9) -> Text:
         description = read_file(Path(path) / "tokens.json", WRITTEN)
         return Text(*splits, per_token, _sha256(description))
     if name not in ("bytes", "characters"):
-        raise ValueError(f"got name={name!r}, expected one of bytes, characters, shards")
+        raise ValueError(f"got name={name!r}, expected one of {', '.join(TEXT_NAMES)}")
     file = Path(path) if path else _embedded()
     content = read_file(file, "a text file")
     if not content:

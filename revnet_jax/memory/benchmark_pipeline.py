@@ -10,8 +10,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from revnet_jax.training.build import build_data
 from revnet_jax.training.compiler import initialized
+from revnet_jax.training.inputs import build_data
 from revnet_jax.training.program import step_program
 from revnet_jax.training.sharding import put_batch
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from revnet_jax import references
 from revnet_jax.memory.topology import Topology
 
 PROCESSES = 2  # a compiler takes one core for minutes, and up to two GiB
@@ -116,8 +117,9 @@ class Compiler:
         # Executables from JAX's own cache are not asked: those of a topology cannot be loaded.
         environment = {"JAX_ENABLE_COMPILATION_CACHE": "false", **self.topology.environment}
         environment["JAX_TRACEBACK_FILTERING"] = "off"  # the last line is to be the error's
+        environment["PYTHONPATH"] = references.search_path()  # models of one's own are found there
         return subprocess.run(
-            [sys.executable, "-m", "revnet_jax.memory.worker"],
+            [sys.executable, "-P", "-m", "revnet_jax.memory.worker"],
             input=json.dumps(request),
             capture_output=True,
             text=True,

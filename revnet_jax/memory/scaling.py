@@ -13,7 +13,7 @@ from revnet_jax.memory.plan import Row, refused, row_of
 from revnet_jax.memory.plan_report import GIB, either, markdown, milliseconds
 from revnet_jax.memory.topology import Topology
 from revnet_jax.memory.units import size
-from revnet_jax.memory.variants import chosen, has_inverse, variants
+from revnet_jax.memory.variants import chosen, model_of, variants
 
 NETWORKS = ("ici_bytes", "dcn_bytes")
 
@@ -76,7 +76,7 @@ def grown(config: Mapping[str, Any], batch_per_device: int, topology: Topology) 
 def _strategy(config, names):
     if names and len(names) > 1:
         raise UserError(f"got strategies {', '.join(names)}, expected one of them with --scaling")
-    default = "reverse/lockstep" if has_inverse(config) else "remat/lockstep"
+    default = "reverse/lockstep" if model_of(config).invertible else "remat/lockstep"
     return next(iter(chosen(list(names or [default]), variants(config)).items()))
 
 

@@ -12,11 +12,11 @@ from ml_collections import ConfigDict
 from revnet_jax.config import flatten
 from revnet_jax.core import STRATEGIES
 from revnet_jax.errors import UserError
+from revnet_jax.families import build_task, family_of
 from revnet_jax.memory.buffers import assignment, compiled_for_gpu
 from revnet_jax.memory.liveness import liveness
 from revnet_jax.memory.variants import variants
 from revnet_jax.models import Variables
-from revnet_jax.training.build import build_network, build_task
 from revnet_jax.training.compiler import jit
 from revnet_jax.training.task import Task
 
@@ -90,20 +90,12 @@ def timelines(
 
 
 def with_layers(config: ConfigDict, layers: int) -> ConfigDict:
-    """The config with `layers` layers, three or more, in the chain of each of its stages.
-
-    A unit that changes width or resolution is no layer of a chain, and comes on top.
-    """
+    """The config with `layers` layers, three or more, in the chain of each of its stages."""
     if layers < 3:
         raise UserError(f"got {layers} layers, expected 3 or more: fewer may make no loop")
     config = config.copy_and_resolve_references()
     config.model.update({"backprop": "store", "stored_layers": "0"})
-    if "layers" in config.model:
-        config.model.layers = layers
-        return config
-    config.model.units = (1,) * len(config.model.units)
-    first_units = [group for group in build_network(config).groups if group.unit]
-    config.model.units = tuple(layers + group.is_transition for group in first_units)
+    config.model.update(family_of(config).depth.equal(config, layers))
     return config
 
 

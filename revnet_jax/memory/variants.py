@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from revnet_jax.config import settings
+from ml_collections import ConfigDict
+
 from revnet_jax.errors import UserError
-from revnet_jax.models.architecture import Architecture, chains, groups
+from revnet_jax.families import build_task, family_of
+from revnet_jax.models import Model
 
 
 def variants(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -19,9 +21,10 @@ def variants(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     updates each layer in the backward sweep. All else is the config's.
     """
     found = {name: (name, 0) for name in ("store", "remat_dots", "remat", "offload")}
-    if has_inverse(config):
+    model = model_of(config)
+    if model.invertible:
         found["reverse"] = ("reverse", 0)
-        layers = layers_in_chains(config)
+        layers = model.most_stored_layers
         for stored in sorted({layers // 4, layers // 2, 3 * layers // 4} - {0, layers}):
             found[f"reverse+{stored}"] = ("reverse", stored)
     return {
@@ -35,37 +38,44 @@ def variants(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def has_inverse(config: Mapping[str, Any]) -> bool:
-    """Whether layers can be reversed: not those of ResNets and of transformers' twins."""
-    if "model.reversible" in config:
-        return config["model.reversible"]
-    return config["model.family"] != "resnet"
+def model_of(config: Mapping[str, Any]) -> Model:
+    """The model of these settings under remat, in which no chain stores.
 
-
-def layers_in_chains(config: Mapping[str, Any]) -> int:
-    """Those that are no transitions, which change the streams' shape and are not reversed."""
-    if "model.layers" in config:
-        return config["model.layers"]
-    names = ("family", "units", "channels", "bottleneck", "stem")
-    with settings("model"):
-        architecture = Architecture(
-            image_shape=config["data.image_shape"],
-            num_classes=config["data.num_classes"],
-            **{name: config[f"model.{name}"] for name in names},
-        )
-    return sum(group.depth for chain in chains(groups(architecture)).values() for group in chain)
+    As on a CPU, whatever the devices are: asking JAX for those that are here would take them away
+    from the processes that compile.
+    """
+    known = as_config(config)
+    known.model.update({"backprop": "remat", "stored_layers": "0"})
+    if "attention" in known.model:
+        known.model.attention = "auto"
+    return build_task(known, platform="cpu").network
 
 
 def depth(config: Mapping[str, Any]) -> int:
     """Layers of a decoder, residual units of other networks."""
-    return config["model.layers"] if "model.layers" in config else sum(config["model.units"])
+    known = as_config(config)
+    return family_of(known).depth.of(known.model)
 
 
 def deeper(config: Mapping[str, Any], times: int) -> dict[str, Any]:
-    """Settings for so many times the depth."""
-    if "model.layers" in config:
-        return {"model.layers": times * config["model.layers"]}
-    return {"model.units": tuple(times * units for units in config["model.units"])}
+    """Settings for a model this many times as deep."""
+    known = as_config(config)
+    found = family_of(known).depth.times(known.model, times)
+    return {f"model.{name}": value for name, value in found.items()}
+
+
+def as_config(settings: Mapping[str, Any]) -> ConfigDict:
+    """A config from settings by dotted key, its tuples restored from JSON's lists."""
+    config = ConfigDict()
+    for key, value in settings.items():
+        *groups, name = key.split(".")
+        node = config
+        for group in groups:
+            if group not in node:
+                node[group] = ConfigDict()
+            node = node[group]
+        node[name] = tuple(value) if isinstance(value, list) else value
+    return config
 
 
 def chosen(names: list[str] | None, known: Mapping[str, Any]) -> dict[str, Any]:

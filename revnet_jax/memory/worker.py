@@ -29,6 +29,7 @@ from revnet_jax.memory import by_part, chips, collectives, gpus, hlo, traffic, u
 from revnet_jax.memory.chips import chip_of, fillable_bytes
 from revnet_jax.memory.counts import arithmetic
 from revnet_jax.memory.topology import Topology, devices, parse_topology
+from revnet_jax.memory.variants import as_config
 from revnet_jax.training import auto, compiler
 from revnet_jax.training.program import StepProgram, recipe_on, step_program
 
@@ -100,20 +101,6 @@ def _check_offload(config, targets):
         raise ConfigError(
             "config.model.backprop: got offload on a CPU, expected a device with memory of its own"
         )
-
-
-def as_config(settings: Mapping[str, Any]) -> ConfigDict:
-    """A config from settings by dotted key, its tuples restored from JSON's lists."""
-    config = ConfigDict()
-    for key, value in settings.items():
-        *groups, name = key.split(".")
-        node = config
-        for group in groups:
-            if group not in node:
-                node[group] = ConfigDict()
-            node = node[group]
-        node[name] = tuple(value) if isinstance(value, list) else value
-    return config
 
 
 def asked_bytes(message: str) -> int | None:

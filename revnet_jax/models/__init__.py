@@ -10,17 +10,21 @@ from revnet_jax.models.bridge import (
     with_keys,
     with_stats,
 )
+from revnet_jax.models.chain_model import ChainModel
 from revnet_jax.models.lm import Decoder, LanguageModel
-from revnet_jax.models.network import Lockstep, Network, Variables, num_params
+from revnet_jax.models.model import Lockstep, Model, Variables, num_params
+from revnet_jax.models.network import Network
 from revnet_jax.models.vit import RevViT, VisionTransformer
 
 __all__ = [
     "Architecture",
     "Branch",
     "BranchData",
+    "ChainModel",
     "Decoder",
     "LanguageModel",
     "Lockstep",
+    "Model",
     "Network",
     "RevViT",
     "Variables",

@@ -28,7 +28,7 @@ from revnet_jax.models.decoder import (
 )
 from revnet_jax.models.dtypes import at_least_float32, narrowed
 from revnet_jax.models.linear_cross_entropy import linear_cross_entropy
-from revnet_jax.models.network import Lockstep, Variables
+from revnet_jax.models.model import Lockstep, Variables
 from revnet_jax.models.partition import by_batch, gather, on_batch, on_sequence
 from revnet_jax.models.transformer import Transformer, check_positive, drop, init_layers_of
 

@@ -9,8 +9,8 @@ image.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,27 +30,10 @@ from revnet_jax.models.architecture import Architecture, chains, groups
 from revnet_jax.models.bridge import PureModule
 from revnet_jax.models.dtypes import narrowed
 from revnet_jax.models.invertible import PadStem, squeeze
+from revnet_jax.models.model import Lockstep, Variables
 from revnet_jax.models.partition import gather, on_batch
 from revnet_jax.models.residual import RULES, Head, ResidualBranch, Stem, make_shortcut
 from revnet_jax.models.strategies import assign_strategies
-
-
-class Variables(NamedTuple):
-    """Trees by group: trainable parameters, and the running averages of batch statistics."""
-
-    params: Any
-    stats: Any
-
-
-class Lockstep(NamedTuple):
-    """An update of every chain's layers inside the backward sweep: see `chain`.
-
-    update: `(dparams, state, params) -> (params, state)` of one layer.
-    states: what it carries, stacked, by group.
-    """
-
-    update: Any
-    states: Mapping[str, Any]
 
 
 class Network:
@@ -313,8 +296,3 @@ class Network:
 
 def _pure(make: Any, *args: Any, **kwargs: Any) -> PureModule:
     return PureModule(lambda rngs: make(*args, rngs=rngs, **kwargs))
-
-
-def num_params(variables: Variables) -> int:
-    """Trainable parameters."""
-    return sum(leaf.size for leaf in jax.tree.leaves(variables.params))

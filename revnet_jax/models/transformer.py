@@ -13,85 +13,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from revnet_jax.core import (
-    STRATEGIES,
-    Backprop,
-    Exactness,
-    Grid,
-    Layer,
-    PlainLayer,
-    chain,
-    reversible_block,
-)
-from revnet_jax.models.network import Lockstep
-from revnet_jax.models.partition import on_batch
-from revnet_jax.models.strategies import Strategy
+from revnet_jax.core import Exactness, Layer, PlainLayer, reversible_block
+from revnet_jax.models.chain_model import ChainModel
+from revnet_jax.models.model import Lockstep
 
 
-class Transformer:
-    """The chain, and how its gradient is computed. Subclasses add what comes before and after.
+class Transformer(ChainModel):
+    """The chain of a transformer. Subclasses add what comes before and after.
 
     reversible: two streams; else the twin, with one.
-    backprop, stored_layers, unroll: what the gradient costs (see `chain`).
-    compute_dtype: of the branches; streams, normalisations and logits are float32.
-    param_dtype: of kernels and embeddings; other parameters are float32.
-    grid: where two streams live; None for free floats.
-    check_exactness: whether `probes` has any: the check keeps the chain's input.
-
-    Raises ValueError for what does not go together.
+    options: of `ChainModel`.
     """
 
-    def __init__(
-        self,
-        *,
-        layers: int,
-        reversible: bool,
-        backprop: Backprop,
-        stored_layers: int,
-        unroll: int,
-        compute_dtype: Any,
-        param_dtype: Any,
-        grid: Grid | None,
-        check_exactness: bool,
-    ):
-        if backprop not in STRATEGIES:
-            known = ", ".join(STRATEGIES)
-            raise ValueError(f"got backprop={backprop!r}, expected one of {known}")
-        if not 0 <= stored_layers <= (0 if backprop == "store" else layers):
-            raise ValueError(
-                f"got stored_layers={stored_layers}, expected 0 to {layers}, and 0 for "
-                "backprop='store', which stores all"
-            )
-        if backprop == "reverse" and not reversible:
-            raise ValueError(
-                "got backprop='reverse' for a model of one stream, expected any other: "
-                "its layers have no inverse. Take reversible=True to store nothing"
-            )
-        self.invertible, self.grid = reversible, grid
-        self.compute_dtype, self.param_dtype = compute_dtype, param_dtype
-        self.check_exactness = check_exactness
-        self._unroll = unroll
-        self._strategy = Strategy(backprop, stored_layers, layers)
-
-    @property
-    def strategies(self) -> dict[str, Strategy]:
-        """Of the one chain there is."""
-        return {"layers": self._strategy}
-
-    @property
-    def most_stored_layers(self) -> int:
-        """How many there are in chains that do not store anyway."""
-        return 0 if self._strategy.backprop == "store" else self._strategy.layers
-
-    @property
-    def stacked(self) -> list[str]:
-        """The groups whose variables have a leading axis of one per layer."""
-        return ["layers"]
-
-    def probes(self) -> dict[str, Exactness] | None:
-        """What takes the check that the chain was undone exactly; None where there is none."""
-        checked = self._strategy.rebuilds and self.check_exactness
-        return {"layers": Exactness.probe()} if checked else None
+    def __init__(self, *, reversible: bool, **options: Any):
+        super().__init__(invertible=reversible, **options)
 
     def _layer(self, f: Callable[..., Any], g: Callable[..., Any]) -> Layer:
         """Of branches that return (u, aux)."""
@@ -113,19 +48,9 @@ class Transformer:
 
         data: `shared` and `data_L` of `chain`.
         """
-        x = on_batch(x)
-        y, aux_L = chain(
-            layer,
-            params_L,
-            (x, x) if self.invertible else (x,),
-            backprop=self._strategy.backprop,
-            stored_layers=self._strategy.stored_layers,
-            unroll=self._unroll,
-            update=lockstep and lockstep.update,
-            state_L=lockstep and lockstep.states["layers"],
-            probe=probes and probes["layers"],
-            **data,
-        )
+        streams = (x, x) if self.invertible else (x,)
+        options = {"probes": probes, "lockstep": lockstep, **data}
+        y, aux_L = self.run_chain(layer, params_L, streams, **options)
         return sum(y[1:], y[0]), aux_L
 
 

@@ -20,7 +20,7 @@ from revnet_jax.core import Backprop, Exactness, Grid
 from revnet_jax.models.attention import Kernel, attend
 from revnet_jax.models.bridge import PureModule
 from revnet_jax.models.dtypes import at_least_float32, narrowed
-from revnet_jax.models.network import Lockstep, Variables
+from revnet_jax.models.model import Lockstep, Variables
 from revnet_jax.models.partition import gather, on_batch
 from revnet_jax.models.transformer import Transformer, check_positive, drop, init_layers_of
 

@@ -10,7 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 from revnet_jax.config import ConfigError, flatten
-from revnet_jax.training.build import build_task
+from revnet_jax.families import build_task
 from revnet_jax.training.program import step_program
 from revnet_jax.training.resume import COST
 

@@ -3,41 +3,24 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
-from revnet_jax.config import ConfigError, flatten, settings
-from revnet_jax.core import Grid
-from revnet_jax.data import Dataset, eval_batches, load_dataset, train_batches
-from revnet_jax.data.text import Text, eval_windows, load_text, train_windows
-from revnet_jax.models import (
-    Architecture,
-    Decoder,
-    LanguageModel,
-    Network,
-    RevViT,
-    VisionTransformer,
-)
-from revnet_jax.models.attention import kernel_for
+from revnet_jax import references
+from revnet_jax.config import ConfigError, experiment, flatten, settings
+from revnet_jax.families import DTYPES, build_task
+from revnet_jax.models import Model
 from revnet_jax.ranges import check_ranges
-from revnet_jax.training import data_record
 from revnet_jax.training.lockstep import LockstepOptimizer, check_layerwise
 from revnet_jax.training.mismatch import ACTIONS
-from revnet_jax.training.optimizer import make_optimizer, make_schedule
-from revnet_jax.training.sharding import batch_parts, local_rows
+from revnet_jax.training.optimizer import completed, make_optimizer, make_schedule
+from revnet_jax.training.sharding import batch_parts
 from revnet_jax.training.step import Optimizer
-from revnet_jax.training.task import Classification, Model, NextToken, Task
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-
-# By a setting that no other families have.
-FAMILIES = {"patch": ("vit",), "kv_heads": ("decoder",), "units": ("revnet", "resnet", "irevnet")}
+from revnet_jax.training.task import Task
 
 
 class Recipe(NamedTuple):
@@ -79,33 +62,17 @@ def check_on_mismatch(config: ConfigDict) -> None:
         )
 
 
-def build_task(
-    config: ConfigDict, stored_layers: int | None = None, *, platform: str | None = None
-) -> Task:
-    """The model of a config, and what it is to learn. Arguments: see `build_recipe`."""
-    check_ranges(config)
-    platform = platform or jax.default_backend()
-    (known,) = (names for setting, names in FAMILIES.items() if setting in config.model)
-    if config.model.family not in known:
-        raise ConfigError(
-            f"config.model.family: got {config.model.family!r}, expected one of "
-            f"{', '.join(known)}: others have other settings, take a config of theirs"
-        )
-    if config.model.family == "decoder":
-        model = build_language_model(config, stored_layers, platform)
-        return NextToken(model, config.data.context, config.balance)
-    if config.model.family == "vit":
-        network = build_vision_transformer(config, stored_layers, platform)
-    else:
-        network = build_network(config, stored_layers)
-    return Classification(network, config.label_smoothing, config.mixup)
-
-
 def build_optimizer(config: ConfigDict, network: Model, schedule: optax.Schedule) -> Optimizer:
     options = dict(config.optimizer)
     lockstep = options.pop("lockstep")
-    options |= {"param_dtype": DTYPES[config.model.param_dtype], "rules": network.rules}
-    make = functools.partial(make_optimizer, schedule, **options)
+    options["param_dtype"] = DTYPES[config.model.param_dtype]
+    if references.is_reference(config.optimizer.name):
+        names = ("clip_norm", "clip", "state_dtype", "param_dtype")
+        make = functools.partial(
+            completed, ones_own(config, schedule), **{name: options[name] for name in names}
+        )
+    else:
+        make = functools.partial(make_optimizer, schedule, rules=network.rules, **options)
     ordinary = make(stacked=network.stacked)
     if config.batch_size % config.microbatches:
         raise ConfigError(
@@ -130,181 +97,20 @@ def build_optimizer(config: ConfigDict, network: Model, schedule: optax.Schedule
     return LockstepOptimizer(make(stacked=()), make(stacked=None), tuple(network.stacked))
 
 
-def build_network(config: ConfigDict, stored_layers: int | None = None) -> Network:
-    """The convolutional network of an image config."""
-    model = dict(config.model)
-    gradient, common = _pop_common(model, stored_layers)
-    with settings("model"):
-        return Network(
-            Architecture(
-                image_shape=config.data.image_shape, num_classes=config.data.num_classes, **model
-            ),
-            **gradient,
-            **common,
-        )
+def ones_own(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """The optimizer that `config.optimizer.name` names, such as "optax:lamb".
 
-
-def _pop_common(model: dict[str, Any], stored_layers: int | None) -> tuple[Any, Any]:
-    """Takes what all models have out of their settings: (backprop and what it stores, the rest)."""
-    setting, backprop = model.pop("stored_layers"), model.pop("backprop")
-    grid, bits = model.pop("grid"), model.pop("grid_bits")
-    dtypes = {name: model.pop(name) for name in ("compute_dtype", "param_dtype")}
-    check_exactness = model.pop("check_exactness")
-    with settings("model"):
-        for name, dtype in dtypes.items():
-            if dtype not in DTYPES:
-                raise ValueError(f"got {name}={dtype!r}, expected one of {', '.join(DTYPES)}")
-        if setting != "auto" and not setting.isdecimal():
-            raise ValueError(f"got stored_layers={setting!r}, expected a whole number or auto")
-        if stored_layers is None:
-            stored_layers = 0 if setting == "auto" else int(setting)
-        common = {
-            **{name: DTYPES[dtype] for name, dtype in dtypes.items()},
-            "grid": Grid(bits) if grid else None,
-            "check_exactness": check_exactness,
-        }
-    gradient = {
-        "backprop": tuple(backprop.split(",")) if "," in backprop else backprop,
-        "stored_layers": stored_layers,
-        "unroll": model.pop("unroll"),
-    }
-    return gradient, common
-
-
-def build_vision_transformer(
-    config: ConfigDict, stored_layers: int | None, platform: str
-) -> RevViT:
-    """platform: "cpu", "gpu" or "tpu", which attention=auto looks at."""
-    model = dict(config.model)
-    gradient, common = _pop_common(model, stored_layers)
-    attention = _kernel(model.pop("attention"), platform)
-    del model["family"]
-    shapes = {"image_shape": config.data.image_shape, "num_classes": config.data.num_classes}
-    with settings("model"):
-        architecture = VisionTransformer(**shapes, **model)
-        return RevViT(architecture, **gradient, **common, attention=attention)
-
-
-def build_language_model(
-    config: ConfigDict, stored_layers: int | None, platform: str
-) -> LanguageModel:
-    """platform: "cpu", "gpu" or "tpu", which attention=auto looks at."""
-    model = dict(config.model)
-    gradient, common = _pop_common(model, stored_layers)
-    attention = _kernel(model.pop("attention"), platform)
-    chunks = {name: model.pop(name) for name in ("feed_forward_chunks", "loss_chunk")}
-    del model["family"]
-    with settings("model"):
-        architecture = Decoder(vocab_size=config.data.vocab_size, **model)
-        _check_divides(chunks["feed_forward_chunks"], config.data.context)
-        return LanguageModel(architecture, **gradient, **common, **chunks, attention=attention)
-
-
-def _check_divides(chunks, context):
-    if chunks < 1 or context % chunks:
-        raise ValueError(
-            f"got feed_forward_chunks={chunks}, expected a divisor of data.context={context}"
-        )
-
-
-def _kernel(name, platform):
-    own = kernel_for(platform)
-    if name not in ("auto", "chunked", own):
-        raise ConfigError(
-            f"config.model.attention: got {name!r} on {platform}, expected auto, or one of "
-            f"{', '.join(sorted({'chunked', own}))}"
-        )
-    return own if name == "auto" else name
-
-
-class Data(NamedTuple):
-    """What a run reads. train: `(start_step) -> batches` without an end; test: `() -> batches`.
-
-    Both are iterators to be closed, of this process's rows of each batch.
+    Its function gets `learning_rate`, the schedule, and the settings that are none of the
+    package's; of those that are (`b1`, `weight_decay`), what its signature names.
     """
-
-    train: Callable[[int], Any]
-    test: Callable[[], Any]
-    record: dict[str, Any]
-
-
-def build_data(config: ConfigDict, mesh: Mesh, eval_batch_size: int | None = None) -> Data:
-    """Loads the data, checks that they are what the config says, and says how they are read.
-
-    mesh: this process reads the rows of each batch that its devices there hold. eval_batch_size: in
-    place of the config's, for the same examples.
-    """
-    data = config.data
-    eval_batch_size = eval_batch_size or config.eval_batch_size
-
-    def batches_of(size: int) -> dict[str, Any]:
-        reading = {"num_threads": data.num_threads, "prefetch": data.prefetch}
-        return {"batch_size": size, "rows": local_rows(mesh, size), **reading}
-
-    if config.model.family == "decoder":
-        text = build_text(config)
-        return Data(
-            lambda step: train_windows(
-                text,
-                context=data.context,
-                seed=config.seed,
-                start_step=step,
-                **batches_of(config.batch_size),
-            ),
-            lambda: eval_windows(
-                text,
-                context=data.context,
-                max_windows=data.eval_batches * config.eval_batch_size,
-                **batches_of(eval_batch_size),
-            ),
-            data_record.of_text(text),
-        )
-    dataset = build_dataset(config)
-    return Data(
-        lambda step: train_batches(
-            dataset,
-            seed=config.seed,
-            start_step=step,
-            crop_padding=data.crop_padding,
-            flip=data.flip,
-            min_crop_area=data.min_crop_area,
-            **batches_of(config.batch_size),
-        ),
-        lambda: eval_batches(dataset, **batches_of(eval_batch_size)),
-        data_record.of_dataset(dataset),
-    )
-
-
-def build_text(config: ConfigDict) -> Text:
-    """Loads the text and checks that it is what the config says it is."""
-    data = config.data
-    with settings("data"):
-        text = load_text(data.name, path=data.dir, train_share=data.train_share)
-    size = text.vocabulary.size
-    if data.vocab_size != size:
-        raise ConfigError(
-            f"config.data.vocab_size: got {data.vocab_size}, expected {size}, as in the data"
-        )
-    return text
-
-
-def build_dataset(config: ConfigDict) -> Dataset:
-    """Loads the data and checks that it is what the config says it is."""
-    data = config.data
-    with settings("data"):
-        dataset = load_dataset(
-            data.name,
-            dir=data.dir or None,
-            image_size=data.image_shape[0],
-            verify_images=data.verify_images,
-        )
-    for name, got, expected in (
-        ("image_shape", tuple(data.image_shape), dataset.image_shape),
-        ("num_classes", data.num_classes, dataset.num_classes),
-    ):
-        if got != expected:
-            raise ConfigError(f"config.data.{name}: got {got}, expected {expected}, as in the data")
-    return dataset
+    name, known = config.optimizer.name, experiment().optimizer
+    own = {knob: x for knob, x in config.optimizer.items() if knob not in known}
+    optional = {knob: x for knob, x in config.optimizer.items() if knob in known and knob != "name"}
+    given = {"learning_rate": schedule}
+    found = references.call("optimizer.name", name, own, given=given, optional=optional)
+    expected = "an optax.GradientTransformation"
+    references.check_members("optimizer.name", name, found, ("init", "update"), expected)
+    return found
 
 
 def check_split(config: ConfigDict, mesh: Mesh | AbstractMesh) -> None:
@@ -338,10 +144,3 @@ def check_split(config: ConfigDict, mesh: Mesh | AbstractMesh) -> None:
                 f"config.{name}: got {known[name]}, expected a multiple of config.mesh.{axes}, "
                 f"{unit}: {what} are split over it"
             )
-
-
-def check_data_dir(config: ConfigDict) -> None:
-    """Raises ConfigError for data that are somewhere, but the config does not say where."""
-    name = config.data.name
-    if not config.data.dir and name not in ("digits", "bytes"):
-        raise ConfigError(f"config.data.dir: got none for {name}, expected where its files will be")

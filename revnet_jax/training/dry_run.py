@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 
 from revnet_jax.config import flatten, settings
 from revnet_jax.models import num_params
-from revnet_jax.training.build import build_recipe, check_data_dir, check_split
+from revnet_jax.training.build import build_recipe, check_split
+from revnet_jax.training.inputs import check_data_dir
 from revnet_jax.training.sharding import AXES, mesh_sizes, on_mesh
 from revnet_jax.training.step import init_state, make_train_step
 from revnet_jax.training.trace import Trace

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from revnet_jax.data.vocabulary import codec, vocabulary_from
 from revnet_jax.errors import UserError
+from revnet_jax.families import family_of
 from revnet_jax.models import LanguageModel, Variables
 from revnet_jax.training.compiler import jit
 from revnet_jax.training.restore import Which, restore_run
@@ -48,9 +49,9 @@ def generate_text(
             f"got temperature={temperature}, top_p={top_p}, num_tokens={num_tokens}, expected "
             "temperature 0 or more, top_p in (0, 1], num_tokens 0 or more"
         )
-    family, record = load_config(workdir).model.family, load_record(workdir)["data"]
-    if family != "decoder":
-        raise UserError(f"{workdir} holds a run of {family}, expected a decoder")
+    config, record = load_config(workdir), load_record(workdir)["data"]
+    if family_of(config).data != "text":
+        raise UserError(f"{workdir} holds a run of {config.model.family}, expected a decoder")
     encode, decoder = codec(vocabulary_from(record["vocabulary"]), tokenizer)
     token_T = encode(prompt)
     if not token_T:

@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 from revnet_jax.config import ConfigError
 from revnet_jax.data.vocabulary import vocabulary_from
 from revnet_jax.models import Variables
-from revnet_jax.training.build import Data
 from revnet_jax.training.checkpoint import Checkpoints
 from revnet_jax.training.compiler import initialized
+from revnet_jax.training.inputs import Data
 from revnet_jax.training.manifest import OtherTree
 from revnet_jax.training.program import StepProgram
 from revnet_jax.training.step import TrainState

@@ -20,7 +20,6 @@ from revnet_jax.models import num_params
 from revnet_jax.training import history
 from revnet_jax.training import workdir as workdirs
 from revnet_jax.training.auto import largest_stored_layers, memory_bytes, memory_settings
-from revnet_jax.training.build import Data, build_data
 from revnet_jax.training.checkpoint import Checkpoints
 from revnet_jax.training.compiler import jit
 from revnet_jax.training.distributed import (
@@ -33,6 +32,7 @@ from revnet_jax.training.distributed import (
 )
 from revnet_jax.training.evaluation import evaluate
 from revnet_jax.training.initial import first_state
+from revnet_jax.training.inputs import Data, build_data
 from revnet_jax.training.metrics import DelayedFetch, MetricsWriter, Progress, peak_memory_bytes
 from revnet_jax.training.mismatch import MismatchAlarm
 from revnet_jax.training.program import StepProgram, step_program

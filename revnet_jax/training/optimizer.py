@@ -93,12 +93,6 @@ def make_optimizer(
       optimizer of a single layer's tree.
     rules: how a model's parameters are split over a mesh; "muon" needs them on one.
     """
-    if clip not in ("global", "layer") or clip_norm < 0:
-        raise ValueError(
-            f"got clip={clip!r}, clip_norm={clip_norm}, expected global or layer, >= 0"
-        )
-    if state_dtype not in MOMENTS:
-        raise ValueError(f"got state_dtype={state_dtype!r}, expected one of {', '.join(MOMENTS)}")
     decay = {"weight_decay": weight_decay, "mask": is_kernel}
     if name == "sgd":
         optimizer = optax.chain(
@@ -117,6 +111,32 @@ def make_optimizer(
         )
     else:
         raise ValueError(f"got name={name!r}, expected one of sgd, adamw, lion, muon")
+    return completed(
+        optimizer,
+        clip_norm=clip_norm,
+        clip=clip,
+        state_dtype=state_dtype,
+        param_dtype=param_dtype,
+        stacked=stacked,
+    )
+
+
+def completed(
+    optimizer: optax.GradientTransformation,
+    *,
+    clip_norm: float,
+    clip: str,
+    state_dtype: str,
+    param_dtype: Any,
+    stacked: Collection[str] | None,
+) -> optax.GradientTransformation:
+    """Any optimizer, with clipping before it and narrow moments: arguments of `make_optimizer`."""
+    if clip not in ("global", "layer") or clip_norm < 0:
+        raise ValueError(
+            f"got clip={clip!r}, clip_norm={clip_norm}, expected global or layer, >= 0"
+        )
+    if state_dtype not in MOMENTS:
+        raise ValueError(f"got state_dtype={state_dtype!r}, expected one of {', '.join(MOMENTS)}")
     optimizer = _promoting(optimizer)
     if clip_norm and (clip == "global" or stacked is None):
         optimizer = optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)

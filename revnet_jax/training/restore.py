@@ -13,11 +13,12 @@ from ml_collections import ConfigDict
 from revnet_jax.data.vocabulary import vocabulary_from
 from revnet_jax.models import Variables
 from revnet_jax.training import data_record
-from revnet_jax.training.build import build_data, build_recipe
+from revnet_jax.training.build import build_recipe
 from revnet_jax.training.checkpoint import CheckpointError
 from revnet_jax.training.compiler import jit
 from revnet_jax.training.distributed import is_first
 from revnet_jax.training.evaluation import evaluate
+from revnet_jax.training.inputs import build_data
 from revnet_jax.training.loop import open_checkpoints
 from revnet_jax.training.sharding import batch_parts, make_mesh, on_mesh, placed
 from revnet_jax.training.step import TrainState

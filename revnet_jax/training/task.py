@@ -3,22 +3,73 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from revnet_jax.core import Exactness
-from revnet_jax.models import LanguageModel, Lockstep, Network, RevViT, Variables
+from revnet_jax.models import LanguageModel, Lockstep, Model, Network, RevViT, Variables
 
-Model = Network | RevViT | LanguageModel
 Batch = dict[str, jax.Array]
 Sums = dict[str, jax.Array]
 
 
-class Classification(NamedTuple):
+class Task(ABC):
+    """What a network is to learn: from a batch to a loss, and to what evaluation sums up.
+
+    network: the model; the task alone calls what is not in the `Model` protocol.
+    best: the score that the best checkpoint has, and whether it is the "max" or the "min".
+    unit: what `units` counts: speeds are in these.
+    """
+
+    network: Model
+    best: ClassVar[tuple[str, Literal["min", "max"]]] = ("eval_loss", "min")
+    unit: ClassVar[str] = "examples"
+
+    @abstractmethod
+    def loss(
+        self,
+        variables: Variables,
+        batch: Batch,
+        key: jax.Array,
+        *,
+        probes: dict[str, Exactness] | None,
+        lockstep: Lockstep | None,
+    ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
+        """(the mean over the batch, (new running averages, other means over the batch)).
+
+        key: of all that training draws. probes, lockstep: for `chain`, by way of the network.
+        Without running averages, the new ones are `variables.stats`.
+        """
+
+    @abstractmethod
+    def sums(self, variables: Variables, batch: Batch) -> Sums:
+        """Weighted sums over a test batch: of the weights, as "count", and of "loss" and others."""
+
+    @abstractmethod
+    def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Of a training batch; a test batch has a "weight" too, 0 where it is filled up."""
+
+    def scores(self, means: Mapping[str, float]) -> dict[str, float]:
+        """What evaluation reports, from the means: `eval_loss` (nats), `eval_accuracy`."""
+        return {f"eval_{name}": mean for name, mean in means.items()}
+
+    def units(self, batch_size: int) -> int:
+        """How many are in a batch."""
+        return batch_size
+
+    def of_data(self, record: Mapping[str, Any]) -> Task:
+        """This task, knowing what `Data` records; itself where it needs to know nothing."""
+        return self
+
+
+@dataclass(frozen=True)
+class Classification(Task):
     """Images and labels: cross entropy.
 
     label_smoothing: share of the target spread over all classes, in training.
@@ -30,12 +81,7 @@ class Classification(NamedTuple):
     network: Network | RevViT
     label_smoothing: float = 0.0
     mixup: float = 0.0
-    best = ("eval_accuracy", "max")
-    unit = "examples"  # of speed
-
-    def of_data(self, record: Mapping[str, Any]) -> Classification:
-        """Itself: it needs to know nothing of its data."""
-        return self
+    best: ClassVar = ("eval_accuracy", "max")
 
     def loss(
         self,
@@ -71,14 +117,6 @@ class Classification(NamedTuple):
             "count": jnp.sum(weight_B),
         }
 
-    def scores(self, means: Mapping[str, float]) -> dict[str, float]:
-        """What evaluation reports, from the means: `eval_loss` (nats), `eval_accuracy`."""
-        return {f"eval_{name}": mean for name, mean in means.items()}
-
-    def units(self, batch_size: int) -> int:
-        """How many are in a batch."""
-        return batch_size
-
     def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Of a training batch."""
         images = (batch_size, *self.network.architecture.image_shape)
@@ -88,7 +126,8 @@ class Classification(NamedTuple):
         }
 
 
-class NextToken(NamedTuple):
+@dataclass(frozen=True)
+class NextToken(Task):
     """Text: the likelihood of each token given those before it.
 
     context: tokens of a sequence. balance: weight of the balance loss of experts.
@@ -99,12 +138,11 @@ class NextToken(NamedTuple):
     context: int
     balance: float = 0.0
     bytes_per_token: float | None = None
-    best = ("eval_loss", "min")
-    unit = "tokens"  # of speed
+    unit: ClassVar[str] = "tokens"
 
     def of_data(self, record: Mapping[str, Any]) -> NextToken:
         """Knowing what `Data` records of the text."""
-        return self._replace(bytes_per_token=record["bytes_per_token"])
+        return replace(self, bytes_per_token=record["bytes_per_token"])
 
     def loss(
         self,
@@ -145,16 +183,13 @@ class NextToken(NamedTuple):
         return found
 
     def units(self, batch_size: int) -> int:
-        """How many are in a batch."""
+        """Tokens."""
         return batch_size * self.context
 
     def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Of a training batch."""
         tokens = jax.ShapeDtypeStruct((batch_size, self.context), jnp.int32)
         return {"token": tokens, "target": tokens}
-
-
-Task = Classification | NextToken
 
 
 def cross_entropy(

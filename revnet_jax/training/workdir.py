@@ -11,14 +11,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from revnet_jax.config import (
-    ConfigError,
-    flatten,
-    image_classification,
-    language_model,
-    vision_transformer,
-)
+from revnet_jax import references
+from revnet_jax.config import ConfigError, flatten
 from revnet_jax.errors import UserError, writing
+from revnet_jax.families import CONVOLUTIONAL, FAMILIES
 from revnet_jax.training import data_record, lock
 from revnet_jax.training.provenance import git_commit, versions
 from revnet_jax.training.resume import Change, changed_settings
@@ -58,6 +54,7 @@ def claim(workdir: Path, config: ConfigDict, data: Mapping[str, Any]) -> dict[st
     record = {
         "config": config.to_dict(),
         "data": dict(data),
+        "folders": references.folders_of(flatten(config)),
         "git_commit": git_commit(),
         "versions": versions(),
     }
@@ -77,7 +74,8 @@ def check_same(workdir: Path, config: ConfigDict, data: Mapping[str, Any]) -> di
             f"{data_record.summary(recorded)}: files were added, removed, renamed or changed. "
             "Choose another --workdir, or bring the data of that run back to resume it"
         )
-    return changed_settings(config, load_config(workdir), workdir)
+    now = ConfigDict(_tuples(config.to_dict()))
+    return changed_settings(now, load_config(workdir), workdir)
 
 
 def check_can_go_on(workdir: Path, config: ConfigDict, step: int) -> None:
@@ -116,9 +114,12 @@ def known_stored_layers(path: Path, found_for: Mapping[str, Any]) -> int:
 
 def load_config(workdir: Path) -> ConfigDict:
     """The config that a run was last started with. Raises ConfigError where there is none."""
-    saved = load_record(workdir)["config"]
-    knobs = {"decoder": language_model, "vit": vision_transformer}
-    config = knobs.get(saved.get("model", {}).get("family"), image_classification)()
+    record = load_record(workdir)
+    saved = record["config"]
+    references.look_in(record.get("folders", ()), first=False)  # after PYTHONPATH
+    if references.named_in(flatten(ConfigDict(saved))):
+        return ConfigDict(_tuples(saved))
+    config = FAMILIES.get(saved.get("model", {}).get("family"), CONVOLUTIONAL).settings()
     defaults, path = flatten(config), workdir / "config.json"
     try:
         config.update(_tuples(saved))

@@ -11,10 +11,10 @@ import pytest
 from revnet_jax.config import image_classification
 from revnet_jax.core import chain, reversible_block
 from revnet_jax.errors import UserError
+from revnet_jax.families import build_task
 from revnet_jax.memory.buffers import assignment
 from revnet_jax.memory.liveness import liveness
 from revnet_jax.memory.timeline import as_report, as_table, draw, timelines, with_layers
-from revnet_jax.training.build import build_network
 
 BASIC = ("store", "remat", "reverse")
 ROWS, WIDTH, LAYERS = 256, 16, 8
@@ -94,7 +94,7 @@ def test_every_chain_gets_its_layers(tiny_config, family):
     channels = (8, 8, 32) if family == "irevnet" else (8, 8, 16)
     tiny_config.model.channels = channels
     tiny_config.model.update({"backprop": "reverse,store", "stored_layers": "2"})
-    chains = build_network(with_layers(tiny_config, 5)).chains.values()
+    chains = build_task(with_layers(tiny_config, 5)).network.chains.values()
     depths = [sum(group.depth for group in chain if group.unit) for chain in chains]
     assert depths == ([10] if family == "irevnet" else [5, 5])
 

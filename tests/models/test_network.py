@@ -11,10 +11,9 @@ import pytest
 from jax import lax
 
 from revnet_jax.core import STRATEGIES, Exactness, Grid
+from revnet_jax.models import Network, Variables, num_params, residual
 from revnet_jax.models import network as network_module
-from revnet_jax.models import residual
 from revnet_jax.models.architecture import Architecture, groups
-from revnet_jax.models.network import Network, Variables, num_params
 
 # The same optimised program, translated with less effort: compiling is what these tests pay for.
 COMPILE_FAST = {"xla_backend_optimization_level": 0}

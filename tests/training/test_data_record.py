@@ -9,7 +9,7 @@ from PIL import Image
 
 from revnet_jax.config import ConfigError
 from revnet_jax.training import workdir as workdirs
-from revnet_jax.training.build import build_data
+from revnet_jax.training.inputs import build_data
 from revnet_jax.training.restore import all_fsdp
 
 

@@ -1,0 +1,261 @@
+"""The families of models: a row for each says its settings, task, data and depth.
+
+The only place that knows one family from another. All else asks the `Model` and the `Task` that a
+row builds, or the row.
+
+A model of one's own needs no row: `config.model.family = "my_model:build"` names a function that
+gets the settings of `config.model` and returns a `Task` (see `references.py`, docs/your_own.md).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from revnet_jax import references
+from revnet_jax.config import (
+    ConfigError,
+    experiment,
+    flatten,
+    image_classification,
+    language_model,
+    settings,
+    vision_transformer,
+)
+from revnet_jax.core import Grid
+from revnet_jax.models import (
+    Architecture,
+    Decoder,
+    LanguageModel,
+    Network,
+    RevViT,
+    Variables,
+    VisionTransformer,
+)
+from revnet_jax.models.attention import kernel_for
+from revnet_jax.ranges import check_ranges
+from revnet_jax.training.task import Classification, NextToken, Task
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclass(frozen=True)
+class Depth:
+    """How deep a model is, by its settings.
+
+    of: `(config.model) -> layers`, or residual units.
+    times: `(config.model, n) -> settings` of one n times as deep.
+    equal: `(config, layers) -> settings` with that many layers in the chain of each stage.
+    """
+
+    of: Callable[[Mapping[str, Any]], int]
+    times: Callable[[Mapping[str, Any], int], dict[str, Any]]
+    equal: Callable[[ConfigDict, int], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What sets models of one kind apart from others.
+
+    settings: a config with every knob and its default.
+    task: `(config, options, platform) -> task`. options: keyword arguments that all models take:
+      how the gradient is computed, dtypes and grid. platform: "cpu", "gpu" or "tpu".
+    data: what the task learns from; None: what the data set is.
+    """
+
+    settings: Callable[[], ConfigDict]
+    task: Callable[[ConfigDict, dict[str, Any], str], Task]
+    data: Literal["images", "text"] | None
+    depth: Depth
+
+
+def family_of(config: ConfigDict) -> Family:
+    """The row of `config.model.family`; ConfigError unless the config has the settings of one."""
+    name, model = config.model.family, set(config.model)
+    if references.is_reference(name):
+        _check_experiment(config)
+        return ONES_OWN
+    fitting = [known for known, row in FAMILIES.items() if set(row.settings().model) == model]
+    if name in fitting:
+        return FAMILIES[name]
+    if name in FAMILIES and not fitting:
+        knobs = set(FAMILIES[name].settings().model)
+        raise ConfigError(
+            f"config.model: got settings that differ from those of a {name} in "
+            f"{', '.join(sorted(knobs ^ model))}, expected the same"
+        )
+    raise ConfigError(
+        f"config.model.family: got {name!r}, expected one of {', '.join(fitting or FAMILIES)}: "
+        "others have other settings, take a config of theirs; or MODULE:FUNCTION, of your own"
+    )
+
+
+def _check_experiment(config):
+    """Raises ConfigError where one's own config lacks knobs that every run has."""
+    if missing := sorted(flatten(experiment()).keys() - flatten(config).keys()):
+        raise ConfigError(
+            f"config: got no {', '.join(missing)}, expected what every run has: begin with "
+            "revnet_jax.config.experiment() and add to it"
+        )
+
+
+def build_task(
+    config: ConfigDict, stored_layers: int | None = None, *, platform: str | None = None
+) -> Task:
+    """The model of a config, and what it is to learn. Nothing is computed.
+
+    stored_layers: in place of the config's; "auto" there is 0 until it is resolved.
+    platform: "cpu", "gpu" or "tpu", of the devices to train on; by default those that are here.
+
+    Raises ConfigError for settings that cannot be used.
+    """
+    check_ranges(config)
+    family = family_of(config)
+    with settings("model"):
+        options = _options(config, stored_layers)
+    return family.task(config, options, platform or jax.default_backend())
+
+
+# Settings of every model that are resolved here, into keyword arguments.
+_RESOLVED = (
+    *("family", "backprop", "stored_layers", "unroll", "compute_dtype", "param_dtype"),
+    *("grid", "grid_bits", "check_exactness"),
+)
+
+
+def _options(config: ConfigDict, stored_layers: int | None) -> dict[str, Any]:
+    """How gradients are computed, and in which numbers."""
+    model = config.model
+    for name in ("compute_dtype", "param_dtype"):
+        if model[name] not in DTYPES:
+            raise ValueError(f"got {name}={model[name]!r}, expected one of {', '.join(DTYPES)}")
+    stored = model.stored_layers
+    if stored != "auto" and not stored.isdecimal():
+        raise ValueError(f"got stored_layers={stored!r}, expected a whole number or auto")
+    if stored_layers is None:
+        stored_layers = 0 if stored == "auto" else int(stored)
+    return {
+        "backprop": tuple(model.backprop.split(",")) if "," in model.backprop else model.backprop,
+        "stored_layers": stored_layers,
+        "unroll": model.unroll,
+        "compute_dtype": DTYPES[model.compute_dtype],
+        "param_dtype": DTYPES[model.param_dtype],
+        "grid": Grid(model.grid_bits) if model.grid else None,
+        "check_exactness": model.check_exactness,
+    }
+
+
+def _own(config: ConfigDict) -> dict[str, Any]:
+    """The settings of `config.model` that only its family has."""
+    return {name: value for name, value in config.model.items() if name not in _RESOLVED}
+
+
+def _convolutional(config, options, platform):
+    shapes = {"image_shape": config.data.image_shape, "num_classes": config.data.num_classes}
+    with settings("model"):
+        architecture = Architecture(family=config.model.family, **shapes, **_own(config))
+        network = Network(architecture, **options)
+    return _classification(config, network)
+
+
+def _vision_transformer(config, options, platform):
+    model = _own(config)
+    attention = _kernel(model.pop("attention"), platform)
+    shapes = {"image_shape": config.data.image_shape, "num_classes": config.data.num_classes}
+    with settings("model"):
+        network = RevViT(VisionTransformer(**shapes, **model), **options, attention=attention)
+    return _classification(config, network)
+
+
+def _classification(config, network):
+    return Classification(network, config.label_smoothing, config.mixup)
+
+
+def _decoder(config, options, platform):
+    model = _own(config)
+    attention = _kernel(model.pop("attention"), platform)
+    chunks = {name: model.pop(name) for name in ("feed_forward_chunks", "loss_chunk")}
+    with settings("model"):
+        architecture = Decoder(vocab_size=config.data.vocab_size, **model)
+        if config.data.context % chunks["feed_forward_chunks"]:
+            raise ValueError(
+                f"got feed_forward_chunks={chunks['feed_forward_chunks']}, expected a divisor of "
+                f"data.context={config.data.context}"
+            )
+        network = LanguageModel(architecture, **options, **chunks, attention=attention)
+    return NextToken(network, config.data.context, config.balance)
+
+
+def _ones_own(config, options, platform):
+    name, model = config.model.family, _own(config)
+    optional = {"data": config.data, "platform": platform}
+    task = references.call("model.family", name, model, given=options, optional=optional)
+    check = functools.partial(references.check_members, "model.family", name)
+    members = ("network", "loss", "sums", "batch_shapes", "scores", "units", "of_data")
+    check(task, members, "a Task (revnet_jax/training/task.py)")
+    network = task.network
+    members = ("init", "probes", "rules", "grid", "invertible", "strategies", "stacked")
+    expected = "a Model (revnet_jax/models/model.py) as its network"
+    check(network, (*members, "most_stored_layers"), expected)
+    variables = jax.eval_shape(lambda: network.init(jax.random.key(0)))
+    if not isinstance(variables, Variables) or not set(network.stacked) <= set(variables.params):
+        raise ConfigError(
+            f"config.model: got an init of {name} that returns a {type(variables).__name__}, "
+            f"expected Variables whose params have the groups {', '.join(network.stacked)}"
+        )
+    return task
+
+
+def _kernel(name, platform):
+    own = kernel_for(platform)
+    if name not in ("auto", "chunked", own):
+        raise ConfigError(
+            f"config.model.attention: got {name!r} on {platform}, expected auto, or one of "
+            f"{', '.join(sorted({'chunked', own}))}"
+        )
+    return own if name == "auto" else name
+
+
+def _equal_units(config, layers):
+    """A unit that changes width or resolution is no layer of a chain, and comes on top."""
+    config = config.copy_and_resolve_references()
+    config.model.units = (1,) * len(config.model.units)
+    config.model.update({"backprop": "store", "stored_layers": "0"})
+    network: Any = build_task(config, platform="cpu").network
+    first_units = [group for group in network.groups if group.unit]
+    return {"units": tuple(layers + group.is_transition for group in first_units)}
+
+
+def _layers(model):
+    if not isinstance(model.get("layers"), int):
+        raise ConfigError(
+            f"config.model.layers: got {model.get('layers')!r}, expected a whole number: its depth"
+        )
+    return model["layers"]
+
+
+LAYERS = Depth(
+    of=_layers,
+    times=lambda model, n: {"layers": n * _layers(model)},
+    equal=lambda config, layers: {"layers": layers},
+)
+UNITS = Depth(
+    of=lambda model: sum(model["units"]),
+    times=lambda model, n: {"units": tuple(n * units for units in model["units"])},
+    equal=_equal_units,
+)
+ONES_OWN = Family(experiment, _ones_own, None, LAYERS)
+CONVOLUTIONAL = Family(image_classification, _convolutional, "images", UNITS)
+FAMILIES = {
+    "revnet": CONVOLUTIONAL,
+    "resnet": CONVOLUTIONAL,
+    "irevnet": CONVOLUTIONAL,
+    "vit": Family(vision_transformer, _vision_transformer, "images", LAYERS),
+    "decoder": Family(language_model, _decoder, "text", LAYERS),
+}

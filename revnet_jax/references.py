@@ -1,0 +1,151 @@
+"""Functions of one's own that a config names: `config.model.family = "my_model:build"`.
+
+The string is `MODULE:FUNCTION`, as in entry points and in Hydra's `_target_`: it is printed by
+`--dry_run`, can be a flag, is kept in a run's config.json, and reaches other processes (planners,
+other hosts, a later `scripts/evaluate.py`), none of which an object in a config would. The function
+gets the settings of its section as keyword arguments, so its signature is the list of its knobs,
+and a knob that is misspelt is found before anything is compiled.
+
+A module is looked for as by `import`, and beside the config file first.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from revnet_jax.config import ConfigError
+from revnet_jax.errors import UserError
+
+KEYS = ("model.family", "data.name", "optimizer.name")  # settings that may be references
+
+
+def is_reference(name: Any) -> bool:
+    """Whether this is no name of the package's own."""
+    return isinstance(name, str) and ":" in name
+
+
+def named_in(config: Mapping[str, Any]) -> list[str]:
+    """The references in a config, given as settings by dotted key."""
+    return [config[key] for key in KEYS if is_reference(config.get(key, ""))]
+
+
+def look_in(folders: Iterable[str | os.PathLike[str]], *, first: bool = True) -> None:
+    """Has modules be looked for in these folders too, before or after all others."""
+    for folder in map(os.path.abspath, folders):
+        if folder not in sys.path and os.path.isdir(folder):
+            sys.path.insert(0 if first else len(sys.path), folder)
+
+
+def search_path() -> str:
+    """For PYTHONPATH of another process: it finds the modules that this one does."""
+    return os.pathsep.join(path or os.getcwd() for path in sys.path)
+
+
+def folders_of(config: Mapping[str, Any]) -> list[str]:
+    """Where the modules that a config names were found, for a process without its config file.
+
+    config: settings by dotted key.
+    """
+    found = []
+    for name in named_in(config):
+        module, _, _ = name.partition(":")
+        file = getattr(sys.modules.get(module), "__file__", None)
+        if file:
+            levels = module.count(".") + (Path(file).name == "__init__.py")
+            found.append(str(Path(file).absolute().parents[levels]))
+    return list(dict.fromkeys(found))
+
+
+def load(key: str, name: str) -> Callable[..., Any]:
+    """The function that the setting `config.<key>` names.
+
+    Raises ConfigError for a module or an attribute that is missing. An error inside the module is
+    a fault of its code, and keeps its traceback.
+    """
+    module_name, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in [*module_name.split("."), attribute]):
+        raise ConfigError(
+            f"config.{key}: got {name!r}, expected MODULE:FUNCTION, as my_model:build"
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if f"{module_name}.".startswith(f"{missing}."):
+            raise ConfigError(
+                f"config.{key}: got {name!r} and found no module {missing!r}, expected it beside "
+                "the config file, in a folder of PYTHONPATH, or installed"
+            ) from error
+        raise ConfigError(
+            f"config.{key}: got {name!r}, which imports {missing!r}, expected that to be installed"
+        ) from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        got = "no" if function is None else f"a {type(function).__name__}, not a function, as"
+        raise ConfigError(
+            f"config.{key}: got {name!r} and {got} {attribute!r} in {module.__file__}, expected a "
+            "function"
+        )
+    return function
+
+
+def call(
+    key: str,
+    name: str,
+    settings: Mapping[str, Any],
+    *,
+    given: Mapping[str, Any],
+    optional: Mapping[str, Any],
+) -> Any:
+    """Calls the function of `config.<key>` with keyword arguments.
+
+    settings: of its section, which it has to take. given: what the package has it take besides.
+    optional: further arguments that it gets where its signature names them.
+
+    Raises ConfigError where signature and settings differ, and for a ValueError or TypeError that
+    the function raises.
+    """
+    function, section = load(key, name), key.partition(".")[0]
+    parameters = inspect.signature(function).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    named = {
+        n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    }
+    arguments = {**settings, **given}
+    if refused := [argument for argument in arguments if argument not in named and not takes_all]:
+        mend = f", or remove config.{section}.{refused[0]}" if refused[0] in settings else ""
+        raise ConfigError(
+            f"config.{section}: got {name} without a parameter {refused[0]}, expected one for each "
+            f"of {', '.join(arguments)}: add it or **options{mend}"
+        )
+    arguments |= {argument: x for argument, x in optional.items() if argument in named}
+    needed = [n for n in named if parameters[n].default is parameters[n].empty]
+    if missing := sorted(set(needed) - arguments.keys()):
+        raise ConfigError(
+            f"config.{section}: got no {missing[0]}, which {name} takes, expected "
+            f"config.{section}.{missing[0]} in the config file"
+        )
+    try:
+        return function(**arguments)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(frame.filename).name}:{frame.lineno}"
+        raise ConfigError(f"config.{section}: {name}: {error} ({where})") from error
+
+
+def check_members(key: str, name: str, what: Any, members: Collection[str], expected: str) -> None:
+    """Raises ConfigError where what the function of `config.<key>` returned lacks attributes."""
+    if missing := [member for member in members if not hasattr(what, member)]:
+        raise ConfigError(
+            f"config.{key}: got a {type(what).__name__} without {', '.join(missing)} from {name}, "
+            f"expected {expected}"
+        )

@@ -1,0 +1,162 @@
+"""From a config to the batches that a run reads."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from revnet_jax import references
+from revnet_jax.config import ConfigError, image_classification, language_model, settings
+from revnet_jax.data import Dataset, eval_batches, load_dataset, train_batches
+from revnet_jax.data.source import Source, iterate_test, iterate_train
+from revnet_jax.data.text import TEXT_NAMES, Text, eval_windows, load_text, train_windows
+from revnet_jax.families import build_task, family_of
+from revnet_jax.training import data_record
+from revnet_jax.training.sharding import local_rows
+
+
+class Data(NamedTuple):
+    """What a run reads. train: `(start_step) -> batches` without an end; test: `() -> batches`.
+
+    Both are iterators to be closed, of this process's rows of each batch.
+    """
+
+    train: Callable[[int], Any]
+    test: Callable[[], Any]
+    record: dict[str, Any]
+
+
+def build_data(config: ConfigDict, mesh: Mesh, eval_batch_size: int | None = None) -> Data:
+    """Loads the data, checks that they are what the config says, and says how they are read.
+
+    mesh: this process reads the rows of each batch that its devices there hold. eval_batch_size: in
+    place of the config's, for the same examples.
+    """
+    data = config.data
+    eval_batch_size = eval_batch_size or config.eval_batch_size
+
+    def batches_of(size: int) -> dict[str, Any]:
+        reading = {"num_threads": data.num_threads, "prefetch": data.prefetch}
+        return {"batch_size": size, "rows": local_rows(mesh, size), **reading}
+
+    with settings("data"):
+        loaded = load(config)
+    train, test = batches_of(config.batch_size), batches_of(eval_batch_size)
+    if isinstance(loaded, Text):
+        found = _text(config, loaded, train, test)
+    elif isinstance(loaded, Dataset):
+        found = _images(config, loaded, train, test)
+    else:
+        found = _source(config, loaded, train, test)
+    if any(map(references.is_reference, (data.name, config.model.family))):
+        with settings("data"):
+            _check_batches(build_task(config), found, train, test)
+    return found
+
+
+def load(config: ConfigDict) -> Dataset | Text | Source:
+    """The data set of a config. A function of one's own may return any of the three.
+
+    That gets the settings of `config.data` that are none of the package's, and of those that are
+    what its signature names, as `dir`.
+    """
+    data, name = config.data, config.data.name
+    if references.is_reference(name):
+        known = {knob: x for knob, x in data.items() if knob in PACKAGE_KNOBS and knob != "name"}
+        own = {knob: x for knob, x in data.items() if knob not in PACKAGE_KNOBS}
+        loaded = references.call("data.name", name, own, given={}, optional=known)
+        if not isinstance(loaded, Dataset | Text):
+            expected = "a Source, such as Arrays (revnet_jax/data/source.py), a Dataset or a Text"
+            references.check_members("data.name", name, loaded, ("train", "test"), expected)
+        return loaded
+    kind = family_of(config).data or ("text" if name in TEXT_NAMES else "images")
+    if kind == "text":
+        _check_knobs(config, ("dir", "train_share", "vocab_size", "context", "eval_batches"))
+        return load_text(name, path=data.dir, train_share=data.train_share)
+    _check_knobs(config, ("dir", "image_shape", "num_classes", "verify_images"))
+    image_size, verify_images = data.image_shape[0], data.verify_images
+    return load_dataset(
+        name, dir=data.dir or None, image_size=image_size, verify_images=verify_images
+    )
+
+
+PACKAGE_KNOBS = frozenset({**image_classification().data, **language_model().data})
+
+
+def _check_knobs(config, names):
+    """Raises ConfigError where the data section of one's own config lacks some of these."""
+    if missing := [name for name in names if name not in config.data]:
+        raise ConfigError(
+            f"config.data: got no {', '.join(missing)} with {config.data.name}, expected the data "
+            "section of image_classification() or language_model() in revnet_jax/config.py"
+        )
+
+
+def _text(config, text, train, test):
+    data, size = config.data, text.vocabulary.size
+    _check_knobs(config, ("vocab_size", "context", "eval_batches"))
+    if data.vocab_size != size:
+        raise ConfigError(
+            f"config.data.vocab_size: got {data.vocab_size}, expected {size}, as in the data"
+        )
+    windows = {"seed": config.seed, "context": data.context, **train}
+    most = data.eval_batches * config.eval_batch_size
+    return Data(
+        lambda step: train_windows(text, start_step=step, **windows),
+        lambda: eval_windows(text, context=data.context, max_windows=most, **test),
+        data_record.of_text(text),
+    )
+
+
+def _images(config, dataset, train, test):
+    data = config.data
+    _check_knobs(config, ("image_shape", "num_classes", "crop_padding", "flip", "min_crop_area"))
+    for name, got, expected in (
+        ("image_shape", tuple(data.image_shape), dataset.image_shape),
+        ("num_classes", data.num_classes, dataset.num_classes),
+    ):
+        if got != expected:
+            raise ConfigError(f"config.data.{name}: got {got}, expected {expected}, as in the data")
+    augmentation = {name: data[name] for name in ("crop_padding", "flip", "min_crop_area")}
+    options = {"seed": config.seed, **augmentation, **train}
+    return Data(
+        lambda step: train_batches(dataset, start_step=step, **options),
+        lambda: eval_batches(dataset, **test),
+        data_record.of_dataset(dataset),
+    )
+
+
+def _source(config, source, train, test):
+    return Data(
+        lambda step: iterate_train(source, seed=config.seed, start_step=step, **train),
+        lambda: iterate_test(source, **test),
+        {},
+    )
+
+
+def _check_batches(task, data, train, test):
+    """Raises ValueError unless batches are what the task says: nobody else looks at one's own."""
+    for split, batches, of in (("training", data.train(0), train), ("test", data.test(), test)):
+        with contextlib.closing(batches):
+            batch = next(batches)
+        got = {name: f"{x.dtype}{list(x.shape)}" for name, x in batch.items() if name != "weight"}
+        expected = {
+            name: f"{leaf.dtype}{[len(of['rows']), *leaf.shape[1:]]}"
+            for name, leaf in task.batch_shapes(of["batch_size"]).items()
+        }
+        if got != expected or (split == "test") != ("weight" in batch):
+            more = ", and a weight" if split == "test" else ""
+            raise ValueError(f"got a {split} batch of {got}, expected {expected}{more}")
+
+
+def check_data_dir(config: ConfigDict) -> None:
+    """Raises ConfigError for data that are somewhere, but the config does not say where."""
+    name = config.data.name
+    if references.is_reference(name):
+        return
+    if not config.data.dir and name not in ("digits", "bytes"):
+        raise ConfigError(f"config.data.dir: got none for {name}, expected where its files will be")

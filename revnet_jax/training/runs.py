@@ -1,0 +1,233 @@
+"""Runs side by side: final metrics of each config, over its seeds. Imports no JAX."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from revnet_jax.errors import UserError
+
+# Settings that do not make another experiment of a run: its seed, and how its host reads and looks.
+SAME = ("seed", "data.dir", "data.verify_images", "data.num_threads", "data.prefetch")
+SAME += ("profile.start_step", "profile.num_steps", "log_every_steps", "checkpoint_every_steps")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a workdir tells.
+
+    settings: by dotted key. rows: of metrics.jsonl. summary: of summary.json, {} before its end.
+    """
+
+    workdir: Path
+    settings: dict[str, Any]
+    rows: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+    @property
+    def steps(self) -> int:
+        """The last step that metrics tell of."""
+        return self.rows[-1]["step"]
+
+    def final(self, metric: str) -> float | None:
+        """The last value of a metric; of speeds and sizes, that of the summary; None without."""
+        values = [row[metric] for row in self.rows if metric in row]
+        value = values[-1] if values else self.summary.get(metric)
+        return None if value is None or metric == "step" else float(value)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seeds alone.
+
+    settings: those that differ between groups.
+    """
+
+    settings: dict[str, Any]
+    runs: list[Run]
+
+    @property
+    def label(self) -> str:
+        """Such as "learning_rate=0.1, backprop=store"."""
+        last = [key.rpartition(".")[2] for key in self.settings]
+        short = lambda key: key if last.count(name := key.rpartition(".")[2]) > 1 else name
+        return ", ".join(f"{short(key)}={value}" for key, value in self.settings.items()) or "all"
+
+
+def find_runs(paths: Sequence[str], report: Callable[[str], None]) -> list[Run]:
+    """The runs of these workdirs, and of all workdirs in those that are folders of some.
+
+    report: takes a line for a run in a folder that has no metrics yet.
+
+    Raises UserError in one line: no run there, a named one without metrics, damaged files.
+    """
+    runs: dict[Path, Run] = {}
+    for path in map(Path, paths):
+        inside = list(_workdirs(path))
+        if not inside:
+            raise UserError(f"got {path}, expected the --workdir of a run, or a folder of several")
+        for workdir in inside:
+            try:
+                runs[workdir.resolve()] = read_run(workdir)
+            except NoMetricsError as error:
+                if workdir == path:
+                    raise
+                report(f"left out {error}")
+    if not runs:
+        raise UserError(f"got no run with metrics in {', '.join(paths)}, expected one at least")
+    return list(runs.values())
+
+
+class NoMetricsError(UserError):
+    """A run has not logged a step yet."""
+
+
+def _workdirs(path: Path) -> Iterator[Path]:
+    for folder, folders, files in os.walk(path):
+        if "config.json" in files:
+            folders.clear()
+            yield Path(folder)
+        folders.sort()
+
+
+def read_run(workdir: Path) -> Run:
+    """Raises UserError: no config, no metrics, or a row that is none. Half a row at the end, which
+    a run leaves that is killed or still writes, is passed over.
+    """
+    config = _json(workdir / "config.json")
+    if not isinstance(config.get("config"), dict):
+        raise UserError(f"{workdir / 'config.json'}: got no config, expected the file of a run")
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.endswith("\n"):
+            break
+        try:
+            row = json.loads(line)
+            rows.append({**row, "step": int(row["step"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}, line {number}: got {line.strip()[:40]!r}, expected a row of metrics: "
+                "remove the line, or the run"
+            ) from error
+    if not rows:
+        raise NoMetricsError(f"{workdir}: got no metrics, expected a run that has logged a step")
+    summary = workdir / "summary.json"
+    settings = dict(_flat(config["config"]))
+    return Run(workdir, settings, rows, _json(summary) if summary.exists() else {})
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"cannot read {path}: {error}; expected the JSON of a run") from error
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def grouped(runs: Sequence[Run]) -> list[Group]:
+    """The runs of each config, in the order of their settings."""
+    keys = dict.fromkeys(key for run in runs for key in run.settings if key not in SAME)
+    values = lambda key: {json.dumps(run.settings.get(key)) for run in runs}
+    differing = [key for key in keys if len(values(key)) > 1]
+    groups: dict[str, Group] = {}
+    for run in runs:
+        settings = {key: run.settings.get(key) for key in differing}
+        groups.setdefault(json.dumps(settings), Group(settings, [])).runs.append(run)
+    number = lambda x: isinstance(x, int | float)
+    order = lambda x: (0, x, "") if number(x) else (1, 0, str(x))
+    return sorted(groups.values(), key=lambda g: [order(x) for x in g.settings.values()])
+
+
+def chosen_metrics(runs: Sequence[Run], names: Sequence[str] | None) -> list[str]:
+    """These metrics, by default train_loss and all of evaluation; UserError for an unknown one."""
+    logged = {name for run in runs for row in run.rows for name in row}
+    numbers = (n for run in runs for n, x in run.summary.items() if isinstance(x, int | float))
+    known = sorted(logged.union(numbers))
+    for name in names or []:
+        if name not in known:
+            raise UserError(f"got metric {name!r}, expected some of {', '.join(known)}")
+    default = ["train_loss", *(name for name in sorted(logged) if name.startswith("eval_"))]
+    return list(names or default)
+
+
+def compare(groups: Sequence[Group], metrics: Sequence[str]) -> list[dict[str, Any]]:
+    """A row for each group: settings, runs, the fewest and most steps, and for each metric its
+    mean and spread (the standard deviation of a sample, null of one run), null where no run has it.
+    """
+    rows = []
+    for group in groups:
+        steps = [run.steps for run in group.runs]
+        row: dict[str, Any] = {
+            "settings": group.settings,
+            "runs": len(group.runs),
+            "steps": [min(steps), max(steps)],
+            "workdirs": [str(run.workdir) for run in group.runs],
+        }
+        for metric in metrics:
+            found = [x for run in group.runs if (x := run.final(metric)) is not None]
+            spread = statistics.stdev(found) if len(found) > 1 and _finite(found) else None
+            mean = math.fsum(found) / len(found) if found else None
+            row[metric] = {"mean": mean, "spread": spread}
+        rows.append(row)
+    return rows
+
+
+def _finite(values):
+    return all(map(math.isfinite, values))
+
+
+def as_table(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> str:
+    """Markdown."""
+    keys = list(rows[0]["settings"])
+    lines = [[*keys, "runs", "steps", *metrics], ["---"] * (len(keys) + 2 + len(metrics))]
+    for row in rows:
+        first, last = row["steps"]
+        steps = f"{last:,}" if first == last else f"{first:,} to {last:,}"
+        settings = [str(row["settings"][key]) for key in keys]
+        lines.append([*settings, str(row["runs"]), steps, *(_cell(row[name]) for name in metrics)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value):
+    if value["mean"] is None:
+        return "-"
+    spread = "" if value["spread"] is None else f" ± {value['spread']:.2g}"
+    return f"{value['mean']:.5g}{spread}"
+
+
+def draw(groups: Sequence[Group], metrics: Sequence[str], figure_class: Any) -> Any:
+    """A panel for each metric: a curve for each run, in the colour of its group."""
+    logged = {name for group in groups for run in group.runs for row in run.rows for name in row}
+    shown = [name for name in metrics if name in logged]
+    if not shown:
+        raise UserError(f"got {', '.join(metrics)} to draw, expected a metric of metrics.jsonl")
+    figure = figure_class(figsize=(4.5 * len(shown), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axis, metric in zip(axes, shown, strict=True):
+        for color, group in enumerate(groups):
+            for number, run in enumerate(group.runs):
+                points = [(row["step"], float(row[metric])) for row in run.rows if metric in row]
+                label = group.label if number == 0 else None
+                steps, values = zip(*points, strict=True) if points else ((), ())
+                marker = "o" if len(points) == 1 else None  # one point makes no line
+                style = {"color": f"C{color % 10}", "alpha": 0.8, "linewidth": 1, "marker": marker}
+                axis.plot(steps, values, label=label, **style)
+        axis.set(xlabel="step", title=metric)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    return figure
