@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import itertools
+import os
 import re
 import runpy
 import shlex
@@ -23,9 +24,9 @@ from ml_collections.config_flags import tuple_parser
 
 from revnet_jax import config as configs
 from revnet_jax.config import ConfigError, flatten
-from revnet_jax.errors import exit_status
+from revnet_jax.errors import UserError, exit_status
 from revnet_jax.experiments import locate, names
-from revnet_jax.ranges import check_ranges
+from revnet_jax.ranges import Range, check_ranges
 from revnet_jax.references import look_in
 
 flags.disclaim_key_flags()  # a flag defined here is one of the program that asks for it: --help
@@ -65,6 +66,29 @@ def define_config_flag() -> flags.FlagHolder:
         "FILE[:arm] of the experiment, as configs/digits.py. Each of its settings is a flag: "
         "--config.batch_size=32. --config=FILE --help lists them.",
     )
+
+
+def limit(flag: flags.FlagHolder, expected: Range) -> None:
+    """Refuses a number out of its range, nan too, as soon as flags are parsed."""
+    flags.register_validator(
+        flag.name,
+        lambda value: value is None or expected.holds(value),
+        message=f"expected {expected.expected}",
+    )
+
+
+def check_output(flag: str, path: str, *, suffix: str = "") -> None:
+    """Raises UserError unless a file can be written there; before anything is computed.
+
+    flag: the name of the flag that says where.
+    """
+    file = Path(path).absolute()
+    folder = file.parent
+    if not path.endswith(suffix) or not folder.is_dir() or file.is_dir():
+        kind = f"a {suffix} file" if suffix else "a file"
+        raise UserError(f"got --{flag}={path}, expected {kind} in a folder that exists")
+    if not os.access(file if file.exists() else folder, os.W_OK):
+        raise UserError(f"got --{flag}={path}, expected a file that may be written")
 
 
 def define_process_flags() -> Callable[[], dict[str, Any]]:
@@ -135,7 +159,7 @@ def _parse(argv: list[str], required: tuple[str, ...], arguments: bool) -> list[
             print(list_settings(config))
         sys.exit(0)
     for name in required:
-        if flags.FLAGS[name].value is None:
+        if not flags.FLAGS[name].value:
             sys.exit(f"error: --{name} is missing: see --help")
     if config is not None:
         try:

@@ -89,5 +89,7 @@ def exit_status() -> Iterator[None]:
             sys.stdout.flush()
         # What could not be written Python would try to write again at its end, with a traceback.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        to_stdout = error.filename is None and error.errno in (errno.ENOSPC, errno.EPIPE)
+        if error.filename is not None:
+            sys.exit(f"error: {error.filename}: {error.strerror}")
+        to_stdout = error.errno in (errno.ENOSPC, errno.EPIPE)
         sys.exit(f"error: {'cannot write to standard output: ' if to_stdout else ''}{error}")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
+from revnet_jax.cli import check_output
 from revnet_jax.errors import UserError, writing
 
 
@@ -14,15 +13,11 @@ def load_figure_class(flag: str, path: str) -> Any:
 
     flag: the name of the flag that says where.
     """
-    folder = Path(path).absolute().parent
-    if not path.endswith(".png") or Path(path).is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(
-            f"got --{flag}={path}, expected a .png file in a folder that can be written"
-        )
+    check_output(flag, path, suffix=".png")
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError(f"--{flag} needs matplotlib: run pip install matplotlib") from None
+        raise UserError(f"--{flag} needs matplotlib: run scripts/setup.sh plots") from None
     return Figure
 
 

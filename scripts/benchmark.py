@@ -18,6 +18,7 @@ instead.
 
 import json
 import os
+import re
 import runpy
 import sys
 
@@ -28,6 +29,7 @@ from revnet_jax.config import ConfigError
 from revnet_jax.errors import UserError, writing
 from revnet_jax.experiments import locate
 from revnet_jax.figures import load_figure_class, save
+from revnet_jax.ranges import real, whole
 
 CONFIG = cli.define_config_flag()
 SUITE = flags.DEFINE_enum("suite", "laptop", ["laptop", "gpu"], "What is measured.")
@@ -40,6 +42,9 @@ LIMIT_GIB = flags.DEFINE_float("limit_gib", None, "Pretend that the device has t
 MINUTES = flags.DEFINE_float(
     "minutes", None, "Skip what may take longer than is left; gpu: 5 by default, laptop: no end."
 )
+cli.limit(SECONDS, real("[0, inf)"))
+cli.limit(LIMIT_GIB, real("(0, 1e6]"))
+cli.limit(MINUTES, real("[0, inf)"))
 JSON = flags.DEFINE_bool("json", False, "Print JSON lines rather than tables.")
 JSONL = flags.DEFINE_string("jsonl", None, "Also append the JSON lines to this file, row by row.")
 PLOT = flags.DEFINE_string("plot", None, "Also draw time and memory into this PNG file.")
@@ -50,6 +55,8 @@ MEASURED = "cifar10_revnet110", "lm_124m"
 def main(argv):
     del argv
     figure_class = load_figure_class("plot", PLOT.value) if PLOT.value else None
+    if JSONL.value:
+        cli.check_output("jsonl", JSONL.value)
     import jax
 
     from revnet_jax.memory import benchmark_report as report
@@ -109,8 +116,9 @@ def whole_numbers(name, texts):
     """The numbers of a flag that is a list; None where it is not given."""
     if texts is None:
         return None
-    if not all(text.isdecimal() and int(text) for text in texts):
-        raise ConfigError(f"got --{name}={','.join(texts)}, expected numbers from 1")
+    number = whole(1, 1_000_000)
+    if not all(re.fullmatch("[0-9]{1,9}", text) and number.holds(int(text)) for text in texts):
+        raise ConfigError(f"got --{name}={','.join(texts)}, expected each {number.expected}")
     return [int(text) for text in texts]
 
 

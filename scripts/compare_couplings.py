@@ -15,11 +15,14 @@ from absl import flags
 
 from revnet_jax import cli
 from revnet_jax.figures import load_figure_class, save
+from revnet_jax.ranges import whole
 
-SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each, with seeds 0, 1, ...", lower_bound=1)
+SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each, with seeds 0, 1, ...")
+cli.limit(SEEDS, whole(1, 10_000))
 DATA = flags.DEFINE_enum("data", "digits", ["digits", "cifar10"], "What is learnt.")
 DIR = flags.DEFINE_string("dir", None, "The folder with the files; digits need none.")
-NUM_STEPS = flags.DEFINE_integer("num_steps", 200, "Updates of each run.", lower_bound=1)
+NUM_STEPS = flags.DEFINE_integer("num_steps", 200, "Updates of each run.")
+cli.limit(NUM_STEPS, whole(1))
 COUPLINGS = flags.DEFINE_list("couplings", None, "Some of the rows, by name; all by default.")
 JSON = flags.DEFINE_bool("json", False, "Print JSON rather than a table.")
 PLOT = flags.DEFINE_string("plot", None, "Also draw accuracy and memory into this PNG file.")

@@ -8,6 +8,7 @@ from pathlib import Path
 from absl import flags
 
 from revnet_jax import cli
+from revnet_jax.ranges import real, whole
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 PROMPT = flags.DEFINE_string("prompt", "\n", "What to go on from.")
@@ -15,6 +16,10 @@ NUM_TOKENS = flags.DEFINE_integer("num_tokens", 400, "How many tokens to write."
 TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Less is likelier; 0 takes the likeliest.")
 TOP_P = flags.DEFINE_float("top_p", 0.95, "Draw from the likeliest tokens of this share.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+cli.limit(NUM_TOKENS, whole(0))
+cli.limit(TEMPERATURE, real("[0, inf)"))
+cli.limit(TOP_P, real("(0, 1]"))
+cli.limit(SEED, whole(0, 2**32 - 1))
 WHICH = flags.DEFINE_enum("checkpoint", "newest", ["newest", "best"], "Which checkpoint.")
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer file, for a model of its tokens.")
 

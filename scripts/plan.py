@@ -50,6 +50,7 @@ def main(argv):
         )
     names = SCALING.value or [TOPOLOGY.value]
     cache_dir = Path(CACHE_DIR.value).expanduser()
+    cache_dir.mkdir(parents=True, exist_ok=True)
     report = lambda line: print(line, file=sys.stderr, flush=True)
     compilers = [Compiler(parse_topology(name), cache_dir, report) for name in names]
     figure_class = load_figure_class("plot", PLOT.value) if PLOT.value else None

@@ -8,6 +8,7 @@ parameters, fused AdamW. Needs PyTorch, which this package does not install.
 """
 
 import json
+import re
 import sys
 import time
 
@@ -18,7 +19,9 @@ from revnet_jax.errors import UserError
 
 CONFIG = cli.define_config_flag()
 BATCH = flags.DEFINE_list("batch", ["16"], "Sequences of a step; a row for each.")
-STEPS = flags.DEFINE_integer("steps", 15, "Steps that are timed, after four that are not.")
+STEPS = flags.DEFINE_integer(
+    "steps", 15, "Steps that are timed, after four that are not.", lower_bound=1
+)
 
 
 def main(argv):
@@ -27,7 +30,7 @@ def main(argv):
         import torch
     except ImportError as error:
         raise UserError(f"{error}: install PyTorch to compare with it") from error
-    if not all(text.isdecimal() and int(text) for text in BATCH.value):
+    if not all(re.fullmatch("[0-9]{1,9}", text) and int(text) for text in BATCH.value):
         raise UserError(f"got --batch={','.join(BATCH.value)}, expected numbers from 1")
     model, optimizer = CONFIG.value.model, CONFIG.value.optimizer
     plain = model.kv_heads == model.heads and model.tied and not (model.experts or model.dropout)

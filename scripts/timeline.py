@@ -16,9 +16,11 @@ from absl import flags
 from revnet_jax import cli
 from revnet_jax.figures import load_figure_class, save
 from revnet_jax.memory.topology import LOCAL, Topology, TopologyError, devices, parse_topology
+from revnet_jax.ranges import whole
 
 CONFIG = cli.define_config_flag()
-LAYERS = flags.DEFINE_integer("layers", 4, "In each chain.", lower_bound=3)
+LAYERS = flags.DEFINE_integer("layers", 4, "In each chain.")
+cli.limit(LAYERS, whole(3, 100_000))
 STRATEGIES = flags.DEFINE_list("strategies", [], "Some of them; by default the basic three.")
 TOPOLOGY = flags.DEFINE_string("topology", LOCAL, "What to compile for: local, or a GPU as h100:1.")
 OUT = flags.DEFINE_string("out", None, "The PNG file to draw into.")

@@ -12,11 +12,13 @@ from absl import flags
 
 from revnet_jax import cli
 from revnet_jax.config import settings
+from revnet_jax.ranges import real
 
 INPUT = flags.DEFINE_list("input", None, "UTF-8 files, one after the other.")
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "The tokenizer's file.")
 OUT = flags.DEFINE_string("out", None, "A folder for the shards.")
 TEST_SHARE = flags.DEFINE_float("test_share", 0.01, "Of the text, at its end, for the test split.")
+cli.limit(TEST_SHARE, real("(0, 1)"))
 END_TOKEN = flags.DEFINE_string("end_token", None, "To be put after each file: <|endoftext|>.")
 
 

@@ -24,6 +24,7 @@ from absl import flags
 from revnet_jax import cli
 from revnet_jax.config import ConfigError
 from revnet_jax.errors import PREEMPTED_STATUS
+from revnet_jax.ranges import whole
 
 CONFIG = cli.define_config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command resumes it.")
@@ -34,7 +35,9 @@ NUM_DEVICES = flags.DEFINE_integer(
     None,
     "With --dry_run: check config.mesh too, as on so many devices of all hosts.",
 )
+cli.limit(NUM_DEVICES, whole(1))
 NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "With --num_devices: TPU slices they are in.")
+cli.limit(NUM_SLICES, whole(1))
 PLATFORM = flags.DEFINE_enum(
     "platform", None, ["cpu", "gpu", "tpu"], "With --num_devices: what they are."
 )
@@ -59,7 +62,7 @@ def main(argv):
         raise ConfigError("got --num_slices alone, expected --num_devices with it")
     if DRY_RUN.value:
         report = dry_run(CONFIG.value, NUM_DEVICES.value, NUM_SLICES.value, PLATFORM.value)
-    elif WORKDIR.value is None:
+    elif not WORKDIR.value:
         raise ConfigError("--workdir is missing: name the folder of the run")
     elif "://" in WORKDIR.value:
         raise ConfigError(

@@ -4,6 +4,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from absl import flags
@@ -11,6 +12,8 @@ from ml_collections import config_flags
 
 from revnet_jax import cli
 from revnet_jax.config import flatten, image_classification, language_model
+from revnet_jax.errors import UserError
+from revnet_jax.figures import load_figure_class
 
 ROOT = pathlib.Path(__file__).parents[1]
 TEXTS, IMAGES = ([*flatten(knobs())] for knobs in (language_model, image_classification))
@@ -85,8 +88,8 @@ def test_settings_are_listed_with_what_they_are():
     assert "digits | cifar10" in images
 
 
-def run(*argv):
-    command = [sys.executable, "scripts/train.py", *argv]
+def run(*argv, program="train"):
+    command = [sys.executable, f"scripts/{program}.py", *argv]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -101,6 +104,50 @@ def test_help():
         "  --config.batch_size=7\n",
     ):
         assert flag in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("program", "flag", "expected"),
+    [
+        ("benchmark", "--seconds=nan", "a finite number, 0 or more"),
+        ("generate", "--top_p=0", "a number in (0, 1]"),
+        ("timeline", "--layers=2", "a whole number, 3 to 100,000"),
+    ],
+)
+def test_flags_have_ranges(program, flag, expected):
+    result = run("--workdir=w" if program == "generate" else "--json", flag, program=program)
+    assert result.returncode == 1
+    assert re.fullmatch(f"error: flag {flag}[.0]*: expected {re.escape(expected)}\n", result.stderr)
+
+
+def test_a_path_that_cannot_be_used_is_one_line(tmp_path):
+    code = "from revnet_jax import cli; cli.run(lambda argv: open('{}'), required=())"
+    for path, reason in ((tmp_path, "Is a directory"), ("a" * 300, "File name too long")):
+        command = [sys.executable, "-c", code.format(path)]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert (result.returncode, result.stderr) == (1, f"error: {path}: {reason}\n")
+
+
+def test_where_a_file_can_be_written(tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    cli.check_output("plot", str(tmp_path / "a.png"), suffix=".png")
+    cli.check_output("jsonl", str(tmp_path / "a"))
+    for path in ("a.jpg", "folder.png", "none/a.png"):
+        with pytest.raises(UserError, match=r"got --plot=.*, expected a .png file in a folder"):
+            cli.check_output("plot", str(tmp_path / path), suffix=".png")
+    with pytest.raises(UserError, match=r"got --jsonl=.*, expected a file in a folder that exists"):
+        cli.check_output("jsonl", str(tmp_path))
+
+
+def test_plots_say_which_extra_they_need(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
+    with pytest.raises(UserError, match=r"--out needs matplotlib: run scripts/setup.sh plots"):
+        load_figure_class("out", "a.png")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert [name.split(">")[0] for name in extras["plots"]] == ["matplotlib"]
+    named = (ROOT / "scripts" / "setup.sh").read_text().split("extras: ")[1].split("\n# Needs")[0]
+    assert {*re.findall(r"\w+", named)} == extras.keys()
 
 
 FILES = {

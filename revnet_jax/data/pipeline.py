@@ -64,6 +64,7 @@ def train_batches(
             f"got batch_size={batch_size}, expected at most the {len(split)} training images of "
             f"{dataset.name}; choose a smaller batch"
         )
+    check_threads(num_threads, prefetch)
     _check_range("seed", seed, 0, 2**32 - 1)
     _check_range("start_step", start_step, 0)
     _check_range("crop_padding", crop_padding, 0, min(dataset.image_shape[:2]) - 1)
@@ -197,13 +198,19 @@ def iterate(batches: grain.MapDataset, num_threads: int, prefetch: int) -> grain
     # most of the work, and processes would need parsed absl flags and a copy of the data.
     _check_range("num_threads", num_threads, 0)
     _check_range("prefetch", prefetch, 0)
+    # No more can be at work, of which grain would warn.
+    used = min(num_threads, prefetch) if prefetch else num_threads
+    options = grain.ReadOptions(num_threads=used, prefetch_buffer_size=prefetch)
+    return iter(batches.to_iter_dataset(options))
+
+
+def check_threads(num_threads: int, prefetch: int) -> None:
+    """Raises ValueError for threads of which some would never have a batch to prepare."""
     if 0 < prefetch < num_threads:
         raise ValueError(
             f"got num_threads={num_threads} and prefetch={prefetch}, expected prefetch of "
             f"{num_threads} at least: it limits how many batches are prepared at a time"
         )
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
-    return iter(batches.to_iter_dataset(options))
 
 
 def rows_of(batch_size: int, rows: np.ndarray | None) -> np.ndarray:

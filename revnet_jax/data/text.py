@@ -11,7 +11,7 @@ import grain
 import numpy as np
 
 from revnet_jax.data.dataset import DataError, file_errors, read_file
-from revnet_jax.data.pipeline import LAST_STEP, Batch, iterate, rows_of
+from revnet_jax.data.pipeline import LAST_STEP, Batch, check_threads, iterate, rows_of
 from revnet_jax.data.shards import WRITTEN, Shards, load_shards
 from revnet_jax.data.vocabulary import Vocabulary
 
@@ -122,6 +122,7 @@ def train_windows(
     text shorter than the context.
     """
     rows = rows_of(batch_size, rows)
+    check_threads(num_threads, prefetch)
     if seed < 0:
         raise ValueError(f"got seed={seed}, expected 0 or more")
     places = len(text.train) - context

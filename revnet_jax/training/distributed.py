@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -79,14 +80,16 @@ def _check(explicit: dict[str, Any], heartbeat_timeout_seconds: int) -> None:
             f"got {' and '.join(given)} without {' and '.join(missing)}, expected all three, or "
             "none where JAX finds the cluster by itself"
         )
-    if heartbeat_timeout_seconds < 1:
-        raise LaunchError(
-            f"got --heartbeat_timeout_seconds={heartbeat_timeout_seconds}, expected at least 1"
-        )
+    for name, value in (
+        ("num_processes", explicit["num_processes"]),
+        ("heartbeat_timeout_seconds", heartbeat_timeout_seconds),
+    ):
+        if value is not None and not 1 <= value < 2**31:
+            raise LaunchError(f"got --{name}={value}, expected at least 1, and less than 2**31")
     if missing:
         return
     host, _, port = explicit["coordinator_address"].rpartition(":")
-    if not host or not port.isdecimal():
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
         raise LaunchError(
             f"got --coordinator_address={explicit['coordinator_address']}, expected host:port of "
             "the process with --process_id=0"

@@ -204,7 +204,9 @@ def test_eval_covers_every_example_once(numbered, batch_size, processes):
         ({"crop_padding": -1}, "crop_padding=-1"),
         ({"min_crop_area": 0.0}, "min_crop_area=0.0"),
         ({"min_crop_area": 0.5}, "min_crop_area=0.5 for numbered, expected 1.0"),
+        ({"crop_padding": 10**6}, "crop_padding=1000000, expected 0 to"),
         ({"num_threads": -1}, "num_threads=-1"),
+        ({"num_threads": 5}, "num_threads=5 and prefetch=4, expected prefetch of 5 at least"),
         ({"prefetch": -1}, "prefetch=-1"),
     ],
 )

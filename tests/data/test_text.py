@@ -214,6 +214,9 @@ def test_mistakes(path, tokenizer_file, tmp_path):
         load_text("characters")
     with pytest.raises(ValueError, match="got seed=-1, expected 0 or more"):
         train_windows(text_of(np.arange(10)), context=2, **train | {"seed": -1})
+    reading = {"num_threads": 3, "prefetch": 2}
+    with pytest.raises(ValueError, match="got num_threads=3 and prefetch=2, expected"):
+        train_windows(text_of(np.arange(10)), context=2, **train | reading)
     with pytest.raises(DataError, match=r"text.txt cannot be made: .*; expected a folder"):
         tokenize_files([path], tokenizer_file, path)
     with pytest.raises(DataError, match="expected UTF-8"):

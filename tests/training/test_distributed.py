@@ -371,8 +371,10 @@ def test_incomplete_flags(run_program, tiny_flags, tmp_path):
         ((None, 3, None), "got --num_processes=3 without"),
         (("host:1", 2, 2), "got --process_id=2 of --num_processes=2, expected"),
         (("host:1", 2, -1), "got --process_id=-1 of"),
-        (("host:1", 0, 0), "got --process_id=0 of --num_processes=0, expected"),
+        (("host:1", 0, 0), "got --num_processes=0, expected at least 1"),
         (("host", 2, 0), "got --coordinator_address=host, expected host:port"),
+        (("host:65536", 2, 0), "got --coordinator_address=host:65536, expected host:port"),
+        ((None, None, None, 2**31), "got --heartbeat_timeout_seconds=2147483648, expected at"),
         ((None, None, None, 0), "got --heartbeat_timeout_seconds=0, expected at least 1"),
     ],
 )
