@@ -52,7 +52,7 @@ def test_other_errors_of_the_operating_system_lose_no_output():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stdout == "x" * 100 + "\n"
-    assert done.stderr == "error: [Errno 2] No such file or directory: '/nowhere'\n"
+    assert done.stderr == "error: /nowhere: No such file or directory\n"
 
 
 def test_writing_names_the_place_and_what_is_free_there(tmp_path):

@@ -358,7 +358,7 @@ def test_the_script_prints_json_lines():
 def test_the_script_says_what_is_wrong():
     status, stdout, stderr = run_benchmark("--layers=2,x")
     assert (status, stdout) == (1, "")
-    assert stderr.strip() == "error: got --layers=2,x, expected numbers from 1"
+    assert stderr.strip() == "error: got --layers=2,x, expected numbers from 1 to 999,999"
 
 
 def test_a_pipeline_next_to_its_step():
