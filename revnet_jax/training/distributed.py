@@ -70,6 +70,10 @@ def start(
     finally:
         waiting.cancel()
     atexit.register(jax.distributed.shutdown)  # each waits there until the others are done, too
+    if jax.default_backend() == "cpu":
+        # What XLA's CPU compiler reads back from JAX's cache of compiled programs mixes up the
+        # collectives between processes: a second start of a sharded run got other numbers.
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _check(explicit: dict[str, Any], heartbeat_timeout_seconds: int) -> None:

@@ -116,7 +116,7 @@ def load_config(workdir: Path) -> ConfigDict:
     """The config that a run was last started with. Raises ConfigError where there is none."""
     record = load_record(workdir)
     saved = record["config"]
-    references.look_in(record.get("folders", ()), first=False)  # after PYTHONPATH
+    references.look_in(record["folders"], first=False)  # after PYTHONPATH
     if references.named_in(flatten(ConfigDict(saved))):
         return ConfigDict(_tuples(saved))
     config = FAMILIES.get(saved.get("model", {}).get("family"), CONVOLUTIONAL).settings()
@@ -145,7 +145,7 @@ def load_record(workdir: Path) -> dict[str, Any]:
         problem = str(error)
     if problem:
         raise ConfigError(f"cannot read {path} ({problem}): expected the --workdir of a run")
-    return {"data": {}, "changes": [], "lost_rows": [], **record}
+    return {"data": {}, "folders": [], "changes": [], "lost_rows": [], **record}
 
 
 def _problem(record: Any) -> str:
@@ -159,6 +159,9 @@ def _problem(record: Any) -> str:
         return "it names no model.family"
     if not isinstance(data, dict) or not isinstance(data.get("vocabulary", {}), dict):
         return "its data are no record of data"
+    folders = record.get("folders", [])
+    if not isinstance(folders, list) or not all(isinstance(f, str) for f in folders):
+        return "its folders are no list of folders"
     for name, numbers in (("changes", ("step",)), ("lost_rows", ("first_step", "last_step"))):
         entries = record.get(name, [])
         if not isinstance(entries, list) or not all(

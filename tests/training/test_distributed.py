@@ -178,6 +178,18 @@ def check_both_saved(both, workdir, alone):
     return step
 
 
+def test_two_processes_compute_the_same_when_started_again(tmp_path):
+    """What they would find in the cache of compiled programs, XLA reads back wrongly."""
+    settings = {"mesh.fsdp": 8, "num_steps": 1, "checkpoint_every_steps": 1}
+    settings |= {"model.units": (1, 2), "model.channels": (8, 8, 16)}
+    for name in ("first", "again"):
+        for process in map(ended, start_two(tmp_path / name, **settings)):
+            assert process.status == 0, process.stderr
+    first, again = (rows(tmp_path / name) for name in ("first", "again"))
+    assert again[0] == first[0]
+    assert first[0]["exact_mismatches"] == 0
+
+
 def test_two_processes_finish_a_run(alone, tmp_path):
     """Its last step and evaluation are missing; when they are not, none has anything to do."""
     workdir = tmp_path / "run"
