@@ -21,6 +21,7 @@ _NAME = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
 _LAYOUT = re.compile(r"(?<=\])\{[^{}]*\}")
 _PARAMETER = re.compile(r" parameter\((\d+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
+_CONVERTED = re.compile(r"^(\w+)\[([\d,]*)\](?= convert\()")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%([\w.\-]+)")
 # What computes nothing; and what is said of where an instruction came from, when it runs, and in
 # which memory its arrays lie.
@@ -125,6 +126,8 @@ class _Program:
             line = line.replace(fusion[0], inside)
         else:
             line = re.sub(r"%([\w.\-]+)", lambda match: value(match[1]), line)
+        if self.moves:  # a conversion is of each element alone, in whatever order axes are named
+            line = _CONVERTED.sub(lambda m: f"{m[1]}{sorted(m[2].split(','))}", line)
         # a + b is b + a, to the bit.
         in_order = lambda match: f"{match[1]}({', '.join(sorted(match[2].split(', ')))})"
         line = re.sub(r"\b(add|multiply|maximum|minimum)\(([^()]*)\)", in_order, line)

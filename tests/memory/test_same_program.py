@@ -156,6 +156,34 @@ def test_products_of_other_dtypes_are_others(layouts):
     assert len(parts("f32")) == 2
 
 
+CONVERTED = """
+%fused (a: bf16[2,4,8]) -> DTYPE[4,2,8] {
+  %a = bf16[2,4,8]{2,1,0} parameter(0)
+  %b = bf16[SHAPE]{2,1,0} bitcast(%a)
+  %c = DTYPE[SHAPE]{2,1,0} convert(%b)
+  ROOT %d = DTYPE[4,2,8]{2,0,1} bitcast(%c)
+}
+
+ENTRY %main (x: bf16[2,4,8]) -> DTYPE[4,2,8] {
+  %x = bf16[2,4,8]{2,1,0} parameter(0)
+  ROOT %f = DTYPE[4,2,8]{2,0,1} fusion(%x), kind=kLoop, calls=%fused, \
+metadata={op_name="forward/isolated/convert"}
+}
+""".replace("\\\n", "")
+
+
+def test_but_for_layouts_axes_may_be_named_in_any_order_where_numbers_are_converted():
+    def parts(shape, dtype, **options):
+        text = CONVERTED.replace("SHAPE", shape).replace("DTYPE", dtype)
+        return isolated_parts(text, "forward", **options)
+
+    turned = parts("4,2,8", "f32", layouts=False)
+    assert len(turned) == 1
+    assert not_found(turned, parts("2,4,8", "f32", layouts=False)) == []
+    assert not_found(turned, parts("2,4,8", "f16", layouts=False)) == turned
+    assert not_found(parts("4,2,8", "f32"), parts("2,4,8", "f32")) != []
+
+
 def differences(topology, names, python=sys.executable):
     result = subprocess.run(
         [python, "-m", "tests.memory.isolated_programs", topology, *names],
