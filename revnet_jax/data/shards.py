@@ -45,8 +45,12 @@ def load_shards(folder: Path) -> tuple[Shards, Shards, Vocabulary, float]:
     try:
         found = json.loads(path.read_text())
         dtype = {"uint16": np.dtype(np.uint16), "uint32": np.dtype(np.uint32)}[found["dtype"]]
+        end = found.get("end_token")  # older files have none
         vocabulary = Vocabulary(
-            "tokenizer", int(found["vocab_size"]), tokenizer_sha256=found["tokenizer_sha256"]
+            "tokenizer",
+            int(found["vocab_size"]),
+            tokenizer_sha256=found["tokenizer_sha256"],
+            end_token=None if end is None else int(end),
         )
         sizes = {split: dict(found["splits"][split]) for split in ("train", "test")}
         per_token = float(found["test_bytes_per_token"])
@@ -133,6 +137,7 @@ def tokenize_files(
         "dtype": dtype.name,
         "vocab_size": vocab_size,
         "tokenizer_sha256": sha256,
+        "end_token": end[0] if end else None,
         "splits": splits,
         "test_bytes_per_token": test_bytes / test_tokens,
     }

@@ -203,11 +203,25 @@ def build_language_model(
     gradient, common = _pop_common(model, stored_layers)
     attention = _kernel(model.pop("attention"), platform)
     chunks = {name: model.pop(name) for name in ("feed_forward_chunks", "loss_chunk")}
-    del model["family"]
+    sizes = {"vocab_size": config.data.vocab_size, "end_token": _end_token(config)}
+    del model["family"], model["separate_documents"]
     with settings("model"):
-        architecture = Decoder(vocab_size=config.data.vocab_size, **model)
+        architecture = Decoder(**sizes, **model)
         _check_divides(chunks["feed_forward_chunks"], config.data.context)
         return LanguageModel(architecture, **gradient, **common, **chunks, attention=attention)
+
+
+def _end_token(config):
+    """Of documents that are to be kept separate; else None."""
+    end, size = config.data.end_token, config.data.vocab_size
+    if not config.model.separate_documents:
+        return None
+    if not 0 <= end < size:
+        raise ConfigError(
+            f"config.data.end_token: got {end} and model.separate_documents, expected the id of "
+            f"the token that ends documents, 0 to {size - 1}; tokens.json has that of shards"
+        )
+    return end
 
 
 def _check_divides(chunks, context):
@@ -303,7 +317,19 @@ def build_text(config: ConfigDict) -> Text:
         raise ConfigError(
             f"config.data.vocab_size: got {data.vocab_size}, expected {size}, as in the data"
         )
+    if config.model.separate_documents and text.vocabulary.kind == "tokenizer":
+        _check_end_token(data.end_token, text.vocabulary.end_token)
     return text
+
+
+def _check_end_token(got, recorded):
+    if recorded is None:
+        raise ConfigError(
+            "config.model.separate_documents: got True for shards whose tokens.json names no "
+            "end_token, expected False, or shards that tokenize_text.py wrote with --end_token"
+        )
+    if got != recorded:
+        raise ConfigError(f"config.data.end_token: got {got}, expected {recorded}, as in the data")
 
 
 def build_dataset(config: ConfigDict) -> Dataset:
