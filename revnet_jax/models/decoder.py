@@ -149,7 +149,7 @@ class Attention(nnx.Module):
             places = position_T[:, None], jnp.arange(cache.k_BSGK.shape[1])[None]
             sees = causal_mask(*places, self.window)
             if positions.document_BT is not None:
-                sees = sees & (places[1] >= positions.document_BT[..., None])
+                sees = sees[None] & (places[1][None] >= positions.document_BT[..., None])
             mixed = scores_times_values(q_BTNK, cache.k_BSGK, cache.v_BSGK, sees)
         return self.out(mixed.reshape(B, T, D)), cache
 

@@ -64,11 +64,18 @@ def segments_of(length):
 
 def compare(function, expected, arguments, dy, atol):
     """In value and gradient."""
-    found, pullback = jax.vjp(function, *arguments)
-    value, naive_pullback = jax.vjp(expected, *arguments)
-    assert found.dtype == value.dtype == dy.dtype
-    np.testing.assert_allclose(found, value, rtol=0, atol=atol)
-    for d, naive_d in zip(pullback(dy), naive_pullback(dy), strict=True):
+
+    @functools.partial(jit, static_argnums=0)
+    def both(function, arguments, dy):
+        value, pullback = jax.vjp(function, *arguments)
+        return value, *pullback(dy)
+
+    (value, *gradient), (naive_value, *naive_gradient) = (
+        both(each, arguments, dy) for each in (function, expected)
+    )
+    assert value.dtype == naive_value.dtype == dy.dtype
+    np.testing.assert_allclose(value, naive_value, rtol=0, atol=atol)
+    for d, naive_d in zip(gradient, naive_gradient, strict=True):
         np.testing.assert_allclose(d, naive_d, rtol=0, atol=10 * atol)
 
 
@@ -104,7 +111,7 @@ def test_the_kernel_for_tpus_is_attention(causal, groups, segments, monkeypatch)
     monkeypatch.setattr(kernels, "pl", interpreted)
     q, k, v, dy = inputs("float32", 256, groups)
     segment_BT = segments_of(256) if segments else None
-    fused = jax.jit(lambda *qkv: attend(*qkv, causal=causal, kernel="flash", segment_BT=segment_BT))
+    fused = lambda *qkv: attend(*qkv, causal=causal, kernel="flash", segment_BT=segment_BT)
     naive = lambda *qkv: masked(*qkv, causal, segment_BT=segment_BT)
     compare(fused, naive, (q, k, v), dy, atol=1e-5)
     assert called
@@ -123,8 +130,8 @@ def test_windows_and_segments_are_masks(length, window, segments, monkeypatch):
         q, k, v, dy = inputs("float64", length, 2)
         segment_BT = segments_of(length) if segments else None
         limits = {"window": window, "segment_BT": segment_BT}
-        found = jit(lambda *qkv: attend(*qkv, causal=True, kernel="chunked", **limits))
-        compare(found, jit(lambda *qkv: masked(*qkv, True, **limits)), (q, k, v), dy, atol=1e-12)
+        found = lambda *qkv: attend(*qkv, causal=True, kernel="chunked", **limits)
+        compare(found, lambda *qkv: masked(*qkv, True, **limits), (q, k, v), dy, atol=1e-12)
 
 
 def test_segments_without_an_order():
@@ -150,7 +157,8 @@ def test_cudnn_gets_the_window(length, monkeypatch):
     def in_plain_jax(*qkv, implementation, local_window_size=None, **settings):
         assert implementation == "cudnn"
         windows.append(local_window_size)
-        return dot_product_attention(*qkv, local_window_size=local_window_size, **settings)
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return dot_product_attention(*qkv, local_window_size=local_window_size, **settings)
 
     dot_product_attention = jax.nn.dot_product_attention
     monkeypatch.setattr(attention.jax.nn, "dot_product_attention", in_plain_jax)
@@ -173,8 +181,8 @@ def test_of_a_window_only_what_is_near_is_computed():
 
     short, long = gradient_of(6400), gradient_of(102400)
     assert arithmetic(long, platform="cpu") == 16 * arithmetic(short, platform="cpu")
-    # 2 products forward, again but for the values, and 2 of each backward.
-    assert arithmetic(short, platform="cpu") == 7 * 2 * (2 * 8) * 6400 * 400
+    # Of a sum's gradient: scores forward and again, and two products for each of two backward.
+    assert arithmetic(short, platform="cpu") == 6 * 2 * (2 * 8) * 6400 * 400
     assert not re.search(r"6400,(\d+,)*6400\b", str(short))
 
 
@@ -217,6 +225,33 @@ def test_vision_transformers_take_the_fused_kernel(length, monkeypatch):
     attended = attend(q, k, v, causal=False, kernel="cudnn")
     assert attended.shape == q.shape
     assert lengths == [length + 1]
+
+
+NARROW = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from revnet_jax.models.attention import attend
+
+everywhere = NamedSharding(Mesh(np.array(targets), ("data",)), PartitionSpec())
+shape = lambda heads: jax.ShapeDtypeStruct(
+    (2, {length}, heads, 64), jnp.bfloat16, sharding=everywhere
+)
+qkv = shape(4), shape(2), shape(2)
+attended = lambda q, k, v: attend(q, k, v, causal=True, kernel="cudnn", window=256)
+loss = lambda *qkv: jnp.sum(jnp.square(attended(*qkv)), dtype=jnp.float32)
+print(jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*qkv).compile().as_text())
+"""
+
+
+@needs_compiler
+@pytest.mark.parametrize("length", [1536, 1537])
+def test_a_window_is_cudnns(length):
+    """Compiled for an H100: forward and backward, and no scores of all tokens."""
+    text = run_for("h100:1", NARROW.format(length=length))
+    calls = [line for line in text.splitlines() if "__cudnn$fmha" in line]
+    assert len(calls) == 2
+    assert all(re.search(r'"sliding_window_length":"?256\b', call) for call in calls)
+    assert not re.search(r"\[[\d,]*153[678],[\d,]*153[678]\b", text)
 
 
 BRANCH = """

@@ -31,20 +31,31 @@ def packed():
     return jnp.asarray(token_BT)
 
 
-def gradient_of(lm, length=T):
-    token_BT = packed()[:, : length + 1]
+def step_of(lm):
+    """(params, inputs, targets) -> (loss, (gradient, exactness))."""
 
-    def loss(params, probes, token_BT):
-        variables = Variables(params, {})
-        return lm.loss(variables, token_BT[:, :-1], token_BT[:, 1:], probes=probes)[0]
+    def step(params, token_BT, target_BT):
+        def loss(params, probes):
+            return lm.loss(Variables(params, {}), token_BT, target_BT, probes=probes)[0]
 
-    return jax.value_and_grad(loss, argnums=(0, 1)), token_BT
+        return jax.value_and_grad(loss, argnums=(0, 1))(params, lm.probes())
+
+    return step
+
+
+def check_same(got, expected):
+    """Of what steps return; the first of a rewind, that found every bit again."""
+    (loss, (gradient, exactness)), (expected_loss, (expected_gradient, _)) = got, expected
+    assert exactness["layers"].mismatches == 0
+    assert loss == pytest.approx(float(expected_loss), rel=1e-6)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("window", [0, 3])
 def test_documents_in_one_sequence_are_documents_apart(window):
     """Each as long as it is, wherever it lies; without `end_token` the second reads the first."""
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         options = {"compute_dtype": jnp.float64, "grid": None}
         lm = model("store", options=options, window=window, end_token=END)
         mixing = model("store", options=options, window=window)
@@ -66,17 +77,12 @@ def test_documents_in_one_sequence_are_documents_apart(window):
 
 def test_reverse_is_store(blocks):
     """And the rewind makes the masks that the forward pass had."""
-    variables = jit(model().init)(jax.random.key(0))
-    results = {}
-    for backprop in ("store", "reverse"):
-        lm = model(backprop, **NEAR)
-        function, token_BT = gradient_of(lm)
-        results[backprop] = jit(function)(variables.params, lm.probes(), token_BT)
-    (loss, (expected, _)), (other, (got, exactness)) = results["store"], results["reverse"]
-    assert exactness["layers"].mismatches == 0
-    assert other == pytest.approx(float(loss), rel=1e-6)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    params, token_BT = jit(model().init)(jax.random.key(0)).params, packed()
+    reverse, store = (
+        jit(step_of(model(backprop, **NEAR)))(params, token_BT[:, :-1], token_BT[:, 1:])
+        for backprop in ("reverse", "store")
+    )
+    check_same(reverse, store)
 
 
 @pytest.mark.parametrize("changes", [{"window": 4}, {"end_token": END}, NEAR])
@@ -95,26 +101,14 @@ def test_token_by_token_is_all_at_once(changes):
 
 def test_two_devices_with_half_of_each_sequence(blocks):
     """On a grid so fine that sums in another order do not show."""
-    lm, mesh = model("reverse", options={"grid": Grid(18)}, **NEAR), make_mesh(jax.devices(), data=1, sequence=2)
-    function, token_BT = gradient_of(lm, 12)
-    variables = jit(lm.init)(jax.random.key(0))
-
-    def step(params, token_BT, target_BT):
-        def loss(params, probes):
-            return lm.loss(Variables(params, {}), token_BT, target_BT, probes=probes)[0]
-
-        return jax.value_and_grad(loss, argnums=(0, 1))(params, lm.probes())
-
-    batch = {"token": np.asarray(token_BT[:, :-1]), "target": np.asarray(token_BT[:, 1:])}
-    expected, (expected_gradient, _) = jit(step)(variables.params, *batch.values())
-    loss, (got, exactness) = jit(on_mesh(step, mesh))(
-        jax.device_put(variables.params, NamedSharding(mesh, PartitionSpec())),
-        *put_batch(batch, mesh).values(),
-    )
-    assert exactness["layers"].mismatches == 0
-    assert loss == pytest.approx(float(expected), rel=1e-6)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected_gradient), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    step = step_of(model("reverse", options={"grid": Grid(18)}, **NEAR))
+    mesh = make_mesh(jax.devices(), data=1, sequence=2)
+    params, token_BT = jit(model().init)(jax.random.key(0)).params, np.asarray(packed())
+    batch = token_BT[:, :12], token_BT[:, 1:13]
+    put = [put_batch({"tokens": array}, mesh)["tokens"] for array in batch]
+    params_there = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    on_two = jit(on_mesh(step, mesh))(params_there, *put)
+    check_same(on_two, jit(step)(params, *batch))
 
 
 @pytest.mark.parametrize(
