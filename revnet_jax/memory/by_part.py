@@ -160,7 +160,7 @@ def _attention(instruction: Instruction, operands: Sequence[Array]) -> tuple[int
     """cuDNN's, [B, T, N, K] queries and keys: 2 products forward, 5 backward."""
     (B, T, N, K), S = operands[0].dims, operands[1].dims[1]
     backward = "Backward" in instruction.attributes
-    window = re.search(r'"sliding_window_length":"?(\d+)', instruction.attributes)
+    window = re.search(r'"sliding_window_length": ?"?(\d+)', instruction.attributes)
     causal = '"CAUSAL"' in instruction.attributes
     pairs = pairs_read(T, S, causal=causal, window=int(window[1]) if window else None)
     flops = (5 if backward else 2) * 2 * B * N * K * pairs
