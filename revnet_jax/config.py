@@ -147,22 +147,22 @@ def language_model() -> ConfigDict:
     config.data.dir = ""  # the file of a text, the folder of shards; bytes have one of their own
     config.data.train_share = 0.9  # of a text; the rest is the test split
     config.data.vocab_size = 256
+    config.data.end_token = -1  # id of the token that ends documents; -1: none
     config.data.context = 128  # tokens of a sequence
     config.data.eval_batches = 0  # that an evaluation stops after; 0: the whole test split
 
     model = config.model
     model.family = "decoder"
     model.reversible = True  # False: the twin of one stream, for store and remat
-    model.layers = 4
-    model.width = 128
-    model.heads = 4
-    model.kv_heads = 4
+    model.layers, model.width, model.heads, model.kv_heads = 4, 128, 4, 4
     model.hidden = 344  # of the feed-forward network
     model.tied = False  # predict by the embedding
     model.dropout = 0.0
     model.experts = 0  # feed-forward networks of a layer; 0: one that all tokens take
     model.experts_per_token = 2
     model.rotary_base = 10_000.0
+    model.window = 0  # tokens that a token reads, itself the last; 0: all before it
+    model.separate_documents = False  # read nothing across data.end_token
     model.attention = "auto"  # chunked | cudnn | flash; auto: by the device
     model.feed_forward_chunks = 1  # parts of the tokens, one after the other
     model.loss_chunk = 2048  # tokens of a device whose logits exist together

@@ -181,8 +181,9 @@ def _decoder(config, options, platform):
     model = _own(config)
     attention = _kernel(model.pop("attention"), platform)
     chunks = {name: model.pop(name) for name in ("feed_forward_chunks", "loss_chunk")}
+    end_token = _end_token(config) if model.pop("separate_documents") else None
     with settings("model"):
-        architecture = Decoder(vocab_size=config.data.vocab_size, **model)
+        architecture = Decoder(vocab_size=config.data.vocab_size, end_token=end_token, **model)
         if config.data.context % chunks["feed_forward_chunks"]:
             raise ValueError(
                 f"got feed_forward_chunks={chunks['feed_forward_chunks']}, expected a divisor of "
@@ -190,6 +191,17 @@ def _decoder(config, options, platform):
             )
         network = LanguageModel(architecture, **options, **chunks, attention=attention)
     return NextToken(network, config.data.context, config.balance)
+
+
+def _end_token(config):
+    """That ends documents, which are to be kept separate."""
+    end, size = config.data.end_token, config.data.vocab_size
+    if not 0 <= end < size:
+        raise ConfigError(
+            f"config.data.end_token: got {end} and model.separate_documents, expected the id of "
+            f"the token that ends documents, 0 to {size - 1}; tokens.json has that of shards"
+        )
+    return end
 
 
 def _ones_own(config, options, platform):

@@ -33,11 +33,13 @@ def main(argv):
     if not all(re.fullmatch("[0-9]{1,9}", text) and int(text) for text in BATCH.value):
         raise UserError(f"got --batch={','.join(BATCH.value)}, expected numbers from 1")
     model, optimizer = CONFIG.value.model, CONFIG.value.optimizer
-    plain = model.kv_heads == model.heads and model.tied and not (model.experts or model.dropout)
+    more = model.experts or model.dropout or model.window or model.separate_documents
+    plain = model.kv_heads == model.heads and model.tied and not more
     if not plain or optimizer.name != "adamw":
         raise UserError(
-            "got a config with grouped heads, an untied embedding, experts, dropout or another "
-            "optimizer, expected none of these and adamw: the twin in PyTorch has no other"
+            "got a config with grouped heads, an untied embedding, experts, dropout, a window, "
+            "separate documents or another optimizer, expected none of these and adamw: the twin "
+            "in PyTorch has no other"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")

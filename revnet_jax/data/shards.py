@@ -49,10 +49,12 @@ def load_shards(folder: Path) -> tuple[Shards, Shards, Vocabulary, float]:
     try:
         found = json.loads(content.decode())
         dtype = {"uint16": np.dtype(np.uint16), "uint32": np.dtype(np.uint32)}[found["dtype"]]
+        end = found.get("end_token")  # older files have none
         vocabulary = Vocabulary(
             "tokenizer",
             _whole(found["vocab_size"]),
             tokenizer_sha256=_string(found["tokenizer_sha256"]),
+            end_token=None if end is None else _whole(end),
         )
         sizes = {split: _sizes(found["splits"][split]) for split in ("train", "test")}
         per_token = float(found["test_bytes_per_token"])
@@ -149,7 +151,7 @@ def tokenize_files(
             file.write(tokens.data)
         files[name] += len(tokens)
     test_tokens = sum(splits["test"].values())
-    if not test_tokens or not splits["train"]:
+    if not test_bytes or not splits["train"]:
         raise DataError(
             f"got {position:,} bytes of text, expected enough for two splits: take more text, or a "
             "larger test_share"
@@ -158,6 +160,7 @@ def tokenize_files(
         "dtype": dtype.name,
         "vocab_size": vocab_size,
         "tokenizer_sha256": sha256,
+        "end_token": end[0] if end else None,
         "splits": splits,
         "test_bytes_per_token": test_bytes / test_tokens,
     }

@@ -21,12 +21,14 @@ class Vocabulary(NamedTuple):
     characters: of kind "characters", that of each id; of kind "bytes", those bytes that occur in
       the training text, as Latin-1: a model has not seen others.
     tokenizer_sha256: of the tokenizer's file.
+    end_token: the id that ends each document, where the shards say so.
     """
 
     kind: Literal["bytes", "characters", "tokenizer"]
     size: int
     characters: str = ""
     tokenizer_sha256: str = ""
+    end_token: int | None = None
 
     def check_same_ids(self, other: Vocabulary, where: str) -> None:
         """Raises DataError unless an id stands for the same in both.
@@ -34,7 +36,8 @@ class Vocabulary(NamedTuple):
         where: what `other` belongs to.
         """
         mine, theirs = (
-            v._replace(characters="") if v.kind == "bytes" else v for v in (self, other)
+            v._replace(characters="" if v.kind == "bytes" else v.characters, end_token=None)
+            for v in (self, other)
         )
         if mine != theirs:
             raise DataError(

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from revnet_jax.memory.chips import Chip
+from revnet_jax.memory.counts import pairs_read
 from revnet_jax.memory.hlo import Array, Computation, Instruction, Module, parse
 from revnet_jax.memory.traffic import leaves
 
@@ -156,11 +157,13 @@ def _convolution(instruction: Instruction, operands: Sequence[Array]) -> tuple[i
 
 
 def _attention(instruction: Instruction, operands: Sequence[Array]) -> tuple[int, float]:
-    """cuDNN's, [B, T, N, K] queries and keys: 2 products forward, 5 backward; half if causal."""
+    """cuDNN's, [B, T, N, K] queries and keys: 2 products forward, 5 backward."""
     (B, T, N, K), S = operands[0].dims, operands[1].dims[1]
     backward = "Backward" in instruction.attributes
-    flops = (5 if backward else 2) * 2 * B * N * T * S * K
-    flops //= 2 if '"CAUSAL"' in instruction.attributes else 1
+    window = re.search(r'"sliding_window_length": ?"?(\d+)', instruction.attributes)
+    causal = '"CAUSAL"' in instruction.attributes
+    pairs = pairs_read(T, S, causal=causal, window=int(window[1]) if window else None)
+    flops = (5 if backward else 2) * 2 * B * N * K * pairs
     return flops, ATTENTION_BACKWARD if backward else ATTENTION
 
 

@@ -19,7 +19,8 @@ def arithmetic(jaxpr: ClosedJaxpr, *, platform: str) -> int:
     zeros that pad or dilate a convolution are left out, as XLA's own cost analysis does; unlike
     that, which counts every loop once, this knows how long they are. Of a kernel written by hand
     all blocks count, those that it skips (half of causal attention) too. cuDNN's attention counts
-    as 2 products forward and 5 backward, where the scores are computed again; half if causal.
+    as 2 products forward and 5 backward, where the scores are computed again; half if causal, and
+    of a window the part of the scores that are in it.
     """
     needed, _ = dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.out_avals))
     return _count(needed, {"gpu": "cuda"}.get(platform, platform))
@@ -81,8 +82,22 @@ def _scores(equation):
     """One product of T x S scores of each head, by cuDNN."""
     query, key = (var.aval.shape for var in equation.invars[:2])
     tokens, heads = (1, 2) if equation.params["layout"] == 0 else (2, 1)  # BTNH or BNTH
-    full = 2 * query[0] * query[heads] * query[tokens] * key[tokens] * query[3]
-    return full // 2 if equation.params["mask_type"].name.endswith("CAUSAL") else full
+    causal = equation.params["mask_type"].name.endswith("CAUSAL")
+    window = equation.params["sliding_window_length"]
+    pairs = pairs_read(query[tokens], key[tokens], causal=causal, window=window)
+    return 2 * query[0] * query[heads] * query[3] * pairs
+
+
+def pairs_read(T: int, S: int, *, causal: bool, window: int | None) -> int:
+    """Pairs of T queries and S keys that attention looks at; window: see `attend`, None or 0: all.
+
+    Counted as areas: half of them if causal.
+    """
+    if not causal:
+        return T * S
+    window = window or 0
+    # The first tokens have fewer than a window before them: a triangle is missing.
+    return window * (2 * T - window) // 2 if 0 < window < T else T * S // 2
 
 
 def _convolution(equation):

@@ -19,7 +19,7 @@ from revnet_jax.models.partition import BATCH, by_device
 
 Kernel = Literal["chunked", "cudnn", "flash"]
 KERNELS: dict[str, Kernel] = {"cpu": "chunked", "gpu": "cudnn", "cuda": "cudnn", "tpu": "flash"}
-_MOST_CHUNKS = 16
+_MOST_CHUNKS, _SMALLEST_CHUNK = 16, 128
 _FLASH_BLOCK = 128  # lengths that the TPU kernel takes are multiples of it
 
 
@@ -29,7 +29,14 @@ def kernel_for(platform: str) -> Kernel:
 
 
 def attend(
-    q_BTNK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, *, causal: bool, kernel: Kernel
+    q_BTNK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    *,
+    causal: bool,
+    kernel: Kernel,
+    window: int = 0,
+    segment_BT: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(q k' / sqrt(K)) v: [B, T, N, K]; head n reads key-value head n // (N / G).
 
@@ -39,9 +46,16 @@ def attend(
       and heads of up to 128, see `padded_to_even`; "flash": the Pallas kernel for TPUs that comes
       with JAX (Dao et al. 2022, arXiv:2205.14135), for lengths that are multiples of 128. Where a
       fused one does not take what it gets, it is chunked.
+    window: a token reads this many tokens, the last of them itself (Beltagy et al. 2020,
+      arXiv:2004.05150); 0: all. It needs `causal`, else ValueError. "cudnn" takes windows, "flash"
+      does not.
+    segment_BT: integers; a token reads only tokens of the same one. "flash" takes segments, "cudnn"
+      does not: for it JAX's public function has no argument but a mask of T x T.
 
     Softmax is float32 at least. Cost: 4 B T T N K operations; about half of that if
-    causal, since later keys are not looked at.
+    causal, since later keys are not looked at. With a window, 4 B T S N K, where S is the window by
+    "cudnn" and at most 2 max(window, 128) else. Scores of one chunk, or of one block of a window's
+    size, exist at a time.
 
     Determinism: all of them give the same values for the same inputs each time, which rebuilding
     streams rests on. Gradients too, except with "cudnn": its backward kernel adds up in an order
@@ -56,22 +70,98 @@ def attend(
     T = q_BTNK.shape[1]
     K = q_BTNK.shape[-1]
     half = q_BTNK.dtype in (jnp.bfloat16, jnp.float16)
-    if kernel == "cudnn" and half and K % 8 == 0 and K <= 128:
-        kernel_for_even = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    if window < 0 or (window and not causal):
+        raise ValueError(
+            f"got window={window} and causal={causal}, expected 0 (none), or a number of tokens "
+            "that causal attention reads"
+        )
+    if window >= T:  # all there are
+        window = 0
+    if kernel == "cudnn" and segment_BT is None and half and K % 8 == 0 and K <= 128:
+        # (tokens read before, after); those and the token itself are the window.
+        reach = {"local_window_size": (window - 1, 0)} if window else {}
+        kernel_for_even = functools.partial(
+            jax.nn.dot_product_attention, implementation="cudnn", **reach
+        )
         return padded_to_even(kernel_for_even, q_BTNK, k_BTGK, v_BTGK, causal=causal)
-    if kernel == "flash" and T % _FLASH_BLOCK == 0 and (K <= 128 or K % 128 == 0):
-        return _flash(q_BTNK, k_BTGK, v_BTGK, causal=causal)
-    chunk = max(128, -(-T // _MOST_CHUNKS))
+    taken_by_flash = T % _FLASH_BLOCK == 0 and (K <= 128 or K % 128 == 0) and not window
+    if kernel == "flash" and taken_by_flash:
+        return _flash(q_BTNK, k_BTGK, v_BTGK, segment_BT, causal=causal)
+    chunk = max(_SMALLEST_CHUNK, -(-T // _MOST_CHUNKS))
+    if window and chunk > max(window, _SMALLEST_CHUNK):
+        return _in_blocks(q_BTNK, k_BTGK, v_BTGK, segment_BT, window=window)
     parts = []
     for start in range(0, T, chunk):
         stop = min(start + chunk, T)
-        seen = stop if causal else T  # keys beyond the last query are not even looked at
+        # Keys beyond the last query, or before the first one's window, are not even looked at.
+        first, last = max(0, start - window + 1) if window else 0, stop if causal else T
         mask_TS = None
         if causal:
-            mask_TS = jnp.arange(start, stop)[:, None] >= jnp.arange(seen)[None]
-        part = jax.checkpoint(scores_times_values, policy=_is_softmax_sum)
-        parts.append(part(q_BTNK[:, start:stop], k_BTGK[:, :seen], v_BTGK[:, :seen], mask_TS))
+            places = jnp.arange(start, stop)[:, None], jnp.arange(first, last)[None]
+            mask_TS = causal_mask(*places, window)
+        part = jax.checkpoint(_of_segments, policy=_is_softmax_sum)
+        queries, read = slice(start, stop), slice(first, last)
+        arrays = q_BTNK[:, queries], k_BTGK[:, read], v_BTGK[:, read], mask_TS
+        if segment_BT is not None:
+            arrays += segment_BT[:, queries], segment_BT[:, read]
+        parts.append(part(*arrays))
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def causal_mask(query_T1: jax.Array, key_1S: jax.Array, window: int = 0) -> jax.Array:
+    """[T, S]: which keys each query sees, by the places of both; window: see `attend`."""
+    mask_TS = query_T1 >= key_1S
+    return mask_TS & (query_T1 - key_1S < window) if window else mask_TS
+
+
+def _of_segments(q_BTNK, k_BSGK, v_BSGK, mask_TS, *segments):
+    """`scores_times_values`, whose mask of each sequence is made here, not kept until a rewind."""
+    if not segments:
+        return scores_times_values(q_BTNK, k_BSGK, v_BSGK, mask_TS)
+    segment_BT, segment_BS = segments
+    same_BTS = segment_BT[:, :, None] == segment_BS[:, None]
+    mask_BTS = same_BTS if mask_TS is None else same_BTS & mask_TS[None]
+    return scores_times_values(q_BTNK, k_BSGK, v_BSGK, mask_BTS)
+
+
+def _in_blocks(q_BTNK, k_BTGK, v_BTGK, segment_BT, *, window):
+    """Of blocks of queries, one after the other; each reads its own keys and the block before's."""
+    T, block = q_BTNK.shape[1], max(window, _SMALLEST_CHUNK)
+    blocks = -(-T // block)
+
+    def split(x_BT):  # what is added to fill the last block comes after all that read
+        added = ((0, 0), (0, blocks * block - T), *[(0, 0)] * (x_BT.ndim - 2))
+        x_BT = jnp.pad(x_BT, added)
+        return jnp.swapaxes(x_BT.reshape(len(x_BT), blocks, block, *x_BT.shape[2:]), 0, 1)
+
+    def with_before(x_BT):
+        here = split(x_BT)
+        return jnp.concatenate([jnp.zeros_like(here[:1]), here[:-1]]), here
+
+    def of_block(parts):
+        i, queries, read = parts
+        k_BSGK, v_BSGK, *segment_BS = (jnp.concatenate(pair, axis=1) for pair in read)
+        key_S = (i - 1) * block + jnp.arange(2 * block)
+        # What comes before the first block is not there.
+        mask_TS = causal_mask(key_S[block:, None], key_S[None], window) & (key_S >= 0)[None]
+        segments = [ids for each in segment_BS for ids in (each[:, block:], each)]
+        return _of_segments(queries, k_BSGK, v_BSGK, mask_TS, *segments)
+
+    def of_device(q_BTNK, *read):
+        parts = jnp.arange(blocks), split(q_BTNK), tuple(map(with_before, read))
+        mixed = lax.map(jax.checkpoint(of_block, policy=_is_softmax_sum), parts)
+        return jnp.swapaxes(mixed, 0, 1).reshape(len(q_BTNK), -1, *q_BTNK.shape[2:])[:, :T]
+
+    return _by_heads_of_device(of_device, q_BTNK, k_BTGK, v_BTGK, segment_BT)
+
+
+def _by_heads_of_device(function, q_BTNK, k_BTGK, v_BTGK, segment_BT):
+    """`function(q, k, v)`, or `(q, k, v, segments)`, by every device for its own heads."""
+    heads = (BATCH, None, ("tensor", "sequence"))  # their number is a multiple: see `by_heads`
+    arrays, axes = (q_BTNK, k_BTGK, v_BTGK), (heads,) * 3
+    if segment_BT is not None:
+        arrays, axes = (*arrays, segment_BT), (*axes, (BATCH,))
+    return by_device(function, axes, heads)(*arrays)
 
 
 def _is_softmax_sum(primitive, *_, **params):
@@ -80,17 +170,21 @@ def _is_softmax_sum(primitive, *_, **params):
 
 
 def scores_times_values(
-    q_BTNK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask_TS: jax.Array | None
+    q_BTNK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask: jax.Array | None
 ) -> jax.Array:
-    """Attention of T queries to S keys with all scores at once; mask: what each query sees."""
+    """Attention of T queries to S keys with all scores at once.
+
+    mask: what each query sees, [T, S], or [B, T, S] where sequences differ.
+    """
     B, T, N, K = q_BTNK.shape
     G = k_BSGK.shape[2]
     q_BTGRK = q_BTNK.reshape(B, T, G, N // G, K)
     wide = at_least_float32(q_BTNK.dtype)
     scores = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK, preferred_element_type=wide)
     scores = scores / math.sqrt(K)
-    if mask_TS is not None:
-        scores = jnp.where(mask_TS[None, None, None], scores, jnp.finfo(scores.dtype).min)
+    if mask is not None:
+        mask = jnp.expand_dims(mask, (1, 2) if mask.ndim == 3 else (0, 1, 2))
+        scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BSGK.dtype)
     return jnp.einsum("bgrts,bsgk->btgrk", weights, v_BSGK).reshape(B, T, N, K)
 
@@ -127,23 +221,23 @@ def padded_to_even(
     return kernel(q, k, v, is_causal=causal, key_value_seq_lengths=lengths_B)[:, :T]
 
 
-def _flash(q_BTNK, k_BTGK, v_BTGK, *, causal):
-    from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention
+def _flash(q_BTNK, k_BTGK, v_BTGK, segment_BT, *, causal):
+    from jax.experimental.pallas.ops.tpu.flash_attention import SegmentIds, flash_attention
 
     scale = 1 / math.sqrt(q_BTNK.shape[-1])
-    kernel = functools.partial(flash_attention, causal=causal, sm_scale=scale)
-    # For each of the heads that share a key-value head, which is read where it is, not repeated.
-    kernel = jax.vmap(kernel, in_axes=(2, None, None), out_axes=2)
 
-    def by_head(q_BTNK, k_BTGK, v_BTGK):
+    def by_head(q_BTNK, k_BTGK, v_BTGK, *segments):
         B, T, N, K = q_BTNK.shape
         q_BGTRK = jnp.swapaxes(q_BTNK.reshape(B, T, k_BTGK.shape[2], -1, K), 1, 2)
         q_BGRTK = jnp.swapaxes(q_BGTRK, 2, 3)
+        ids = SegmentIds(*segments * 2) if segments else None
+        kernel = functools.partial(flash_attention, segment_ids=ids, causal=causal, sm_scale=scale)
+        # For each of the heads that share a key-value head, which is read where it lies, once.
+        kernel = jax.vmap(kernel, in_axes=(2, None, None), out_axes=2)
         mixed = kernel(q_BGRTK, jnp.swapaxes(k_BTGK, 1, 2), jnp.swapaxes(v_BTGK, 1, 2))
         return jnp.moveaxis(mixed, 3, 1).reshape(B, T, N, K)
 
-    heads = (BATCH, None, ("tensor", "sequence"))  # their number is a multiple: see `by_heads`
-    return by_device(by_head, (heads,) * 3, heads)(q_BTNK, k_BTGK, v_BTGK)
+    return _by_heads_of_device(by_head, q_BTNK, k_BTGK, v_BTGK, segment_BT)
 
 
 def rotary_angles(

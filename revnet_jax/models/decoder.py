@@ -15,7 +15,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from revnet_jax.models.attention import Kernel, attend, rotate, scores_times_values
+from revnet_jax.models.attention import (
+    Kernel,
+    attend,
+    causal_mask,
+    rotate,
+    scores_times_values,
+)
 from revnet_jax.models.dtypes import at_least_float32
 from revnet_jax.models.partition import BATCH, by_device, by_heads
 
@@ -60,26 +66,35 @@ class RMSNorm(nnx.Module):
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far, [B, S, G, K]; those to come are zeros."""
+    """Keys and values of the tokens so far, [B, S, G, K]; those to come are zeros.
+
+    document_B: of a whole model's, where documents are separate: the place in the sequence at which
+      the document of the next token starts.
+    """
 
     k_BSGK: jax.Array
     v_BSGK: jax.Array
+    document_B: jax.Array | None = None
 
 
 class Positions(NamedTuple):
     """Where tokens are: the first one's place in its sequence, and all their rotary angles.
 
     Computed once, because every layer reads the same: see `rotary_angles`.
+
+    document_BT: the place at which each token's document starts: it reads no tokens before that;
+      None where it reads across documents. Whole sequences, where angles are split with them.
     """
 
     first: jax.Array
     angles: tuple[jax.Array, jax.Array]
+    document_BT: jax.Array | None = None
 
 
 class Attention(nnx.Module):
     """Causal self-attention with rotary positions and grouped key-value heads.
 
-    Ainslie et al. 2023 (arXiv:2305.13245); no biases.
+    Ainslie et al. 2023 (arXiv:2305.13245); no biases. kernel, window: see `attend`.
     """
 
     def __init__(
@@ -90,11 +105,12 @@ class Attention(nnx.Module):
         kv_heads: int,
         out_std: float,
         kernel: Kernel,
+        window: int,
         dtype,
         rngs: nnx.Rngs,
     ):
         self.heads, self.kv_heads, self.head_size = heads, kv_heads, width // heads
-        self.kernel = kernel
+        self.kernel, self.window = kernel, window
         self.norm = RMSNorm(width)
         inner = (heads + 2 * kv_heads) * self.head_size
         self.qkv = Linear(width, inner, std=width**-0.5, dtype=dtype, rngs=rngs)
@@ -116,7 +132,13 @@ class Attention(nnx.Module):
         q_BTNK, k_BTGK, v_BTGK = q.reshape(B, T, G * R, K), k[..., 0, :], v[..., 0, :]
         q_BTNK, k_BTGK = (rotate(x, positions.angles) for x in (q_BTNK, k_BTGK))
         if cache is None:
-            attend_causally = functools.partial(attend, causal=True, kernel=self.kernel)
+            attend_causally = functools.partial(
+                attend,
+                causal=True,
+                kernel=self.kernel,
+                window=self.window,
+                segment_BT=positions.document_BT,
+            )
             mixed = by_heads(attend_causally, q_BTNK, k_BTGK, v_BTGK)
         else:
             write = lambda old, new: lax.dynamic_update_slice_in_dim(
@@ -124,8 +146,11 @@ class Attention(nnx.Module):
             )
             cache = Cache(write(cache.k_BSGK, k_BTGK), write(cache.v_BSGK, v_BTGK))
             position_T = positions.first + jnp.arange(T)
-            sees_TS = position_T[:, None] >= jnp.arange(cache.k_BSGK.shape[1])[None]
-            mixed = scores_times_values(q_BTNK, *cache, sees_TS)
+            places = position_T[:, None], jnp.arange(cache.k_BSGK.shape[1])[None]
+            sees = causal_mask(*places, self.window)
+            if positions.document_BT is not None:
+                sees = sees[None] & (places[1][None] >= positions.document_BT[..., None])
+            mixed = scores_times_values(q_BTNK, cache.k_BSGK, cache.v_BSGK, sees)
         return self.out(mixed.reshape(B, T, D)), cache
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from revnet_jax.core import Backprop, Exactness, Grid
 from revnet_jax.models.attention import Kernel, rotary_angles
@@ -29,7 +30,7 @@ from revnet_jax.models.decoder import (
 from revnet_jax.models.dtypes import at_least_float32, narrowed
 from revnet_jax.models.linear_cross_entropy import linear_cross_entropy
 from revnet_jax.models.model import Lockstep, Variables
-from revnet_jax.models.partition import by_batch, gather, on_batch, on_sequence
+from revnet_jax.models.partition import by_batch, gather, on_batch, on_sequence, whole_sequences
 from revnet_jax.models.transformer import Transformer, check_positive, drop, init_layers_of
 
 
@@ -42,6 +43,10 @@ class Decoder:
     experts: how many feed-forward networks a layer has, each token going to `experts_per_token`;
       0 for one that all take.
     dropout: of what the branches return and of the embedding.
+    window: how many tokens a token reads in each layer, the last of them itself; 0 for all before.
+    end_token: that ends documents and belongs to the one it ends: no token reads those of another
+      document. None for documents that are not kept separate. Where a document lies in its sequence
+      changes nothing, since rotary positions are relative.
     """
 
     vocab_size: int
@@ -56,6 +61,8 @@ class Decoder:
     experts: int = 0
     experts_per_token: int = 2
     rotary_base: float = 10_000.0
+    window: int = 0
+    end_token: int | None = None
 
     def __post_init__(self):
         check_positive(self, ("vocab_size", "layers", "width", "heads", "kv_heads", "hidden"))
@@ -69,6 +76,13 @@ class Decoder:
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"got kv_heads={self.kv_heads}, expected a divisor of heads={self.heads}"
+            )
+        if self.window < 0:
+            raise ValueError(f"got window={self.window}, expected 0 (none) or a number of tokens")
+        if self.end_token is not None and not 0 <= self.end_token < self.vocab_size:
+            raise ValueError(
+                f"got end_token={self.end_token}, expected the id of the token that ends "
+                f"documents, 0 to {self.vocab_size - 1}"
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"got dropout={self.dropout}, expected a share in [0, 1)")
@@ -140,6 +154,7 @@ class LanguageModel(Transformer):
                 kv_heads=a.kv_heads,
                 out_std=out_std(a.width),
                 kernel=attention,
+                window=a.window,
                 dtype=compute_dtype,
                 rngs=rngs,
             )
@@ -184,7 +199,7 @@ class LanguageModel(Transformer):
             self._layer(*self._branches()),
             variables.params["layers"],
             self._embed(variables, token_BT, None if keys is None else keys[-1, :1]),
-            shared=self._positions(0, token_BT),
+            shared=self._positions(0, token_BT)[0],
             data_L=None if keys is None else (None, keys[:-1]),
             probes=probes,
             lockstep=lockstep,
@@ -230,7 +245,8 @@ class LanguageModel(Transformer):
         """For `extend`: room for so many tokens, stacked over layers."""
         a = self.architecture
         shape = (a.layers, batch_size, length, a.kv_heads, a.width // a.heads)
-        return Cache(*(jnp.zeros(shape, self.compute_dtype) for _ in range(2)))
+        document_B = None if a.end_token is None else jnp.zeros(batch_size, jnp.int32)
+        return Cache(*(jnp.zeros(shape, self.compute_dtype) for _ in range(2)), document_B)
 
     def extend(
         self, variables: Variables, cache: Cache, token_BT: jax.Array, position: jax.Array
@@ -238,20 +254,29 @@ class LanguageModel(Transformer):
         """(logits_BV of what follows the last token, the cache with these tokens in it).
 
         position: of the first of them. Their number and its sum must not exceed the cache.
+
+        Documents are as separate as in `features`: what follows an end token reads none before it.
         """
+        x_BTD = self._embed(variables, token_BT, None)
+        positions, document_B = self._positions(position, token_BT, cache.document_B)
         x_BTD, (cache, _) = self._run(
             self._layer(*self._branches()),
             variables.params["layers"],
-            self._embed(variables, token_BT, None),
-            shared=self._positions(position, token_BT),
-            data_L=(cache, None),
+            x_BTD,
+            shared=positions,
+            data_L=(cache._replace(document_B=None), None),
             probes=None,
             lockstep=None,
         )
         x_BD = self._normalise(variables, x_BTD)[:, -1]
-        return self._logits(self._head_kernel(variables)[1], x_BD), cache
+        logits_BV = self._logits(self._head_kernel(variables)[1], x_BD)
+        return logits_BV, cache._replace(document_B=document_B)
 
-    def _positions(self, first, token_BT):
+    def _positions(self, first, token_BT, document_B=None):
+        """(where tokens are, where the document of the next token starts).
+
+        document_B: where that of the first one starts; 0 if not given.
+        """
         a = self.architecture
         first = jnp.asarray(first, jnp.int32)
         angles = rotary_angles(
@@ -260,7 +285,15 @@ class LanguageModel(Transformer):
             base=a.rotary_base,
             dtype=at_least_float32(self.compute_dtype),
         )
-        return Positions(first, on_sequence(angles))
+        if a.end_token is None:
+            return Positions(first, on_sequence(angles)), None
+        B, T = token_BT.shape
+        document_B1 = jnp.zeros((B, 1), jnp.int32) if document_B is None else document_B[:, None]
+        following_1T = first + 1 + jnp.arange(T, dtype=jnp.int32)[None]
+        ends_BT = whole_sequences(token_BT) == a.end_token
+        next_BT = lax.cummax(jnp.where(ends_BT, following_1T, document_B1), axis=1)
+        document_BT = whole_sequences(jnp.concatenate([document_B1, next_BT[:, :-1]], axis=1))
+        return Positions(first, on_sequence(angles), document_BT), next_BT[:, -1]
 
     def _branches(self):
         """(f, g). Shared: the tokens' positions; a layer's data: (cache, dropout keys)."""

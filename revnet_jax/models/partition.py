@@ -121,6 +121,15 @@ def on_sequence(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: lax.with_sharding_constraint(leaf, jax.P(*axis)), tree)
 
 
+def whole_sequences(tree: Any) -> Any:
+    """Arrays with the batch as their first axis, split over it alone: gathered along sequences."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return tree
+    spec = PartitionSpec(batch_axes(mesh))
+    return jax.tree.map(lambda leaf: lax.with_sharding_constraint(leaf, spec), tree)
+
+
 def by_heads(
     attend: Callable[..., jax.Array], q_BTNK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array
 ) -> jax.Array:

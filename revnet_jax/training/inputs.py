@@ -103,6 +103,8 @@ def _text(config, text, train, test):
         raise ConfigError(
             f"config.data.vocab_size: got {data.vocab_size}, expected {size}, as in the data"
         )
+    if config.model.get("separate_documents") and text.vocabulary.kind == "tokenizer":
+        _check_end_token(data.end_token, text.vocabulary.end_token)
     windows = {"seed": config.seed, "context": data.context, **train}
     most = data.eval_batches * config.eval_batch_size
     return Data(
@@ -110,6 +112,16 @@ def _text(config, text, train, test):
         lambda: eval_windows(text, context=data.context, max_windows=most, **test),
         data_record.of_text(text),
     )
+
+
+def _check_end_token(got, recorded):
+    if recorded is None:
+        raise ConfigError(
+            "config.model.separate_documents: got True for shards whose tokens.json names no "
+            "end_token, expected False, or shards that tokenize_text.py wrote with --end_token"
+        )
+    if got != recorded:
+        raise ConfigError(f"config.data.end_token: got {got}, expected {recorded}, as in the data")
 
 
 def _images(config, dataset, train, test):

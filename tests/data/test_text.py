@@ -6,14 +6,19 @@ import json
 import os
 import resource
 
+import jax
 import numpy as np
 import pytest
 
+from revnet_jax.config import ConfigError, language_model
 from revnet_jax.data.dataset import DataError
 from revnet_jax.data.shards import Shards, load_shards, tokenize_files
 from revnet_jax.data.text import Text, eval_windows, load_text, train_windows
 from revnet_jax.data.vocabulary import Vocabulary, codec, load_tokenizer, vocabulary_from
 from revnet_jax.errors import StorageError
+from revnet_jax.families import build_task
+from revnet_jax.training.inputs import build_data
+from revnet_jax.training.sharding import make_mesh
 
 TEXT = "Ein Löwe, ein Bär.\n" * 20
 READ = {"num_threads": 0, "prefetch": 0}
@@ -122,9 +127,16 @@ def test_shards_hold_the_text(path, tokenizer_file, tmp_path):
     assert per_token == pytest.approx(num_bytes / len(test))
     assert load_text("shards", path=str(out)).vocabulary.tokenizer_sha256
 
-    ended = tokenize_files([path, path], tokenizer_file, tmp_path / "ended", end_token="a")
+    options = {"test_share": 0.25, "end_token": "a"}
+    ended = tokenize_files([path, path], tokenizer_file, tmp_path / "ended", **options)
     count = lambda written: sum(sum(files.values()) for files in written["splits"].values())
     assert count(ended) == count(written) + 2
+    end = load_shards(tmp_path / "ended")[2].end_token
+    train, test, *_ = load_shards(tmp_path / "ended")
+    assert written["end_token"] is vocabulary.end_token is None
+    assert ended["end_token"] == end == test[np.asarray([len(test) - 1])][0]
+    with pytest.raises(DataError, match="expected enough for two splits"):  # an end is no text
+        tokenize_files([path, path], tokenizer_file, tmp_path / "short", end_token="a")
     with pytest.raises(ValueError, match="got end_token='<end>', expected a token of"):
         tokenize_files([path], tokenizer_file, tmp_path / "none", end_token="<end>")
     with pytest.raises(DataError, match="holds tokens already: choose another folder"):
@@ -148,6 +160,33 @@ def test_shards_that_find_no_room_are_written_again(path, tokenizer_file, tmp_pa
     assert written == undisturbed
     for name in ("train_00000.bin", "test_00000.bin"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+
+
+def test_separate_documents_need_to_know_the_end_token(path, tokenizer_file, tmp_path):
+    """As tokens.json says; those that were written before it did still load."""
+    out = tmp_path / "shards"
+    end = tokenize_files([path], tokenizer_file, out, test_share=0.25, end_token="a")["end_token"]
+    config = language_model()
+    config.data.update({"name": "shards", "dir": str(out), "vocab_size": 269})
+    load = lambda: build_data(config, make_mesh(jax.devices())).record["vocabulary"]
+    load()
+    config.model.separate_documents = True
+    with pytest.raises(ConfigError, match=r"config.data.end_token: got -1 and model.separate_docu"):
+        build_task(config)
+    config.data.end_token = end + 1
+    with pytest.raises(ConfigError, match=f"end_token: got {end + 1}, expected {end}, as in the"):
+        load()
+    config.data.end_token = end
+    vocabulary = vocabulary_from(load())
+    assert build_task(config).network.architecture.end_token == end
+    written = json.loads((out / "tokens.json").read_text())
+    del written["end_token"]
+    (out / "tokens.json").write_text(json.dumps(written))
+    with pytest.raises(ConfigError, match=r"tokens.json names no end_token, expected False, or"):
+        load()
+    config.model.separate_documents = False
+    vocabulary_from(load()).check_same_ids(vocabulary, "a run")  # ids mean what they did
+    assert build_task(config).network.architecture.end_token is None
 
 
 def test_what_a_tokenizer_file_may_hold(tokenizer_file, tmp_path):

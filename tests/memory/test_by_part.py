@@ -82,6 +82,9 @@ def test_parts_have_the_work_of_all_rounds_of_their_loops():
     assert forward["hbm_bytes"] == 12 * (2 * STREAM + 2 * 1024 * 1024 + 3 * STREAM + 2 * STREAM)
     assert head["flops"] == 2 * 4096 * 1024 * 1001
     assert stem["flops"] == ATTENTION + CONVOLUTION
+    narrow = TEXT.replace('"CAUSAL"', '"CAUSAL","sliding_window_length": 64')
+    (stem,) = (row for row in table(narrow, H200) if row["part"] == "stem")
+    assert stem["flops"] == ATTENTION * (64 * 512 - 64**2 // 2) // (512**2 // 2) + CONVOLUTION
     for key in ("ms", "flops", "hbm_bytes", "kernels"):
         assert rows["all"][key] == pytest.approx(sum(rows[p][key] for p in rows if p != "all"))
 

@@ -142,18 +142,23 @@ def test_kernels_and_ragged_products_count():
     assert arithmetic(ragged, platform="cpu") == 2 * 64 * 32 * 40
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_attention_by_cudnn(monkeypatch, causal):
-    """Two products forward, five backward, where scores are computed again; half if causal."""
+@pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (True, 256)])
+def test_attention_by_cudnn(monkeypatch, causal, window):
+    """Two products forward, five backward, where scores are computed again; half if causal, of a
+    window what is in it."""
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
     q = jax.ShapeDtypeStruct((2, 1024, 4, 64), jnp.bfloat16)
     k = jax.ShapeDtypeStruct((2, 512 if not causal else 1024, 4, 64), jnp.bfloat16)
 
     def run(q, k, v):
         options = {"is_causal": causal, "implementation": "cudnn"}
+        options["local_window_size"] = window and (window - 1, 0)
         return jnp.sum(jax.nn.dot_product_attention(q, k, v, **options), dtype=jnp.float32)
 
-    product = 2 * 2 * 4 * 1024 * k.shape[1] * 64 // (2 if causal else 1)
+    pairs = 1024 * k.shape[1] // (2 if causal else 1)
+    if window:  # a triangle is missing where the sequence starts
+        pairs = 1024 * window - window**2 // 2
+    product = 2 * 2 * 4 * 64 * pairs
     assert count(run, q, k, k, platform="gpu") == 2 * product
     assert count(jax.grad(run, argnums=(0, 1, 2)), q, k, k, platform="gpu") == 7 * product
 

@@ -120,7 +120,15 @@ def test_weights_in_loops_and_in_experts(changes, meshes):
             [{"data": 1, "sequence": 8}, {"data": 1, "fsdp": 2, "sequence": 2, "tensor": 2}],
         ),
         (
-            {"model.experts": 4, "model.dropout": 0.1, "model.tied": True, "microbatches": 2},
+            {
+                "model.experts": 4,
+                "model.dropout": 0.1,
+                "model.tied": True,
+                "microbatches": 2,
+                "model.window": 5,
+                "model.separate_documents": True,
+                "data.end_token": 3,
+            },
             False,
             [{"data": 2, "sequence": 4}],
         ),
