@@ -120,6 +120,7 @@ def test_the_twin_has_as_many_parameters(name, expected):
     assert counts[0] == pytest.approx(expected, rel=0 if name.startswith("vit") else 0.05)
 
 
+@pytest.mark.thorough
 def test_describe():
     report = describe(load("cifar10_revnet38"))
     assert report["num_params"] == 464_890
@@ -178,6 +179,7 @@ def test_a_mistake_in_the_flags_is_one_line_before_jax_is_imported(flags, messag
     assert re.match(f"error: .*{message}", line)
 
 
+@pytest.mark.thorough
 def test_what_is_kept_of_a_convolutional_network():
     """Products between nothing but the streams and everything."""
     kept = describe(load("digits"))["activation_bytes_per_example"]

@@ -54,6 +54,7 @@ def test_there_are_notebooks():
     assert len(NOTEBOOKS) == 3
 
 
+@pytest.mark.thorough
 @every_notebook
 def test_it_runs(path, tmp_path, monkeypatch):
     """As its reader runs it: on one device, without the tests' strict promotion (optax needs some).

@@ -82,6 +82,7 @@ def test_the_example_trains_resumes_and_is_measured(config, tmp_path):
     assert feed(config, seconds=0)["pipeline_per_second"] > 0
 
 
+@pytest.mark.thorough
 def test_the_example_is_planned_by_processes_that_find_its_module(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config.model.layers = 2

@@ -43,6 +43,7 @@ def test_a_good_block(arguments):
     assert str(report).count("\n") >= len(report.findings) - 1
 
 
+@pytest.mark.thorough
 def test_free_streams(arguments):
     block = reversible_block(dense, dense, grid=None)
     report = check_reversible(block, *arguments, dtypes=["float32", "float64"])
@@ -78,6 +79,7 @@ def test_a_range_that_is_used_up(arguments):
     assert "grid of fewer bits" in wrong["range of the grid"].advice
 
 
+@pytest.mark.thorough
 def test_a_range_that_overflows_is_named_first(arguments):
     """What fails behind it says so, rather than blame the coupling."""
     large = lambda params, x, context: 3000 * dense(params, x, context)
@@ -109,6 +111,7 @@ def test_updates_that_vanish_on_the_grid(arguments, step, bits, passed):
     assert report.ok == (passed is not False)
 
 
+@pytest.mark.thorough
 def test_branches_that_return_zeros_lose_nothing(arguments):
     """As those that are initialised with zeros; and what is pushed into a velocity is an update."""
     zero = lambda params, x, context: jnp.zeros_like(x)

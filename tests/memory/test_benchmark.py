@@ -106,6 +106,7 @@ def test_attention_is_causal():
     assert (u[:, 5:] != changed[:, 5:]).any(axis=-1).all()
 
 
+@pytest.mark.thorough
 def test_the_network_is_the_one_that_is_trained(tiny_config):
     """Abstractly: its units are set, and momentum holds a gradient for every parameter."""
     model = ConfigModel(tiny_config)
@@ -123,6 +124,7 @@ def test_the_network_is_the_one_that_is_trained(tiny_config):
     assert sizes(program.gradient(jax.eval_shape(program.init)[0])) == params
 
 
+@pytest.mark.thorough
 def test_limits_are_within_the_memory_given_and_found_by_every_strategy():
     sizes = {"layers": 4, "batch": 256, "limit_bytes": 2 * 2**20}
     find = lambda strategy: find_limit(MLP, strategy, "layers", **sizes, most_compiled=3)
@@ -204,6 +206,7 @@ def test_the_gpu_suite_asks_first_whether_gradients_are_exact(tiny_config):
     assert [s[1:3] for s in settings[10:]] == [s[1:3] for s in (*settings[:3], settings[7])]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_gradients_of_a_language_model_are_compared(optimizer):
     """In lockstep too, where each layer's state has its own moments."""
@@ -263,6 +266,7 @@ def test_a_setting_that_fails_is_a_row_and_the_next_is_measured(capsys, monkeypa
     assert f"failed: mlp in float32, 2 layers, batch 8: store: {error}" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_the_gpu_suite_on_a_cpu(tiny_config):
     """Tiny sizes of it, in its order: no mismatches, and no error of the gradient."""
     suite = suites(tiny_config, language_model())["gpu"]
@@ -361,6 +365,7 @@ def test_the_script_says_what_is_wrong():
     assert stderr.strip() == "error: got --layers=2,x, expected numbers from 1 to 999,999"
 
 
+@pytest.mark.thorough
 def test_a_pipeline_next_to_its_step():
     status, stdout, _ = run_benchmark(
         "--config=configs/digits.py",

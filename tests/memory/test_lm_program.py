@@ -42,6 +42,7 @@ def test_neither_all_scores_nor_all_logits_exist():
     check_shapes(compiled_step(jax.devices()[:1]))
 
 
+@pytest.mark.thorough
 def test_the_check_sees_them():
     """Where a chunk is all of them."""
     with pytest.raises(AssertionError, match="logits of all tokens"):

@@ -283,6 +283,7 @@ def test_sizes_read_well():
     ]
 
 
+@pytest.mark.thorough
 def test_a_step_is_compiled_once(tiny_config, tmp_path, capsys):
     """In this process; what is said of memory is what the compiler says."""
     tiny_config.update_from_flattened_dict({"model.units": (1,), "model.channels": (2, 2)})

@@ -86,6 +86,7 @@ def test_what_is_sent_is_that_of_a_layer_twice_and_of_the_embedding(on_cpu):
     assert sent == pytest.approx((2 * sum(split) + sum(outside)) / 2, rel=0.05)
 
 
+@pytest.mark.thorough
 def test_what_a_sequence_in_parts_sends():
     """Queries, keys, values and what is read: three times, once of them as cotangents."""
     mesh = {"mesh.fsdp": 1, "mesh.sequence": 2, "model.kv_heads": 1}

@@ -64,6 +64,7 @@ def test_features_are_taken_back_to_the_image_bit_for_bit(network, variables, im
     np.testing.assert_array_equal(rebuilt_BHWC, network.grid.snap(image_BHWC))
 
 
+@pytest.mark.thorough
 def test_one_gradient_whatever_the_strategy(network, variables, image_BHWC):
     grads = {}
     for backprop in STRATEGIES:
@@ -89,6 +90,7 @@ def test_one_gradient_whatever_the_strategy(network, variables, image_BHWC):
         )
 
 
+@pytest.mark.thorough
 def test_memory_between_stages_is_not_kept():
     """Twice the units in every stage take no more memory under reverse."""
 
@@ -130,6 +132,7 @@ def test_a_network_that_loses_something_has_no_inverse(image_BHWC):
         network.inverse(None, image_BHWC, train=False)
 
 
+@pytest.mark.thorough
 def test_single_layers_between_changes_of_resolution_are_rebuilt_exactly():
     """Outside a loop the compiler sees a layer's neighbours, and might sum in another order."""
     shapes = {"units": (1, 1, 1), "channels": (16, 16, 64, 256), "image_shape": (32, 32, 3)}

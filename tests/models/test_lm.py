@@ -12,6 +12,7 @@ from revnet_jax.core import Grid
 from revnet_jax.models import Decoder, LanguageModel, Variables
 from revnet_jax.models.attention import attend, rotary_angles, rotate, scores_times_values
 from revnet_jax.training.sharding import make_mesh, on_mesh, put_batch
+from tests import thorough
 
 B, T, V = 2, 13, 17
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -48,7 +49,7 @@ def gradient(lm, variables, *, key=None, balance=0.1):
     return jit(value_and_grad)(variables.params, lm.probes())
 
 
-@pytest.mark.parametrize("name", ["twin", "experts", "dropout"])
+@pytest.mark.parametrize("name", ["twin", thorough("experts"), thorough("dropout")])
 def test_strategies_give_one_gradient(name):
     """The twin has `store` and `remat` alone."""
     changes = VARIANTS[name]
@@ -176,6 +177,7 @@ def test_rotary_scores_depend_on_distance_alone():
     np.testing.assert_array_equal(at(0), x[0, 0, 0])
 
 
+@pytest.mark.thorough
 def test_routing_in_bfloat16_replays_at_depth():
     """No routing decision differs between forward and rewind, and the balance loss's gradient is
     store's: 24 layers of experts."""
@@ -202,6 +204,7 @@ def test_the_router_learns_from_the_loss(experts_per_token):
     assert jnp.linalg.norm(got["layers"][1]["router"]["kernel"]) > 1e-3
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("axis", ["fsdp", "tensor"])
 @pytest.mark.parametrize("backprop", ["store", "reverse"])
 def test_experts_on_two_devices(backprop, axis):

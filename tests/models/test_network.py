@@ -353,6 +353,7 @@ def assert_same_bits(tree, true_tree):
     jax.tree.map(same, tree, true_tree)
 
 
+@pytest.mark.thorough
 def test_strategies_are_one_function(monkeypatch):
     """One loss, one gradient, and running averages updated once, to the bit."""
     monkeypatch.setattr(residual, "conv", plain_conv)

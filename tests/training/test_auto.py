@@ -12,6 +12,7 @@ from revnet_jax.training.auto import largest_stored_layers, needed_bytes
 from revnet_jax.training.loop import resolve_auto
 
 
+@pytest.mark.thorough
 def test_the_largest_that_fits_and_the_next_does_not(tiny_config, tmp_path, monkeypatch):
     tiny_config.model.update({"units": (8, 2), "stored_layers": "auto"})
     devices = jax.devices()[:1]

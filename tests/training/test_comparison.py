@@ -56,6 +56,7 @@ def test_every_row_maps_images_to_logits(name):
     assert [logits.shape for logits in jax.eval_shape(both, key, image)] == [(4, 10)] * 2
 
 
+@pytest.mark.thorough
 def test_rows_train_exactly_and_print_as_a_table_and_as_json(monkeypatch):
     monkeypatch.setattr("revnet_jax.training.comparison.jit", quick_jit)
     report = compare(["bdia", "residual"], seeds=1, num_steps=2, **TINY)

@@ -136,6 +136,7 @@ def alone(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.thorough
 def test_two_processes_are_stopped_and_one_goes_on(alone, tmp_path):
     """One trouble after the other, and one mesh: weights split over all, over four, not at all."""
     workdir = tmp_path / "run"
@@ -178,6 +179,7 @@ def check_both_saved(both, workdir, alone):
     return step
 
 
+@pytest.mark.thorough
 def test_two_processes_compute_the_same_when_started_again(tmp_path):
     """What they would find in the cache of compiled programs, XLA reads back wrongly."""
     settings = {"mesh.fsdp": 8, "num_steps": 1, "checkpoint_every_steps": 1}
@@ -190,6 +192,7 @@ def test_two_processes_compute_the_same_when_started_again(tmp_path):
     assert first[0]["exact_mismatches"] == 0
 
 
+@pytest.mark.thorough
 def test_two_processes_finish_a_run(alone, tmp_path):
     """Its last step and evaluation are missing; when they are not, none has anything to do."""
     workdir = tmp_path / "run"
@@ -316,6 +319,7 @@ def test_the_death_of_one_ends_the_other(tmp_path):
     assert "heartbeat" in survivor.stderr
 
 
+@pytest.mark.thorough
 def test_a_signal_stops_a_single_process(alone, tmp_path):
     workdir = tmp_path / "run"
     process = start(workdir, devices=8)

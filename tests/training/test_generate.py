@@ -81,6 +81,7 @@ def test_from_text_to_a_model_to_text(tmp_path, monkeypatch, capsys):
     assert "got a prompt of 9 tokens for a context of 8" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_from_shards_of_tokens_to_text_by_way_of_a_crash(tmp_path):
     """Experts, updates in lockstep: interrupted and resumed, a run ends with the same figures."""
     tokenizers = pytest.importorskip("tokenizers")
@@ -119,6 +120,7 @@ def test_from_shards_of_tokens_to_text_by_way_of_a_crash(tmp_path):
         next(write())
 
 
+@pytest.mark.thorough
 def test_microbatches_learn_what_the_batch_does(tmp_path):
     (tmp_path / "text").write_text(TEXT)
     config = language_model()
@@ -130,6 +132,7 @@ def test_microbatches_learn_what_the_batch_does(tmp_path):
     assert parts["eval_loss"] == pytest.approx(whole["eval_loss"], rel=1e-4)
 
 
+@pytest.mark.thorough
 def test_tokens_are_those_of_the_whole_forward_pass():
     """While all fit into the cache; afterwards, those of the later half of the context."""
     sizes = {"vocab_size": 11, "layers": 2, "width": 16, "heads": 2, "kv_heads": 2, "hidden": 16}

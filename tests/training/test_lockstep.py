@@ -180,6 +180,7 @@ def difference(a, b):
     return max(np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-9) for x, y in pairs)
 
 
+@pytest.mark.thorough
 def test_a_network_takes_the_same_step_with_layerwise_clipping(tiny_config):
     """Stem, transition and head take the ordinary path in the same step."""
     tiny_config.optimizer.update({"clip_norm": 0.3, "clip": "layer"})
@@ -196,6 +197,7 @@ def test_a_network_takes_the_same_step_with_layerwise_clipping(tiny_config):
     assert difference(unclipped.variables.params, ordinary.variables.params) > 1e-4
 
 
+@pytest.mark.thorough
 def test_microbatches_add_up(tiny_config):
     """Free streams: on the grid, batch statistics in another order of sums are other roundings."""
     tiny_config.model.update({"grid": False, "backprop": "store"})

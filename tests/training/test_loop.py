@@ -17,6 +17,7 @@ from revnet_jax.training.loop import NonFiniteError, resolve_auto, train
 from revnet_jax.training.restore import evaluate_run
 from revnet_jax.training.sharding import put_batch
 from revnet_jax.training.workdir import read_json, write_json
+from tests import thorough
 
 
 def rows(workdir):
@@ -67,6 +68,7 @@ def test_what_a_run_leaves_behind(tiny_config, tmp_path):
     assert rows(tmp_path) == written
 
 
+@pytest.mark.thorough
 def test_the_strategies_train_alike(tiny_config, tmp_path):
     """The first 50 losses agree to 1e-4."""
     tiny_config.num_steps = 50
@@ -82,6 +84,7 @@ def test_the_strategies_train_alike(tiny_config, tmp_path):
     np.testing.assert_allclose(losses["reverse"], losses["store"], rtol=1e-4)
 
 
+@pytest.mark.thorough
 def test_killed_at_any_moment_it_ends_the_same(start_program, run_program, tiny_flags, tmp_path):
     """SIGKILL after 1, 4 and 9 rows: the metrics are bit for bit those of a run left alone."""
     status, _, stderr = run_program("train", *tiny_flags, f"--workdir={tmp_path / 'alone'}")
@@ -104,6 +107,7 @@ def test_killed_at_any_moment_it_ends_the_same(start_program, run_program, tiny_
     assert json.loads(stdout)["steps"] == 12
 
 
+@pytest.mark.thorough
 def test_stopped_in_an_evaluation_it_makes_it_when_it_goes_on(tiny_config, tmp_path, monkeypatch):
     """In the middle of the run and at its end."""
     tiny_config.update({"num_steps": 4, "eval_every_steps": 2, "eval_batch_size": 300})
@@ -138,6 +142,7 @@ def test_stopped_in_an_evaluation_it_makes_it_when_it_goes_on(tiny_config, tmp_p
         assert saved["eval_loss"]
 
 
+@pytest.mark.thorough
 def test_narrow_moments_and_parameters_are_resumed_bit_for_bit(tiny_config, tmp_path):
     """From an earlier checkpoint than the last; moments in float8, kernels in bfloat16."""
     tiny_config.model.update({"channels": (16, 16, 32), "param_dtype": "bfloat16"})
@@ -155,6 +160,7 @@ def test_narrow_moments_and_parameters_are_resumed_bit_for_bit(tiny_config, tmp_
     assert rows(stopped) == rows(tmp_path / "alone")
 
 
+@pytest.mark.thorough
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
     tiny_config, tmp_path, caplog
 ):
@@ -171,7 +177,9 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
     assert (tmp_path / "metrics.jsonl").read_bytes() == expected
 
 
-@pytest.mark.parametrize(("harmless_steps", "last_good"), [(4, 4), (5, 4), (11, 10)])
+@pytest.mark.parametrize(
+    ("harmless_steps", "last_good"), [(4, 4), thorough(5, 4), thorough(11, 10)]
+)
 def test_a_step_that_is_not_finite_stops_the_run(harmless_steps, last_good, tiny_config, tmp_path):
     """Between checkpoints, at one, and at the end of the run."""
     # A few harmless steps, then one with a rate that nothing survives.
@@ -187,6 +195,7 @@ def test_a_step_that_is_not_finite_stops_the_run(harmless_steps, last_good, tiny
     assert all(math.isfinite(row["train_loss"]) for row in rows(tmp_path) if "train_loss" in row)
 
 
+@pytest.mark.thorough
 def test_a_checkpoint_of_another_architecture(tiny_config, tmp_path):
     from revnet_jax.training.checkpoint import CheckpointError
 

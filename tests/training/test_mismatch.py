@@ -56,6 +56,7 @@ def test_a_branch_that_counts_its_calls(tiny_config, tmp_path, capsys, monkeypat
     assert "or a branch is no pure function: try --config.model.backprop=store" in line
 
 
+@pytest.mark.thorough
 def test_stop_keeps_rows_and_checkpoints(tiny_config, tmp_path):
     """A harmless beginning; then steps whose size takes streams out of the grid's range."""
     settings = {
@@ -86,6 +87,7 @@ def test_stop_keeps_rows_and_checkpoints(tiny_config, tmp_path):
     assert rows(tmp_path)[: len(written)] == written
 
 
+@pytest.mark.thorough
 def test_stop_is_one_line_and_status_1(tiny_flags, run_program, tmp_path):
     flags = [*tiny_flags, "--config.model.grid_bits=22", "--config.on_mismatch=stop"]
     status, stdout, stderr = run_program("train", *flags, f"--workdir={tmp_path}")

@@ -166,6 +166,7 @@ def test_hidden_kernels_get_muon_in_stacks_and_in_lockstep(family, settings, ker
         )
 
 
+@pytest.mark.thorough
 def test_parameters_and_momentum_in_bfloat16_move_to_a_neighbour_of_where_they_should():
     narrow = jnp.bfloat16
     params, grads = (jax.tree.map(lambda leaf: leaf.astype(narrow), normal(i)) for i in (0, 1))
@@ -194,6 +195,7 @@ def test_other_kernels_are_refused():
         optimizer.update(params, optimizer.init(params), params)
 
 
+@pytest.mark.thorough
 def test_what_eight_devices_send():
     """Nothing within the products: the exchanges before and after are all there is."""
     program = pathlib.Path(__file__).with_name("sharded_muon.py")
@@ -219,6 +221,7 @@ def test_what_eight_devices_send():
     ]
 
 
+@pytest.mark.thorough
 def test_ten_steps_on_eight_devices_are_those_on_one():
     settings = {**FAMILIES["decoder"], "optimizer.name": "muon"}
     cases = [

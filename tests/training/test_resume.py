@@ -48,6 +48,7 @@ def state_of(workdir, config):
         return checkpoints.restore(program.state)
 
 
+@pytest.mark.thorough
 def test_a_finished_run_goes_on_in_another_way_to_the_same_bits(half, tiny_config, tmp_path):
     train(short(tiny_config, WHOLE), tmp_path / "whole")
     expected = state_of(tmp_path / "whole", tiny_config)
@@ -84,6 +85,7 @@ def test_a_run_cannot_be_shorter_than_it_is(half, tiny_config):
         train(short(tiny_config, 2), half)
 
 
+@pytest.mark.thorough
 def test_another_runs_weights(half, tiny_config, tmp_path):
     """They are the new run's step 0, and its own from then on."""
     source, new = half, tmp_path / "new"

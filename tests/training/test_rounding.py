@@ -68,6 +68,7 @@ def test_averages_of_noise_in_float8_are_near_those_in_float32():
     assert float(jnp.std(jnp.sqrt(ratio))) < 0.2  # of an update's size
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("moments", ["bfloat16", "float8"])
 def test_layers_are_rounded_alike_stacked_or_alone(moments):
     optimizer = rounded(optax.adamw(1e-3), moments=moments)
@@ -146,6 +147,7 @@ def small_configs():
     return decoder, vit, revnet
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("lockstep", [False, True])
 def test_kernels_of_every_family_are_kept_and_trained_in_bfloat16(lockstep):
     for config in small_configs():

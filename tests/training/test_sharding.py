@@ -16,6 +16,7 @@ from revnet_jax.training.build import build_recipe, check_split
 from revnet_jax.training.rounding import MOMENTS
 from revnet_jax.training.sharding import local_rows, make_mesh, mesh_sizes, placed
 from revnet_jax.training.step import init_state
+from tests import thorough
 
 # Learning rates so small that ten steps do not amplify roundings: chaos is not to be compared.
 COMMON = {"num_steps": 20, "batch_size": 16, "schedule.warmup_steps": 0, "optimizer.name": "sgd"}
@@ -89,12 +90,13 @@ def check(found):
         assert each["params"] < tolerance, each
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["decoder", thorough("revnet"), thorough("vit")])
 def test_ten_steps_on_eight_devices_are_those_on_one(family):
     cases = [("reverse", True, MESHES[2], "float64"), ("reverse", False, MESHES[1], "float32")]
     check(differences(family, FAMILIES[family], cases))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("changes", "meshes"),
     [
@@ -111,6 +113,7 @@ def test_weights_in_loops_and_in_experts(changes, meshes):
     check(differences("decoder", settings, cases))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("changes", "lockstep", "meshes"),
     [
@@ -139,6 +142,7 @@ def test_sequences_in_parts(changes, lockstep, meshes):
     check(differences("decoder", settings, [("reverse", lockstep, m, "float64") for m in meshes]))
 
 
+@pytest.mark.thorough
 def test_moments_in_float8_are_rounded_as_on_one_device():
     """Even where blocks are split: axes of 32 split over 8 devices."""
     settings = {**FAMILIES["decoder"], "optimizer.state_dtype": "float8"}
@@ -161,6 +165,7 @@ def test_every_mesh_and_strategy(family, backprop, lockstep, dtype):
     check(found)
 
 
+@pytest.mark.thorough
 def test_a_checkpoint_of_eight_devices_is_one_of_four_and_of_one(tmp_path):
     program = pathlib.Path(__file__).with_name("sharded_checkpoint.py")
     subprocess.run([sys.executable, str(program), str(tmp_path / "checkpoints")], check=True)

@@ -10,6 +10,7 @@ from revnet_jax.training.program import step_program
 from revnet_jax.training.task import cross_entropy
 
 
+@pytest.mark.thorough
 def test_mixup(tiny_config):
     """The loss of the mixed images, by both labels."""
     tiny_config.mixup = 0.4
@@ -33,6 +34,7 @@ def test_mixup(tiny_config):
         build_recipe(tiny_config)
 
 
+@pytest.mark.thorough
 def test_unrolled_layers_are_in_no_loop(tiny_config):
     """In all families, and nothing changes in layers that recompute."""
     sizes = {"batch_size": 2, "model.layers": 3, "model.width": 16, "model.heads": 2}

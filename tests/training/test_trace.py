@@ -12,6 +12,7 @@ from revnet_jax.training.program import step_program
 from revnet_jax.training.trace import Trace
 
 
+@pytest.mark.thorough
 def test_a_run_leaves_a_trace_of_the_steps_asked_for(tiny_config, tmp_path):
     tiny_config.update_from_flattened_dict(
         {"num_steps": 4, "eval_every_steps": 4, "profile.start_step": 2, "profile.num_steps": 2}
@@ -39,6 +40,7 @@ def test_a_trace_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
             trace.after(1, jax.numpy.ones(1))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("lockstep", [False, True])
 def test_operations_say_what_they_belong_to(tiny_config, lockstep):
     tiny_config.optimizer.lockstep = lockstep
