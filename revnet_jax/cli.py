@@ -234,7 +234,7 @@ def near_keys(key: str, known: Sequence[str]) -> list[str]:
     """Up to four of the known keys that a mistaken key may stand for, the likeliest first.
 
     The same name in another group; a short name of `_SHORT`; initials (lr: learning_rate); for a
-    group its name or its first settings; a key spelt much like it; a part of a name.
+    group its name or its first settings; a key spelt much like it; words of a name.
     """
     name = key.rpartition(".")[2]
     names: dict[str, list[str]] = {}
@@ -251,7 +251,7 @@ def near_keys(key: str, known: Sequence[str]) -> list[str]:
         or [each for each in (f"{key}.name", f"{key}.family") if each in known]
         or [each for each in known if each.startswith(f"{key}.")]
         or close
-        or having(lambda long: len(name) > 2 and name in long)
+        or having(lambda long: len(name) > 2 and f"_{name}" in f"_{long}")
     )
     return found[:4]
 
