@@ -2,5 +2,11 @@ import functools
 
 import pytest
 
-# Parameters of which a test is left out of the default run.
+# A parameter, or several, with which a test is left out of the default run.
 thorough = functools.partial(pytest.param, marks=pytest.mark.thorough)
+
+
+def by_default(values, *kept):
+    """All values as parameters of a test, of which the default run takes those that are kept."""
+    as_tuple = lambda value: value if isinstance(value, tuple) else (value,)
+    return [value if value in kept else thorough(*as_tuple(value)) for value in values]

@@ -142,6 +142,7 @@ def test_describe():
     assert checked["reverse"] - kept["reverse"] == sum(stage_bytes)
 
 
+@pytest.mark.thorough
 def test_describe_of_a_resnet_has_no_reverse():
     report = describe(load("cifar10_resnet32", "cifar100,laptop"))
     assert report["num_params"] == NUM_PARAMS["cifar10_resnet32"][1]

@@ -19,6 +19,7 @@ from revnet_jax.core import (
     reversible_block,
     sequence_inverse,
 )
+from tests import by_default
 from tests.core import toy
 
 DEPTHS = [1, 2, 3, 7, 64]
@@ -47,7 +48,7 @@ def naive_loss(params_L, x, scale, shared, data_L):
 
 
 @pytest.mark.parametrize("backprop", ["remat", "reverse"])
-@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("depth", by_default(DEPTHS, 1, 3, 64))
 def test_gradient_equals_store(depth, backprop):
     """Values and gradients of params, streams and shared inputs, in float64 to 1e-10."""
     with jax.enable_x64(True):
@@ -64,7 +65,7 @@ def test_gradient_equals_store(depth, backprop):
 
 
 @pytest.mark.parametrize("backprop", STRATEGIES)
-@pytest.mark.parametrize("depth", [1, 3, 7])
+@pytest.mark.parametrize("depth", by_default([1, 3, 7], 3))
 def test_gradient_equals_the_naive_program(depth, backprop):
     with jax.enable_x64(True):
         params_L, x, shared, data_L = toy.arguments(depth, jnp.float64)
@@ -77,7 +78,7 @@ def test_gradient_equals_the_naive_program(depth, backprop):
         assert toy.relative_error(grads, true_grads) < 1e-10
 
 
-@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("depth", by_default(DEPTHS, 1, 64))
 def test_inverse_undoes_forward_bit_for_bit(depth):
     block = toy.block()
     params_L, x, shared, data_L = toy.arguments(depth)

@@ -89,6 +89,7 @@ def test_the_inverse_is_bit_identical():
         )
 
 
+@pytest.mark.thorough
 def test_float32_gradients_round_alike_under_all_strategies():
     """Summed in another order they would differ by about 3e-7, and training runs would part."""
     *true_grads, _ = gradient("store", Grid(), jnp.float32, 8)

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from revnet_jax.core import Exactness, chain, reversible_block
 from revnet_jax.core.isolate import call_witnessed
+from tests import thorough
 from tests.core import toy
 
 WIDTH, ROWS = 8, 4
@@ -52,7 +53,7 @@ def test_examples_stay_independent(layers, settings):
         np.testing.assert_array_equal(np.isfinite(dx).all(axis=1), is_valid)
 
 
-@pytest.mark.parametrize(("layers", "settings"), RUNS)
+@pytest.mark.parametrize(("layers", "settings"), [*RUNS[:2], *(thorough(*run) for run in RUNS[2:])])
 def test_on_meshes_whose_axes_are_types(layers, settings):
     """Explicit ones, as `jax.make_mesh` makes them, and those of `shard_map`."""
     x, params = (jnp.linspace(-1, 1, ROWS * WIDTH).reshape(ROWS, WIDTH),) * 2, params_L(layers)

@@ -8,6 +8,7 @@ import pytest
 
 from revnet_jax.core import Exactness, Grid, chain, reversible_block
 from revnet_jax.memory.counts import arithmetic
+from tests import thorough
 
 WIDTH, ROWS = 32, 128
 
@@ -133,7 +134,9 @@ def test_cotangents_of_streams_are_added_up_where_branches_are_differentiated():
     assert len([e for e in adds if e.outvars[0].aval.shape == (ROWS, WIDTH)]) == 2
 
 
-@pytest.mark.parametrize("options", [{"backprop": "store"}, {"stored_layers": 5}, {}])
+@pytest.mark.parametrize(
+    "options", [{"backprop": "store"}, thorough({"stored_layers": 5}), thorough({})]
+)
 def test_an_unrolled_gradient_is_the_same_to_the_bit(options):
     block = reversible_block(branch, branch)
 

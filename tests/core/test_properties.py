@@ -31,6 +31,7 @@ from revnet_jax.core import (
     sequence_inverse,
 )
 from revnet_jax.core.scaling import divide, multiply, pack, unpack
+from tests import by_default
 from tests.core import toy
 
 # What hypothesis keeps of the sources it reads would stay in the working directory.
@@ -203,7 +204,7 @@ def network_loss(params_L, x, shared, probe, section, network, backprop):
     return sum((jnp.sum(jnp.asarray(w, leaf.dtype) * leaf) for w, leaf in pairs), start=0.0), y
 
 
-every_coupling = pytest.mark.parametrize("coupling", ROOM)
+every_coupling = pytest.mark.parametrize("coupling", by_default(ROOM, "additive", "affine"))
 
 
 @every_search

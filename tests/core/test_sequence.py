@@ -235,6 +235,7 @@ def temporary_bytes(num_sections, depth, *, one_sequence):
     return toy.jit(jax.grad(loss)).lower(params, x).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("depth", [1, 4])
 def test_memory_of_a_sequence_does_not_depend_on_how_many_sections_it_has(depth):
     """But for a loop's counters and pointers, and a checksum of its rows: of a stream, 1/32."""

@@ -52,6 +52,7 @@ def rows():
     return list(compare(Setting(MLP, layers=4, batch=32, strategies=MEASURED, seconds=0.01)))
 
 
+@pytest.mark.thorough
 def test_every_strategy_is_measured_and_has_the_same_gradient(rows):
     assert [row["strategy"] for row in rows] == list(MEASURED)
     for row in rows:
@@ -70,6 +71,7 @@ def test_operations_are_those_of_the_products(rows):
     assert [row["flops"] / (4 * product) for row in rows] == [12, 15, 16, 16]
 
 
+@pytest.mark.thorough
 def test_operations_fall_and_memory_rises_with_stored_layers():
     strategies = ("reverse", "reverse+2", "reverse+5")
     sizes = {"layers": 8, "batch": 64, "strategies": strategies}
@@ -350,6 +352,7 @@ def test_no_more_layers_can_be_stored_than_there_are():
         parse_strategy("reverse+9", 8)
 
 
+@pytest.mark.thorough
 def test_the_script_prints_json_lines():
     sizes = "--models=mlp", "--layers=2", "--batch=2", "--seconds=0.01"
     status, stdout, _ = run_benchmark(*sizes, "--strategies=store", "--json")

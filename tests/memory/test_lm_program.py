@@ -38,6 +38,7 @@ def check_shapes(compiled):
         assert not {2 * CONTEXT, VOCAB} <= set(shape), f"logits of all tokens: {shape}"
 
 
+@pytest.mark.thorough
 def test_neither_all_scores_nor_all_logits_exist():
     check_shapes(compiled_step(jax.devices()[:1]))
 

@@ -45,6 +45,7 @@ def followed_chain(backprop):
     return liveness(assignment(compiled)), memory.temp_size_in_bytes
 
 
+@pytest.mark.thorough
 def test_the_peak_that_is_drawn_is_the_compilers_own_figure(lines):
     """Of the very same program."""
     assert [line.backprop for line in lines] == list(BASIC)

@@ -13,6 +13,7 @@ import pytest
 from revnet_jax.memory.counts import arithmetic
 from revnet_jax.models import attention
 from revnet_jax.models.attention import attend, padded_to_even, scores_times_values
+from tests import by_default, thorough
 from tests.nvidia import needs_compiler, run_for
 
 B, T, N, K = 2, 5, 4, 8
@@ -121,8 +122,8 @@ def test_the_kernel_for_tpus_is_attention(causal, groups, segments, monkeypatch)
 WINDOWS = [(3, 2), (4, 1), (8, 3), (16, 1), (16, 4), (37, 5), (37, 7), (37, 36), (8, 8), (8, 9)]
 
 
-@pytest.mark.parametrize("segments", [False, True])
-@pytest.mark.parametrize(("length", "window"), [*WINDOWS, (37, 0)])
+@pytest.mark.parametrize("segments", [thorough(False), True])
+@pytest.mark.parametrize(("length", "window"), by_default([*WINDOWS, (37, 0)], *WINDOWS[4:7]))
 def test_windows_and_segments_are_masks(length, window, segments, monkeypatch):
     monkeypatch.setattr(attention, "_SMALLEST_CHUNK", 4)
     monkeypatch.setattr(attention, "_MOST_CHUNKS", 2)
@@ -148,6 +149,7 @@ def test_windows_need_an_order():
             attend(q, k, v, causal=causal, kernel="chunked", window=window)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("length", [8, 9])
 def test_cudnn_gets_the_window(length, monkeypatch):
     """As what it reads besides the token itself, which is how JAX counts: compared with JAX's own

@@ -149,6 +149,7 @@ def step(backprop):
     return value, (dparams_L, dx), exactness
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("backprop", ["remat", "reverse"])
 def test_dropout_and_batch_norm_in_a_chain(backprop):
     """The rewind draws the masks of the forward pass, and averages are updated once."""

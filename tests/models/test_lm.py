@@ -67,6 +67,7 @@ def test_strategies_give_one_gradient(name):
             assert exactness["layers"].mismatches == 0
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "options", [{"loss_chunk": 4}, {"loss_chunk": T, "feed_forward_chunks": 13}]
 )
@@ -150,6 +151,7 @@ def test_the_twin_has_the_same_parameters(name):
     assert shapes[0] == shapes[1]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("causal", "length"), [(True, 300), (False, 100)])
 def test_chunked_attention_is_attention(causal, length):
     q, k, v = (

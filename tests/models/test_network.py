@@ -14,6 +14,7 @@ from revnet_jax.core import STRATEGIES, Exactness, Grid
 from revnet_jax.models import Network, Variables, num_params, residual
 from revnet_jax.models import network as network_module
 from revnet_jax.models.architecture import Architecture, groups
+from tests import by_default
 
 # The same optimised program, translated with less effort: compiling is what these tests pay for.
 COMPILE_FAST = {"xla_backend_optimization_level": 0}
@@ -291,7 +292,7 @@ def float64_parts():
         yield
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", by_default(TINY, "revnet"))
 def test_equals_the_plain_network(name):
     """Logits, running averages and the gradient of every parameter, in float64 to 1e-9."""
     arch = architecture(name)
@@ -569,6 +570,7 @@ def test_memory_of_reverse_does_not_depend_on_depth(monkeypatch):
     assert abs(deep - shallow) <= min(0.01 * shallow, STREAM_BYTES)
 
 
+@pytest.mark.thorough
 def test_memory_of_store_grows_with_every_unit(monkeypatch):
     """By what each branch reads, and what its first convolution returns."""
     monkeypatch.setattr(residual, "conv", plain_conv)

@@ -232,6 +232,7 @@ for sizes in ((8, 1, 1, 1), (2, 4, 1, 1), (4, 1, 1, 2), (1, 1, 8, 1)):
 """
 
 
+@pytest.mark.thorough
 def test_two_processes_evaluate_a_run(alone):
     program = ["scripts/evaluate.py", f"--workdir={alone}"]
     both = [start_python(alone.parent, *program, *flags, devices=4) for flags in flags_of_two()]

@@ -14,6 +14,7 @@ from revnet_jax.training.muon import scale_by_muon
 from revnet_jax.training.optimizer import is_kernel
 from revnet_jax.training.rounding import rounded
 from revnet_jax.training.step import init_state, make_train_step
+from tests import by_default, thorough
 
 FAST = {"xla_backend_optimization_level": 0}
 DEPTH, WIDTH, ROWS = 6, 16, 16
@@ -90,14 +91,14 @@ def steps(name, wrap, dtype, lockstep):
     return params, norm
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", by_default(OPTIMIZERS, "sgd", "adamw"))
 @pytest.mark.parametrize(
     ("dtype", "tolerance", "moments"),
     # Rounded by a hash of their bits, moments have to be equal to be rounded alike.
     [
-        ("float32", 1e-6, None),
+        thorough("float32", 1e-6, None),
         ("float64", 1e-12, None),
-        ("float64", 1e-12, "bfloat16"),
+        thorough("float64", 1e-12, "bfloat16"),
         ("float64", 1e-12, "float8"),
     ],
 )

@@ -40,6 +40,7 @@ def test_the_first_mismatch_is_one_loud_line(tiny_config, tmp_path, capsys):
     assert "--config.on_mismatch=stop" in line
 
 
+@pytest.mark.thorough
 def test_a_branch_that_counts_its_calls(tiny_config, tmp_path, capsys, monkeypatch):
     calls, original = itertools.count(), ResidualBranch.__call__
 

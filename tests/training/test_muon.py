@@ -85,6 +85,7 @@ def test_singular_values_become_one(shape):
         assert not np.any(orthogonalize(jnp.zeros(shape)))
 
 
+@pytest.mark.thorough
 def test_three_updates_equal_the_formula_for_each_matrix_and_adam_for_the_rest():
     with jax.enable_x64(True):
         optimizer, params = make(), normal(0)

@@ -80,6 +80,7 @@ def test_a_finished_run_goes_on_in_another_way_to_the_same_bits(half, tiny_confi
     assert [json.loads(start)["step"] for start in starts] == [0, HALF]
 
 
+@pytest.mark.thorough
 def test_a_run_cannot_be_shorter_than_it_is(half, tiny_config):
     with pytest.raises(ConfigError, match=r"config\.num_steps: got 2, expected 3 or more"):
         train(short(tiny_config, 2), half)
