@@ -123,6 +123,9 @@ class Chain:
         def step(state, x):
             params_L, momentum_L, mismatches = state
             value_and_grad = jax.value_and_grad(loss_fn, argnums=(0, 1, 2))
+            # Under lockstep the "gradients" of parameters and momentum are their updated values:
+            # the backward sweep applies the update, and can return it only as cotangents. The
+            # exactness check leaves the sweep in the same way, as the cotangent of its probe.
             loss, (*new, exactness) = value_and_grad(params_L, momentum_L, Exactness.probe(), x)
             if not lockstep:
                 new = _sgd(new[0], momentum_L, params_L)
@@ -136,6 +139,7 @@ class Chain:
             x = tuple(jax.random.normal(key, self.stream_shape(batch)) for key in keys)
             return (params_L, jax.tree.map(jnp.zeros_like, params_L), jnp.zeros(())), x
 
+        # The state is donated, as in training: the new one takes its memory.
         return Program(jit(step, donate_argnums=0), jax.jit(init), lambda state: state[1])
 
 
