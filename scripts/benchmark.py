@@ -1,4 +1,4 @@
-"""Measures a training step under every strategy: time, memory, and whether the gradient is right.
+"""Measures time, memory and exact gradients of a training step under every strategy.
 
     python scripts/benchmark.py --plot=benchmark.png                 # two cores, under 10 minutes
     python scripts/benchmark.py --models=mlp --strategies=store,reverse --seconds=20
@@ -7,13 +7,13 @@
 
     python scripts/benchmark.py --config=FILE --config.data.dir=DIR  # a pipeline, on one host
 
-`laptop` compares the time of a step, strategies taking turns. `gpu` first checks that every model's
-rebuilt inputs and gradients are exact, then compares time and memory, then finds the largest batch
-and depth that each strategy survives, within --minutes. There cuDNN's attention makes the
-decoder's gradients vary by rounding unless XLA_FLAGS=--xla_gpu_deterministic_ops=true; rows say
-which flags they were measured with. With a config, measures how fast this host prepares batches,
-next to how fast its devices train on them. Prints a Markdown table; --json prints JSON lines
-instead.
+The `laptop` suite compares step times; strategies take turns. The `gpu` suite first checks that
+every model's rebuilt inputs and gradients are exact, then compares time and memory, then finds the
+largest batch and depth that each strategy can train, all within --minutes. On GPUs, cuDNN's
+attention makes the decoder's gradients vary by rounding unless
+XLA_FLAGS=--xla_gpu_deterministic_ops=true; each row records its flags. With --config, the script
+measures how fast this host prepares batches and how fast its devices train on them. Prints a
+Markdown table; --json prints JSON lines instead.
 """
 
 import json
@@ -107,13 +107,13 @@ def main(argv):
 
 
 def append(path, text):
-    """Adds text to a file."""
+    """Appends text to a file."""
     with writing(path), open(path, "a") as file:
         file.write(text)
 
 
 def whole_numbers(name, texts):
-    """The numbers of a flag that is a list; None where it is not given."""
+    """The numbers of a list flag; None if the flag is not given."""
     if texts is None:
         return None
     if not all(re.fullmatch("[0-9]{1,6}", text) and int(text) for text in texts):

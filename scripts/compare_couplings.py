@@ -1,10 +1,10 @@
-"""Trains the same small network with every coupling at equal parameters, and compares them.
+"""Compares couplings: trains a small network with each one, at equal numbers of parameters.
 
     python scripts/compare_couplings.py --plot=couplings.png
     python scripts/compare_couplings.py --couplings=additive,affine --seeds=5 --json
     python scripts/compare_couplings.py --data=cifar10 --dir=DIR --num_steps=1000
 
-Prints a table: test accuracy, time, memory and exactness of each. About 10 minutes on two cores.
+Prints a table of test accuracy, time, memory and exactness. Takes about 10 minutes on two cores.
 """
 
 import json
@@ -57,7 +57,7 @@ def main(argv):
 
 
 def as_table(report):
-    """A Markdown table; settings above it, and below how each row got its parameters."""
+    """A Markdown table, with the settings above it and the shape of each row's network below."""
     spread, rows = report["parameter_spread"], report["rows"]
     equal = "within" if spread <= PARAMETER_TOLERANCE else "NOT within"
     lines = [
@@ -109,7 +109,7 @@ def describe_device(device):
 
 
 def draw(report, figure_class):
-    """Accuracy, a dot per seed and a line at the mean, beside memory under each strategy."""
+    """Plots accuracy (a dot per seed, a line at the mean) beside memory under each strategy."""
     rows = report["rows"][::-1]  # the first on top
     figure = figure_class(figsize=(9, 0.45 * len(rows) + 1.6), layout="constrained")
     accuracy, memory = figure.subplots(1, 2, sharey=True)

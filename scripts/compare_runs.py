@@ -3,8 +3,8 @@ r"""Compares runs: final metrics of each config, with mean and spread over its s
     python scripts/compare_runs.py runs/sweep
     python scripts/compare_runs.py runs/a runs/b --metrics=eval_loss --out=curves.png
 
-Names workdirs, or folders of them. Runs that differ in their seed alone are one row, and the
-settings that differ between rows are its first columns. A sweep is a loop over flags:
+The arguments are workdirs, or folders of workdirs. Runs that differ only in their seed share a row,
+and the first columns are the settings that differ between rows. A sweep is a loop over flags:
 
     for lr in 0.05 0.1; do for seed in 0 1 2; do
       scripts/train.sh --config=configs/digits.py --workdir=runs/sweep/$lr-$seed \

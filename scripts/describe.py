@@ -1,4 +1,4 @@
-"""Says what a config would train and what each strategy would keep in memory; trains nothing.
+"""Describes a config's model and the memory that each strategy would need; trains nothing.
 
 python scripts/describe.py --config=configs/cifar10_revnet110.py --json
 """

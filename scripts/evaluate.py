@@ -1,9 +1,9 @@
-"""Restores a run and evaluates it on the test split, as the run itself does; prints JSON.
+"""Restores a run's checkpoint and evaluates it on the test split, as training does; prints JSON.
 
     python scripts/evaluate.py --workdir=/tmp/digits
 
-Changes nothing in the run's folder, which may be one that is still training. On several hosts,
-start it on each, as train.py.
+Changes nothing in the run's folder, so that the run may still be training. With several hosts,
+start it on each of them, like train.py.
 """
 
 import json

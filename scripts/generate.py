@@ -1,4 +1,4 @@
-"""Writes text with a trained language model, as it comes.
+"""Generates text with a trained language model, and prints it as it is generated.
 
 python scripts/generate.py --workdir=WORKDIR --prompt='The for statement'
 """
@@ -38,7 +38,7 @@ def main(argv):
         which=WHICH.value,
         tokenizer=Path(TOKENIZER.value) if TOKENIZER.value else None,
     )
-    first = next(pieces, "")  # mistakes come before any text
+    first = next(pieces, "")  # invalid arguments raise here, before the prompt is printed
     print(PROMPT.value, end=first, flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)

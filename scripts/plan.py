@@ -1,4 +1,4 @@
-"""Says what a config's training step needs of memory and time, in every strategy; trains nothing.
+"""Predicts memory and time of a config's training step under every strategy; trains nothing.
 
     python scripts/plan.py --config=configs/digits.py
     python scripts/plan.py --config=configs/cifar10_revnet110.py --topology=v5e:2x2 --plot=plan.png
@@ -6,9 +6,9 @@
     python scripts/plan.py --config=configs/lm_124m.py --topology=h100:1 --by_part
     python scripts/plan.py --config=configs/lm_1b.py --scaling=v5e:4x4,v5e:16x16,2xv5e:16x16
 
-Compiles the real step for this machine, or for GPUs and TPUs that need not be here (extras
-gpu_compiler and tpu of scripts/setup.sh). That takes seconds to minutes a strategy; the answers are
-kept in --cache_dir. docs/planning.md says what the columns are.
+Compiles the real step for this machine, or for GPUs and TPUs that need not be present (extras
+gpu_compiler and tpu of scripts/setup.sh). That takes seconds to minutes per strategy; the results
+are cached in --cache_dir. docs/planning.md explains the columns.
 """
 
 import json

@@ -1,10 +1,11 @@
-"""Times the irreversible twin of a decoder in PyTorch, as its users would train it: one JSON line.
+"""Times a decoder's irreversible twin in PyTorch, as its users would train it; prints JSON lines.
 
     python scripts/pytorch_decoder.py --config=configs/lm_124m.py --batch=16,64
 
-To be put beside `scripts/benchmark.py --suite=gpu --models=lm_124m`: the same sizes, tied
-embedding, loss and clipping; torch.compile, flash attention, autocast to bfloat16, float32
-parameters, fused AdamW. Needs PyTorch, which this package does not install.
+Compare it with `scripts/benchmark.py --suite=gpu --models=lm_124m`, which has the same sizes, tied
+embedding, loss and clipping. The PyTorch step uses torch.compile, flash attention, mixed precision
+(autocast to bfloat16, float32 parameters) and fused AdamW. Needs PyTorch, which this package does
+not install.
 """
 
 import json
@@ -45,7 +46,8 @@ def main(argv):
     torch.set_float32_matmul_precision("high")
     for batch in map(int, BATCH.value):
         torch.manual_seed(0)
-        torch._dynamo.reset()  # else it compiles for any batch size from the second one on
+        # Forget compiled code: for a second batch size it would compile for dynamic shapes.
+        torch._dynamo.reset()
         if device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -55,7 +57,7 @@ def main(argv):
 
 
 def measure(torch, config, batch, device):
-    """A row: milliseconds of a step, tokens/s, peak bytes of the device."""
+    """A row of results: milliseconds per step, tokens/s, and peak bytes of the device."""
     twin = decoder(torch, config).to(device)
     optimizer = torch.optim.AdamW(
         twin.parameters(),
@@ -104,7 +106,7 @@ def measure(torch, config, batch, device):
 
 
 def decoder(torch, config):
-    """RMSNorm, causal attention with rotary positions, SwiGLU: the model of `models/decoder.py`."""
+    """The model of `models/decoder.py`: RMSNorm, causal attention with rotary positions, SwiGLU."""
     nn, functional = torch.nn, torch.nn.functional
     width, heads, hidden = config.model.width, config.model.heads, config.model.hidden
     linear = lambda inputs, outputs: nn.Linear(inputs, outputs, bias=False)

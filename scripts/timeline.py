@@ -1,11 +1,11 @@
-"""Draws memory through a forward and a backward pass, under each strategy; trains nothing.
+"""Draws memory over a forward and a backward pass under each strategy; trains nothing.
 
     python scripts/timeline.py --config=configs/digits.py --out=timeline.png
     python scripts/timeline.py --config=configs/cifar10_revnet38.py --layers=8 --out=FILE.png --json
     python scripts/timeline.py --config=configs/lm_124m.py --topology=h100:1 --out=FILE.png
 
-Compiles the gradient of the config's network with --layers layers in each chain, and follows the
-compiled program buffer by buffer. Prints the peaks beside the compiler's own figures.
+Compiles the gradient of the config's loss with --layers layers in each chain, and follows the
+buffers of the compiled program. Prints the peaks beside the compiler's own figures.
 """
 
 import json
@@ -28,7 +28,7 @@ JSON = flags.DEFINE_bool("json", False, "Print JSON rather than a table.")
 
 
 def one_device(name: str) -> Topology:
-    """Of one GPU or this machine: the TPU compiler does not tell its buffers."""
+    """Parses the name of one GPU, or of this machine: the TPU compiler reports no buffers."""
     topology = parse_topology(name)
     if name != LOCAL and not (topology.is_gpu and topology.num_devices == 1):
         raise TopologyError(f"got topology {name!r}, expected {LOCAL} or one GPU, as h100:1")
@@ -39,9 +39,10 @@ def main(argv):
     del argv
     figure_class = load_figure_class("out", OUT.value)
     topology = one_device(TOPOLOGY.value)
-    if topology.is_gpu:  # else JAX finds its devices as ever
+    if topology.is_gpu:  # else JAX finds this machine's devices as usual
         os.environ.update(topology.environment)
-        import jax  # if a config file of one's own has imported it, too late for the environment
+        # If the config file has imported JAX, the variable comes too late: set the option as well.
+        import jax
 
         jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
     from revnet_jax.families import build_task

@@ -1,4 +1,4 @@
-"""Writes text as shards of token ids, for training with --config.data.name=shards.
+"""Tokenizes text into shards of token ids, for training with --config.data.name=shards.
 
     python scripts/tokenize_text.py --input=a.txt,b.txt --tokenizer=tokenizer.json --out=DIR
 

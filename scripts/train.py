@@ -1,17 +1,17 @@
-"""Trains a model, or goes on with a run that was interrupted.
+"""Trains a model, or goes on with a run that was interrupted (resumes it).
 
     python scripts/train.py --config=configs/digits.py --workdir=/tmp/digits
 
 Every setting is a flag: --config.model.backprop=store. Prints summary.json at the end.
 
-On several hosts, start it once on each, with the same flags: JAX finds the others on Cloud TPU,
-under Slurm and the like. Elsewhere say where the first one listens, how many they are, and which
-this one is; --workdir is a folder that all of them see:
+On several hosts, start it once on each, with the same flags. On Cloud TPU, under Slurm and the like
+JAX finds the other processes. Elsewhere, give the address of the first process, the number of
+processes, and the id of this one; --workdir is a folder that all of them share:
 
     python scripts/train.py ... --coordinator_address=HOST:PORT --num_processes=2 --process_id=0
 
 Exit status: 0 finished; 75 preempted (SIGTERM) after saving a checkpoint, start it again; 1 an
-error, which one line says; 134 another process is gone without a word, start them again.
+error, explained in one line; 134 another process died without an error, start all of them again.
 """
 
 import json
@@ -45,9 +45,10 @@ PLATFORM = flags.DEFINE_enum(
 
 def main(argv):
     del argv
-    # Until there is something to save; then the run looks after it.
+    # Before training starts there is nothing to save: exit at once. The run then replaces this.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED_STATUS))
-    # After the flags are parsed: JAX takes seconds to import, a misspelt flag should not.
+    # Imported after the flags are parsed: a misspelt flag should fail at once, and JAX takes
+    # seconds to import.
     from revnet_jax.training import distributed
     from revnet_jax.training.dry_run import dry_run
     from revnet_jax.training.loop import train

@@ -1,7 +1,7 @@
 """Time, memory and exactness of a training step under every strategy, side by side.
 
-Strategies take turns, step by step, in one process: whatever else the machine does slows all of
-them alike, and what is reported is the median of ratios within a turn.
+Strategies take turns, step by step, in one process, so that other load on the machine slows all of
+them alike. The reported ratios are medians over the turns of the ratio within a turn.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ from revnet_jax.training.auto import program_bytes
 from revnet_jax.training.compiler import jit_initialization
 from revnet_jax.training.metrics import peak_memory_bytes
 
-BASELINES = ("store", "remat", "twin")  # what ratios are of
-# To compile one program of a large GPU's suite and to start it, with 16 cores: 5 to 16 were seen,
-# and 76 where convolutions are tried out.
+BASELINES = ("store", "remat", "twin")  # strategies that the reported ratios divide by
+# Compiling and starting one program of the GPU suite took 5 to 16 seconds with 16 cores, and 76
+# where XLA autotunes convolutions.
 START_SECONDS = 10
-# In a turn, none waiting for the one before, as in training: what counts is the device's own time.
+# Steps in a turn. They are dispatched without waiting for one another, as in training, so that the
+# device's time is measured and not the host's overhead.
 STEPS = 4
 
 
 class Setting(NamedTuple):
-    """A size of a model to measure.
+    """One model at one size, and the strategies to compare on it.
 
     strategies: see `parse_strategy`.
-    seconds: how long they take turns, three times at least; 0 compiles them only.
+    seconds: how long the strategies take turns, three turns at least; 0 only compiles them.
     """
 
     model: Model
@@ -48,7 +49,7 @@ class Setting(NamedTuple):
 
     @property
     def may_take_seconds(self) -> float:
-        """How long it may take, compilation included, on a large GPU's host."""
+        """Expected duration on the host of a large GPU, compilation included."""
         return self.seconds + START_SECONDS * len(self.strategies)
 
     def __str__(self) -> str:
@@ -57,7 +58,7 @@ class Setting(NamedTuple):
 
 
 class Entrant:
-    """One strategy at one size: its compiled step, its state, and what was measured so far."""
+    """One strategy at one size: its compiled step, its state, and its measurements so far."""
 
     def __init__(self, strategy: str, program: Program):
         self.strategy, self.program = strategy, program
@@ -66,7 +67,7 @@ class Entrant:
         self.state: Any = None
         self.batch: Any = None
         self.metrics: dict[str, jax.Array] = {}
-        self.gradient: Any = None  # of the first step, until it has been compared
+        self.gradient: Any = None  # of the first step; dropped after the comparison
         self.gradient_error: float | None = None
         self.compile_seconds = 0.0
         self.rss_bytes: int | None = None
@@ -80,7 +81,7 @@ class Entrant:
         self.compile_seconds = time.perf_counter() - started
 
     def start(self) -> None:
-        """A fresh state, and the first step: it is not timed, its memory and gradient are kept."""
+        """Initializes the state and runs the first step, untimed; keeps its memory and gradient."""
         before, others = peak_memory_bytes() or 0, _bytes_in_use()
         self.state, self.batch = jit_initialization(self.program.init)()
         jax.block_until_ready(self.state)
@@ -89,7 +90,8 @@ class Entrant:
         self.rss_bytes = None if rss is None else _memory_bytes("VmHWM") - rss
         after = peak_memory_bytes() or 0
         self.device_bytes = after - others if after > before else None
-        # A copy, since the next step takes the state's place; on the device, where it is compared.
+        # Copied because the step donates its state: the next step overwrites these buffers. The
+        # copy stays on the device, where the gradients are compared.
         self.gradient = jax.tree.map(jnp.copy, self.program.gradient(self.state))
 
     def take_turn(self) -> None:
@@ -100,7 +102,7 @@ class Entrant:
         self.cpu_seconds.append((time.process_time() - cpu_started) / steps)
 
     def step_bytes(self) -> int:
-        """What the step needs at once, as the compiler says."""
+        """Peak memory of the step: the compiler's figure for the compiled program."""
         return program_bytes(self.compiled.memory_analysis(), jax.default_backend())
 
     def _advance(self, steps=1):
@@ -110,24 +112,25 @@ class Entrant:
 
 
 def compare(setting: Setting) -> Iterator[dict[str, Any]]:
-    """A row for each strategy at this size. Cost: each compiled once, then `setting.seconds`.
+    """Yields a row for each strategy. Cost: one compilation each, then `setting.seconds`.
 
-    Raises UserError for a strategy that there is not, or that stores more layers than there are.
+    Raises UserError for an unknown strategy, or one that stores more layers than the model has.
     """
     model, layers, batch, strategies, seconds = setting
     for name in strategies:
         parse_strategy(name, layers)
     entrants = [Entrant(name, model.program(name, layers, batch)) for name in strategies]
     if jax.default_backend() == "gpu":
-        # One after the other: XLA finds the fastest kernel for a product by trying, and keeps what
-        # it found. At once, two programs may find different ones, and round in different ways.
+        # Compile one after the other: XLA's autotuner times the kernels for a matrix product and
+        # caches the fastest. Programs tuned in parallel may pick different kernels, which round
+        # differently.
         for entrant in entrants:
             entrant.compile()
     else:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(Entrant.compile, entrants))
     if seconds:
-        # The one that takes least comes first, since a device's peak never goes down again.
+        # Start with the smallest program, because the peak that a device reports never goes down.
         for entrant in sorted(entrants, key=Entrant.step_bytes):
             entrant.start()
         compare_gradients(entrants)
@@ -137,17 +140,20 @@ def compare(setting: Setting) -> Iterator[dict[str, Any]]:
 
 
 def compare_gradients(entrants: Sequence[Entrant]) -> None:
-    """Says how far each one's is from that of `store`, if that is there; then drops them."""
+    """Sets each entrant's gradient error against `store`, if it takes part; drops the gradients."""
     stored = [entrant.gradient for entrant in entrants if entrant.strategy == "store"]
     for entrant in entrants:
-        if stored and not is_twin(entrant.strategy):  # which is another function
+        if stored and not is_twin(entrant.strategy):  # the twin computes a different function
             entrant.gradient_error = float(relative_l2(entrant.gradient, stored[0]))
     for entrant in entrants:
         entrant.gradient = None
 
 
 def take_turns(entrants: Sequence[Entrant], seconds: float, least: int = 3) -> None:
-    """Steps one after the other, another one first in every turn."""
+    """Lets every entrant take its turn, in rounds; each round starts with the next entrant.
+
+    seconds: how long to go on. least: the smallest number of rounds.
+    """
     ends, turn = time.monotonic() + seconds, 0
     while turn < least or time.monotonic() < ends:
         first = turn % len(entrants)
@@ -157,16 +163,16 @@ def take_turns(entrants: Sequence[Entrant], seconds: float, least: int = 3) -> N
 
 
 def describe(setting: Setting, entrant: Entrant, others: dict[str, Entrant]) -> dict[str, Any]:
-    """A row: milliseconds, ratios, bytes, error. What was not measured is None.
+    """A row of results: milliseconds, ratios, bytes, gradient error. Unmeasured ones are None.
 
     flops: of matrix products and convolutions, counted before compilation.
-    step_bytes, temporary_bytes: the compiler's figures, with and without what goes in and out.
-    rss_bytes: by how much the process grew during the first step (Linux).
-    device_bytes: the device's peak after it, less what the other strategies hold, where the device
-      tells; None also where something before it had taken more.
-    gradient_error: of the first step, relative L2 distance to that of `store`.
-    time_vs_store, cpu_vs_store, ...: medians of ratios within turns; cpu is processor time, of all
-      threads.
+    step_bytes, temporary_bytes: the compiler's figures, with and without arguments and results.
+    rss_bytes: growth of the process's resident memory during the first step (Linux).
+    device_bytes: the device's peak after the first step, less what the other strategies hold. None
+      if the device does not report it, or if an earlier program had a higher peak.
+    gradient_error: relative L2 distance of the first step's gradient to that of `store`.
+    time_vs_store, cpu_vs_store, ...: medians of the ratios within turns; cpu is the processor time
+      of all threads.
     """
     model, layers, batch = setting[:3]
     row: dict[str, Any] = {
@@ -220,14 +226,15 @@ def _bytes_in_use():
 
 
 def _reset_peak_rss():
-    """Makes the kernel forget the peak; returns the present size, or None where it cannot."""
+    """Resets the kernel's peak of resident memory; returns the present size, None if it cannot."""
     gc.collect()
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # else what others have freed is taken again, unseen
+        # Give freed memory back to the kernel: reusing it would not show as growth.
+        ctypes.CDLL(None).malloc_trim(0)
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
         return _memory_bytes("VmRSS")
-    except (OSError, AttributeError):  # no Linux, or no glibc
+    except (OSError, AttributeError):  # not Linux, or not glibc
         return None
 
 

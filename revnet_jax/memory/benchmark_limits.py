@@ -1,4 +1,4 @@
-"""The largest batch, and the deepest model, that each strategy survives on this device."""
+"""Finds the largest batch and the deepest model that each strategy can train on this device."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from revnet_jax.memory.benchmark_models import Model
 from revnet_jax.memory.largest import largest_that_fits
 
 Axis = Literal["batch", "layers"]
-STEPS = 5  # timed, after one that is not
-MOST = 2**14  # times the size that a search starts from: what does not grow ends there
+STEPS = 5  # timed steps, after one untimed step
+# A search stops at this many times its start: the memory of some strategies does not grow.
+MOST = 2**14
 
 
 def device_limit_bytes() -> int:
-    """What programs may take of the first device, as it says; UserError where it does not."""
+    """Memory that programs may use on the first device; UserError if it does not report this."""
     stats = jax.devices()[0].memory_stats()
     if not stats or "bytes_limit" not in stats:
         raise UserError("this device does not tell how much memory it has: give --limit_gib=4")
@@ -39,8 +40,8 @@ def find_limit(
 
     layers, batch: where the search starts; along `axis` it takes multiples of that.
 
-    Sizes are tried by the compiler's figures; what fits by them is then run, and made an eighth
-    smaller as long as the device runs out. Cost: `most_compiled` compilations and six
+    The search uses the compiler's memory figures. The size it finds is then run, and reduced by an
+    eighth as long as the device runs out of memory. Cost: `most_compiled` compilations and six
     steps, or a few more.
     """
     sizes: dict[str, int] = {"layers": layers, "batch": batch}
@@ -62,7 +63,7 @@ def find_limit(
         if n in entrants or needed_bytes(n) is not None:
             with _Exhaustion():
                 seconds = _step_seconds(entrants[n])
-        if seconds is None:  # the compiler does not know of what else is in memory
+        if seconds is None:  # the compiler does not count what other programs hold in memory
             entrants.pop(n, None)
             n = n * 7 // 8 // start * start
     row: dict[str, Any] = {
@@ -80,7 +81,7 @@ def find_limit(
 
 
 class _Exhaustion:
-    """Lets only errors pass that are not for want of memory."""
+    """Suppresses out-of-memory errors and notes them in `exhausted`; other errors propagate."""
 
     def __enter__(self):
         self.exhausted = False
@@ -99,5 +100,5 @@ def _step_seconds(entrant):
         for _ in range(STEPS):
             entrant.take_turn()
     finally:
-        entrant.state = entrant.batch = entrant.gradient = None  # gives its memory back
+        entrant.state = entrant.batch = entrant.gradient = None  # frees the device's memory
     return statistics.median(entrant.seconds)

@@ -1,4 +1,4 @@
-"""What the benchmark trains: chains, and models of configs, each as one compiled training step."""
+"""The benchmark's models: plain chains and models of configs, each as one jitted training step."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from revnet_jax.training.lockstep import LockstepState
 from revnet_jax.training.step import init_state, make_train_step
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-LEARNING_RATE = 1e-3  # small: what is measured does not depend on it, and nothing may overflow
+LEARNING_RATE = 1e-3  # small, so that nothing overflows; no measurement depends on it
 MOMENTUM = 0.9
 
 
 class Program(NamedTuple):
-    """A training step and what it needs.
+    """A training step, its initialization, and how to read the first gradient.
 
     step: `(state, batch) -> (state, metrics)`, jitted, its state donated. Metrics hold the loss
       and, where layers are rebuilt, `exact_mismatches` of all steps so far.
     init: `() -> (state, batch)`.
-    gradient: the gradient of the first step, found in the state after it: what momentum holds.
+    gradient: `state -> gradient`, from the state after the first step: momentum starts at zero, so
+      that it then holds the gradient.
     """
 
     step: Any
@@ -38,7 +39,7 @@ class Program(NamedTuple):
 
 
 class Strategy(NamedTuple):
-    """unroll: layers per loop iteration."""
+    """How a chain is trained. unroll: layers per loop iteration."""
 
     backprop: Any
     stored_layers: int
@@ -47,10 +48,12 @@ class Strategy(NamedTuple):
 
 
 def parse_strategy(name: str, layers: int) -> Strategy:
-    """What a name like "reverse", "reverse+8" (the last 8 layers store) or "reverse/lockstep" says.
+    """Parses a name: "reverse", "reverse+8" (the last 8 layers store), "reverse/lockstep".
 
-    layers: of the model. "twin" stores. "/unroll" puts no layer in a loop. Raises UserError for an
-    unknown strategy, or one that stores more layers.
+    "twin" stores all layers. "/unroll" unrolls the loop over layers completely.
+
+    layers: of the model. Raises UserError for an unknown strategy, or one that stores more layers
+    than the model has.
     """
     mixture, slash, suffix = name.partition("/")
     backprop, plus, stored = ("store" if is_twin(name) else mixture).partition("+")
@@ -69,15 +72,16 @@ def parse_strategy(name: str, layers: int) -> Strategy:
 
 
 def is_twin(strategy: str) -> bool:
-    """Whether that trains the irreversible model in place of the reversible one."""
+    """Whether the strategy trains the irreversible model in place of the reversible one."""
     return strategy.partition("/")[0] == "twin"
 
 
 @dataclass(frozen=True)
 class Chain:
-    """Equal two-stream layers, trained to bring the mean square of the streams to 0.
+    """A chain of equal two-stream layers; the loss is the mean square of the output streams.
 
-    width: of each stream. dtype: of what branches compute; streams and parameters are float32.
+    width: of each stream.
+    dtype: that branches compute in; streams and parameters are float32.
     """
 
     width: int
@@ -119,6 +123,9 @@ class Chain:
         def step(state, x):
             params_L, momentum_L, mismatches = state
             value_and_grad = jax.value_and_grad(loss_fn, argnums=(0, 1, 2))
+            # Under lockstep the "gradients" of parameters and momentum are their updated values:
+            # the backward sweep applies the update, and can return it only as cotangents. The
+            # exactness check leaves the sweep in the same way, as the cotangent of its probe.
             loss, (*new, exactness) = value_and_grad(params_L, momentum_L, Exactness.probe(), x)
             if not lockstep:
                 new = _sgd(new[0], momentum_L, params_L)
@@ -132,12 +139,13 @@ class Chain:
             x = tuple(jax.random.normal(key, self.stream_shape(batch)) for key in keys)
             return (params_L, jax.tree.map(jnp.zeros_like, params_L), jnp.zeros(())), x
 
+        # The state is donated, as in training: the new one takes its memory.
         return Program(jit(step, donate_argnums=0), jax.jit(init), lambda state: state[1])
 
 
 @dataclass(frozen=True)
 class Mlp(Chain):
-    """f and g: normalise, Linear, ReLU (f) or GELU (g), Linear; all of the streams' width."""
+    """f and g: normalise, Linear, ReLU (f) or GELU (g), Linear; all layers as wide as a stream."""
 
     width: int = 512
     name: str = "mlp"
@@ -166,8 +174,8 @@ class Mlp(Chain):
 class Transformer(Chain):
     """f: causal attention with several heads; g: Linear to four times the width, GELU, Linear.
 
-    Both normalise what they read. tokens: in each sequence. head_size: the heads are as many as
-    fit the width.
+    Both normalise their input. tokens: in each sequence. head_size: of each of the
+    width / head_size heads.
     """
 
     width: int = 256
@@ -228,9 +236,10 @@ class ConfigModel:
         return batch * (self.config.data.context if self.unit == "tokens" else 1)
 
     def program(self, strategy: str, layers: int, batch: int) -> Program:
-        """The training step of the package on random data. layers: units in all stages alike.
+        """The package's training step on random data.
 
-        strategy: also "twin", the irreversible model of a transformer, which stores.
+        strategy: "twin" too, the irreversible model of a transformer, which stores all layers.
+        layers: in all stages together, the same number in each.
         """
         config = self.config.copy_and_resolve_references()
         if "units" in config.model:
@@ -296,15 +305,15 @@ def normalise(x: jax.Array) -> jax.Array:
 
 
 def _sgd(gradient, momentum, params):
-    """(params, momentum) after a step; of one layer or of all."""
+    """(params, momentum) after a step, for one layer or for the whole stack."""
     momentum = jax.tree.map(lambda m, d: MOMENTUM * m + d, momentum, gradient)
     return jax.tree.map(lambda p, m: p - LEARNING_RATE * m, params, momentum), momentum
 
 
 def _momenta(opt_state: Any) -> dict[str, list[jax.Array]]:
-    """The first moments of each group of a network, whether or not it is in lockstep.
+    """The first moments of each group of a network, with or without lockstep updates.
 
-    After one step they are the gradient: SGD's `trace`; Adam's `mu`, but for a factor.
+    After one step they equal the gradient: SGD's `trace` exactly, Adam's `mu` up to a factor.
     """
 
     def moments(state):

@@ -1,4 +1,4 @@
-"""How fast this host prepares batches, next to how fast its devices train on them."""
+"""Compares how fast this host prepares batches with how fast its devices train on them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from revnet_jax.training.sharding import put_batch
 
 
 def feed(config: ConfigDict, seconds: float) -> dict[str, Any]:
-    """Examples (or tokens) per second, of the config's pipeline alone and of its step.
+    """Examples (or tokens) per second of the config's pipeline alone, and of its training step.
 
-    Of this host alone, and of the devices that it has.
+    Measures this host and its own devices only.
 
-    seconds: for each of them, and three steps at least. What is prepared ahead is taken first, so
-    that a burst is not mistaken for speed.
+    seconds: for each of the two, with at least three batches or steps. The prefetched batches are
+      taken first and not timed, so that the steady rate is measured.
 
     Raises UserError for settings or data that cannot be used.
     """

@@ -1,4 +1,4 @@
-"""The benchmark's rows as Markdown tables, and as a plot."""
+"""Formats the benchmark's rows as Markdown tables and as a plot."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ first step; mismatches: elements of the rebuilt input that differ, all steps"""
 
 
 def as_tables(rows: Sequence[Row]) -> str:
-    """Markdown: the comparison, then the limits, where there are any."""
+    """Markdown tables: the comparison, then the limits; either is left out if it has no rows."""
     compared = [row for row in rows if "axis" not in row]
     limits = [row for row in rows if "axis" in row]
     parts = []
@@ -29,7 +29,7 @@ def as_tables(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], figure_class: Any) -> Any:
-    """Time beside memory, a group of bars for each model and size; limits below, on a log scale."""
+    """Plots time beside memory, a group of bars per model and size; limits below, in log scale."""
     compared = [row for row in rows if "axis" not in row]
     limits = [row for row in rows if "axis" in row]
     figure = figure_class(figsize=(9, 3.2 + (2.8 if limits else 0)), layout="constrained")
@@ -132,14 +132,14 @@ def _table(columns, rows, baselines):
         ["---" if name in ("model", "dtype", "strategy", "axis") else "---:" for name in columns]
     )
     lines += [[cell(row, baselines.get(_size(row))) for cell in columns.values()] for row in rows]
-    # A column in which nothing was measured is left out.
+    # Leave out columns in which nothing was measured.
     kept = [i for i in range(len(columns)) if any(line[i] != "-" for line in lines[2:])]
     widths = {i: max(len(line[i]) for line in lines) for i in kept}
     return "\n".join(f"| {' | '.join(line[i].ljust(widths[i]) for i in kept)} |" for line in lines)
 
 
 def as_sentence(row: dict[str, Any]) -> str:
-    """Of what `benchmark_pipeline.feed` measured."""
+    """The result of `benchmark_pipeline.feed` as a sentence."""
     return (
         f"The pipeline prepares {row['pipeline_per_second']:,.0f} {row['unit']} a second on this "
         f"host, by {row['num_threads']} threads; a step takes {row['step_per_second']:,.0f}: "

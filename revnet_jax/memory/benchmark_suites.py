@@ -1,4 +1,4 @@
-"""What the benchmark measures where: a laptop's suite, and that of a large GPU."""
+"""The benchmark's suites, one for a laptop and one for a large GPU, and how to run them."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from revnet_jax.memory.benchmark_models import (
 )
 
 BASIC = ("store", "remat", "reverse")
-SEARCH_SECONDS = 60  # for a limit under one strategy: up to six programs
+SEARCH_SECONDS = 60  # expected for one limit under one strategy, which compiles up to six programs
 
 
 class Search(NamedTuple):
-    """A limit to find: see `find_limit`."""
+    """A limit to find under each strategy; see `find_limit`."""
 
     model: Any
     axis: Axis
@@ -42,7 +42,7 @@ class Search(NamedTuple):
 
 
 class Suite(NamedTuple):
-    """minutes: how long it may take by default; None: as long as it takes."""
+    """Settings to compare and limits to search. minutes: the default time budget; None: no end."""
 
     settings: tuple[Setting, ...]
     searches: tuple[Search, ...] = ()
@@ -50,8 +50,11 @@ class Suite(NamedTuple):
 
 
 def suites(config: ConfigDict, lm_config: ConfigDict) -> dict[str, Suite]:
-    """By name. config: of the RevNet that is measured, with three stages alike. lm_config: of the
-    language model that a large GPU trains as it is."""
+    """The suites by name.
+
+    config: of the RevNet to measure, with three equal stages.
+    lm_config: of the language model that the GPU suite trains at its own depth.
+    """
     return {
         "laptop": laptop(ConfigModel(config), decoder(width=256, context=512)),
         "gpu": gpu(config, ConfigModel(lm_config, "lm_124m", "tokens")),
@@ -59,7 +62,7 @@ def suites(config: ConfigDict, lm_config: ConfigDict) -> dict[str, Suite]:
 
 
 def decoder(*, width: int, context: int, dtype: str = "float32") -> ConfigModel:
-    """A language model of bytes, with heads of 64."""
+    """A byte-level language model whose heads have size 64."""
     config = language_model()
     config.data.context = context
     heads = width // 64
@@ -71,10 +74,10 @@ def decoder(*, width: int, context: int, dtype: str = "float32") -> ConfigModel:
 
 
 def laptop(revnet: ConfigModel, lm: ConfigModel) -> Suite:
-    """Two cores, under ten minutes; what is not timed is compiled only, for its memory."""
+    """For two cores, under ten minutes; settings of 0 seconds are only compiled, for memory."""
     mlp, transformer = Mlp(), Transformer()
     some = (*BASIC, "remat_dots")
-    # Here arithmetic outweighs what storing costs, and a mixture's price shows.
+    # At this width arithmetic outweighs the cost of storing, so that the price of a mixture shows.
     wide, mixed = Mlp(width=2048, name="wide_mlp"), ("store", "reverse+3", "reverse+2", "reverse+1")
     return Suite(
         (
@@ -89,11 +92,12 @@ def laptop(revnet: ConfigModel, lm: ConfigModel) -> Suite:
 
 
 def gpu(config: ConfigDict, lm: ConfigModel, minutes: float = 5.0) -> Suite:
-    """One GPU of 80 GB or more. What is trusted least comes first: whether gradients are exact.
+    """For one GPU of 80 GB or more; whether gradients are exact is measured first.
 
-    Every model in bfloat16 and float32, stored against rebuilt, and a language model as it is
-    trained, before RevNets, whose convolutions XLA tries out for more than a minute; what else
-    there is to compare in bfloat16; then limits, which five minutes leave no time for.
+    The order: `store` against `reverse` for every model in bfloat16 and float32, with a language
+    model as it is trained before the RevNets, because XLA autotunes their convolutions for more
+    than a minute; the other strategies in bfloat16; then the limits, which do not fit into five
+    minutes.
     """
     sizes: dict[str, dict[str, int]] = {
         "mlp": {"layers": 32, "batch": 8192},
@@ -102,10 +106,11 @@ def gpu(config: ConfigDict, lm: ConfigModel, minutes: float = 5.0) -> Suite:
         "revnet": {"layers": 27, "batch": 512},
     }
     half, full = _gpu_models(config, "bfloat16"), _gpu_models(config, "float32")
-    # Without cuDNN's attention there is a product of another shape to try out for each chunk.
+    # float32 has no cuDNN attention, and XLA then autotunes products of another shape for each
+    # chunk of attention: a shorter context keeps these few.
     full["decoder"] = decoder(width=1024, context=512, dtype="float32")
     exact = [
-        # A quarter of the batch: float32 has twice the bytes, and a tenth of the speed.
+        # float32 gets a quarter of the batch: it has twice the bytes and a tenth of the speed.
         Setting(model, size["layers"], size["batch"] // part, ("store", "reverse"), seconds=3)
         for models, part in ((half, 1), (full, 4))
         for model, size in zip(models.values(), sizes.values(), strict=True)
@@ -159,12 +164,12 @@ def select(
     batch: Sequence[int] | None = None,
     seconds: float | None = None,
 ) -> Suite:
-    """A part of a suite, or other sizes; None leaves as it is.
+    """A part of a suite, or the suite at other sizes; an argument of None changes nothing.
 
-    Raises UserError for models and strategies that there are not.
+    layers, batch: compare every combination of the two, for every model, in place of the suite's
+      sizes; searches keep their starting sizes.
 
-    layers, batch: each of these with each of those, for every model, in place of what the suite
-      compares; its searches start from where they do.
+    Raises UserError for unknown models and strategies.
     """
     known = dict.fromkeys(setting.model.name for setting in suite.settings)
     names = list(known) if models is None else list(models)
@@ -186,7 +191,7 @@ def select(
     searches = tuple(search for search in suite.searches if search.model.name in names)
     if strategies is not None:
         searches = tuple(search._replace(strategies=tuple(strategies)) for search in searches)
-    for each in (*settings, *searches):  # now, rather than after the measurements before it
+    for each in (*settings, *searches):  # fail now, not after the first measurements
         for strategy in each.strategies:
             parse_strategy(strategy, each.layers)
             if is_twin(strategy) and not each.model.has_twin:
@@ -195,7 +200,7 @@ def select(
 
 
 def _merged(settings, strategies):
-    """One setting for each model and size, of all strategies of its settings, or of these."""
+    """Merges the settings of each model and size; `strategies` replaces their own if given."""
     found: dict[tuple, Setting] = {}
     for setting in settings:
         key = setting.model.name, setting.model.dtype, setting.layers, setting.batch
@@ -207,7 +212,7 @@ def _merged(settings, strategies):
 
 
 class Budget:
-    """What is left of a number of seconds, by the pace at which they were spent so far.
+    """A time budget that corrects estimates by how long earlier work took.
 
     seconds: None for no end.
     """
@@ -223,7 +228,7 @@ class Budget:
         return self._seconds - (time.monotonic() - self._started)
 
     def needed(self, may_take_seconds: float) -> float:
-        """That, on this machine: longer where what was done before took longer than it might."""
+        """The estimate, scaled up by how much longer than estimated the earlier work took."""
         return may_take_seconds * max(1.0, self._spent / self._expected if self._expected else 1.0)
 
     @contextmanager
@@ -239,12 +244,13 @@ class Budget:
 def run(
     suite: Suite, *, limit_bytes: int | None = None, minutes: float | None = None
 ) -> Iterator[dict[str, Any]]:
-    """The rows of a suite, as they are measured; what is under way goes to stderr.
+    """Yields the rows of a suite as they are measured; prints progress to stderr.
 
-    A setting that the device cannot run is a row with an "error", and the next one is measured.
+    A setting that the device cannot run gives a row with an "error", and the run goes on.
 
-    limit_bytes: where searches end; by default what the device says it has.
-    minutes: what may take longer than is left of them is skipped; by default the suite's.
+    limit_bytes: the memory that searches fill; by default what the device reports.
+    minutes: time budget; parts that may take longer than is left are skipped. By default the
+      suite's.
     """
     minutes = suite.minutes if minutes is None else minutes
     budget = Budget(None if minutes is None else 60 * minutes)
@@ -267,9 +273,10 @@ def run(
 
 
 def _parts(suite: Suite, limit_bytes: int | None) -> Iterator[tuple[str, Any, float, Any]]:
-    """What is measured one after the other: its title and sizes, seconds, and a function for it."""
+    """Yields (title, sizes, expected seconds, function that measures) of each part of a suite."""
     if suite.searches:
-        limit_bytes = limit_bytes or device_limit_bytes()  # which may say what is missing: at once
+        # Ask before anything is measured, because the device may not report its memory.
+        limit_bytes = limit_bytes or device_limit_bytes()
     for setting in suite.settings:
         model, layers, batch, *_ = setting
         sizes = {"model": model.name, "dtype": model.dtype, "layers": layers, "batch": batch}

@@ -1,7 +1,8 @@
-"""Where a compiled program keeps what: its schedule and its temporary buffers, with addresses.
+"""The schedule of a compiled program and its temporary buffers, with their addresses.
 
-Both are in what the compiler hands out with a program, as protocol buffers. The few fields needed
-are decoded here; their numbers are those of `hlo.proto` in XLA.
+The compiler gives both with a program, as serialized protocol buffers. The few fields needed are
+decoded by hand, because XLA's generated Python classes are not installed with JAX. Field numbers
+are those of `hlo.proto` in XLA.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ Place = tuple[int, tuple[int, ...]]  # an instruction, and the path into its res
 
 
 class Instruction(NamedTuple):
-    """One step of a computation, its operands and callees by id.
+    """One instruction of a computation; operands and callees are ids.
 
-    index: the element that a get-tuple-element takes. dims: of a result that is one array.
-    trips: how often a loop runs, 1 where that is unknown. name: what JAX called it.
+    index: the element that a get-tuple-element takes. dims: the shape of a result that is one
+    array. trips: how often a loop runs, 1 if unknown. name: JAX's name for the operation.
     """
 
     id: int
@@ -35,7 +36,7 @@ class Instruction(NamedTuple):
 
 
 class Computation(NamedTuple):
-    """Instructions in the order in which they run. root: the id of the result's."""
+    """Instructions in the order in which they run. root: id of the instruction that is returned."""
 
     instructions: tuple[Instruction, ...]
     root: int
@@ -44,8 +45,8 @@ class Computation(NamedTuple):
 class Buffer(NamedTuple):
     """A value in temporary memory: an allocation, an offset in it, and bytes.
 
-    Several share an address where one is given up for the next, or is changed in place.
-    definition: the instruction that makes it, and where in its result it is.
+    Buffers share an address if one is dead before the next is written, or is changed in place.
+    definition: the instruction that makes it, and the path into the tuples of its result.
     """
 
     allocation: int
@@ -55,7 +56,7 @@ class Buffer(NamedTuple):
 
 
 class Assignment(NamedTuple):
-    """Of a program: computations by id, the entry's id, and the temporary buffers."""
+    """The computations of a program by id, the entry's id, and the temporary buffers."""
 
     computations: dict[int, Computation]
     entry: int
@@ -63,9 +64,9 @@ class Assignment(NamedTuple):
 
 
 def assignment(compiled: jax.stages.Compiled) -> Assignment:
-    """Decodes what the compiler says; ValueError for one that does not say it.
+    """Decodes the buffer assignment; ValueError for a compiler that does not report it.
 
-    Temporary means: neither argument, nor result, nor constant; what `memory_analysis` calls so.
+    Temporary buffers are as in `memory_analysis`: neither arguments, nor results, nor constants.
     """
     memory = compiled.memory_analysis()
     buffers = getattr(memory, "serialized_buffer_assignment_proto", None)
@@ -78,9 +79,10 @@ def assignment(compiled: jax.stages.Compiled) -> Assignment:
 
 
 def compiled_for_gpu(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, Assignment]:
-    """Compiles for an NVIDIA GPU, and reads what its compiler writes down of its buffers.
+    """Compiles for an NVIDIA GPU, and reads the buffers from the compiler's dump.
 
-    That compiler hands out no buffers with a program, but dumps an `HloProto` that has both.
+    XLA's GPU compiler does not give buffers with a program, but the `HloProto` that it dumps has
+    both schedule and buffers.
     """
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_proto": True}
@@ -92,22 +94,30 @@ def compiled_for_gpu(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, 
 
 
 def _computations(module):
+    """Decodes an `HloModuleProto`: (computations by id, id of the entry)."""
     orders = {}
+    # Field 7 is the schedule, a map from computation id (1) to a sequence of instruction ids (2).
     for sequence in _all(next(_all(module, 7)), 1):
         fields = dict(_fields(sequence))
         orders[fields[1]] = list(_numbers(fields.get(2, b""), 1))
     computations = {}
+    # Field 3: computations. In each: 2 instructions, 5 its id, 6 the id of the root.
     for computation in _all(module, 3):
         found = {i.id: i for i in map(_instruction, _all(computation, 2))}
         fields = dict(_fields(computation))
-        # Those inside a fusion have no order of their own: they are one instruction.
+        # Computations inside a fusion are not in the schedule: they run as one instruction.
         order = orders.get(fields[5], found)
         instructions = tuple(found[i] for i in order)
         computations[fields[5]] = Computation(instructions, fields[6])
-    return computations, dict(_fields(module))[6]
+    return computations, dict(_fields(module))[6]  # entry_computation_id
 
 
 def _instruction(message):
+    """Decodes an `HloInstructionProto`.
+
+    Fields: 2 opcode, 3 shape, 7 metadata, 13 tuple_index, 35 id, 36 operand_ids, 38
+    called_computation_ids, 43 backend_config (where the compiler notes trip counts).
+    """
     fields = dict(_fields(message))
     opcode = fields[2].decode()
     config = fields.get(43, b"") if opcode == "while" else b""
@@ -125,6 +135,7 @@ def _instruction(message):
 
 
 def _temporary(message):
+    """Decodes a `BufferAssignmentProto`: 1 logical buffers, 3 allocations."""
     defined = {}
     for logical in _all(message, 1):
         fields = dict(_fields(logical))
@@ -133,7 +144,7 @@ def _temporary(message):
     for index, allocation in enumerate(_all(message, 3)):
         fields = dict(_fields(allocation))
         if any(fields.get(kind) for kind in (3, 5, 7, 12)):
-            continue  # a thread's own, an argument, a result, a constant
+            continue  # thread-local, an argument, a result, a constant
         for assigned in _all(allocation, 9):
             fields = dict(_fields(assigned))
             number, offset, num_bytes = (fields.get(i, 0) for i in (1, 2, 3))
@@ -142,6 +153,7 @@ def _temporary(message):
 
 
 def _place(message):
+    """Decodes a `LogicalBufferProto.Location`: 3 shape_index, 4 instruction_id."""
     return dict(_fields(message)).get(4, 0), tuple(_numbers(message, 3))
 
 
@@ -150,7 +162,7 @@ def _all(message, field):
 
 
 def _numbers(message: bytes, field: int) -> Iterator[int]:
-    """A field of repeated whole numbers, packed into bytes or each on its own."""
+    """The values of a repeated integer field, packed or not."""
     for value in _all(message, field):
         if isinstance(value, int):
             yield value
@@ -162,11 +174,11 @@ def _numbers(message: bytes, field: int) -> Iterator[int]:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value) of every field of a protocol buffer; numbers as int, all else as bytes."""
+    """(field number, value) of every field of a message; varints as int, all else as bytes."""
     at = 0
     while at < len(message):
         tag, at = _varint(message, at)
-        kind = tag & 7
+        kind = tag & 7  # the wire type: 0 varint, 1 64-bit, 2 length-delimited, 5 32-bit
         if kind == 0:
             value, at = _varint(message, at)
         else:
@@ -176,6 +188,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def _varint(message, at):
+    """(number, position after it): 7 bits a byte, least first; the high bit says more follow."""
     number = shift = 0
     while True:
         byte = message[at]

@@ -1,8 +1,8 @@
-"""Where the time of a step goes: what each part of a model costs, read off its compiled program.
+"""Predicts the time of each part of a model in a step, from the compiled program.
 
-A kernel takes as long as its arithmetic or as the bytes that it moves, whichever is longer, so its
-time can be told without a device, but for how close devices come to their peaks. That was measured:
-see `PRODUCTS`. What goes through links between devices, or to the host, takes no time here.
+This is a roofline: a kernel takes as long as its arithmetic or its memory traffic, whichever is
+longer. The shares of the peaks that kernels reach were measured on a device: see `PRODUCTS`.
+Transfers between devices, or to the host, are not counted.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ from revnet_jax.memory.counts import pairs_read
 from revnet_jax.memory.hlo import Array, Computation, Instruction, Module, parse
 from revnet_jax.memory.traffic import leaves
 
-# `jax.named_scope`s; the first that is found in an operation's name is its part.
+# `jax.named_scope`s. An operation belongs to the first one here that its name contains.
 PARTS = ("stem", "head", "transition", "update", "rewind", "backward", "forward")
 _OTHER = "other"
 
-# Shares of a chip's peak, of bfloat16 products or of memory, that kernels come to. Measured on an
-# H200 in a step of lm_124m (jax 0.11.2), see docs/planning.md; for other chips a guess.
+# The shares that kernels reach of the chip's peak for bfloat16 products, or of its memory
+# bandwidth. Measured on an H200 in a step of lm_124m (jax 0.11.2), see docs/planning.md; for other
+# chips they are a guess.
 PRODUCTS = {"bf16": 0.72, "f16": 0.72, "f32": 0.25, "f64": 0.06}  # float32: TensorFloat-32
 FULL_FLOAT32 = 0.05  # products of `Precision.HIGHEST`
-MISALIGNED = 0.3  # of that, where rows are no multiple of 8 long and no fast kernel takes them
+MISALIGNED = 0.3  # factor where row lengths are no multiple of 8, which fast kernels need
 ATTENTION, ATTENTION_BACKWARD = 0.28, 0.235
 MEMORY = 0.75
-LAUNCH = 1.5e-6  # seconds: no kernel takes less
+LAUNCH = 1.5e-6  # seconds, the least that a kernel takes
 
 
 class Kernel(NamedTuple):
-    """One launch, of `times` in a step.
+    """One kernel, launched `times` in a step; all other figures are of one launch.
 
     part: one of `PARTS`, or "other". flops: of products, convolutions, and cuDNN's attention.
     seconds: at the shares of the peaks above, and at least `LAUNCH`.
@@ -49,7 +50,7 @@ class Kernel(NamedTuple):
 
 
 def kernels(text: str, chip: Chip) -> list[Kernel]:
-    """All that one step launches, from the text of its program, `compiled.as_text()`."""
+    """The kernels that one step launches. text: of its program, `compiled.as_text()`."""
     module = parse(text)
     found, of_most = [], {}
     for instruction, computation, times, moved in leaves(module):
@@ -59,6 +60,7 @@ def kernels(text: str, chip: Chip) -> list[Kernel]:
         if seconds:
             flops = sum(flops for flops, _ in products)
             if not (part := _part(instruction)):
+                # Without a name of its own, a kernel counts to the part of most around it.
                 key = id(computation)
                 part = of_most[key] = of_most.get(key) or _part_of_most(computation)
             seconds = max(seconds, LAUNCH)
@@ -67,10 +69,10 @@ def kernels(text: str, chip: Chip) -> list[Kernel]:
 
 
 def by_part(text: str, chip: Chip) -> list[dict[str, Any]]:
-    """A row for each part of the model, the slowest first, and one for all.
+    """A row for each part of the model, the slowest first, and one for all together.
 
-    In one step of one device: `ms`, `flops`, `hbm_bytes`, `kernels` (launches), `slowest` (some
-    of them by name, and their milliseconds).
+    Keys, for one step of one device: `ms`, `flops`, `hbm_bytes`, `kernels` (number of launches),
+    `slowest` (milliseconds of the five slowest kernels, by name).
     """
     all_kernels = kernels(text, chip)
     parts = dict.fromkeys(kernel.part for kernel in all_kernels)
@@ -92,7 +94,7 @@ def _row(part, kernels):
 
 
 def _part(instruction: Instruction) -> str | None:
-    """None where the compiler does not say where an instruction came from."""
+    """The part of an instruction; None if the compiler kept no JAX name for it."""
     if not (op_name := re.search(r'op_name="([^"]*)"', instruction.attributes)):
         return None
     scopes = (scope for scope in PARTS if re.search(rf"(^|[/(]){scope}[/)]", op_name[1]))
@@ -100,6 +102,7 @@ def _part(instruction: Instruction) -> str | None:
 
 
 def _part_of_most(computation: Computation) -> str:
+    """The most frequent part among the instructions of a computation."""
     counts = Counter(part for i in computation.instructions.values() if (part := _part(i)))
     return counts.most_common(1)[0][0] if counts else _OTHER
 
@@ -107,7 +110,7 @@ def _part_of_most(computation: Computation) -> str:
 def _products(
     module: Module, computation: Computation, instruction: Instruction
 ) -> list[tuple[int, float]]:
-    """(FLOPs, share of the peak) of each product in an instruction, or in what is fused in it."""
+    """(FLOPs, share of the peak) of each product in an instruction, or in a fusion's body."""
     if instruction.opcode in ("fusion", "fusion-start"):
         inner = module.computations[instruction.callees[0]]
         return [p for i in inner.instructions.values() for p in _products(module, inner, i)]
@@ -142,7 +145,7 @@ def _of_product(instruction, operands, contracted):
 
 
 def _convolution(instruction: Instruction, operands: Sequence[Array]) -> tuple[int, float]:
-    """The output of the forward convolution is the result, or an operand of its gradients."""
+    """Finds the forward convolution's output: the result, or an operand of a gradient kernel."""
     target = instruction.attributes
     result, (first, second) = instruction.result[0], operands[:2]
     output, weights = result, second
@@ -157,7 +160,7 @@ def _convolution(instruction: Instruction, operands: Sequence[Array]) -> tuple[i
 
 
 def _attention(instruction: Instruction, operands: Sequence[Array]) -> tuple[int, float]:
-    """cuDNN's, [B, T, N, K] queries and keys: 2 products forward, 5 backward."""
+    """cuDNN's attention on [B, T, N, K] queries and keys: 2 products forward, 5 backward."""
     (B, T, N, K), S = operands[0].dims, operands[1].dims[1]
     backward = "Backward" in instruction.attributes
     window = re.search(r'"sliding_window_length": ?"?(\d+)', instruction.attributes)

@@ -1,4 +1,4 @@
-"""What chips can do, from their makers' pages; and the least time that work takes on them."""
+"""Published peaks of chips, and the roofline: the least time that a step takes on them."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _NVIDIA_PAGES = "https://www.nvidia.com/en-us/data-center/"
 
 @dataclass(frozen=True)
 class Chip:
-    """One device as JAX counts them, which is a chip, or half of a tpu7x.
+    """One device as JAX counts them: a chip, or half of a tpu7x chip.
 
-    device_kind: how JAX names it; a GPU's name begins with it.
-    peak_flops: of bfloat16 matrix products, FLOP/s. On a TPU float32 ones are made of these.
-    hbm_bytes: on TPUs what a program may fill, as their compiler says; on GPUs all that the driver
-      reports; JAX takes a share of it: `fillable_bytes`.
+    device_kind: JAX's name; of a GPU, the start of its name.
+    peak_flops: of bfloat16 matrix products, FLOP/s. TPUs compute float32 products from these.
+    hbm_bytes: on TPUs the memory that a program may fill, according to their compiler; on GPUs all
+      memory that the driver reports, which JAX takes a share of: `fillable_bytes`.
     hbm_bandwidth: bytes/s.
-    link_bandwidth: bytes/s that it can send to the others of its slice or host, all links together
-      (NVLink on GPUs): half of what is published as bidirectional.
-    host_bandwidth: bytes/s from the host's memory, or to it: PCI Express, by generation.
-    dcn_bandwidth: bytes/s through the data center's network, a chip's share of what its host or
-      pod has; None where that is not published. On GPUs an adapter each, of InfiniBand or Ethernet.
-    source: of the published figures.
+    link_bandwidth: bytes/s that it can send within its slice or host, all links together (NVLink
+      on GPUs): half of the published bidirectional figure.
+    host_bandwidth: bytes/s in each direction between host and device: PCI Express, by generation.
+    dcn_bandwidth: bytes/s through the data center's network: the chip's share of its host's or
+      pod's bandwidth, None if not published. Each GPU has an InfiniBand or Ethernet adapter.
+    source: page with the published figures.
     """
 
     device_kind: str
@@ -44,7 +44,7 @@ class Chip:
 
 CHIPS = {
     "v4": Chip("TPU v4", 275e12, int(30.75 * GIB), 1228e9, 300e9, 16e9, None, f"{_TPU_PAGES}v4"),
-    # 6.4 Tbit/s a pod of 256.
+    # A pod of 256 chips has 6.4 Tbit/s of data-center network.
     "v5e": Chip(
         "TPU v5 lite", 197e12, int(15.75 * GIB), 819e9, 200e9, 16e9, 3.125e9, f"{_TPU_PAGES}v5e"
     ),
@@ -54,7 +54,7 @@ CHIPS = {
     "v6e": Chip(
         "TPU v6 lite", 918e12, int(31.25 * GIB), 1638e9, 400e9, 32e9, 12.5e9, f"{_TPU_PAGES}v6e"
     ),
-    # Two devices a chip: each has half of 2307 TFLOP/s, 7380 GB/s, 1200 GB/s and 100 Gbit/s.
+    # A chip is two devices: each has half of 2307 TFLOP/s, 7380 GB/s, 1200 GB/s and 100 Gbit/s.
     "tpu7x": Chip(
         "TPU7x", 1153.5e12, int(94.75 * GIB), 3690e9, 300e9, 32e9, 6.25e9, f"{_TPU_PAGES}tpu7x"
     ),
@@ -74,7 +74,7 @@ CHIPS = {
         "NVIDIA H200", 989e12, GPUS["h200"].memory_bytes, 4800e9, 450e9, 64e9, 50e9,
         f"{_NVIDIA_PAGES}h200",
     ),
-    # Of a DGX B200, eight of them: 64 TB/s, 14.4 TB/s of NVLink both ways.
+    # A DGX B200 has eight, together with 64 TB/s of HBM and 14.4 TB/s of bidirectional NVLink.
     "b200": Chip(
         "NVIDIA B200", 2250e12, GPUS["b200"].memory_bytes, 8000e9, 900e9, 64e9, 50e9,
         f"{_NVIDIA_PAGES}dgx-b200",
@@ -84,27 +84,27 @@ _MEM_FRACTION = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  #
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip that `device.device_kind` names; None for one that is not in the table."""
+    """The chip that `device.device_kind` names; None for a chip that is not in the table."""
     exact = [chip for chip in CHIPS.values() if chip.device_kind == device_kind]
     gpus = [
         chip
         for chip in CHIPS.values()
         if chip.device_kind.startswith("NVIDIA")
         and device_kind.startswith(chip.device_kind)
+        # Variants with other bandwidths or less memory than the SXM modules of the table.
         and not any(other in device_kind for other in ("PCI", "NVL", "40GB"))
     ]
     return (exact or gpus or [None])[0]
 
 
 def fillable_bytes(chip: Chip) -> int:
-    """What a program may fill of a device's memory.
+    """The memory of a device that a program may fill.
 
-    JAX takes 75 % of a GPU's memory for its arrays, and programs may fill no more, whether it is
-    taken at once or as needed; the rest is left to CUDA, NCCL and others. XLA_CLIENT_MEM_FRACTION
-    sets another share, for a run and for a plan of it
-    (https://docs.jax.dev/en/latest/gpu_memory_allocation.html).
+    On GPUs, JAX limits itself to 75 % of the memory, with or without preallocation, and leaves the
+    rest to CUDA, NCCL and others. XLA_CLIENT_MEM_FRACTION sets another share, for runs and plans
+    alike (https://docs.jax.dev/en/latest/gpu_memory_allocation.html).
 
-    Raises UserError for a share that is no number between 0 and 1.
+    Raises UserError if that is not a number between 0 and 1.
     """
     if not chip.device_kind.startswith("NVIDIA"):
         return chip.hbm_bytes
@@ -122,10 +122,10 @@ def fillable_bytes(chip: Chip) -> int:
 
 
 class StepSeconds(NamedTuple):
-    """What each part of a chip would need alone, at what its maker says is its full speed.
+    """Seconds that each resource of a chip needs for a step at its published peak.
 
-    busy: arithmetic, its memory and the host's, which overlap.
-    ici: sending within a slice. dcn: between slices.
+    busy: the longest of arithmetic, HBM traffic and host transfers, which overlap.
+    ici: sending within a slice. dcn: sending between slices.
     """
 
     busy: float
@@ -134,12 +134,12 @@ class StepSeconds(NamedTuple):
 
     @property
     def overlapped(self) -> float:
-        """A lower bound on the time of a step: all that is sent is sent beside what is computed."""
+        """A lower bound on the time of a step: communication overlaps with computation."""
         return max(self)
 
     @property
     def in_turn(self) -> float:
-        """Where nothing is computed while anything is sent."""
+        """The time without any overlap of communication and computation."""
         return sum(self)
 
 
@@ -152,10 +152,10 @@ def step_seconds(
     ici_bytes: Mapping[str, float],
     dcn_bytes: Mapping[str, float],
 ) -> StepSeconds | None:
-    """The roofline of one step, which nothing real quite reaches; None where a speed is unknown.
+    """The roofline of one step, a lower bound; None if a bandwidth that it needs is unknown.
 
-    Arguments are of one device, as `traffic` counts them. All links of a chip send at once, though
-    a collective along one axis of a mesh may use a few of them.
+    Arguments are of one device, as `traffic` counts them. Assumes that all links of a chip send at
+    once, although a collective along one mesh axis may use only some of them.
     """
     busy = max(
         flops / chip.peak_flops,

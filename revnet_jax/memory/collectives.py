@@ -1,4 +1,4 @@
-"""What a collective operation of a compiled program sends, and over which network."""
+"""How many bytes a collective operation of a compiled program sends, and over which network."""
 
 from __future__ import annotations
 
@@ -30,34 +30,34 @@ _USED = re.compile(r"'?(\w+)'?(?::\((\d+)\)(\d+))?(?:,|$)")
 
 
 def kind_of(instruction: Instruction) -> str | None:
-    """One of `KINDS`, of an operation that sends; None for all others, and where one ends."""
+    """The one of `KINDS` that an instruction is or starts; None for others, "-done" included."""
     kind = instruction.opcode.removesuffix("-start")
     return kind if kind in KINDS else None
 
 
 def sent_bytes(kind: str, payload_bytes: int, n: int) -> int:
-    """What each of n devices sends, done the cheapest way.
+    """Bytes that each of n devices sends, by the cheapest algorithm.
 
-    payload_bytes: of what is gathered, and of what is reduced or permuted, on one device.
+    payload_bytes: on one device, of the gathered result, or of the operand of all other kinds.
     """
     if kind in ("collective-permute", "collective-broadcast"):
         return payload_bytes if n > 1 else 0
-    # A reduction that all devices learn is a reduce-scatter and an all-gather.
+    # An all-reduce is a reduce-scatter and an all-gather.
     return (2 if kind == "all-reduce" else 1) * payload_bytes * (n - 1) // n
 
 
 def sent_by_network(
     kind: str, payload_bytes: int, members: np.ndarray, slices: Sequence[int]
 ) -> tuple[int, int]:
-    """What each device sends within its slice, and to other slices.
+    """Bytes that each device sends within its slice, and to other slices.
 
     kind, payload_bytes: as in `sent_bytes`.
-    members: [groups, devices in each], their places in the program.
-    slices: of every device, in that order (GPUs: the host); without any, all are in one.
+    members: [groups, devices in each], device indices in the program.
+    slices: the slice of every device by index (on GPUs its host); if empty, all are in one slice.
 
-    A group with k devices in each of h slices does it in two stages, as NCCL's rings do in effect:
-    the k exchange everything; the h that have the same place in their slices exchange the k-th
-    part that is theirs. What each sends of all together is the same as in one stage.
+    A group with k devices in each of h slices is assumed to work in two stages, as NCCL's rings do
+    in effect: the k devices of a slice exchange the whole payload; then the h devices at the same
+    position in their slices exchange their 1/k of it. Both together send as much as one stage.
     """
     slice_of = np.asarray(slices)[members] if len(slices) else np.zeros_like(members)
     h = max(len(set(row)) for row in slice_of.tolist())
@@ -66,16 +66,16 @@ def sent_by_network(
     if kind in ("collective-permute", "collective-broadcast"):
         return 0, sent_bytes(kind, payload_bytes, members.shape[1])
     k = -(-members.shape[1] // h)
-    if kind == "all-to-all":  # a part for each of the others, which stages would not make smaller
+    if kind == "all-to-all":  # every pair has its own data, so that two stages would save nothing
         inside = payload_bytes * (k - 1) // (h * k)
         return inside, sent_bytes(kind, payload_bytes, h * k) - inside
     return sent_bytes(kind, payload_bytes, k), sent_bytes(kind, payload_bytes // k, h)
 
 
 def members(instruction: Instruction, num_devices: int) -> np.ndarray:
-    """[groups, devices in each]: who sends to whom; a permutation's pairs are groups of two.
+    """[groups, devices in each]: which devices exchange; a permutation's pairs are groups of two.
 
-    Raises ValueError for a format of `replica_groups` that is not known.
+    Raises ValueError for an unknown format of `replica_groups`.
     """
     text = instruction.attributes
     if found := _PAIRS.search(text):
@@ -91,11 +91,14 @@ def members(instruction: Instruction, num_devices: int) -> np.ndarray:
             return np.asarray(groups, int)
     elif "replica_groups=" in text:
         raise ValueError(f"got {text[:120]!r}, expected replica_groups in a format that is known")
-    return np.arange(num_devices)[None]  # all of them
+    return np.arange(num_devices)[None]  # no groups given: all devices together
 
 
 def megascale(instruction: Instruction) -> tuple[str, int] | None:
-    """(kind, slices) of a `send` to the host's process that exchanges with other slices."""
+    """(kind, slices) of a `send` to the host process that exchanges data with other TPU slices.
+
+    None for all other instructions.
+    """
     kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
     if instruction.opcode != "send" or not kind:
         return None
@@ -108,7 +111,10 @@ def megascale(instruction: Instruction) -> tuple[str, int] | None:
 
 
 def _of_mesh(mesh, device_ids, used):
-    """mesh['a'=4,'b'=2] {'b'}: groups along b; 'a':(2)2 is a part of a, of size 2 after 2."""
+    """Groups of a mesh: for mesh['a'=4,'b'=2] {'b'}, groups along b.
+
+    'a':(2)2 is a sub-axis of a, of size 2, after a part of size 2.
+    """
     used = [match.groups() for match in _USED.finditer(used)]
     shape, grouped = [], []
     for name, size in _AXIS.findall(mesh):
@@ -129,7 +135,7 @@ def _of_mesh(mesh, device_ids, used):
 
 
 def _of_text(device_ids):
-    """0,2,1,3; or [2,2]T(1,0)."""
+    """Device ids from a list, "0,2,1,3", or an iota, "[2,2]T(1,0)"."""
     found = re.match(r"(?:<=)?\[([\d,]+)\](?:T\(([\d,]+)\))?$", device_ids)
     return _numbered(*found.groups()) if found else np.asarray(_integers(device_ids))
 

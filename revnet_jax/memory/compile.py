@@ -1,4 +1,4 @@
-"""Training steps compiled by processes of their own, two at a time, with progress."""
+"""Compiles training steps in separate processes, two at a time, and reports progress."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from typing import Any
 from revnet_jax import references
 from revnet_jax.memory.topology import Topology
 
-PROCESSES = 2  # a compiler takes one core for minutes, and up to two GiB
+PROCESSES = 2  # each uses one core for minutes, and up to two GiB
 DEFAULT_CACHE_DIR = Path("~/.cache/revnet_jax/compiled")
 
 
 @dataclass(frozen=True)
 class CompiledStep:
-    """What a compiler says of one training step; of one of its devices unless said otherwise.
+    """The compiler's figures for one training step, per device unless said otherwise.
 
-    limit_bytes: memory of the device, None where unknown.
-    needed_bytes: what must fit into it, arguments and results included; None where the compiler
-      ran out of memory and did not say how much it asked for.
-    out_of_memory: whether it refused to compile.
-    argument_bytes, traffic (as `Traffic` has it): None if it refused.
-    parts: rows of `by_part`; None if it refused, and for devices other than GPUs.
+    limit_bytes: memory of the device, None if unknown.
+    needed_bytes: peak memory, arguments and results included; None if the program did not fit and
+      the compiler did not say how much it needs.
+    out_of_memory: whether the compiler refused the program because it does not fit.
+    argument_bytes, traffic (fields of `Traffic`): None if out_of_memory.
+    parts: rows of `by_part`; None if out_of_memory, and for devices other than GPUs.
     flops: of all devices together.
-    weights_bytes, gradient_bytes, optimizer_bytes, batch_bytes: of arrays, before a TPU pads them;
-      running averages count as weights, and gradients are those that exist together.
-    cached: whether the compiler was asked by an earlier run.
+    weights_bytes, gradient_bytes, optimizer_bytes, batch_bytes: sizes of arrays, without a TPU's
+      padding; weights include running averages, and gradients are those that exist at once.
+    cached: whether the figures come from an earlier compilation.
     """
 
     num_devices: int
@@ -61,16 +61,16 @@ class CompiledStep:
 
 @dataclass(frozen=True)
 class NotCompiled:
-    """Why there is no such step, in one line: settings that do not go together, or a crash."""
+    """Why a step could not be compiled, in one line: incompatible settings, or a crash."""
 
     error: str
 
 
 @dataclass(frozen=True)
 class Compiler:
-    """Compiles steps for a topology; what was compiled before is read from `cache_dir`.
+    """Compiles steps for a topology; results of earlier compilations are read from `cache_dir`.
 
-    report: takes a line whenever one is done.
+    report: called with a line of text whenever a step is done.
     """
 
     topology: Topology
@@ -78,9 +78,9 @@ class Compiler:
     report: Callable[[str], None]
 
     def refusals(self, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-        """The names of those configs that cannot be trained, and why; asked once, of all of them.
+        """The configs that cannot be trained, by name, and why; one process checks all of them.
 
-        None where the process that looks at them ends in any other way: compiling will tell.
+        Empty if that process crashes: compiling then reports the error.
         """
         process = self._ask({"configs": {name: dict(each) for name, each in settings.items()}})
         lines = process.stdout.splitlines()
@@ -89,7 +89,7 @@ class Compiler:
     def steps(
         self, settings: Mapping[str, Mapping[str, Any]]
     ) -> dict[str, CompiledStep | NotCompiled]:
-        """A step for each named config, which is given as settings by dotted key."""
+        """Compiles a step for each named config. settings: by config name, then by dotted key."""
         results: dict[str, CompiledStep | NotCompiled] = {}
         with ThreadPoolExecutor(PROCESSES) as threads:
             names = {threads.submit(self._step, each): name for name, each in settings.items()}
@@ -114,10 +114,11 @@ class Compiler:
 
     def _ask(self, request):
         request |= {"topology": self.topology.name, "cache_dir": str(self.cache_dir)}
-        # Executables from JAX's own cache are not asked: those of a topology cannot be loaded.
+        # JAX's own compilation cache is off: executables for an absent device cannot be loaded.
         environment = {"JAX_ENABLE_COMPILATION_CACHE": "false", **self.topology.environment}
-        environment["JAX_TRACEBACK_FILTERING"] = "off"  # the last line is to be the error's
-        environment["PYTHONPATH"] = references.search_path()  # models of one's own are found there
+        # Without filtering, the last line of stderr is the error and not a note about filtering.
+        environment["JAX_TRACEBACK_FILTERING"] = "off"
+        environment["PYTHONPATH"] = references.search_path()  # to import the user's own models
         return subprocess.run(
             [sys.executable, "-P", "-m", "revnet_jax.memory.worker"],
             input=json.dumps(request),

@@ -1,4 +1,4 @@
-"""The arithmetic of a program, counted before any compiler sees it."""
+"""Counts the arithmetic of a program in its jaxpr, before compilation."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ def arithmetic(jaxpr: ClosedJaxpr, *, platform: str) -> int:
     """FLOPs of a program's matrix products and convolutions, 2 per multiply-add.
 
     jaxpr: `jax.jit(function).trace(*args).jaxpr`.
-    platform: "cpu", "tpu" or "gpu": whose branch of a `lax.platform_dependent` counts.
+    platform: "cpu", "tpu" or "gpu": its branch of a `lax.platform_dependent` is counted.
 
-    A loop's body counts as often as it runs (once where that is unknown until then), of a
-    condition's branches the dearest, and nothing whose result is not used. Products with the
-    zeros that pad or dilate a convolution are left out, as XLA's own cost analysis does; unlike
-    that, which counts every loop once, this knows how long they are. Of a kernel written by hand
-    all blocks count, those that it skips (half of causal attention) too. cuDNN's attention counts
-    as 2 products forward and 5 backward, where the scores are computed again; half if causal, and
-    of a window the part of the scores that are in it.
+    A loop's body counts as often as it runs (once if that is known only at run time), a
+    conditional as its most expensive branch, and unused results not at all. Products with the
+    zeros that pad or dilate a convolution are left out, as in XLA's cost analysis, which however
+    counts the body of every loop once. A Pallas kernel counts with all blocks of its grid, also
+    those that it skips (half of causal attention). cuDNN's attention counts as 2 products forward
+    and 5 backward, where the scores are recomputed; half of that if causal, and with a window only
+    the scores inside it.
     """
     needed, _ = dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.out_avals))
     return _count(needed, {"gpu": "cuda"}.get(platform, platform))
@@ -31,7 +31,7 @@ def _count(jaxpr: Jaxpr | ClosedJaxpr, platform: str) -> int:
     return sum(_count_equation(equation, platform) for equation in jaxpr.eqns)
 
 
-# What `jax.nn.dot_product_attention(implementation="cudnn")` is traced to.
+# Primitives of `jax.nn.dot_product_attention(implementation="cudnn")`, and their matrix products.
 _CUDNN_PRODUCTS = {
     "dot_product_attention_fwd_wrapper": 2,
     "dot_product_attention_bwd_wrapper": 5,
@@ -50,7 +50,7 @@ def _count_equation(equation, platform):
         return math.prod(params["grid_mapping"].grid) * sum(
             _count(inner, platform) for inner in jaxprs_in_params(params)
         )
-    if name == "shard_map":  # inside, shapes are one device's, along the axes that it takes
+    if name == "shard_map":  # inside, shapes are of one device along the manual mesh axes
         inside = sum(_count(inner, platform) for inner in jaxprs_in_params(params))
         sizes = dict(params["mesh"].shape)
         return math.prod(sizes[axis] for axis in params["newly_manual_axes"]) * inside
@@ -67,7 +67,7 @@ def _count_equation(equation, platform):
 
 
 def _chosen(platforms, platform):
-    """The index of the branch for `platform`; None stands for all that have none of their own."""
+    """The index of the branch for `platform`; `None` in `platforms` marks the default branch."""
     own = [i for i, names in enumerate(platforms) if names is not None and platform in names]
     return own[0] if own else platforms.index(None)
 
@@ -79,7 +79,7 @@ def _dot(equation):
 
 
 def _scores(equation):
-    """One product of T x S scores of each head, by cuDNN."""
+    """FLOPs of one matrix product in cuDNN's attention, over T x S scores in each head."""
     query, key = (var.aval.shape for var in equation.invars[:2])
     tokens, heads = (1, 2) if equation.params["layout"] == 0 else (2, 1)  # BTNH or BNTH
     causal = equation.params["mask_type"].name.endswith("CAUSAL")
@@ -89,14 +89,15 @@ def _scores(equation):
 
 
 def pairs_read(T: int, S: int, *, causal: bool, window: int | None) -> int:
-    """Pairs of T queries and S keys that attention looks at; window: see `attend`, None or 0: all.
+    """The number of (query, key) pairs that attention computes for T queries and S keys.
 
-    Counted as areas: half of them if causal.
+    window: as in `attend`; None or 0 for no window. Counted as areas: causal attention has half
+    of all pairs.
     """
     if not causal:
         return T * S
     window = window or 0
-    # The first tokens have fewer than a window before them: a triangle is missing.
+    # The first tokens have fewer tokens before them than the window: a triangle is missing.
     return window * (2 * T - window) // 2 if 0 < window < T else T * S // 2
 
 
@@ -120,7 +121,10 @@ def _convolution(equation):
 
 
 def _valid_taps(size, kernel, out, *, padding_low, stride, lhs_dilation, rhs_dilation):
-    """Pairs of output position and kernel element, along one axis, that meet an input element."""
+    """Pairs of output position and kernel element, along one axis, that read an input element.
+
+    The others read padding, or zeros between the elements of a dilated input.
+    """
     positions = (
         stride * o + rhs_dilation * k - padding_low for o in range(out) for k in range(kernel)
     )

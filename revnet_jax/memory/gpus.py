@@ -1,7 +1,7 @@
-"""NVIDIA GPUs for which programs are compiled on a machine that has none.
+"""Describes NVIDIA GPUs to XLA, to compile for them on a machine without a GPU.
 
-XLA's compiler for NVIDIA GPUs is in the wheels of the extra `gpu_compiler`. It asks the driver
-nothing: all that it needs to know about a GPU is a `GpuTargetConfigProto`, written here as text.
+XLA's compiler for NVIDIA GPUs is in the wheels of the extra `gpu_compiler`. It needs no driver: a
+`GpuTargetConfigProto`, written here as text, tells it all it needs to know about a GPU.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ _EXTRA = ("jax_cuda13_plugin", "jax_cuda12_plugin")  # the first is the extra's;
 
 
 class Gpu(NamedTuple):
-    """What XLA asks of a GPU.
+    """The properties of a GPU that XLA's compiler uses.
 
-    name: as the driver calls it. capability: (major, minor) of the instruction set.
-    cores: streaming multiprocessors. float32_units: of each. shared_memory: bytes of each.
-    clock_ghz: at most. l2_bytes: cache. bytes_per_second: of its memory.
-    memory_bytes: as the driver reports them.
+    name: as the driver reports it. capability: compute capability, (major, minor).
+    cores: streaming multiprocessors. float32_units: in each. shared_memory: bytes in each.
+    clock_ghz: the maximum. l2_bytes: size of the L2 cache. bytes_per_second: memory bandwidth.
+    memory_bytes: as the driver reports it.
     """
 
     name: str
@@ -56,7 +56,7 @@ GPUS = {
         7_672_320_000_000, 191_514_411_008,
     ),
 }  # fmt: skip
-CUDNN_VERSION = (9, 10, 0)  # of the machine that is planned for
+CUDNN_VERSION = (9, 10, 0)  # assumed on the target machine
 
 
 def has_compiler() -> bool:
@@ -65,19 +65,19 @@ def has_compiler() -> bool:
 
 
 def environment() -> dict[str, str]:
-    """Variables for a process that compiles for GPUs, set before JAX is imported."""
-    # Tuning would run kernels on the GPU, to choose the fastest.
+    """Environment variables of a process that compiles for GPUs, to be set before importing JAX."""
+    # Autotuning would run kernels on the GPU to choose the fastest.
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
     return {
-        "JAX_PLATFORMS": "cpu",  # else JAX looks for CUDA's libraries and a driver
+        "JAX_PLATFORMS": "cpu",  # else JAX would look for CUDA's libraries and a driver
         "XLA_FLAGS": flags.strip(),
     }
 
 
 def devices(chip: str, *, hosts: int, gpus_per_host: int) -> list[Any]:
-    """GPUs to compile for, those of a host together; `process_index` is the number of the host.
+    """GPUs to compile for, ordered by host; `process_index` is the number of the host.
 
-    chip: a name in `GPUS`. Imports JAX, in a process with `environment`.
+    chip: a name in `GPUS`. Imports JAX: the process must have the variables of `environment`.
     """
     from jax.experimental import topologies
 
@@ -93,7 +93,7 @@ def devices(chip: str, *, hosts: int, gpus_per_host: int) -> list[Any]:
 def target_config(gpu: Gpu) -> str:
     """The text of XLA's `GpuTargetConfigProto`."""
     major, minor = gpu.capability
-    # sm_90a and sm_100a: instructions of this very chip, which XLA uses where they exist.
+    # sm_90a and sm_100a add instructions of one architecture only, which XLA uses if available.
     extension = "ACCELERATED_FEATURES" if major >= 9 else "NONE"
     cudnn_major, cudnn_minor, cudnn_patch = CUDNN_VERSION
     return f"""
@@ -124,11 +124,11 @@ device_description_str: "{gpu.name}"
 
 
 def _tell_cudnn_version() -> None:
-    """Answers JAX's question for the version of cuDNN with the one that is planned for.
+    """Replaces JAX's check of the cuDNN version by one that returns `CUDNN_VERSION`.
 
-    JAX asks the library that is loaded, and fails where there is none. The program needs only the
-    number: cuDNN's kernels are called when it runs. The function is private: a new JAX may
-    have it elsewhere, which tests/memory/test_gpus.py would tell.
+    JAX asks the loaded cuDNN library, and fails without one. Compiling needs only the number,
+    because cuDNN's kernels are called at run time. The replaced function is private to JAX: if a
+    new version moves it, tests/memory/test_gpus.py fails.
     """
     fused_attention = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
     major, minor, patch = CUDNN_VERSION

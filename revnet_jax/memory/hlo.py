@@ -1,6 +1,6 @@
-"""Compiled programs as text, parsed: computations, instructions, and the bytes of their arrays.
+"""Parses the text of compiled programs: computations, instructions, and sizes of arrays.
 
-Only what `traffic.py` needs of the format that `compiled.as_text()` prints.
+Covers the parts of the format of `compiled.as_text()` that this package needs.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 class Array(NamedTuple):
     """One array of an instruction's result.
 
-    num_bytes: as laid out: the tiles of a TPU pad the two innermost axes, often to 8 x 128.
-    space: where it lives: 0 is HBM (on CPU: RAM); others are on chip, or the host's.
-    dtype: as the text has it: "bf16", "f32". dims: its shape.
+    num_bytes: in memory, padding included: TPU tiles pad the two innermost axes, often to 8 x 128.
+    space: memory space: 0 is HBM (on CPU: RAM); others are on chip, or the host's memory.
+    dtype: in XLA's notation: "bf16", "f32". dims: shape.
     """
 
     num_bytes: int
@@ -34,7 +34,7 @@ class Array(NamedTuple):
 
 @dataclass(frozen=True)
 class Instruction:
-    """`name = result opcode(operands), attributes`; operands by name."""
+    """`name = result opcode(arguments), attributes`. operands: the names among the arguments."""
 
     name: str
     opcode: str
@@ -45,8 +45,8 @@ class Instruction:
 
     @cached_property
     def callees(self) -> tuple[str, ...]:
-        """Names of the computations it runs; for a loop the body, not the condition."""
-        # What a reduction applies to each element is no computation of its own.
+        """Names of the computations it runs; of a loop the body, without the condition."""
+        # The function that a reduction applies to each element is not counted as a computation.
         found = [
             match[2]
             for match in _CALLEES.finditer(self.attributes)
@@ -58,7 +58,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Computation:
-    """Instructions in the order in which they run; the last one is the result."""
+    """Instructions by name, in the order in which they run. root: name of the result."""
 
     instructions: dict[str, Instruction]
     root: str
@@ -79,7 +79,7 @@ class Computation:
 
 @dataclass(frozen=True)
 class Module:
-    """num_devices: that run it; of several TPU slices those of one, which has this program."""
+    """A compiled program. num_devices: that run it; each TPU slice has a program of its own."""
 
     computations: dict[str, Computation]
     entry: str
@@ -87,7 +87,7 @@ class Module:
 
 
 def parse(text: str) -> Module:
-    """Raises ValueError for a text in which no entry computation is found."""
+    """Parses a program's text; ValueError if it has no entry computation."""
     computations, entry, name = {}, None, None
     instructions: dict[str, Instruction] = {}
     root = ""
@@ -110,10 +110,10 @@ def parse(text: str) -> Module:
 
 
 def trip_count(module: Module, loop: Instruction) -> int:
-    """How often a while loop runs: as the compiler notes, or as its counter says; else 1."""
+    """How often a while loop runs, by the compiler's note or its counter; 1 if neither is found."""
     if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(noted[1])
-    # A TPU's compiler notes nothing; its loops count from 0 up to a constant.
+    # The TPU compiler notes nothing; its loops count from 0 up to a constant.
     (name,) = re.findall(r"\bcondition=%?([\w.\-]+)", loop.attributes)
     condition = module.computations[name].instructions
     test = condition[module.computations[name].root]
@@ -126,7 +126,7 @@ def trip_count(module: Module, loop: Instruction) -> int:
 
 
 def _step(module, loop, counter):
-    """What a loop adds to its counter: 2, say, where two rounds were made one; 1 if not found."""
+    """The increment of a loop's counter, as 2 if the compiler unrolled it twice; 1 if not found."""
     body = module.computations[loop.callees[0]]
     index = re.search(r"\bindex=(\d+)", counter.attributes)
     root = body.instructions[body.root]
@@ -162,7 +162,7 @@ def _instruction(line):
 
 
 def _cut(text, opening):
-    """The parenthesis that opens at `opening`, with its contents, and what follows it."""
+    """Splits off the parenthesis that opens at `opening`: (it with its contents, the rest)."""
     depth = 0
     for i in range(opening, len(text)):
         depth += {"(": 1, ")": -1}.get(text[i], 0)
@@ -172,6 +172,7 @@ def _cut(text, opening):
 
 
 def _array(dtype, dims, layout):
+    """Parses f32[8,4]{1,0:T(8,128)S(5)}: a shape, minor-to-major axes, tiling, memory space."""
     shape = tuple(int(n) for n in dims.split(",") if n)
     order, _, rest = (layout or "").partition(":")
     minor_to_major = [int(n) for n in order.split(",") if n]
@@ -187,6 +188,6 @@ def _array(dtype, dims, layout):
 
 
 def _bits(dtype):
-    """Of one element; 0 for tokens."""
+    """Bits of one element; 0 for tokens."""
     bits = re.search(r"\d+", dtype)
     return 8 if dtype == "pred" else int(bits[0]) if bits else 0

@@ -1,18 +1,20 @@
-"""The largest size that fits, in few compilations."""
+"""Finds the largest size that fits into memory, with few compilations."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-SIZES = ("batch", "depth", "context")  # of a training step, that a plan can search
+SIZES = ("batch", "depth", "context")  # sizes of a training step that a plan can search
 
 
 class Largest(NamedTuple):
-    """size: the largest that was compiled and fits; None where even the smallest does not.
+    """The result of a search.
 
-    needed_bytes: at that size.
-    exact: whether the next size up was compiled too, and does not fit.
+    size: the largest that was compiled and fits; None if none does.
+    needed_bytes: memory at that size.
+    exact: whether the next larger size was compiled too and does not fit; if size is None, whether
+      the smallest size was compiled.
     """
 
     size: int | None
@@ -29,11 +31,11 @@ def largest_that_fits(
     most: int,
     most_compiled: int = 6,
 ) -> Largest:
-    """Memory is close to affine in size: a line through two sizes, checked, and drawn again.
+    """Searches by the secant method, since memory is nearly affine in size.
 
-    needed_bytes: of a size; None where a compiler refused and did not say how much it asked for.
-    start: a size, to begin with; every size is a multiple of `step`, and at most `most`.
-    most_compiled: calls of `needed_bytes`.
+    needed_bytes: memory at a size; None if the compiler ran out of memory without a figure.
+    start: the first size to try; all sizes are multiples of `step`, and at most `most`.
+    most_compiled: the largest number of calls of `needed_bytes`.
     """
     tried = {size: needed_bytes(size) for size in (start, min(2 * start, most))}
     while len(tried) < most_compiled:
@@ -51,6 +53,7 @@ def largest_that_fits(
 
 
 def _split(tried, limit_bytes):
+    """(sizes that fit, sizes that do not)."""
     fitting = [
         size for size, needed in tried.items() if needed is not None and needed <= limit_bytes
     ]
@@ -58,7 +61,7 @@ def _split(tried, limit_bytes):
 
 
 def _guess(tried, limit_bytes, low, high, step):
-    """Where the line through the two sizes nearest to the limit meets it; else halfway."""
+    """The size where the line through the two nearest points meets the limit; else halfway."""
     known = sorted(
         (abs(needed - limit_bytes), size, needed)
         for size, needed in tried.items()

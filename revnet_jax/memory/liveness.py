@@ -1,8 +1,8 @@
-"""Bytes that are live while a compiled program runs, from its own schedule and addresses.
+"""Live bytes over the run of a compiled program, from its schedule and buffer addresses.
 
-Loops of the program are followed turn by turn. An array that a loop fills a slice a turn, or takes
-a slice a turn from, is allocated whole by the compiler; it counts as far as it is filled with what
-is yet to be read. All else counts as the compiler allocates it.
+Outer loops are followed iteration by iteration. A stacked array, which a loop writes or reads one
+slice per iteration, is allocated whole by the compiler; here only its slices that are written and
+yet to be read are live. All other buffers count as the compiler allocates them.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ import numpy as np
 
 from revnet_jax.memory.buffers import Assignment, Buffer, Instruction
 
-_FORWARDING = {"get-tuple-element", "tuple", "bitcast", "parameter", "constant"}  # take no time
+# Instructions that compute nothing: they take no time step.
+_FORWARDING = {"get-tuple-element", "tuple", "bitcast", "parameter", "constant"}
 
 
 class Liveness(NamedTuple):
-    """At every executed instruction; loops within loops are shown for one turn.
+    """Bytes at every executed instruction; of inner loops one iteration is shown.
 
-    live_bytes: of temporary memory that holds something. allocated_bytes: the same with
-      half-filled arrays counted whole. turn: where the first loop of the backward pass starts.
+    live_bytes: temporary memory that holds values yet to be read.
+    allocated_bytes: the same with stacked arrays counted whole.
+    turn: the instruction where the first loop of the backward pass starts.
     """
 
     live_bytes: np.ndarray
@@ -29,14 +31,16 @@ class Liveness(NamedTuple):
 
 
 class _Interval(NamedTuple):
+    """A buffer is live from instruction `start` up to `stop`, exclusive."""
+
     start: int
     stop: int
     buffer: Buffer
-    share: float = 1.0  # of a stacked array, as far as it is filled
+    share: float = 1.0  # the live part of a stacked array
 
 
 class _Walk:
-    """Runs through the program, noting when each buffer is live."""
+    """Follows the program and records when each buffer is live."""
 
     def __init__(self, program: Assignment):
         self.program = program
@@ -47,7 +51,7 @@ class _Walk:
         self._holders = _Holders(program)
 
     def run(self, computation_id: int, *, depth: int = 0) -> None:
-        """One run of a computation, and of those that it calls."""
+        """Follows one run of a computation and of the computations that it calls."""
         computation = self.program.computations[computation_id]
         held = self._holders.of(computation_id)
         spans: dict[Buffer, tuple[int, int]] = {}
@@ -70,8 +74,12 @@ class _Walk:
             self._fill(loop, turns, spans, held)
 
     def _step(self, instruction, depth):
-        """Executes an instruction; for a loop of the outermost level, when its turns began."""
+        """Advances time by one instruction.
+
+        For an outermost loop, returns the start times of its iterations, and its end; else None.
+        """
         if instruction.opcode == "while":
+            # JAX names an operation of a backward pass "transpose(...)".
             if self.turn is None and instruction.trips > 1 and "transpose(" in instruction.name:
                 self.turn = self.time
             turns = []
@@ -89,14 +97,14 @@ class _Walk:
         return None
 
     def _fill(self, loop, turns, spans, held):
-        """Notes how far the stacked arrays of a loop are filled, at each of its turns."""
+        """Records the live share of a loop's stacked arrays at each of its iterations."""
         for index, fills in _stacked(self.program, loop):
             carried = held[loop.id].get((index,), ())
             if fills:
                 for buffer in held[loop.operands[0]].get((index,), ()):
                     self.shares.append(_Interval(spans[buffer][0], turns[0], buffer, 0.0))
             elif any(spans[buffer][1] > turns[-1] for buffer in carried):
-                continue  # it is read again later
+                continue  # read again after the loop, so that it stays live as a whole
             for buffer in carried:
                 for i in range(loop.trips):
                     share = (i + 1 if fills else loop.trips - i) / loop.trips
@@ -104,7 +112,7 @@ class _Walk:
 
 
 class _Holders:
-    """Which buffers the results of instructions hold, by path into their tuples."""
+    """Finds the buffers in the result of each instruction, by path into its tuples."""
 
     def __init__(self, program: Assignment):
         self._program = program
@@ -115,7 +123,7 @@ class _Holders:
         self._known: dict[int, dict[int, dict]] = {}
 
     def of(self, computation_id: int) -> dict[int, dict[tuple[int, ...], list[Buffer]]]:
-        """For every instruction of a computation."""
+        """The buffers of every instruction of a computation: {instruction: {path: buffers}}."""
         if computation_id not in self._known:
             held: dict[int, dict] = {}
             for instruction in self._program.computations[computation_id].instructions:
@@ -125,7 +133,7 @@ class _Holders:
         return self._known[computation_id]
 
     def _passed_on(self, instruction, held):
-        """What a result takes over from elsewhere, rather than make."""
+        """The buffers in a result that other instructions have defined."""
         opcode, operands = instruction.opcode, instruction.operands
         if opcode == "tuple":
             inner = enumerate(held[operand] for operand in operands)
@@ -142,15 +150,17 @@ class _Holders:
 
 
 def liveness(program: Assignment) -> Liveness:
-    """Follows a program from its first instruction to its last.
+    """Computes the live bytes of a program at each of its instructions.
 
-    Where buffers share an address, it counts once. Raises ValueError for a program without a loop
-    of a backward pass.
+    An address that several buffers share counts once. Raises ValueError for a program without a
+    loop in its backward pass.
     """
     walk = _Walk(program)
     walk.run(program.entry)
     if walk.turn is None:
         raise ValueError("got a program without a backward loop, expected a gradient of chains")
+    # Cut each allocation at all offsets where a buffer starts or ends. The resulting cells are live
+    # if any buffer that covers them is.
     edges: dict[int, np.ndarray] = {}
     for allocation in {buffer.allocation for buffer in program.buffers}:
         of = [b for b in program.buffers if b.allocation == allocation]
@@ -182,7 +192,7 @@ def _flat(held):
 
 
 def _stacked(program: Assignment, loop: Instruction) -> list[tuple[int, bool]]:
-    """(element of a loop's carry, True if it is filled or False if read), a slice a turn."""
+    """The stacked arrays in a loop's carry: (index, True if written and False if only read)."""
     body = program.computations[loop.callees[0]]
     by_id = {i.id: i for i in body.instructions}
     taken = {i.index: i for i in body.instructions if _takes_parameter(i, by_id)}
@@ -208,7 +218,7 @@ def _takes_parameter(instruction, by_id):
 
 
 def _contains(program, instruction, opcode):
-    """Whether an instruction is of this kind, or calls or fuses one that is."""
+    """Whether an instruction has this opcode, or calls or fuses one that has."""
     return instruction.opcode == opcode or any(
         _contains(program, inner, opcode)
         for callee in instruction.callees

@@ -1,4 +1,4 @@
-"""What each way to train a config costs on given devices, and which one to take."""
+"""Plans: the memory and time of every strategy for a config on given devices, and which to take."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from revnet_jax.memory.traffic import Traffic
 from revnet_jax.memory.units import size
 from revnet_jax.memory.variants import chosen, deeper, depth, variants
 
-MOST_TIMES = 4096  # sizes that no limit stops are not searched beyond so many times the config's
+MOST_TIMES = 4096  # searches for the largest size stop at this many times the config's
 
 Row = dict[str, Any]
 
@@ -27,22 +27,22 @@ def plan(
     largest: Sequence[str] = (),
     by_part: bool = False,
 ) -> dict[str, Any]:
-    """Compiles the config's training step in every variant, and compares what compilers say.
+    """Compiles the config's training step under every strategy and compares the compiler's figures.
 
     config: settings by dotted key.
     strategies: names of variants; all that the network has by default.
     largest: some of `SIZES`. Each row gets the largest batch, depth or context that fits, as
-      `largest_batch` and so on. Each takes three to six more compilations; contexts are multiples
-      of the config's.
-    by_part: give each row `parts`, where its time goes (see `by_part.by_part`).
+      `largest_batch` and so on. Each search takes three to six more compilations; contexts are
+      multiples of the config's.
+    by_part: add `parts` to each row, the time of each part of the model (see `by_part.by_part`).
 
-    Returns settings of the plan, a list of rows, why strategies were left out, by name, and a
-    recommendation. Sizes are bytes, and flops,
-    of one device; `least_ms` (all that is sent is sent beside what is computed), `in_turn_ms` (one
-    after the other) and `utilization` (by `least_ms`) are null for devices not in `CHIPS`.
+    Returns the plan's settings, a list of rows, the strategies left out with the reasons, and a
+    recommendation. Bytes and flops are of one device. `least_ms` (communication overlaps with
+    computation), `in_turn_ms` (no overlap) and `utilization` (at `least_ms`) are null for devices
+    not in `CHIPS`.
 
-    Raises UserError for a strategy or size there is not, for settings that no strategy can be
-    trained in, for parts of anything but GPUs, and where nothing could be compiled.
+    Raises UserError for an unknown strategy or size, for settings that cannot be trained under any
+    strategy, for by_part on devices other than GPUs, and if nothing could be compiled.
     """
     topology = compiler.topology
     sizes = [name for name in SIZES if name != "context" or "data.context" in config]
@@ -93,7 +93,10 @@ def plan(
 
 
 def refused(settings: Mapping[str, Mapping[str, Any]], compiler: Compiler) -> dict[str, str]:
-    """Why some of these strategies cannot be, said in a line each; UserError if none can."""
+    """Reports the strategies that cannot be trained, and why; UserError if none can.
+
+    settings: by strategy, then by dotted key. Returns the reasons by strategy.
+    """
     found = compiler.refusals(settings)
     if len(found) == len(settings):
         raise UserError(next(iter(found.values())))
@@ -110,7 +113,7 @@ def _no_parts(got):
 
 
 def recommend(rows: Sequence[Row], limit_bytes: int | None) -> dict[str, str | None]:
-    """The strategy that costs least of those that fit, and why, in one sentence."""
+    """The cheapest strategy that fits, and why, in one sentence."""
     room = "an unknown memory" if limit_bytes is None else size(limit_bytes)
     known = [row for row in rows if row["error"] is None]
     fitting = [row for row in known if row["fits"]]
@@ -120,7 +123,7 @@ def recommend(rows: Sequence[Row], limit_bytes: int | None) -> dict[str, str | N
         asks = f" ({least['strategy']} asks for {size(least['needed_bytes'])})" if least else ""
         reason = f"none fits into {room}{asks}: smaller batches or more devices might"
         return {"strategy": None, "reason": reason}
-    # Where no time is predicted, arithmetic decides, and then memory.
+    # Without a predicted time, arithmetic decides, then memory.
     cost = lambda row: (row["least_ms"] or 0, row["flops"], row["needed_bytes"])
     best = min(fitting, key=cost)
     needs = f"{size(best['needed_bytes'])} of {room}"
@@ -136,7 +139,10 @@ def _failed(name, step):
 
 
 def row_of(name: str, step: CompiledStep, chip: Chip | None, model_flops: int | None = None) -> Row:
-    """The row of a strategy that compiled. model_flops: of `store`, for the utilization."""
+    """The row of a compiled strategy.
+
+    model_flops: FLOPs of `store`, without any recomputation, for the utilization (MFU).
+    """
     flops = step.flops // step.num_devices
     seconds = step_seconds(chip, flops=flops, **step.traffic) if chip and step.traffic else None
     utilization = None
@@ -158,16 +164,16 @@ def row_of(name: str, step: CompiledStep, chip: Chip | None, model_flops: int | 
 
 
 def _memory(step: CompiledStep) -> dict[str, int | None]:
-    """What the memory holds; null where it is not known how much was asked for.
+    """Splits the needed memory into weights, optimizer, gradients, activations; None if unknown.
 
-    Gradients are all that exist together, as far as there is room for them: a compiler may use
-    one up before it makes the next. Activations are the rest.
+    Gradients are the largest set that may exist at once, and at most what weights and optimizer
+    leave: a compiler may use up one gradient before it computes the next. Activations are the rest.
     """
     if step.needed_bytes is None:
         return dict.fromkeys(
             ("weights_bytes", "optimizer_bytes", "gradient_bytes", "activation_bytes")
         )
-    # Arguments are known as laid out, padding included, where a program compiled.
+    # The compiler's size of the arguments includes a TPU's padding; the arrays' own sizes do not.
     kept = step.weights_bytes + step.optimizer_bytes
     padding = 1.0
     if step.argument_bytes is not None:
@@ -191,7 +197,8 @@ def _largest(searched, strategy, settings, compiler, step):
         (result,) = compiler.steps({name: {**settings, **changes}}).values()
         if isinstance(result, NotCompiled):
             raise UserError(f"{name}: {result.error}")
-        # What a refusal says it asked for is rounded, and may round to what there is.
+        # An out-of-memory error gives a rounded figure, which may be no more than the limit. Such a
+        # figure is dropped, because the search would take the size as one that fits.
         known = result.fits or (result.needed_bytes or 0) > step.limit_bytes
         return result.needed_bytes if known else None
 

@@ -1,4 +1,4 @@
-"""Plans as tables and plots."""
+"""Formats plans as tables and plots."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _GPU_MEMORY = "memory of a GPU: the share that JAX takes; XLA_CLIENT_MEM_FRACTIO
 
 
 def markdown(cells: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table; the first row is its header, the first column is text."""
+    """Lines of a Markdown table. cells: the header, then the rows; the first column is text."""
     header, *rows = cells
     cells = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
@@ -33,7 +33,7 @@ def markdown(cells: Sequence[Sequence[str]]) -> list[str]:
 
 
 def either(value: Any, text: Any) -> str:
-    """What `text` makes of a value; a dash where there is none."""
+    """`text(value)`, or a dash if the value is None."""
     return "-" if value is None else text(value)
 
 
@@ -42,7 +42,7 @@ def milliseconds(value: float | None) -> str:
 
 
 def as_table(report: Mapping[str, Any]) -> str:
-    """A Markdown table with the plan's settings above it, and the recommendation below."""
+    """A Markdown table with the plan's settings above it and the recommendation below."""
     limit = report["limit_bytes"]
     room = f"{size(limit)} each" if limit else "of unknown memory"
     lines = [
@@ -121,7 +121,7 @@ def _largest_cell(found):
 
 
 def draw(report: Mapping[str, Any], figure_class: Any) -> Any:
-    """A bar per strategy, made of what the memory holds, and a line where it ends."""
+    """Plots a stacked bar of memory per strategy, and a line at the device's limit."""
     rows = [row for row in report["rows"] if row["error"] is None][::-1]  # the first on top
     rows = [row for row in rows if row["needed_bytes"] is not None]
     figure = figure_class(figsize=(8, 0.45 * len(rows) + 1.6), layout="constrained")
@@ -133,7 +133,8 @@ def draw(report: Mapping[str, Any], figure_class: Any) -> Any:
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axes.set_yticks(range(len(rows)), [row["strategy"] for row in rows])
     limit = report["limit_bytes"]
-    if limit and max(left, default=0) > limit / GIB / 4:  # else it would hide the bars
+    # A limit far beyond the bars would make them too short to read.
+    if limit and max(left, default=0) > limit / GIB / 4:
         axes.axvline(limit / GIB, color="black", linestyle="--", label="all there is")
     axes.set_xlabel(
         f"memory of one {report['device_kind']}, GiB; {report['topology']}, "

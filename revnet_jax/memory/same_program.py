@@ -1,7 +1,7 @@
-"""Was a branch compiled to the same program in the forward pass and in its rewind?
+"""Checks that a branch is compiled to the same program in the forward pass and in the rewind.
 
-Exactness rests on it (see `core/evaluate.py`), and it needs no device to be seen: compilers keep
-the names that JAX gave to operations, and with them the scopes that they were traced in.
+Exactness depends on this (see `core/evaluate.py`). The check needs no device: compiled programs
+keep JAX's names of operations, which include the scopes that they were traced in.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ _PARAMETER = re.compile(r" parameter\((\d+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CONVERTED = re.compile(r"^(\w+)\[([\d,]*)\](?= convert\()")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%([\w.\-]+)")
-# What computes nothing; and what is said of where an instruction came from, when it runs, and in
-# which memory its arrays lie.
+# Instructions that compute nothing.
 _NOT_COMPUTED = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "copy")
 _MOVES = ("bitcast", "copy", "reshape")
 _OPERAND = "operand "
 _SPACE = r"S\(\d+\)"
+# Text that does not change values: where an instruction came from, when it runs, and in which
+# memory space its arrays are.
 _NOISE = (
     r", metadata=\{[^}]*\}",
     r", frontend_attributes=\{[^}]*\}",
@@ -42,10 +43,10 @@ _NOISE = (
 
 
 class Part(NamedTuple):
-    """An instruction of an isolated program as it was compiled: a fusion, a product, a call.
+    """One compiled instruction of an isolated program: a fusion, a matrix product, a call.
 
-    name, op_name: as the text has them. program: a digest of all that is computed in it, whatever
-      its parts are called and in whatever order they are printed.
+    name, op_name: as in the text.
+    program: a digest of the computation, independent of names and of the order of printing.
     """
 
     name: str
@@ -54,10 +55,12 @@ class Part(NamedTuple):
 
 
 def isolated_parts(text: str, scope: str, *, layouts: bool = True) -> list[Part]:
-    """What was isolated under a `jax.named_scope`: of a chain "forward", "rewind" or "backward".
+    """The instructions of isolated programs that were traced under a `jax.named_scope`.
 
-    text: of a compiled program, `compiled.as_text()`. layouts: whether programs differ that do the
-      same to arrays that lie in memory in another order, or to a copy of them in another.
+    text: of a compiled program, `compiled.as_text()`.
+    scope: of a chain, "forward", "rewind" or "backward".
+    layouts: whether programs that differ only in array layouts, and in copies between layouts,
+      count as different.
     """
     program = _Program(text if layouts else _LAYOUT.sub("", text), layouts)
     fused = {
@@ -71,13 +74,13 @@ def isolated_parts(text: str, scope: str, *, layouts: bool = True) -> list[Part]
                 continue
             if f"/{SCOPE}" in op_name[1] and re.search(rf"(^|[/(]){scope}[)/]", op_name[1]):
                 digest = program.digest(lines, line)
-                if not digest.startswith(_OPERAND):  # it moves what it was given
+                if not digest.startswith(_OPERAND):  # else it only moves its operand
                     parts.append(Part(instruction, op_name[1], digest))
     return parts
 
 
 def not_found(these: list[Part], those: list[Part]) -> list[Part]:
-    """The parts among these that have no equal among those: they may round in another way."""
+    """The parts in `these` without an equal in `those`; such parts may round differently."""
     left = Counter(part.program for part in those)
     missing = []
     for part in these:
@@ -88,7 +91,7 @@ def not_found(these: list[Part], those: list[Part]) -> list[Part]:
 
 
 class _Program:
-    """computations: {name: {instruction: its line}}, in the order of the text."""
+    """A program's text. computations: {name: {instruction: its line}}, in the order of the text."""
 
     def __init__(self, text: str, layouts: bool):
         self.computations: dict[str, dict[str, str]] = {}
@@ -101,7 +104,10 @@ class _Program:
                 lines[found[1]] = line
 
     def digest(self, lines: dict[str, str], line: str) -> str:
-        """An instruction's: which operands are the same counts, not what they are computed from."""
+        """The digest of an instruction; operands count by position, not by how they are computed.
+
+        An operand is named by its first use and its dtype, so that it matters which ones are equal.
+        """
         labels: dict[str, str] = {}
 
         def operand(name):
@@ -113,29 +119,29 @@ class _Program:
         return self._digest(line, operand)
 
     def _digest(self, line: str, value: Callable[[str], str]) -> str:
-        """value: of an operand, by name."""
+        """The digest of an instruction's line. value: the text that stands for a named operand."""
         called, operands = _CALLED.findall(line), _operands(line)
         for noise in _NOISE:
             line = re.sub(noise, "", line)
         _, _, line = _CALLED.sub("", line).partition(" = ")
         if fusion := re.search(r"(?<= fusion\()[^()]*(?=\))", line):
-            # Compilers number what a fusion is given in any order.
+            # Replace the fusion's operands by its body: their order is up to the compiler.
             inside = self._result(called.pop(), lambda i: value(operands[i]))
             if self.moves and inside.startswith(_OPERAND):
                 return inside
             line = line.replace(fusion[0], inside)
         else:
             line = re.sub(r"%([\w.\-]+)", lambda match: value(match[1]), line)
-        if self.moves:  # a conversion is of each element alone, in whatever order axes are named
+        if self.moves:  # a conversion is elementwise, so that the order of axes does not matter
             line = _CONVERTED.sub(lambda m: f"{m[1]}{sorted(m[2].split(','))}", line)
-        # a + b is b + a, to the bit.
+        # These operations commute exactly, to the bit: sort their operands.
         in_order = lambda match: f"{match[1]}({', '.join(sorted(match[2].split(', ')))})"
         line = re.sub(r"\b(add|multiply|maximum|minimum)\(([^()]*)\)", in_order, line)
         reducers = [self._result(name, lambda i: f"argument {i}") for name in called]
         return _hash(line, *reducers)
 
     def _result(self, name: str, argument: Callable[[int], str]) -> str:
-        """A computation's: that of its root, and so of what the root is computed from."""
+        """The digest of a computation: of its root, and so of all that the root depends on."""
         lines = self.computations[name]
 
         @cache
@@ -157,17 +163,17 @@ def _hash(*texts: str) -> str:
 
 
 def _type(line: str) -> str:
-    """What an instruction returns, but for the memory it lies in: f32[8,4]{1,0}."""
+    """The type of an instruction's result, without its memory space: f32[8,4]{1,0}."""
     return re.sub(_SPACE, "", line.partition(" = ")[2].partition(" ")[0])
 
 
 def _operands(line: str) -> list[str]:
-    """Names of what an instruction is given."""
+    """Names of an instruction's operands."""
     found = _INSTRUCTION.match(line)
     return re.findall(r"%([\w.\-]+)", line[found.end() :].partition(")")[0]) if found else []
 
 
 def _fused(line):
-    """Computations that are part of an instruction, unlike those that a loop or a call runs."""
+    """Computations inside an instruction, such as a fusion's body; not those of loops or calls."""
     runs_others = re.search(r" (?:while|call|conditional|async-start)\(", line)
     return [] if runs_others else _CALLED.findall(line)

@@ -1,4 +1,4 @@
-"""How a config's training step would scale: the same work per device, on more and more of them."""
+"""Predicts weak scaling of a config's training step: the same batch per device on more devices."""
 
 from __future__ import annotations
 
@@ -23,16 +23,18 @@ def scaling(
 ) -> dict[str, Any]:
     """Compiles the config's training step for the topology of each compiler, one after the other.
 
-    config: settings by dotted key; its batch is that of the first topology, and grows with the
-      devices. A slice more is so much more of `mesh.data`: slices have whole copies of weights.
-    strategies: the name of one variant; by default layers are reversed, or rematerialised where
-      they cannot be, and updated in lockstep.
+    config: settings by dotted key; its batch is for the first topology, and grows with the number
+      of devices. `mesh.data` grows with the number of slices, so that each slice holds a whole
+      copy of the weights.
+    strategies: the name of one variant; by default "reverse/lockstep", or "remat/lockstep" for a
+      model that is not invertible.
 
-    Returns settings and a list of rows: those of a plan, and `efficiency`, throughput per device
-    over that of the first topology, and `in_turn_efficiency`, by the times of a plan's names.
+    Returns settings and a list of rows. A row has the columns of a plan, and the throughput per
+    device relative to the first topology: `efficiency`, by `least_ms`, and `in_turn_efficiency`,
+    by `in_turn_ms`.
 
     Raises UserError for more than one strategy, an unknown one, settings that cannot be used, and
-    a batch that the first topology cannot split.
+    a batch that is not a multiple of the first topology's devices.
     """
     (name, overrides), batch = _strategy(config, strategies), config["batch_size"]
     first = compilers[0].topology.num_devices
@@ -63,7 +65,7 @@ def scaling(
 
 
 def grown(config: Mapping[str, Any], batch_per_device: int, topology: Topology) -> dict[str, Any]:
-    """The settings for a topology of so many devices and slices."""
+    """The settings with batch and mesh sized for a topology."""
     batch, data = batch_per_device * topology.num_devices, config["mesh.data"]
     return {
         **config,
@@ -95,7 +97,7 @@ def _row(name, step, topology, batch_size) -> Row:
 
 
 def as_table(report: Mapping[str, Any]) -> str:
-    """A Markdown table: a row per topology, a column per kind of collective and network."""
+    """A Markdown table: a row per topology, a column per kind of collective on each network."""
     rows = report["rows"]
     sent = [
         (network, kind)
@@ -132,7 +134,7 @@ def _cells(row, sent, length):
 
 
 def draw(report: Mapping[str, Any], figure_class: Any) -> Any:
-    """Memory, and time of a step, over the number of devices."""
+    """Plots memory, and the time of a step, over the number of devices."""
     rows = [row for row in report["rows"] if row["error"] is None]
     figure = figure_class(figsize=(9, 3.5), layout="constrained")
     memory, time = figure.subplots(1, 2)

@@ -1,4 +1,4 @@
-"""Memory through a forward and a backward pass, under each strategy, drawn from the program."""
+"""Draws memory over a forward and a backward pass under each strategy, from compiled programs."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ MIB = 2**20
 
 
 class Timeline(NamedTuple):
-    """Of one strategy; bytes of temporary memory, at every instruction that is executed.
+    """Temporary memory under one strategy, in bytes at every executed instruction.
 
-    live_bytes: what holds something that is yet to be read. allocated_bytes: the same with arrays
-      that loops fill or empty slice by slice counted whole, as the compiler allocates them.
+    live_bytes: memory that holds values yet to be read.
+    allocated_bytes: the same, with arrays that loops write or read slice by slice counted whole, as
+      the compiler allocates them.
     turn: the instruction at which the backward pass through the chains starts.
     compiled_bytes: the compiler's own figure, `memory_analysis().temp_size_in_bytes`.
     """
@@ -40,19 +41,19 @@ class Timeline(NamedTuple):
 
     @property
     def peak_bytes(self) -> int:
-        """Of what is drawn: the highest point of `live_bytes`."""
+        """The maximum of `live_bytes`."""
         return int(max(self.live_bytes))
 
 
 def timeline(config: ConfigDict, backprop: str, device: jax.Device | None = None) -> Timeline:
-    """Compiles the gradient of the config's loss and follows it; runs nothing.
+    """Compiles the gradient of the config's loss and follows its buffers; runs nothing.
 
-    Of one batch, without clipping and microbatches.
+    The gradient is of one batch, without clipping or gradient accumulation (microbatches).
 
-    device: to compile for, which need not exist; by default the first that is here.
+    device: to compile for, which need not be present; by default the first local device.
 
     Raises ConfigError for settings that cannot be used, ValueError for a compiler that does not
-    tell its buffers, or where no chain is left a loop to follow.
+    report its buffers, or if the compiled program has no loop over a chain.
     """
     device = device or jax.devices()[0]
     config = config.copy_and_resolve_references()
@@ -74,12 +75,13 @@ def timelines(
     strategies: Sequence[str] = (),
     device: jax.Device | None = None,
 ) -> list[Timeline]:
-    """One for each strategy, all that the network has by default, with equally deep chains.
+    """A timeline for each strategy, with `layers` layers in every chain.
 
-    device: as of `timeline`.
+    strategies: by default those of store, remat and reverse that the network supports.
+    device: as in `timeline`.
 
-    Cost: a compilation each. Raises ConfigError for settings that cannot be used, UserError for a
-    strategy that there is not.
+    Cost: one compilation each. Raises ConfigError for settings that cannot be used, UserError for
+    an unknown strategy.
     """
     config = with_layers(config, layers)
     for name in strategies:
@@ -100,7 +102,7 @@ def with_layers(config: ConfigDict, layers: int) -> ConfigDict:
 
 
 def lowered_gradient(task: Task, batch_size: int, device: jax.Device) -> jax.stages.Lowered:
-    """The gradient of the loss by all parameters, as a training step takes it."""
+    """Lowers the gradient of the loss in all parameters, as a training step computes it."""
     on_device = jax.sharding.SingleDeviceSharding(device)
     shapes = lambda init, *args: jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_device),
@@ -113,7 +115,7 @@ def lowered_gradient(task: Task, batch_size: int, device: jax.Device) -> jax.sta
     key = shapes(lambda: jax.random.key(0))
     variables = shapes(task.network.init, key)
     gradient = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
-    # Machine code that never runs need not be good.
+    # The CPU program never runs: compile it with little optimization of machine code.
     on_cpu = device.platform == "cpu"
     program = jit(gradient, quickly=True) if on_cpu else jax.jit(gradient)
     probes = shapes(task.network.probes)
@@ -122,7 +124,7 @@ def lowered_gradient(task: Task, batch_size: int, device: jax.Device) -> jax.sta
 
 
 def as_table(lines: Sequence[Timeline]) -> str:
-    """Markdown: the peak of what is drawn beside the compiler's figure."""
+    """A Markdown table of each timeline's peak beside the compiler's figure."""
     rows = [
         "| backprop | peak drawn, MiB | compiler, MiB | drawn / compiler |",
         "| --- | ---: | ---: | ---: |",
@@ -134,7 +136,7 @@ def as_table(lines: Sequence[Timeline]) -> str:
 
 
 def as_report(lines: Sequence[Timeline]) -> list[dict[str, Any]]:
-    """The same figures, for JSON."""
+    """The figures of `as_table` for JSON, with the number of instructions."""
     return [
         {
             "backprop": line.backprop,
@@ -148,7 +150,7 @@ def as_report(lines: Sequence[Timeline]) -> list[dict[str, Any]]:
 
 
 def draw(lines: Sequence[Timeline], title: str, figure_class: Any) -> Any:
-    """A panel for each strategy, all with one scale of bytes."""
+    """Plots a panel for each strategy, all with the same scale of bytes."""
     figure = figure_class(figsize=(3.1 * len(lines), 3.2), layout="constrained")
     axes = figure.subplots(1, len(lines), sharey=True, squeeze=False)[0]
     for axis, line in zip(axes, lines, strict=True):

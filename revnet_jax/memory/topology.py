@@ -1,4 +1,4 @@
-"""Names of the devices that a program is compiled for: v5e:2x4, 4xh100:8, or local."""
+"""Topologies: names of the devices to compile for, as v5e:2x4, 4xh100:8 or local."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CUBES = (
     *("8x8x16", "8x16x16", "16x16x16"),
 )
 _GPUS_PER_HOST = ("1", "2", "4", "8")
-# Of TPUs what libtpu knows, as tried by compiling; larger squares it does not.
+# The TPU shapes were found by compiling for them: libtpu does not know larger squares.
 TOPOLOGIES = {
     "v4": _CUBES,
     "v5e": _SQUARES,
@@ -29,14 +29,15 @@ TOPOLOGIES = {
 
 
 class TopologyError(UserError, ValueError):
-    """An unknown topology, or one whose compiler is not installed; says which are known."""
+    """Unknown topology, or its compiler is not installed; the message lists the valid names."""
 
 
 class Topology(NamedTuple):
-    """name: as the user gave it; chip: a name in `CHIPS`, or None for this machine's devices.
+    """The devices that a program is compiled for.
 
-    shape: of one slice: chips along each axis of a TPU's network, or the GPUs of a host.
-    slices: how many of these, with the data center's network between them; of GPUs, hosts.
+    name: as the user gave it. chip: a name in `CHIPS`, or None for this machine's devices.
+    shape: of one slice: chips along each axis of a TPU's network, or the number of GPUs in a host.
+    slices: number of TPU slices, or of hosts with GPUs, connected by the data center's network.
     """
 
     name: str
@@ -46,27 +47,27 @@ class Topology(NamedTuple):
 
     @property
     def is_gpu(self) -> bool:
-        """Whether these are NVIDIA GPUs that need not be here."""
+        """Whether the topology names NVIDIA GPUs, which need not be present."""
         return self.chip in gpus.GPUS
 
     @property
     def num_devices(self) -> int:
-        """As JAX counts them; of this machine's, which takes importing it, all that it has."""
+        """The number of devices as JAX counts them; for this machine, imports JAX and asks it."""
         if self.chip is None:
             return len(devices(self))
         chips = self.slices * math.prod(map(int, self.shape.split("x")))
-        return chips * (2 if self.chip == "tpu7x" else 1)
+        return chips * (2 if self.chip == "tpu7x" else 1)  # a tpu7x chip is two devices
 
     @property
     def environment(self) -> dict[str, str]:
-        """Of the process that compiles for it, to be set before JAX is imported."""
+        """Environment variables of a process that compiles for it, set before JAX is imported."""
         if self.chip is None:
             return {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         if self.is_gpu:
             return gpus.environment()
         return {
             "JAX_PLATFORMS": "cpu",
-            # libtpu looks for neither a TPU nor other processes that use it.
+            # With these, libtpu looks neither for a TPU nor for other processes that use it.
             "TPU_SKIP_MDS_QUERY": "1",
             "TPU_ACCELERATOR_TYPE": "v5litepod-4",
             "TPU_WORKER_HOSTNAMES": "localhost",
@@ -75,7 +76,7 @@ class Topology(NamedTuple):
 
 
 def parse_topology(name: str) -> Topology:
-    """Raises TopologyError, at once, for what cannot be compiled for here."""
+    """Parses a name; TopologyError if it is unknown or its compiler is not installed."""
     if name == LOCAL:
         return Topology(name, None, "")
     found = re.fullmatch(r"(?:([1-9]\d*)x)?(\w+):([\dx]+)", name)
@@ -99,7 +100,10 @@ def parse_topology(name: str) -> Topology:
 
 
 def devices(topology: Topology) -> list[Any]:
-    """Its devices, which need not exist. Imports JAX; see `Topology.environment`."""
+    """The devices of a topology, which need not be present.
+
+    Imports JAX: the process must have the variables of `Topology.environment`.
+    """
     import jax
     from jax.experimental import topologies
 

@@ -1,4 +1,4 @@
-"""What one run of a compiled program moves: bytes through memory, bytes between devices."""
+"""Counts the bytes that one run of a compiled program moves through memory and between devices."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import NamedTuple
 from revnet_jax.memory import collectives
 from revnet_jax.memory.hlo import Array, Computation, Instruction, Module, parse, trip_count
 
+# Instructions that move no bytes.
 _FREE = {
     "parameter",
     "constant",
@@ -22,23 +23,23 @@ _FREE = {
     "replica-id",
 }
 _RUNS_OTHERS = ("call", "call-start", "async-start")
-_HBM, _HOST = 0, 5  # memory spaces, as compilers number them
+_HBM, _HOST = 0, 5  # memory spaces in XLA's numbering
 _FREE_CUSTOM_CALLS = ('"AllocateBuffer"', '"ConcatBitcast"')
 _NVIDIA_LIBRARIES = ('"__cublas', '"__cudnn')  # targets of custom calls
-# Asynchronous ones whose result is what they take, followed by what they make.
+# Asynchronous collectives whose result is a tuple of the operands, followed by the output.
 _RESULT_HAS_OPERANDS = tuple(
     f"{kind}-start" for kind in ("all-gather", "collective-permute", "reduce-scatter", "all-to-all")
 )
 
 
 class Traffic(NamedTuple):
-    """Of one device, in one run of a program.
+    """The bytes that one device moves in one run of a program.
 
-    hbm_bytes: read from and written to its memory; what stays on the chip does not count.
-    host_bytes: the same of the host's memory, of what is kept there for the device.
-    ici_bytes: what it sends to others of its slice, by kind of collective operation; a GPU, to
+    hbm_bytes: read from and written to its memory; values that stay on the chip do not count.
+    host_bytes: read from and written to arrays that are offloaded to the host's memory.
+    ici_bytes: sent to other devices of its slice, by kind of collective operation; on GPUs, to
       others of its host, by NVLink.
-    dcn_bytes: what it sends to other slices or hosts, likewise.
+    dcn_bytes: sent to other slices (on GPUs, hosts), by kind of collective operation.
     """
 
     hbm_bytes: int
@@ -48,29 +49,31 @@ class Traffic(NamedTuple):
 
 
 def traffic(text: str, slices: Sequence[int] = ()) -> Traffic:
-    """Counts the operands and results of every instruction that is not fused into another.
+    """Adds up the operands and results of every instruction that is not fused into another.
 
     text: of a compiled program, `compiled.as_text()`.
-    slices: of each device, in the program's order, on GPUs the host; without any, all are in one.
+    slices: the slice of each device, in the program's order (on GPUs its host); if empty, all are
+      in one slice.
 
-    A loop's body counts as often as it runs, and of a condition's branches the dearest. A slice
-    read from or written into a longer array counts by its own size, rows that are gathered from or
-    scattered into it likewise. An estimate: caches (of a CPU or GPU), what a compiler prefetches
-    twice, and the workspace of cuBLAS and cuDNN are unknown.
+    A loop's body counts as often as it runs, and a conditional as its most expensive branch. A
+    slice read from or written into a longer array counts by its own size, and so do rows gathered
+    from it or scattered into it. This is an estimate: caches (of a CPU or GPU), values that a
+    compiler prefetches twice, and the workspace of cuBLAS and cuDNN are not known.
 
-    Of a collective operation among n devices counts what each must send: (n - 1) / n of what is
-    gathered, scattered or exchanged, twice that where all learn a sum, and all that is permuted
-    (as in products that a compiler splits into rounds, each sending a part on). An operation that
-    runs beside others, and is in the text of each, counts once. Within slices and between them it
-    goes in two stages (`collectives.sent_by_network`). TPUs of several slices run a program each,
-    whose sums over slices are left to the host: those count here as if done like any other.
+    A collective operation among n devices counts as what each must send: (n - 1) / n of the data
+    for an all-gather, reduce-scatter or all-to-all, twice that for an all-reduce, and all data for
+    a permutation (as in a collective matrix product, which the compiler splits into rounds). An
+    asynchronous collective that is fused into several instructions counts once. A collective that
+    spans slices has two stages (`collectives.sent_by_network`). Each of several TPU slices runs a
+    program of its own and leaves reductions over slices to the host, which are counted like all
+    others.
     """
     module = parse(text)
     return _Counter(module, slices).computation(module.entry)
 
 
 class Leaf(NamedTuple):
-    """An instruction that does something itself, how often a step runs it, and what that moves."""
+    """An instruction that is no control flow, how often a step runs it, and what one run moves."""
 
     instruction: Instruction
     computation: Computation
@@ -79,7 +82,7 @@ class Leaf(NamedTuple):
 
 
 def leaves(module: Module) -> Iterator[Leaf]:
-    """All that one run of a program runs, as `traffic` counts it."""
+    """Yields all instructions that one run of a program executes, as `traffic` counts them."""
     yield from _Counter(module, ()).leaves(module.entry, 1)
 
 
@@ -93,7 +96,8 @@ class _Counter:
             computation = self._module.computations[name]
             parts = [self._instruction(i, computation) for i in computation.instructions.values()]
             self._known[name] = _total(parts)
-            if name.startswith("all-reduce-scatter"):  # a sum of which each keeps a part
+            # XLA's TPU compiler fuses an all-reduce and a slice into a reduce-scatter.
+            if name.startswith("all-reduce-scatter"):
                 self._known[name] = _as_reduce_scatter(self._known[name])
         return self._known[name]
 
@@ -129,7 +133,7 @@ class _Counter:
         if opcode == "custom-call" and any(t in instruction.attributes for t in _FREE_CUSTOM_CALLS):
             return _NOTHING
         operands = [computation.instructions[name].result for name in instruction.operands]
-        sent = _total(inner)  # of a fusion with a collective inside
+        sent = _total(inner)  # a fusion may have a collective inside
         if collectives.kind_of(instruction) or collectives.megascale(instruction):
             sent = self._sent(instruction, computation, _bytes(sum(operands, ())))
         hbm_bytes, host_bytes = (
@@ -138,7 +142,7 @@ class _Counter:
         return sent._replace(hbm_bytes=hbm_bytes, host_bytes=host_bytes)
 
     def _sent(self, instruction, computation, payload):
-        """What one collective sends; `payload` is the bytes of its operands."""
+        """The bytes that one collective sends. payload: bytes of its operands."""
         if exchange := collectives.megascale(instruction):
             kind, n = exchange
             gathered = n * payload if kind == "all-gather" else payload
@@ -146,7 +150,8 @@ class _Counter:
         if not _starts(instruction, computation):
             return _NOTHING
         kind = collectives.kind_of(instruction)
-        if kind == "all-gather":  # by what it makes; an asynchronous one returns both
+        # An all-gather counts by its output; an asynchronous one returns its operands too.
+        if kind == "all-gather":
             payload = _bytes(instruction.result) - (payload if instruction.opcode != kind else 0)
         members = collectives.members(instruction, self._module.num_devices)
         found = collectives.sent_by_network(kind, payload, members, self._slices)
@@ -154,11 +159,11 @@ class _Counter:
         return _NOTHING._replace(ici_bytes=ici_bytes, dcn_bytes=dcn_bytes)
 
     def _moved(self, instruction, operands, space):
-        """Bytes through a memory, for an instruction that is neither control flow nor free."""
+        """Bytes read and written in a memory space by an instruction that is no control flow."""
         opcode, result = instruction.opcode, instruction.result
         if opcode == "fusion":
             return self._fused(instruction, operands, result, space)
-        if opcode == "fusion-start":  # returns its operands, then what it makes, and a context
+        if opcode == "fusion-start":  # returns its operands, its results, and a context
             made = result[sum(map(len, operands)) : -1]
             return self._fused(instruction, operands, made, space)
         if opcode in ("dynamic-slice", "slice"):
@@ -172,20 +177,22 @@ class _Counter:
             return _bytes(operands[0], space) + _bytes(result[:1], space)
         if opcode == "send":
             return _bytes(operands[0], space)
-        if opcode == "recv":  # its result is what is received, and a context
+        if opcode == "recv":  # its result is the received array and a context
             return _bytes(result[:1], space)
         if opcode in _RESULT_HAS_OPERANDS:
             return _bytes(result, space)
         if _is_by_rows(instruction):
             rows = _bytes(result if opcode == "gather" else operands[-1])
             rest = sum(_bytes(arrays, space) for arrays in operands[1:])
-            # What is gathered is written to the result; what is scattered into, read and written.
+            # A gather reads the rows and writes them to its result; a scatter reads the old rows
+            # and writes the new ones.
             return _through(operands[0], space, 2 * rows) + rest
         if opcode == "custom-call" and any(t in instruction.attributes for t in _NVIDIA_LIBRARIES):
-            result = result[:-1]  # the last is a workspace
+            result = result[:-1]  # leave out the workspace, which comes last
         return sum(_bytes(arrays, space) for arrays in operands) + _bytes(result, space)
 
     def _fused(self, instruction, operands, result, space):
+        """Bytes of a fusion: what its body reads of each operand, and writes of each result."""
         body = self._module.computations[instruction.callees[0]]
         given, made = _passed_on(instruction, body)
         read = sum(
@@ -221,7 +228,7 @@ class _Counter:
         return total
 
     def _passes_through(self, nested: Computation, user: Instruction, name: str) -> bool:
-        """Whether a fusion inside another one returns its operand `name` as it is."""
+        """Whether a nested fusion returns its operand `name` unchanged."""
         root = nested.instructions[nested.root]
         while root.opcode == "bitcast":
             root = nested.instructions[root.operands[0]]
@@ -237,19 +244,22 @@ class _Counter:
             return self._written(nested, nested.root)
         if instruction.opcode == "dynamic-update-slice":
             return _bytes(body.instructions[instruction.operands[1]].result)
-        if instruction.opcode == "scatter" and _is_by_rows(instruction):  # in place
+        if instruction.opcode == "scatter" and _is_by_rows(instruction):  # updates in place
             return _bytes(body.instructions[instruction.operands[-1]].result)
         return _bytes(instruction.result)
 
 
 def _is_by_rows(instruction: Instruction) -> bool:
-    """Whether it reads or changes a few rows of its first operand, one array."""
+    """Whether it is a gather, or a scatter into one array: it touches only rows of that array."""
     is_scatter = instruction.opcode == "scatter" and len(instruction.operands) == 3
     return is_scatter or instruction.opcode == "gather"
 
 
 def _starts(instruction: Instruction, computation: Computation) -> bool:
-    """False in the later ones of the fusions that carry on an asynchronous collective."""
+    """Whether a collective starts here; False in later fusions that continue an asynchronous one.
+
+    The TPU compiler may spread one collective over a chain of fusions, with a `chain_id`.
+    """
     if "chain_id=" not in instruction.attributes:
         return True
     users = computation.users[instruction.name]
@@ -257,7 +267,10 @@ def _starts(instruction: Instruction, computation: Computation) -> bool:
 
 
 def _passed_on(instruction: Instruction, body: Computation) -> tuple[set[int], set[int]]:
-    """Operands and results that a fusion carries through, of a collective under way beside it."""
+    """Indices of operands and results that a fusion passes through unchanged.
+
+    They belong to an asynchronous collective that overlaps with the fusion.
+    """
     if not any("chain_id=" in inner.attributes for inner in body.instructions.values()):
         return set(), set()
     _, _, aliases = instruction.attributes.partition("output_to_operand_aliasing={")
@@ -266,6 +279,7 @@ def _passed_on(instruction: Instruction, body: Computation) -> tuple[set[int], s
 
 
 def _as_reduce_scatter(found: Traffic) -> Traffic:
+    """Counts an all-reduce as a reduce-scatter, which sends half as much."""
     half = lambda sent: {"reduce-scatter": sum(sent.values()) // 2} if sent else {}
     return found._replace(ici_bytes=half(found.ici_bytes), dcn_bytes=half(found.dcn_bytes))
 
@@ -284,10 +298,10 @@ _NOTHING = _total([])
 
 
 def _bytes(arrays: Iterable[Array], space: int | None = None) -> int:
-    """Of those in one memory, or of all."""
+    """Bytes of the arrays in one memory space, or in all if `space` is None."""
     return sum(array.num_bytes for array in arrays if space in (None, array.space))
 
 
 def _through(arrays: Iterable[Array], space: int, num_bytes: int) -> int:
-    """`num_bytes` of arrays that lie in this memory, or nothing."""
+    """`num_bytes` if the arrays are in this memory space, else 0."""
     return num_bytes if any(array.space == space for array in arrays) else 0

@@ -1,4 +1,4 @@
-"""Sizes in words: written for people, and read from what compilers say."""
+"""Formats sizes in bytes for people, and parses them from compilers' messages."""
 
 _BYTES = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -11,5 +11,5 @@ def size(num_bytes: float) -> str:
 
 
 def parse_size(number: str, unit: str) -> int:
-    """Bytes; '1.5' and 'G' are 1.5 GiB."""
+    """Bytes from a number and a binary unit: '1.5' and 'G' are 1.5 GiB."""
     return round(float(number) * _BYTES[unit])

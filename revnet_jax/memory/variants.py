@@ -1,4 +1,4 @@
-"""The ways to train one config that a plan compares: each a name and settings by dotted key."""
+"""The variants of a config that a plan compares: a name each, and settings by dotted key."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from revnet_jax.models import Model
 
 
 def variants(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Those that the model can be trained in, by name.
+    """The variants that the model can be trained in, by name, as settings that override the config.
 
-    config: settings by dotted key, as all in this package.
+    config: settings by dotted key.
 
     `reverse+3` stores the last 3 layers of the chains and reverses the others; `remat/lockstep`
-    updates each layer in the backward sweep. All else is the config's.
+    updates each layer's parameters in the backward sweep.
     """
     found = {name: (name, 0) for name in ("store", "remat_dots", "remat", "offload")}
     model = model_of(config)
@@ -39,10 +39,10 @@ def variants(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def model_of(config: Mapping[str, Any]) -> Model:
-    """The model of these settings under remat, in which no chain stores.
+    """The model of a config under remat, where no chain stores layers.
 
-    As on a CPU, whatever the devices are: asking JAX for those that are here would take them away
-    from the processes that compile.
+    Built as for a CPU: asking JAX for this machine's devices would reserve them, and the processes
+    that compile could not use them.
     """
     known = as_config(config)
     known.model.update({"backprop": "remat", "stored_layers": "0"})
@@ -52,20 +52,20 @@ def model_of(config: Mapping[str, Any]) -> Model:
 
 
 def depth(config: Mapping[str, Any]) -> int:
-    """Layers of a decoder, residual units of other networks."""
+    """Number of layers of a decoder, or of residual units of other networks."""
     known = as_config(config)
     return family_of(known).depth.of(known.model)
 
 
 def deeper(config: Mapping[str, Any], times: int) -> dict[str, Any]:
-    """Settings for a model this many times as deep."""
+    """Settings that make the model `times` times as deep."""
     known = as_config(config)
     found = family_of(known).depth.times(known.model, times)
     return {f"model.{name}": value for name, value in found.items()}
 
 
 def as_config(settings: Mapping[str, Any]) -> ConfigDict:
-    """A config from settings by dotted key, its tuples restored from JSON's lists."""
+    """A nested config from settings by dotted key; lists, as from JSON, become tuples."""
     config = ConfigDict()
     for key, value in settings.items():
         *groups, name = key.split(".")
@@ -79,7 +79,7 @@ def as_config(settings: Mapping[str, Any]) -> ConfigDict:
 
 
 def chosen(names: list[str] | None, known: Mapping[str, Any]) -> dict[str, Any]:
-    """The variants of these names, all where none is given; UserError for one there is not."""
+    """The variants with these names, all if none are given; UserError for an unknown name."""
     for name in names or []:
         if name not in known:
             raise UserError(f"got strategy {name!r}, expected some of {', '.join(known)}")

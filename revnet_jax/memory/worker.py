@@ -1,10 +1,10 @@
-"""Compiles one training step and says what it needs: a process of its own, which may crash.
+"""Compiles one training step and measures it, in a process of its own because compilers may crash.
 
-Reads a request, JSON, from stdin: {"config": settings by dotted key, "topology": name,
-"cache_dir": folder}. Writes to stdout one line of JSON: {"step": ...} with the fields of
-`CompiledStep`, or {"error": a line for the user}. Asked with {"configs": settings by name} in place
-of "config", it compiles nothing and writes {"refusals": ...}, as of `refusals`. Lines of stderr are
-for the user where they begin with "note: ".
+Reads a JSON request from stdin: {"config": settings by dotted key, "topology": name,
+"cache_dir": folder}. Writes one line of JSON to stdout: {"step": ...} with the fields of
+`CompiledStep`, or {"error": a line for the user}. For a request with {"configs": settings by name}
+in place of "config", it compiles nothing and writes {"refusals": ...}, the result of `refusals`.
+Lines on stderr that begin with "note: " are shown to the user.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def refusals(configs: Mapping[str, Mapping[str, Any]], topology: Topology) -> dict[str, str]:
-    """The names of those configs that cannot be trained there, each with a line that says why."""
+    """The configs that cannot be trained on a topology, by name, each with the reason."""
     found, targets = {}, devices(topology)
     for name, settings in configs.items():
         try:
@@ -60,7 +60,7 @@ def refusals(configs: Mapping[str, Mapping[str, Any]], topology: Topology) -> di
 
 
 def measure(config: ConfigDict, topology: Topology, cache_dir: Path) -> dict[str, Any]:
-    """The fields of `CompiledStep`; what the compiler said is looked up if it was asked before."""
+    """The fields of `CompiledStep`; the compiler's figures are read from the cache if there."""
     targets = devices(topology)
     _check_offload(config, targets)
     program = step_program(config, targets)
@@ -85,13 +85,13 @@ def measure(config: ConfigDict, topology: Topology, cache_dir: Path) -> dict[str
 
 
 def _keep(path: Path, compiled: str) -> None:
-    """Writes an answer, or says on stderr why not: it is an answer all the same."""
+    """Writes figures to the cache; on an error prints a note, since the figures are still valid."""
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(f".{os.getpid()}")
             temporary.write_text(compiled)
-            temporary.replace(path)  # at once: another process may read it
+            temporary.replace(path)  # atomic, because another process may read it
     except StorageError as error:
         print(f"note: {error}", file=sys.stderr)
 
@@ -104,7 +104,7 @@ def _check_offload(config, targets):
 
 
 def asked_bytes(message: str) -> int | None:
-    """What a program needed, from the error of a compiler that had not so much; None if unsaid."""
+    """The bytes that a program needs, from an out-of-memory error; None if it does not say."""
     found = re.search(r"\(([\d.]+)([BKMGT])\) exceeds", message) or re.search(
         r"Used ([\d.]+)([BKMGT]) of", message
     )
@@ -134,14 +134,18 @@ def _compile(lowered, device, slices):
 
 
 def _slices(program: StepProgram) -> list[int]:
-    """The slice that each device is in, in the order of the mesh; of GPUs, the host."""
+    """The slice of each device (on GPUs its host), in the order of the mesh."""
     devices = jax.tree.leaves(program.batch)[0].sharding.mesh.devices.flat
     name = "process_index" if devices[0].platform == "gpu" else "slice_index"
     return [getattr(device, name, None) or 0 for device in devices]
 
 
 def _digest(text: str, topology: Topology, targets: list[Any]) -> str:
-    """Of everything that decides what is found: program, devices, compiler, and who reads it."""
+    """The cache key: a hash of all that the figures depend on.
+
+    These are the program, devices, compiler and its options, and the source of the modules that
+    read the compiled program.
+    """
     versions = [jax.__version__, targets[0].client.platform_version, targets[0].device_kind]
     options = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
     modules = [sys.modules[__name__], by_part, chips, gpus, hlo, collectives, traffic, units, auto]
@@ -151,7 +155,7 @@ def _digest(text: str, topology: Topology, targets: list[Any]) -> str:
 
 
 def _limit_bytes(device: jax.Device) -> int | None:
-    """Memory of a device, as far as it is known."""
+    """Memory of a device that programs may use; None if unknown."""
     if device in jax.devices():
         return auto.memory_bytes(device)
     chip = chip_of(device.device_kind)
@@ -159,7 +163,7 @@ def _limit_bytes(device: jax.Device) -> int | None:
 
 
 def _sizes(program: StepProgram, config: ConfigDict) -> dict[str, int]:
-    """Bytes of what one device holds from step to step, and of its part of a batch."""
+    """Bytes of one device's weights, gradients, optimizer state, and part of a batch."""
     return {
         "weights_bytes": tree_bytes(program.state.variables),
         "gradient_bytes": _gradient_bytes(program, config),
@@ -169,17 +173,21 @@ def _sizes(program: StepProgram, config: ConfigDict) -> dict[str, int]:
 
 
 def _gradient_bytes(program: StepProgram, config: ConfigDict) -> int:
-    """Of the gradients that exist together: lockstep has one layer's of all that are in chains."""
+    """Bytes of the gradients that exist at once on one device.
+
+    With lockstep, chains have the gradient of one layer only. Gradient accumulation has those of
+    the microbatch and their sum.
+    """
     params, in_chains = program.state.variables.params, program.task.network.stacked
     if config.optimizer.lockstep:
         layer = lambda name: tree_bytes(params[name]) // jax.tree.leaves(params[name])[0].shape[0]
         outside = tree_bytes([tree for name, tree in params.items() if name not in in_chains])
         return outside + max(map(layer, in_chains), default=0)
-    return tree_bytes(params) * (2 if config.microbatches > 1 else 1)  # a part's, and the sum
+    return tree_bytes(params) * (2 if config.microbatches > 1 else 1)
 
 
 def tree_bytes(tree: Any) -> int:
-    """Bytes of one device's parts of all arrays of a tree; their shapes and shardings suffice."""
+    """Bytes of one device's shards of all arrays in a tree, from their shapes and shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
