@@ -15,6 +15,7 @@ from revnet_jax.models import num_params
 from revnet_jax.training.build import build_recipe
 from revnet_jax.training.describe import describe
 from revnet_jax.training.dry_run import dry_run
+from tests import by_default
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -55,7 +56,7 @@ def test_every_arm_resolves_and_has_every_knob(name):
         load(name, "huge")
 
 
-@pytest.mark.parametrize("name", NUM_PARAMS)
+@pytest.mark.parametrize("name", by_default(NUM_PARAMS, "cifar10_revnet38", "imagenet_revnet104"))
 def test_parameters_are_the_published_ones(name):
     for arm, expected in zip(("", "cifar100"), NUM_PARAMS[name], strict=True):
         network = build_task(load(name, arm)).network
@@ -72,7 +73,7 @@ TRACED = [
 ]
 
 
-@pytest.mark.parametrize("name", TRACED)
+@pytest.mark.parametrize("name", by_default(TRACED, TRACED[0]))
 def test_one_step_can_be_traced(name):
     report = dry_run(load(name, "laptop"))
     assert report["config"]["model.family"] == load(name).model.family

@@ -161,7 +161,10 @@ ROWS = {
     ),
 }
 every_row = pytest.mark.parametrize("name", ROWS)
-# One that adds, one that multiplies and keeps a residue; the others where time is no object.
+# The default run takes one coupling of each kind; the thorough run takes all.
+most_rows = pytest.mark.parametrize(
+    "name", by_default(ROWS, "additive", "affine", "bdia", "symplectic")
+)
 some_rows = pytest.mark.parametrize("name", by_default(ROWS, "additive", "affine"))
 
 
@@ -193,7 +196,7 @@ def mixtures(depth):
 
 
 @pytest.mark.parametrize("depth", [thorough(1), 2, thorough(7)])
-@every_row
+@most_rows
 def test_gradient_equals_store(name, depth):
     """Values and gradients of params, streams and shared inputs, in float64 to 1e-10."""
     row = ROWS[name]
@@ -304,7 +307,7 @@ def test_vmap_and_a_gradient_of_a_sum_over_a_batch(name):
 
 
 @pytest.mark.parametrize("depth", [1, 4])
-@every_row
+@most_rows
 def test_inverse_of_forward_and_forward_of_inverse(name, depth):
     """Bit for bit, shapes and dtypes kept."""
     row = ROWS[name]

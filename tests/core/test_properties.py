@@ -31,7 +31,7 @@ from revnet_jax.core import (
     sequence_inverse,
 )
 from revnet_jax.core.scaling import divide, multiply, pack, unpack
-from tests import by_default
+from tests import by_default, thorough
 from tests.core import toy
 
 # What hypothesis keeps of the sources it reads would stay in the working directory.
@@ -383,8 +383,8 @@ def test_beyond_the_limit_a_product_is_undone_as_ordinary_floats_are(bits, dtype
 @pytest.mark.parametrize(
     ("coupling", "backprop"),
     [
-        ("additive", "store"),
-        ("affine", "store"),
+        thorough("additive", "store"),
+        thorough("affine", "store"),
         ("additive", "reverse"),
         ("affine", "reverse"),
     ],

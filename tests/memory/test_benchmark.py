@@ -65,6 +65,7 @@ def test_every_strategy_is_measured_and_has_the_same_gradient(rows):
     assert json.loads(json.dumps(rows)) == rows
 
 
+@pytest.mark.thorough
 def test_operations_are_those_of_the_products(rows):
     """A branch has 2 products: 2 forward, 4 backward. remat repeats all but the last one of g."""
     product = 2 * 32 * 16 * 16

@@ -100,6 +100,7 @@ def test_every_chain_gets_its_layers(tiny_config, family):
     assert depths == ([10] if family == "irevnet" else [5, 5])
 
 
+@pytest.mark.thorough
 def test_figures_are_printed_and_drawn(lines, tmp_path):
     table = [line.split("|") for line in as_table(lines).splitlines()]
     assert [row[1].strip() for row in table[2:]] == list(BASIC)

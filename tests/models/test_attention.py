@@ -81,8 +81,8 @@ def compare(function, expected, arguments, dy, atol):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("length", "groups"), [(5, 4), (65, 2), (6, 4)])
-@pytest.mark.parametrize(("dtype", "atol"), [("float32", 1e-5), ("float64", 1e-12)])
+@pytest.mark.parametrize(("length", "groups"), [thorough(5, 4), (65, 2), (6, 4)])
+@pytest.mark.parametrize(("dtype", "atol"), [thorough("float32", 1e-5), ("float64", 1e-12)])
 def test_padded_attention_is_attention(causal, length, groups, dtype, atol):
     """In value and gradient, with heads that share keys too."""
     with jax.enable_x64(dtype == "float64"):
@@ -97,7 +97,9 @@ def test_padded_attention_is_attention(causal, length, groups, dtype, atol):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("groups", "segments"), [(1, False), (2, False), (4, False), (2, True)])
+@pytest.mark.parametrize(
+    ("groups", "segments"), [thorough(1, False), (2, False), thorough(4, False), (2, True)]
+)
 def test_the_kernel_for_tpus_is_attention(causal, groups, segments, monkeypatch):
     """Interpreted, as there is no TPU; heads that share keys read them where they are."""
     kernels = importlib.import_module("jax.experimental.pallas.ops.tpu.flash_attention")

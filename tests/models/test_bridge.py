@@ -163,6 +163,7 @@ def test_dropout_and_batch_norm_in_a_chain(backprop):
         assert jnp.linalg.norm(leaf) > 0
 
 
+@pytest.mark.thorough
 def test_running_averages_are_those_of_each_layers_input():
     params_L, data_L = layers()
     forward = toy.jit(lambda params, x, data: BLOCK.forward(params, x, Context(data=data))[0])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from revnet_jax.models.linear_cross_entropy import linear_cross_entropy
+from tests import by_default
 
 M, D = 21, 6
 
@@ -38,7 +39,7 @@ def derivatives(loss):
 
 
 @pytest.mark.parametrize("V", [17, 2000, 2048])  # the second is padded
-@pytest.mark.parametrize("chunk", [1, 8, 64])
+@pytest.mark.parametrize("chunk", by_default([1, 8, 64], 8))
 def test_value_and_gradient_are_the_naive_ones(V, chunk):
     with jax.enable_x64(True):
         arguments = inputs(V)
@@ -102,7 +103,7 @@ def test_each_logit_is_computed_once_and_no_index_is_looked_up():
     assert "2048]" in text
 
 
-@pytest.mark.parametrize("kernel", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kernel", by_default(["float32", "bfloat16", "float16"], "bfloat16"))
 @pytest.mark.parametrize("x", ["float32", "bfloat16"])
 def test_kernels_and_features_may_have_other_dtypes(kernel, x):
     kernel_DV, x_MD, weight_M, target_M = inputs(17, jnp.float32)

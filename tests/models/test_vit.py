@@ -9,6 +9,7 @@ import pytest
 
 from revnet_jax.config import VIT_SIZES
 from revnet_jax.models import RevViT, Variables, VisionTransformer, num_params
+from tests import thorough
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 SIZES = {"image_shape": (8, 12, 3), "num_classes": 5, "patch": 4, "layers": 3, "width": 16}
@@ -38,7 +39,7 @@ def gradient(vit, variables, key=None):
     return jit(jax.value_and_grad(loss, argnums=(0, 1)))(variables.params, vit.probes())
 
 
-@pytest.mark.parametrize("changes", [{}, {"pool": "mean", "dropout": 0.3}])
+@pytest.mark.parametrize("changes", [thorough({}), {"pool": "mean", "dropout": 0.3}])
 def test_strategies_give_one_gradient(changes):
     variables = randomised(jit(model(**changes).init)(jax.random.key(0)))
     key = jax.random.key(2) if changes else None

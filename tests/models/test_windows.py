@@ -99,6 +99,7 @@ def test_token_by_token_is_all_at_once(changes):
         np.testing.assert_allclose(logits_BV, expected[:, t], atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_two_devices_with_half_of_each_sequence(blocks):
     """On a grid so fine that sums in another order do not show."""
     step = step_of(model("reverse", options={"grid": Grid(18)}, **NEAR))

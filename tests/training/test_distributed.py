@@ -258,6 +258,7 @@ def test_processes_put_batches_together_wherever_their_devices_are_in_the_mesh(t
         ]
 
 
+@pytest.mark.thorough
 def test_an_error_in_one_ends_both_with_its_line(alone):
     """The second would wait in another program, for another mesh."""
     both = start_two(alone, of_second={"mesh.fsdp": 2, "seed": 1})

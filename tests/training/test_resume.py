@@ -114,6 +114,7 @@ def test_another_runs_weights(half, tiny_config, tmp_path):
         train(tiny_config, new)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -150,6 +151,7 @@ def test_a_source_without_weights(tiny_config, tmp_path):
         train(tiny_config, tmp_path / "new")
 
 
+@pytest.mark.thorough
 def test_lost_metrics_are_told_and_recorded(half, tiny_config, capfd):
     (half / "metrics.jsonl").write_text("")
     summary = train(short(tiny_config, WHOLE), half)
