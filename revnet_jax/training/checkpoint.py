@@ -256,7 +256,7 @@ class Checkpoints:
         arrays = self._read(
             step, "state", ocp.args.PyTreeRestore(specs, restore_args, partial_restore=partial)
         )
-        # jnp.array copies, so that the buffer can be donated: one aliased with numpy cannot.
+        # jnp.array copies, because a buffer shared with numpy must not be donated.
         arrays = {p: a if isinstance(a, jax.Array) else jnp.array(a) for p, a in arrays.items()}
         manifest.check_arrays(arrays, records)
         restored = manifest.from_storable(arrays, wanted, records)

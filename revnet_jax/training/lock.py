@@ -37,7 +37,7 @@ def locked(path: Path, say: Callable[[str], None] = _to_stderr) -> Iterator[None
     Raises ConfigError, in one line that names host and process, if another process holds the lock.
     """
     try:
-        file = open(path, "a+")  # noqa: SIM115 - closed below, where failing to open is no longer meant
+        file = open(path, "a+")  # noqa: SIM115 - closed below, outside this `try`
     except OSError as error:
         raise ConfigError(
             f"cannot write {path}: {error}; choose a --workdir of your own"

@@ -181,8 +181,8 @@ def checksum(x: jax.Array) -> jax.Array:
     """The sum, modulo 2^32, of the array's words, each hashed together with its position.
 
     The hash is one-to-one at every position, so a change within one word always changes the sum.
-    Any other change goes unnoticed with a probability of about 2^-32. (If words were only multiplied
-    by odd weights, changes of the top bits of two words, such as two signs, would cancel.)
+    Any other change goes unnoticed with a probability of about 2^-32. (If words were multiplied by
+    odd weights only, changes of the top bits of two words, such as two signs, would cancel.)
     """
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         x = jnp.stack([x.real, x.imag], axis=-1)
