@@ -149,7 +149,7 @@ def _parse(argv: list[str], required: tuple[str, ...], arguments: bool) -> list[
     if len(rest) > 1 and not arguments:
         sys.exit(f"error: got argument {rest[1]!r}, expected flags only: write --name=value")
     config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
-    if _config_path(argv) and not isinstance(config, ConfigDict):  # absl may return a stand-in
+    if _config_path(argv) and not isinstance(config, ConfigDict):  # or an error stand-in
         sys.exit(f"error: {_file_mistake(argv)}")
     if config is not None and (mistake := _wrong_key(argv, config)):
         sys.exit(f"error: {mistake}")

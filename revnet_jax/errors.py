@@ -57,7 +57,7 @@ def write_all(file: BinaryIO, content: bytes) -> None:
 
 
 def file_system(path: str | os.PathLike[str]) -> str:
-    """Describe, for a message, the file system of `path` and its free space.
+    """Describes, for a message, the file system of `path` and its free space.
 
     path: need not exist.
     """

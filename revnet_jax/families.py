@@ -195,7 +195,7 @@ def _decoder(config, options, platform):
 
 
 def _end_token(config):
-    """That ends documents, which are to be kept separate."""
+    """The id of the token that ends documents. ConfigError unless it is in the vocabulary."""
     end, size = config.data.end_token, config.data.vocab_size
     if not 0 <= end < size:
         raise ConfigError(
@@ -206,6 +206,7 @@ def _end_token(config):
 
 
 def _ones_own(config, options, platform):
+    """Builds the task of a user's function, and checks that it has what a task and model need."""
     name, model = config.model.family, _own(config)
     optional = {"data": config.data, "platform": platform}
     task = references.call("model.family", name, model, given=options, optional=optional)

@@ -1,4 +1,4 @@
-"""Builds the task, schedule and optimizer of a config, which take keyword arguments instead."""
+"""Builds the task, the learning-rate schedule and the optimizer of a run from its config."""
 
 from __future__ import annotations
 
@@ -65,6 +65,7 @@ def check_on_mismatch(config: ConfigDict) -> None:
 
 
 def build_optimizer(config: ConfigDict, network: Model, schedule: optax.Schedule) -> Optimizer:
+    """Builds the optimizer, in lockstep with the backward sweep if the config says so."""
     options = dict(config.optimizer)
     lockstep = options.pop("lockstep")
     options["param_dtype"] = DTYPES[config.model.param_dtype]

@@ -35,6 +35,7 @@ class EventFile:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = open(self._path, "xb", buffering=0)  # noqa: SIM115 - close() closes it
         try:
+            # TensorBoard expects this version as the first record of a file.
             self._write(Event(file_version="brain.Event:2"))
             self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
         except StorageError:

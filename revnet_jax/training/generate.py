@@ -103,7 +103,7 @@ def generate(
         logits_BV, cache = model.extend(variables, cache, token_BT, position)
         return sample(logits_BV[0], key, temperature=temperature, top_p=top_p), cache
 
-    advance = jit(advance, donate_argnums=1)
+    advance = jit(advance, donate_argnums=1)  # donates the cache, to update it in place
     empty_cache = functools.partial(model.empty_cache, 1, context)
     keys = functools.partial(jax.random.fold_in, jax.random.key(seed))
     seen = list(token_T)[-context:]

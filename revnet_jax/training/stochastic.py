@@ -19,7 +19,7 @@ BLOCK_SIZES = (16, 128)
 
 
 def round_to_bfloat16(x: jax.Array, step: jax.Array) -> jax.Array:
-    """Rounds float32 to one of the two nearest bfloat16, with a probability by their distance."""
+    """Rounds float32 to one of its two bfloat16 neighbours, more likely to the nearer one."""
     bits = _bits(x)
     noise = _random_bits(bits, step) >> 16
     # Truncation cuts off the low 16 bits. Adding 16 random bits before carries into the upper half
@@ -29,7 +29,7 @@ def round_to_bfloat16(x: jax.Array, step: jax.Array) -> jax.Array:
 
 
 def round_to_float8(x: jax.Array, step: jax.Array, *, roots: bool = False) -> jax.Array:
-    """Rounds float32 to one of the two nearest float8_e4m3fn. Undefined for |x| above 448.
+    """Rounds float32 to one of its two float8_e4m3fn neighbours. Undefined for |x| above 448.
 
     roots: x holds square roots (not negative), and rounding keeps the mean of the square. Numbers
       above 0 become at least 2**-9, the smallest float8, because an optimizer may divide by them.
