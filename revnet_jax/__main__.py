@@ -13,7 +13,7 @@ from revnet_jax.experiments import folder, names
 
 
 def main() -> None:
-    """Runs `scripts/NAME.py` as if it had been started itself."""
+    """Runs `scripts/NAME.py` like `python scripts/NAME.py`."""
     programs, name = names("scripts"), (sys.argv[1:] or ["--help"])[0]
     if name in ("--help", "-h", "help"):
         print(f"{(__doc__ or '').rstrip()}\n\nPrograms: {', '.join(programs)}")

@@ -1,4 +1,4 @@
-"""The command line: how an experiment's file and flags become a config, and how programs end.
+"""The command line: builds a config from a file and flags, and turns errors into one line.
 
 Imports nothing heavy: a misspelt flag should cost half a second, not the start of JAX.
 """
@@ -29,10 +29,10 @@ from revnet_jax.experiments import locate, names
 from revnet_jax.ranges import Range, check_ranges
 from revnet_jax.references import look_in
 
-flags.disclaim_key_flags()  # a flag defined here is one of the program that asks for it: --help
+flags.disclaim_key_flags()  # so that --help lists flags defined here under the calling program
 
 _HELP = ("--help", "-help", "-h", "-?", "--helpshort", "--helpfull")
-# What settings are called elsewhere, where no rule of `near_keys` finds them.
+# Names of settings in other packages that no rule of `near_keys` would find.
 _SHORT = {
     "batch": ("batch_size",),
     "steps": ("num_steps",),
@@ -48,7 +48,7 @@ _SHORT = {
 
 
 class _TupleParser(flags.ArgumentParser):
-    """Parses tuples. A flag given twice takes its last value; ml_collections would join them."""
+    """Parses tuples. A flag given twice keeps its last value; ml_collections would join both."""
 
     def parse(self, argument: Any) -> tuple[Any, ...]:
         return tuple_parser.TupleParser().parse(argument)
@@ -58,8 +58,8 @@ config_flags.register_flag_parser_for_type(tuple, _TupleParser())
 
 
 def define_config_flag() -> flags.FlagHolder:
-    """`--config=FILE[:arm]`, each of whose keys is a flag too: `--config.model.backprop=store`."""
-    # No default path: it would be read, relative to the current folder, as soon as this is called.
+    """Defines `--config=FILE[:arm]`, and a flag per setting: `--config.model.backprop=store`."""
+    # No default path, because it would be read at once, relative to the current folder.
     return config_flags.DEFINE_config_file(
         "config",
         None,
@@ -69,7 +69,7 @@ def define_config_flag() -> flags.FlagHolder:
 
 
 def limit(flag: flags.FlagHolder, expected: Range) -> None:
-    """Refuses a number out of its range, nan too, as soon as flags are parsed."""
+    """Makes parsing fail if the flag's number is out of range or NaN."""
     flags.register_validator(
         flag.name,
         lambda value: value is None or expected.holds(value),
@@ -78,9 +78,9 @@ def limit(flag: flags.FlagHolder, expected: Range) -> None:
 
 
 def check_output(flag: str, path: str, *, suffix: str = "") -> None:
-    """Raises UserError unless a file can be written there; before anything is computed.
+    """Raises UserError unless a file can be written at `path`. Call it before computing anything.
 
-    flag: the name of the flag that says where.
+    flag: the name of the flag that gives the path.
     """
     file = Path(path).absolute()
     folder = file.parent
@@ -92,9 +92,9 @@ def check_output(flag: str, path: str, *, suffix: str = "") -> None:
 
 
 def define_process_flags() -> Callable[[], dict[str, Any]]:
-    """The flags that say which of several processes this is; what it returns reads them.
+    """Defines the flags that say which of several processes this one is.
 
-    What that returns are the arguments of `training.distributed.start`.
+    Returns a function that reads them, as the arguments of `training.distributed.start`.
     """
     holders = {
         "coordinator_address": flags.DEFINE_string(
@@ -116,10 +116,10 @@ def define_process_flags() -> Callable[[], dict[str, Any]]:
 def run(
     main: Callable[[list[str]], Any], *, required: tuple[str, ...], arguments: bool = False
 ) -> None:
-    """`absl.app.run`, except that what the user can mend is one line (`errors.exit_status`).
+    """`absl.app.run`, but errors that the user can fix are one line (see `errors.exit_status`).
 
-    required: names of flags. A mistake in a flag costs no more than parsing them.
-    arguments: whether there may be any besides flags.
+    required: names of flags that must be given. Mistakes in flags are found before `main` starts.
+    arguments: whether arguments other than flags are allowed.
     """
 
     def guarded(argv):
@@ -131,14 +131,14 @@ def run(
 
 
 def _parse(argv: list[str], required: tuple[str, ...], arguments: bool) -> list[str]:
-    """Parses the flags; whatever is wrong with them ends the program with one line."""
-    logging.set_verbosity(logging.ERROR)  # of ml_collections, which warns before it raises
+    """Parses the flags; any mistake in them ends the program with one line."""
+    logging.set_verbosity(logging.ERROR)  # ml_collections warns before it raises
     asked = set(_HELP) & set(argv)
     if given := _config_path(argv):
         path = locate(given)
         spelt = {given: path, f"--config={given}": f"--config={path}"}
         argv = [spelt.get(arg, arg) for arg in argv]
-        look_in([Path(path).parent])  # as Python does for a program
+        look_in([Path(path).parent])  # a config can import modules beside it, as a script can
     try:
         rest = flags.FLAGS([arg for arg in argv if arg not in asked])
     except Exception as error:
@@ -149,7 +149,7 @@ def _parse(argv: list[str], required: tuple[str, ...], arguments: bool) -> list[
     if len(rest) > 1 and not arguments:
         sys.exit(f"error: got argument {rest[1]!r}, expected flags only: write --name=value")
     config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
-    if _config_path(argv) and not isinstance(config, ConfigDict):  # or a stand-in, that raises
+    if _config_path(argv) and not isinstance(config, ConfigDict):  # or an error stand-in
         sys.exit(f"error: {_file_mistake(argv)}")
     if config is not None and (mistake := _wrong_key(argv, config)):
         sys.exit(f"error: {mistake}")
@@ -170,7 +170,7 @@ def _parse(argv: list[str], required: tuple[str, ...], arguments: bool) -> list[
 
 
 def _file_mistake(argv: list[str]) -> str | None:
-    """What is wrong with the file of --config, or with flags of its settings; loads it again."""
+    """Says what is wrong with the file of --config, which it loads, or with flags of settings."""
     if not _config_path(argv):
         return None
     path, *arm = _config_path(argv).split(":", 1)
@@ -197,13 +197,13 @@ def _file_mistake(argv: list[str]) -> str | None:
 
 
 def _flag_mistake(argv: list[str], error: Exception) -> str | None:
-    """What absl or ml_collections found wrong with a flag; None for a fault of another kind."""
+    """What absl or ml_collections found wrong with a flag; None for an error of another kind."""
     known = isinstance(error, flags.Error | AttributeError | TypeError | KeyError)
     return " ".join(str(error).split()) if known else None
 
 
 def _config_path(argv: list[str]) -> str:
-    """The value of --config, as absl finds it; empty where it is not given."""
+    """The value of --config, found as absl does; empty if it is not given."""
     found = ""
     for arg, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
         name, equals, value = arg.partition("=")
@@ -213,7 +213,7 @@ def _config_path(argv: list[str]) -> str:
 
 
 def _wrong_key(argv: list[str], config: ConfigDict) -> str | None:
-    """Names the first flag that is no setting of the config, and what was probably meant."""
+    """A message on the first flag that is not a setting of the config, with likely corrections."""
     known = flatten(config)
     for arg in argv[1:]:
         found = re.match(r"--?(?:no)?config\.([^=]*)", arg)
@@ -231,10 +231,11 @@ def _wrong_key(argv: list[str], config: ConfigDict) -> str | None:
 
 
 def near_keys(key: str, known: Sequence[str]) -> list[str]:
-    """Up to four of the known keys that a mistaken key may stand for, the likeliest first.
+    """Up to four known keys that a mistaken key may stand for, the most likely first.
 
-    The same name in another group; a short name of `_SHORT`; initials (lr: learning_rate); for a
-    group its name or its first settings; a key spelt much like it; words of a name.
+    The first of these rules that finds any: the same name in another group; a name in `_SHORT`;
+    initials (lr: learning_rate); for a group, its name or first settings; similar spelling; words
+    of a name.
     """
     name = key.rpartition(".")[2]
     names: dict[str, list[str]] = {}
@@ -257,7 +258,7 @@ def near_keys(key: str, known: Sequence[str]) -> list[str]:
 
 
 def list_settings(config: ConfigDict) -> str:
-    """The settings of a config as flags, with the comment on each where it is defined."""
+    """Lists the settings of a config as flags, each with the comment beside its definition."""
     defined = [configs._mesh, configs._optimizer, configs.experiment]
     defined += [configs._images, configs.image_classification]
     defined += [configs.vision_transformer] if "patch" in config.model else []

@@ -1,4 +1,4 @@
-"""What an experiment can set.
+"""The settings of experiments, with their defaults.
 
 Imports nothing heavy: a misspelt flag should cost half a second, not the start of JAX.
 """
@@ -15,64 +15,64 @@ from revnet_jax.errors import UserError
 
 
 class ConfigError(UserError, ValueError):
-    """A setting that cannot be used; one line that says got, expected and what to do."""
+    """A setting that cannot be used. The message is one line: got, expected, what to do."""
 
 
 def _mesh() -> ConfigDict:
-    """How devices are arranged; -1: as many as are left."""
+    """The mesh: how many devices lie along each axis. -1 stands for all that are left."""
     mesh = ConfigDict()
-    mesh.data = -1  # batches split over so many
-    mesh.fsdp = 1  # and over these, which hold a part of the weights each
-    mesh.sequence = 1  # text: the tokens of a sequence split over so many, and weights again
-    mesh.tensor = 1  # heads and hidden units split over so many
+    mesh.data = -1  # devices that batches are split over; -1: all that are left
+    mesh.fsdp = 1  # devices that batches and weights are split over (FSDP)
+    mesh.sequence = 1  # text: devices that the tokens of a sequence, and weights, are split over
+    mesh.tensor = 1  # devices that heads and hidden units are split over
     return mesh
 
 
 def _optimizer() -> ConfigDict:
-    """How gradients become updates."""
+    """The settings of the optimizer."""
     optimizer = ConfigDict()
-    optimizer.name = "sgd"  # sgd | adamw | lion | muon, or MODULE:FUNCTION of one's own
+    optimizer.name = "sgd"  # sgd | adamw | lion | muon, or MODULE:FUNCTION of your own
     optimizer.momentum = 0.9  # of sgd
     optimizer.nesterov = False  # of sgd
-    optimizer.b1 = 0.9  # of adamw, lion; muon: of the rest, by Adam
-    optimizer.b2 = 0.999  # of the same
+    optimizer.b1 = 0.9  # of adamw, lion; of muon for what it leaves to Adam
+    optimizer.b2 = 0.999  # as b1
     optimizer.weight_decay = 2e-4  # of kernels only; sgd: L2 penalty, else decoupled
     optimizer.state_dtype = "float32"  # float32 | bfloat16 | float8: of moments
     optimizer.lockstep = False  # update each layer inside the backward sweep, in place
-    optimizer.clip_norm = 0.0  # largest norm of a gradient; 0: any
-    optimizer.clip = "global"  # global | layer: whose norm
+    optimizer.clip_norm = 0.0  # largest norm of a gradient; 0: no clipping
+    optimizer.clip = "global"  # global | layer: the norm of all parameters, or of each layer
     return optimizer
 
 
 def experiment() -> ConfigDict:
-    """The knobs that every run has; a model or data of one's own adds its own to these."""
+    """The settings that every run has. A model or data of your own adds its own to these."""
     config = ConfigDict()
     config.seed = 0
     config.num_steps = 600
     config.batch_size = 100
     config.eval_batch_size = 200
-    config.microbatches = 1  # parts of a batch whose gradients are added up
-    config.memory_limit_gib = 0.0  # per device, for stored_layers=auto; 0: what it has
+    config.microbatches = 1  # gradient accumulation: parts that a batch is split into
+    config.memory_limit_gib = 0.0  # per device, for stored_layers=auto; 0: all it has
     config.log_every_steps = 20
     config.eval_every_steps = config.checkpoint_every_steps = 200
     config.init_from = ""  # the workdir of another run: start from its last weights
     config.on_mismatch = "warn"  # warn | stop: if the backward pass disagrees with the forward pass
 
     config.mesh = _mesh()
-    # A trace of some steps, in WORKDIR/profile; of none by default.
+    # Profiling: a trace of some steps in WORKDIR/profile. By default none is made.
     config.profile = ConfigDict({"start_step": 10, "num_steps": 0})
 
     config.data = ConfigDict()
-    config.data.name = ""  # a data set of the package's, or MODULE:FUNCTION of one's own
+    config.data.name = ""  # a data set of the package, or MODULE:FUNCTION of your own
     config.data.num_threads = 2
     config.data.prefetch = 4  # batches
 
     config.model = ConfigDict()
-    config.model.family = ""  # of the package's families, or MODULE:FUNCTION of one's own
-    # One for all chains, or one for each: reverse,store,store.
+    config.model.family = ""  # a family of the package, or MODULE:FUNCTION of your own
+    # One strategy for all chains, or one for each, such as reverse,store,store.
     config.model.backprop = "reverse"  # store | remat_dots | remat | offload | reverse
-    config.model.stored_layers = "0"  # how many of the last layers store anyway; or auto
-    config.model.unroll = 1  # layers per loop iteration, that store or reverse; all: no loop
+    config.model.stored_layers = "0"  # how many of the last layers are stored; or auto
+    config.model.unroll = 1  # layers per loop iteration, with store or reverse; all: no loop
     config.model.compute_dtype = "float32"  # float32 | bfloat16
     config.model.param_dtype = "float32"  # float32 | bfloat16: of kernels, embeddings
     config.model.grid = True  # exact streams; False lets them drift
@@ -85,16 +85,16 @@ def experiment() -> ConfigDict:
     config.schedule.name = "cosine"  # piecewise | cosine | constant
     config.schedule.learning_rate = 0.1  # the peak
     config.schedule.warmup_steps = 0  # linear, from 0
-    config.schedule.boundaries = (300, 450)  # piecewise: steps from which it is multiplied
-    config.schedule.factor = 0.1  # piecewise: by this
+    config.schedule.boundaries = (300, 450)  # piecewise: steps at which the rate is multiplied
+    config.schedule.factor = 0.1  # piecewise: what it is multiplied by
     return config
 
 
 def _images() -> ConfigDict:
-    """The knobs of a run on images."""
+    """The settings of a run on images."""
     config = experiment()
     config.label_smoothing = 0.0  # share of the target spread over all classes, in training
-    config.mixup = 0.0  # images are mixed in a proportion from Beta(mixup, mixup); 0: not
+    config.mixup = 0.0  # images are mixed in a proportion from Beta(mixup, mixup); 0: off
     config.data.name = "digits"  # digits | cifar10 | cifar100 | image_folder
     config.data.dir = ""  # the folder with the files; digits need none
     config.data.image_shape = (8, 8, 1)  # height, width, channels
@@ -107,7 +107,7 @@ def _images() -> ConfigDict:
 
 
 def image_classification() -> ConfigDict:
-    """Every knob of a convolutional network's run."""
+    """All settings of a run of a convolutional network."""
     config = _images()
     config.model.family = "revnet"  # revnet | resnet | irevnet
     config.model.units = (2, 2)  # residual units per stage
@@ -122,7 +122,7 @@ VIT_SIZES = {"Ti": (12, 192, 3), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24
 
 
 def vision_transformer(size: str = "S") -> ConfigDict:
-    """Every knob of a vision transformer's run."""
+    """All settings of a run of a vision transformer."""
     config = _images()
     model = config.model
     model.family = "vit"
@@ -140,32 +140,32 @@ def vision_transformer(size: str = "S") -> ConfigDict:
 
 
 def language_model() -> ConfigDict:
-    """Every knob of a language model's run."""
+    """All settings of a run of a language model."""
     config = experiment()
     config.balance = 0.01  # weight of the experts' balance loss
     config.data.name = "bytes"  # bytes | characters | shards
-    config.data.dir = ""  # the file of a text, the folder of shards; bytes have one of their own
-    config.data.train_share = 0.9  # of a text; the rest is the test split
+    config.data.dir = ""  # the text file, or the folder of shards; bytes need none
+    config.data.train_share = 0.9  # share of a text to train on; the rest is the test split
     config.data.vocab_size = 256
     config.data.end_token = -1  # id of the token that ends documents; -1: none
     config.data.context = 128  # tokens of a sequence
-    config.data.eval_batches = 0  # that an evaluation stops after; 0: the whole test split
+    config.data.eval_batches = 0  # batches of an evaluation; 0: the whole test split
 
     model = config.model
     model.family = "decoder"
     model.reversible = True  # False: the twin of one stream, for store and remat
     model.layers, model.width, model.heads, model.kv_heads = 4, 128, 4, 4
     model.hidden = 344  # of the feed-forward network
-    model.tied = False  # predict by the embedding
+    model.tied = False  # the output layer shares its weights with the embedding
     model.dropout = 0.0
-    model.experts = 0  # feed-forward networks of a layer; 0: one that all tokens take
+    model.experts = 0  # experts per layer (mixture of experts); 0: none
     model.experts_per_token = 2
     model.rotary_base = 10_000.0
-    model.window = 0  # tokens that a token reads, itself the last; 0: all before it
-    model.separate_documents = False  # read nothing across data.end_token
+    model.window = 0  # attention window in tokens, with itself; 0: all before it
+    model.separate_documents = False  # no attention across data.end_token
     model.attention = "auto"  # chunked | cudnn | flash; auto: by the device
-    model.feed_forward_chunks = 1  # parts of the tokens, one after the other
-    model.loss_chunk = 2048  # tokens of a device whose logits exist together
+    model.feed_forward_chunks = 1  # parts of the tokens, computed in turn to save memory
+    model.loss_chunk = 2048  # tokens per device whose logits are in memory at once
 
     config.optimizer.name = "adamw"
     config.optimizer.b2 = 0.99
@@ -176,7 +176,7 @@ def language_model() -> ConfigDict:
 
 
 def digits() -> ConfigDict:
-    """The digits that come with the package: so few that regularisation is what counts."""
+    """The digits that come with the package. They are few, so regularisation matters most."""
     config = image_classification()
     config.num_steps = 400
     config.label_smoothing = 0.1
@@ -232,7 +232,7 @@ def imagenet() -> ConfigDict:
     return config
 
 
-# Arms that several experiments share: settings by dotted key, for `with_arms`.
+# Arms (variants) that several experiments share: settings by dotted key, for `with_arms`.
 CIFAR100 = {"data.name": "cifar100", "data.num_classes": 100}
 CIFAR_LAPTOP = {
     "num_steps": 500,
@@ -290,7 +290,7 @@ def with_arms(config: ConfigDict, arm: str, arms: Mapping[str, Mapping[str, Any]
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
-    """Settings by dotted key: `{"model.units": (2, 2), ...}`."""
+    """Returns the settings by dotted key: `{"model.units": (2, 2), ...}`."""
     flat = {}
     for key, value in config.items():
         if isinstance(value, ConfigDict):

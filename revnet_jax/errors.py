@@ -1,4 +1,4 @@
-"""Errors that a person, rather than a programmer, can mend, and how programs end with them."""
+"""Errors that the user can fix, and the exit status of programs that meet them."""
 
 from __future__ import annotations
 
@@ -9,19 +9,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
-PREEMPTED_STATUS = 75  # of a program that wants to be started again: EX_TEMPFAIL of sysexits.h
+PREEMPTED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: start the program again
 
 
 class UserError(Exception):
-    """Got, expected, what to do: the message is one line, and programs print it without a trace."""
+    """An error that the user can fix. Programs print it as one line, without a traceback.
+
+    The message says what was got, what was expected and what to do.
+    """
 
 
 class StorageError(UserError):
-    """Something cannot be written: no room, no permission, a folder in the place of a file."""
+    """A file cannot be written: no space, no permission, or a folder has its name."""
 
 
 class Preempted(Exception):
-    """A run was told to stop and did, after saving a checkpoint: `step`. It can be resumed."""
+    """A run was told to stop, and stopped after saving a checkpoint of `step`.
+
+    This is not an error: the same command resumes the run.
+    """
 
     def __init__(self, step: int):
         super().__init__(f"preempted: saved step {step}; the same command goes on from there")
@@ -32,7 +38,7 @@ class Preempted(Exception):
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turns an OSError into a StorageError that says what could not be written and why.
 
-    Hold it open around nothing but the writing, to `path`.
+    Put nothing but writes to `path` inside the context, because every OSError is turned.
     """
     try:
         yield
@@ -44,14 +50,17 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def write_all(file: BinaryIO, content: bytes) -> None:
-    """Writes to a file without a buffer, which may take less at a time: as much as has room."""
+    """Writes all of `content` to an unbuffered file, whose `write` may take only part of it."""
     rest = memoryview(content)
     while rest:
         rest = rest[file.write(rest) :]
 
 
 def file_system(path: str | os.PathLike[str]) -> str:
-    """The file system that a path, which need not exist, is on, and what is free on it."""
+    """Describes, for a message, the file system of `path` and its free space.
+
+    path: need not exist.
+    """
     if "://" in str(path):
         return "remote storage"
     place = os.path.realpath(path)
@@ -69,10 +78,10 @@ def file_system(path: str | os.PathLike[str]) -> str:
 
 @contextmanager
 def exit_status() -> Iterator[None]:
-    """Ends the program in one line on stderr and status 1 for what the user can mend.
+    """Ends the program with one line on stderr and status 1 after an error the user can fix.
 
-    Errors of the operating system are of this kind: a full disk, a closed pipe. A run that was
-    preempted ends with status 75: start it again.
+    This includes errors of the operating system, such as a full disk or a closed pipe. A
+    preempted run ends with status 75, which means that it should be started again.
     """
     try:
         yield
@@ -87,7 +96,8 @@ def exit_status() -> Iterator[None]:
     except OSError as error:
         with suppress(OSError):
             sys.stdout.flush()
-        # What could not be written Python would try to write again at its end, with a traceback.
+        # At exit Python flushes stdout again, which would fail again and print a traceback.
+        # Redirecting file descriptor 1 to /dev/null lets that flush succeed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if error.filename is not None:
             sys.exit(f"error: {error.filename}: {error.strerror}")

@@ -1,4 +1,4 @@
-"""The experiments and programs that come with the package: folders of a clone, parts of a wheel."""
+"""Finds the experiments and programs of the package, in a clone or in an installed wheel."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from pathlib import Path
 
 
 def folder(name: str) -> Path:
-    """ "configs" or "scripts": inside the package where a wheel was installed, else beside it."""
+    """The folder "configs" or "scripts": inside the package in a wheel, beside it in a clone."""
     package = Path(__file__).parent
     return package / name if (package / name).is_dir() else package.parent / name
 
 
 def names(kind: str) -> list[str]:
-    """The experiments in "configs", or the programs in "scripts"."""
+    """The names of the experiments (kind "configs") or of the programs (kind "scripts")."""
     return sorted(path.stem for path in folder(kind).glob("[!_]*.py"))
 
 
 def locate(config: str) -> str:
-    """The file of a `--config`: NAME[:arm] stands for an experiment of the package.
+    """Replaces the name of an experiment, NAME[:arm], by its file. For `--config`.
 
-    What is a file, or no known name, is left as it is.
+    An existing file, or an unknown name, is returned unchanged.
     """
     path, colon, arm = config.partition(":")
     if path not in names("configs") or Path(path).exists():

@@ -1,10 +1,10 @@
-"""The families of models: a row for each says its settings, task, data and depth.
+"""The families of models: a table with the settings, task, data and depth of each.
 
-The only place that knows one family from another. All else asks the `Model` and the `Task` that a
-row builds, or the row.
+No other module depends on the family of a model. They use the `Model` and `Task` that a row of the
+table builds, or the row itself.
 
-A model of one's own needs no row: `config.model.family = "my_model:build"` names a function that
-gets the settings of `config.model` and returns a `Task` (see `references.py`, docs/your_own.md).
+Your own model needs no row: `config.model.family = "my_model:build"` names a function that gets the
+settings of `config.model` and returns a `Task` (see `references.py`, docs/your_own.md).
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 @dataclass(frozen=True)
 class Depth:
-    """How deep a model is, by its settings.
+    """How the settings of a model give its depth, and how to change it.
 
-    of: `(config.model) -> layers`, or residual units.
-    times: `(config.model, n) -> settings` of one n times as deep.
-    equal: `(config, layers) -> settings` with that many layers in the chain of each stage.
+    of: `(config.model) -> depth`, in layers or residual units.
+    times: `(config.model, n) -> settings` of a model n times as deep.
+    equal: `(config, layers) -> settings` with this number of layers in the chain of each stage.
     """
 
     of: Callable[[Mapping[str, Any]], int]
@@ -61,12 +61,13 @@ class Depth:
 
 @dataclass(frozen=True)
 class Family:
-    """What sets models of one kind apart from others.
+    """One row of the table of families.
 
-    settings: a config with every knob and its default.
-    task: `(config, options, platform) -> task`. options: keyword arguments that all models take:
-      how the gradient is computed, dtypes and grid. platform: "cpu", "gpu" or "tpu".
-    data: what the task learns from; None: what the data set is.
+    settings: returns a config with every setting and its default.
+    task: `(config, options, platform) -> task`. The options are keyword arguments that all models
+      take: how the gradient is computed, dtypes and grid. The platform is "cpu", "gpu" or "tpu".
+    data: the kind of data that the task needs; None if the data set decides.
+    depth: how the depth of the model is set.
     """
 
     settings: Callable[[], ConfigDict]
@@ -76,7 +77,7 @@ class Family:
 
 
 def family_of(config: ConfigDict) -> Family:
-    """The row of `config.model.family`; ConfigError unless the config has the settings of one."""
+    """The row of `config.model.family`. ConfigError unless `config.model` has its settings."""
     name, model = config.model.family, set(config.model)
     if references.is_reference(name):
         _check_experiment(config)
@@ -97,7 +98,7 @@ def family_of(config: ConfigDict) -> Family:
 
 
 def _check_experiment(config):
-    """Raises ConfigError where one's own config lacks knobs that every run has."""
+    """Raises ConfigError if a user's own config lacks settings that every run has."""
     if missing := sorted(flatten(experiment()).keys() - flatten(config).keys()):
         raise ConfigError(
             f"config: got no {', '.join(missing)}, expected what every run has: begin with "
@@ -108,10 +109,10 @@ def _check_experiment(config):
 def build_task(
     config: ConfigDict, stored_layers: int | None = None, *, platform: str | None = None
 ) -> Task:
-    """The model of a config, and what it is to learn. Nothing is computed.
+    """Builds the model of a config with its training task. Nothing is computed.
 
-    stored_layers: in place of the config's; "auto" there is 0 until it is resolved.
-    platform: "cpu", "gpu" or "tpu", of the devices to train on; by default those that are here.
+    stored_layers: replaces the setting of the config, where "auto" counts as 0.
+    platform: of the devices to train on, "cpu", "gpu" or "tpu"; by default, of those here.
 
     Raises ConfigError for settings that cannot be used.
     """
@@ -122,7 +123,7 @@ def build_task(
     return family.task(config, options, platform or jax.default_backend())
 
 
-# Settings of every model that are resolved here, into keyword arguments.
+# Settings of every model that `_options` turns into keyword arguments.
 _RESOLVED = (
     *("family", "backprop", "stored_layers", "unroll", "compute_dtype", "param_dtype"),
     *("grid", "grid_bits", "check_exactness"),
@@ -130,7 +131,7 @@ _RESOLVED = (
 
 
 def _options(config: ConfigDict, stored_layers: int | None) -> dict[str, Any]:
-    """How gradients are computed, and in which numbers."""
+    """The keyword arguments that all models take: backpropagation strategy, dtypes and grid."""
     model = config.model
     for name in ("compute_dtype", "param_dtype"):
         if model[name] not in DTYPES:
@@ -194,7 +195,7 @@ def _decoder(config, options, platform):
 
 
 def _end_token(config):
-    """That ends documents, which are to be kept separate."""
+    """The id of the token that ends documents. ConfigError unless it is in the vocabulary."""
     end, size = config.data.end_token, config.data.vocab_size
     if not 0 <= end < size:
         raise ConfigError(
@@ -205,6 +206,7 @@ def _end_token(config):
 
 
 def _ones_own(config, options, platform):
+    """Builds the task of a user's function, and checks that it has what a task and model need."""
     name, model = config.model.family, _own(config)
     optional = {"data": config.data, "platform": platform}
     task = references.call("model.family", name, model, given=options, optional=optional)
@@ -235,7 +237,10 @@ def _kernel(name, platform):
 
 
 def _equal_units(config, layers):
-    """A unit that changes width or resolution is no layer of a chain, and comes on top."""
+    """Units per stage, for chains of `layers` layers.
+
+    A unit that changes width or resolution is not part of a chain, so it is added to them.
+    """
     config = config.copy_and_resolve_references()
     config.model.units = (1,) * len(config.model.units)
     config.model.update({"backprop": "store", "stored_layers": "0"})

@@ -1,4 +1,4 @@
-"""Plots that a script draws at its end: what they need is looked for at its start."""
+"""Plots that a script draws at its end, with checks that it can make at its start."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from revnet_jax.errors import UserError, writing
 
 
 def load_figure_class(flag: str, path: str) -> Any:
-    """matplotlib's Figure, to be saved at `path`; UserError before anything is computed.
+    """Returns the class Figure of matplotlib, after checking that `path` can be written.
 
-    flag: the name of the flag that says where.
+    Call it before computing anything. flag: the name of the flag that gives the path.
+
+    Raises UserError if matplotlib is missing or `path` cannot be written.
     """
     check_output(flag, path, suffix=".png")
     try:
@@ -22,6 +24,6 @@ def load_figure_class(flag: str, path: str) -> Any:
 
 
 def save(figure: Any, path: str, dpi: int = 100) -> None:
-    """Writes the file, or raises StorageError."""
+    """Saves a figure at `path`. Raises StorageError if it cannot be written."""
     with writing(path):
         figure.savefig(path, dpi=dpi)

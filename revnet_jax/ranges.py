@@ -16,19 +16,23 @@ from ml_collections import ConfigDict
 from revnet_jax.config import ConfigError, flatten
 
 _INT32 = 2**31 - 1  # steps, positions and tokens are 32 bit integers on a device
-_AHEAD = 1_000  # batches in memory at once, and the threads that prepare them
-_DEEP = 100_000  # layers: of those before a chain a list is made, one by one
+_AHEAD = 1_000  # most batches in memory, and threads that prepare them
+_DEEP = 100_000  # most layers, because some code makes a list with an entry per layer
 
 
 class Range(NamedTuple):
-    """expected: for error messages. holds: whether a value, of whatever type, is in the range."""
+    """A range of values.
+
+    expected: describes the range in error messages.
+    holds: says whether a value, of any type, is in the range.
+    """
 
     expected: str
     holds: Callable[[Any], bool]
 
 
 def whole(low: int, high: int = _INT32, *, or_else: int | None = None) -> Range:
-    """Integers from low to high. or_else: another value that stands for something."""
+    """Integers from low to high. or_else: one more value, with a special meaning."""
     special = "" if or_else is None else f"{or_else}, or "
 
     def holds(value: Any) -> bool:
@@ -39,9 +43,9 @@ def whole(low: int, high: int = _INT32, *, or_else: int | None = None) -> Range:
 
 
 def real(interval: str) -> Range:
-    """Numbers in an interval, written as in `[0, 1)`, once they are rounded to float32.
+    """Numbers that lie in an interval, such as `[0, 1)`, after rounding to float32.
 
-    So they are on a device, where 1 - 1e-9 is 1 and 1e39 is infinite.
+    Devices compute in float32, where 1 - 1e-9 is 1 and 1e39 is infinite.
     """
     low, high = map(float, interval[1:-1].split(","))
 
@@ -62,7 +66,7 @@ def real(interval: str) -> Range:
 
 
 def several(each: Range, *, length: int | None = None, increasing: bool = False) -> Range:
-    """Tuples of numbers that are in a range. length: None for any."""
+    """Tuples of numbers in a range. length: of the tuple; None for any."""
 
     def holds(values: Any) -> bool:
         return (
@@ -139,7 +143,7 @@ RANGES = {
 def check_ranges(config: ConfigDict) -> None:
     """Raises ConfigError for a number that is not finite or out of its range.
 
-    Settings that are not in the table, of a model of one's own, are left to that model.
+    Settings that are not in the table, such as those of a user's own model, are not checked.
     """
     for name, value in flatten(config).items():
         if name in RANGES and not RANGES[name].holds(value):

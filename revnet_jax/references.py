@@ -1,12 +1,12 @@
-"""Functions of one's own that a config names: `config.model.family = "my_model:build"`.
+"""The user's own functions that a config names: `config.model.family = "my_model:build"`.
 
-The string is `MODULE:FUNCTION`, as in entry points and in Hydra's `_target_`: it is printed by
-`--dry_run`, can be a flag, is kept in a run's config.json, and reaches other processes (planners,
-other hosts, a later `scripts/evaluate.py`), none of which an object in a config would. The function
-gets the settings of its section as keyword arguments, so its signature is the list of its knobs,
-and a knob that is misspelt is found before anything is compiled.
+The string is `MODULE:FUNCTION`, as in entry points and in Hydra's `_target_`. Unlike an object in a
+config it can be given as a flag, is printed by `--dry_run`, is kept in config.json, and reaches
+other processes (planners, other hosts, a later `scripts/evaluate.py`). The function gets the
+settings of its section as keyword arguments. So its signature lists its settings, and a misspelt
+one is found before anything is compiled.
 
-A module is looked for as by `import`, and beside the config file first.
+Modules are found as by `import`; the folder of the config file is searched first.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ KEYS = ("model.family", "data.name", "optimizer.name")  # settings that may be r
 
 
 def is_reference(name: Any) -> bool:
-    """Whether this is no name of the package's own."""
+    """Whether a setting is a MODULE:FUNCTION string, not a name that the package defines."""
     return isinstance(name, str) and ":" in name
 
 
 def named_in(config: Mapping[str, Any]) -> list[str]:
-    """The references in a config, given as settings by dotted key."""
+    """The references in a config. config: settings by dotted key."""
     return [config[key] for key in KEYS if is_reference(config.get(key, ""))]
 
 
 def look_in(folders: Iterable[str | os.PathLike[str]], *, first: bool = True) -> None:
-    """Has modules be looked for in these folders too, before or after all others."""
+    """Adds folders to the module search path, before all others or after them."""
     for folder in map(os.path.abspath, folders):
         if folder not in sys.path and os.path.isdir(folder):
             sys.path.insert(0 if first else len(sys.path), folder)
 
 
 def search_path() -> str:
-    """For PYTHONPATH of another process: it finds the modules that this one does."""
+    """A value of PYTHONPATH with which another process finds the same modules as this one."""
     return os.pathsep.join(path or os.getcwd() for path in sys.path)
 
 
 def folders_of(config: Mapping[str, Any]) -> list[str]:
-    """Where the modules that a config names were found, for a process without its config file.
+    """The folders where the modules of a config were found, for processes without its file.
 
     config: settings by dotted key.
     """
@@ -64,10 +64,10 @@ def folders_of(config: Mapping[str, Any]) -> list[str]:
 
 
 def load(key: str, name: str) -> Callable[..., Any]:
-    """The function that the setting `config.<key>` names.
+    """Imports the function that the setting `config.<key>` names.
 
-    Raises ConfigError for a module or an attribute that is missing. An error inside the module is
-    a fault of its code, and keeps its traceback.
+    Raises ConfigError if the module or the function is missing. Other errors while importing are
+    bugs in the module, and keep their traceback.
     """
     module_name, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in [*module_name.split("."), attribute]):
@@ -106,11 +106,12 @@ def call(
 ) -> Any:
     """Calls the function of `config.<key>` with keyword arguments.
 
-    settings: of its section, which it has to take. given: what the package has it take besides.
-    optional: further arguments that it gets where its signature names them.
+    settings: the settings of its section. Its signature must accept all of them.
+    given: arguments of the package, which its signature must accept too.
+    optional: arguments that it gets only if its signature names them.
 
-    Raises ConfigError where signature and settings differ, and for a ValueError or TypeError that
-    the function raises.
+    Raises ConfigError if signature and settings do not match, and in place of a ValueError or
+    TypeError that the function raises.
     """
     function, section = load(key, name), key.partition(".")[0]
     parameters = inspect.signature(function).parameters
@@ -143,7 +144,10 @@ def call(
 
 
 def check_members(key: str, name: str, what: Any, members: Collection[str], expected: str) -> None:
-    """Raises ConfigError where what the function of `config.<key>` returned lacks attributes."""
+    """Raises ConfigError if an object lacks members.
+
+    what: the object, which the function of `config.<key>` returned.
+    """
     if missing := [member for member in members if not hasattr(what, member)]:
         raise ConfigError(
             f"config.{key}: got a {type(what).__name__} without {', '.join(missing)} from {name}, "

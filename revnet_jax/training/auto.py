@@ -1,4 +1,4 @@
-"""stored_layers=auto: as many layers stored as the device has room for, found by compiling."""
+"""stored_layers=auto: finds, by compiling, how many layers fit into memory when stored."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from revnet_jax.training.resume import COST
 def largest_stored_layers(
     config: ConfigDict, devices: Sequence[jax.Device], report: Callable[[str], None]
 ) -> int:
-    """The largest m such that the training step with `stored_layers=m` fits, and m + 1 does not.
+    """Returns the largest m such that a training step with `stored_layers=m` fits into memory.
 
     report: takes a line for each program tried.
 
-    Cost: compiles about log2(layers) + 2 training steps, and runs none. Raises ConfigError where
-    not even m = 0 fits, and where it is not known how much memory there is.
+    Cost: compiles about log2(layers) + 2 training steps, and runs none (binary search).
+
+    Raises ConfigError if not even m = 0 fits, or if the device does not report its memory.
     """
     limit = int(config.memory_limit_gib * 2**30) or memory_bytes(devices[0])
     if limit is None:
@@ -53,14 +54,14 @@ def largest_stored_layers(
 
 
 def memory_settings(config: ConfigDict) -> dict[str, Any]:
-    """What may change when a run is resumed, and changes how many layers fit."""
+    """The settings that may change when a run is resumed and affect how many layers fit."""
     return {key: value for key, value in flatten(config).items() if key in COST}
 
 
 def needed_bytes(
     config: ConfigDict, devices: Sequence[jax.Device], stored_layers: int
 ) -> int | None:
-    """What a device needs for the step, state and results included; None if it does not compile."""
+    """Bytes per device of the step with its state and results; None if it is too big to compile."""
     program = step_program(config, devices, stored_layers)
     try:
         compiled = program.step.lower(program.state, program.batch).compile()
@@ -72,11 +73,11 @@ def needed_bytes(
 
 
 def program_bytes(stats: Any, platform: str) -> int:
-    """What a compiled program takes of one device's memory, from its `memory_analysis()`."""
+    """Bytes that a compiled program takes on one device, from its `memory_analysis()`."""
     if platform == "tpu":
-        # Its temporaries include, for some programs, the arguments and results: their sum was
-        # seen to exceed by 1.9 GiB the memory of a chip that the compiler accepted it for. This
-        # is what its out-of-memory error counts.
+        # On TPU the temporaries of some programs include the arguments and results. Their sum was
+        # seen to exceed, by 1.9 GiB, the memory of a chip for which the compiler accepted the
+        # program. The compiler's out-of-memory error counts this peak instead.
         return stats.peak_memory_in_bytes
     return (
         stats.argument_size_in_bytes
@@ -87,7 +88,7 @@ def program_bytes(stats: Any, platform: str) -> int:
 
 
 def memory_bytes(device: jax.Device) -> int | None:
-    """Memory that programs can have, None where the device does not tell. CPUs share theirs."""
+    """Memory available to programs; None if unknown. CPU devices share the host's equally."""
     if device.platform == "cpu":
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return total // jax.local_device_count("cpu")

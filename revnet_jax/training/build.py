@@ -1,4 +1,4 @@
-"""From a config to the objects of a run. Below this file no function sees the config."""
+"""Builds the task, the learning-rate schedule and the optimizer of a run from its config."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from revnet_jax.training.task import Task
 
 
 class Recipe(NamedTuple):
-    """What is trained, and how: everything of a run that needs no data."""
+    """The parts of a run that need no data: task, learning-rate schedule and optimizer."""
 
     task: Task
     schedule: optax.Schedule
@@ -34,10 +34,12 @@ class Recipe(NamedTuple):
 def build_recipe(
     config: ConfigDict, stored_layers: int | None = None, *, platform: str | None = None
 ) -> Recipe:
-    """Raises ConfigError for settings that cannot be used; nothing is compiled.
+    """Builds the task, the schedule and the optimizer of a config. Nothing is compiled.
 
-    stored_layers: in place of the config's; "auto" there is 0 until it is resolved.
-    platform: "cpu", "gpu" or "tpu", of the devices to train on; by default those that are here.
+    stored_layers: replaces the setting of the config, where "auto" counts as 0.
+    platform: of the devices to train on, "cpu", "gpu" or "tpu"; by default, of those here.
+
+    Raises ConfigError for settings that cannot be used.
     """
     check_ranges(config)
     check_on_mismatch(config)
@@ -50,7 +52,7 @@ def build_recipe(
 
 
 def check_on_mismatch(config: ConfigDict) -> None:
-    """Raises ConfigError for an unknown action, and for "stop" where nothing is checked."""
+    """Raises ConfigError for an unknown action, and for "stop" without the exactness check."""
     if config.on_mismatch not in ACTIONS:
         raise ConfigError(
             f"config.on_mismatch: got {config.on_mismatch!r}, expected one of {', '.join(ACTIONS)}"
@@ -63,6 +65,7 @@ def check_on_mismatch(config: ConfigDict) -> None:
 
 
 def build_optimizer(config: ConfigDict, network: Model, schedule: optax.Schedule) -> Optimizer:
+    """Builds the optimizer, in lockstep with the backward sweep if the config says so."""
     options = dict(config.optimizer)
     lockstep = options.pop("lockstep")
     options["param_dtype"] = DTYPES[config.model.param_dtype]
@@ -98,10 +101,10 @@ def build_optimizer(config: ConfigDict, network: Model, schedule: optax.Schedule
 
 
 def ones_own(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """The optimizer that `config.optimizer.name` names, such as "optax:lamb".
+    """Calls the user's function that `config.optimizer.name` names, such as "optax:lamb".
 
-    Its function gets `learning_rate`, the schedule, and the settings that are none of the
-    package's; of those that are (`b1`, `weight_decay`), what its signature names.
+    The function gets `learning_rate` (the schedule), all settings that the package does not define,
+    and those of the package (`b1`, `weight_decay`) that its signature names.
     """
     name, known = config.optimizer.name, experiment().optimizer
     own = {knob: x for knob, x in config.optimizer.items() if knob not in known}
@@ -114,7 +117,7 @@ def ones_own(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTran
 
 
 def check_split(config: ConfigDict, mesh: Mesh | AbstractMesh) -> None:
-    """Raises ConfigError unless batches and heads can be split over the mesh in equal parts."""
+    """Raises ConfigError unless batches, heads and tokens split evenly over the mesh."""
     parts = batch_parts(mesh)
     for name, microbatches in (("batch_size", config.microbatches), ("eval_batch_size", 1)):
         if config[name] % (parts * microbatches):

@@ -1,8 +1,8 @@
-"""Checkpoints that are checked: what is restored is what was saved, bit for bit.
+"""Checkpoints with checksums: what is restored is what was saved, bit for bit.
 
 The only module that imports orbax, which writes asynchronously and commits by an atomic rename.
-Added here is what it leaves out: a manifest with a checksum per array (otherwise a byte flipped on
-disk loads silently), falling back to an older checkpoint, and comparing trees before any read.
+This module adds a manifest with a checksum per array (otherwise a byte flipped on disk loads
+silently), a fallback to an older checkpoint, and a comparison of trees before anything is read.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Checkpoints:
       directory: created if missing, except with `read_only`.
       best_metric: name of the metric that ranks checkpoints; None ranks none.
       best_mode: whether the largest or the smallest value is best.
-      keep_newest, keep_best: how many to keep of each kind. None is best without a finite metric.
+      keep_newest, keep_best: how many to keep of each kind. A checkpoint whose metric is missing or
+        not finite is never among the best.
       report: receives one line for every damaged checkpoint.
       read_only: for evaluation beside a live run: nothing is cleaned up, moved or written.
     """
@@ -61,7 +62,7 @@ class Checkpoints:
             raise ValueError(f"got best_mode={best_mode!r}, expected 'max' or 'min'")
         if keep_newest < 1 or keep_best < 0:
             raise ValueError(f"got {keep_newest=}, {keep_best=}, expected at least 1, 0")
-        # Orbax logs dozens of lines a save; its failures also come back as exceptions.
+        # Orbax logs dozens of lines per save. Its failures come back as exceptions anyway.
         logging.get_absl_logger().addFilter(_not_from_orbax)
         std_logging.getLogger("asyncio").addFilter(_not_of_orbax)
         if not isinstance(sys.unraisablehook, _WithoutAbandoned):
@@ -80,7 +81,7 @@ class Checkpoints:
         with self._explained():
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         for step in self._manager.all_steps():
-            with contextlib.suppress(Damaged):  # restore will report it; it has no score
+            with contextlib.suppress(Damaged):  # it has no score, and restore will report it
                 self._note_score(step, self._read_manifest(step)["metrics"])
 
     def __enter__(self) -> Checkpoints:
@@ -90,7 +91,7 @@ class Checkpoints:
         self.close()
 
     def latest_step(self) -> int | None:
-        """The newest step saved or being saved, damaged or not; None when there is none."""
+        """The newest step that is saved or being saved, damaged or not; None if there is none."""
         return self._manager.latest_step()
 
     def wait(self) -> None:
@@ -104,14 +105,15 @@ class Checkpoints:
         self._manager.close()
 
     def save(self, step: int, state: PyTree, metrics: Mapping[str, float] | None = None) -> bool:
-        """Starts to save `state` and returns whether it did; never at or before the newest step.
+        """Starts an asynchronous save of `state`, and returns whether it did.
 
-        The newest step, if it is saved already, gets the metrics that it was saved without.
+        A step that is not later than the newest saved step is not saved again. If it is the newest
+        and was saved without metrics, they are added to its checkpoint.
 
         The state's buffers may be donated or deleted as soon as this returns.
 
-        Cost: one pass over the state on the devices, a copy to the host, and the wait for both and
-        for the previous save; files are written in the background.
+        Cost: waits for the previous save, for one pass over the state on the devices, and for a
+        copy to the host. Files are written in the background.
 
         Raises:
           CheckpointError: the previous save failed, a leaf is not an array, or this is read-only.
@@ -144,11 +146,11 @@ class Checkpoints:
         sealed = manifest.with_metrics(sealed, metrics)
         self._note_score(step, sealed["metrics"])
         if jax.process_index() == 0:
-            path = self.directory / str(step) / "manifest" / "metadata"  # orbax's name of the file
+            path = self.directory / str(step) / "manifest" / "metadata"  # orbax's file name
             partial = path.with_name("metadata.tmp")
             with self._explained():
                 partial.write_text(json.dumps(sealed))
-                partial.replace(path)  # at once: a reader finds the one or the other
+                partial.replace(path)  # atomic: a reader finds the old or the new file
 
     @contextlib.contextmanager
     def _explained(self) -> Generator[None, None, None]:
@@ -168,20 +170,22 @@ class Checkpoints:
         which: Literal["newest", "best"] = "newest",
         partial: bool = False,
     ) -> tuple[int, PyTree] | None:
-        """Restores the newest (or best) whole checkpoint: `(step, state)`; None if there is none.
+        """Restores the newest (or best) undamaged checkpoint; returns `(step, state)` or None.
 
-        Leaves get the shardings of `abstract_state` (from `jax.eval_shape`, or a state of arrays);
-        one without comes uncommitted, on the default device. A damaged checkpoint is reported and
-        the next in order used; once one was found whole, the damaged ones are moved aside.
+        Leaves get the shardings of `abstract_state` (from `jax.eval_shape`, or a state of arrays).
+        A leaf without a sharding is uncommitted, on the default device. A damaged checkpoint is
+        reported and the next one in order is tried. Damaged ones are moved aside once an undamaged
+        one was found.
 
-        partial: parts of the state (the first key of a leaf's path) that `abstract_state` lacks
-          may be in the checkpoint: they are not read.
+        partial: the checkpoint may have parts of the state (named by the first key of a leaf's
+          path) that `abstract_state` lacks. They are not read.
 
         Cost: one read of the checkpoint and one pass over the state on the devices.
 
         Raises:
           CheckpointError: the checkpoint holds another architecture, or all are damaged. Nothing is
-            moved then, so that a second attempt cannot find an empty directory and start afresh.
+            moved in that case. Otherwise a second attempt would find an empty directory and train
+            from step 0.
         """
         if which not in ("newest", "best"):
             raise ValueError(f"got which={which!r}, expected 'newest' or 'best'")
@@ -208,7 +212,7 @@ class Checkpoints:
     def _best_first(self, newest_first: list[int]) -> list[int]:
         ranks = dict.fromkeys(newest_first, math.inf)
         for step in newest_first:
-            with contextlib.suppress(Damaged):  # It may have been the best: it stays first.
+            with contextlib.suppress(Damaged):  # it may have been the best, so it stays first
                 self._note_score(step, self._read_manifest(step)["metrics"])
                 ranks[step] = self._scores.get(step, -math.inf)
         if set(ranks.values()) == {-math.inf}:
@@ -223,10 +227,10 @@ class Checkpoints:
         as_json = isinstance(args, ocp.args.JsonRestore)
         handler: Any = ocp.JsonCheckpointHandler() if as_json else ocp.PyTreeCheckpointHandler()
         found, problem = None, ""
-        try:  # Not the manager's restore: processes that succeed would wait in it for the others.
+        try:  # not by the manager, whose barrier would hang if one process fails to read
             found = handler.restore(self.directory / str(step) / item, args=args)
         except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
-            raise  # No reason to condemn a checkpoint that may be good.
+            raise  # these say nothing about the checkpoint, which may be good
         except Exception as error:
             problem = f"{item} unreadable ({_first_line(error)})"
         if np.any(multihost_utils.process_allgather(np.asarray(problem != ""))):
@@ -252,14 +256,14 @@ class Checkpoints:
         arrays = self._read(
             step, "state", ocp.args.PyTreeRestore(specs, restore_args, partial_restore=partial)
         )
-        # jnp.array copies: a numpy buffer that is merely aliased must not be donated.
+        # jnp.array copies, because a buffer shared with numpy must not be donated.
         arrays = {p: a if isinstance(a, jax.Array) else jnp.array(a) for p, a in arrays.items()}
         manifest.check_arrays(arrays, records)
         restored = manifest.from_storable(arrays, wanted, records)
         return jax.tree.unflatten(jax.tree.structure(abstract_state), restored)
 
     def _set_aside(self, damaged: dict[int, str], used: int) -> None:
-        """Moves damaged checkpoints out of the way, so that their steps can be saved again."""
+        """Moves damaged checkpoints to another folder, so that their steps can be saved again."""
         aside = self.directory.parent / "damaged_checkpoints"
         fate = "left in place (read-only)" if self._read_only else f"moved to {aside}"
         for step, what in damaged.items():
@@ -275,10 +279,10 @@ class Checkpoints:
 
 
 def _wait_for_others(*, key: str, timeout_ms: int) -> None:
-    """Orbax's barrier between processes, except that the one whose save failed does not wait.
+    """Orbax's barrier between processes, except that a process whose save failed does not wait.
 
-    Where writing failed, orbax comes here with the error on its way, and the others never do: for
-    20 minutes nobody would hear of it.
+    Orbax calls this while the error of a failed write propagates, but the other processes never
+    reach the barrier. Waiting would hide the error until the timeout of 20 minutes.
     """
     if error := sys.exc_info()[1]:
         raise error
@@ -288,8 +292,8 @@ def _wait_for_others(*, key: str, timeout_ms: int) -> None:
 class _NewestAndBest:
     """Orbax preservation policy: the newest and the best-scored steps; everything else is deleted.
 
-    Orbax's own `BestN` keeps every step saved without metrics, sorts NaN anywhere, and takes scores
-    from a file which, when damaged, keeps the whole directory from opening.
+    Orbax's own `BestN` keeps every step saved without metrics, sorts NaN anywhere, and reads scores
+    from a file; if that file is damaged, the whole directory cannot be opened.
     """
 
     def __init__(self, keep_newest: int, keep_best: int, scores: dict[int, float]):
@@ -304,7 +308,7 @@ class _NewestAndBest:
 
 @dataclasses.dataclass
 class _WithoutAbandoned:
-    """A hook for exceptions that nobody can catch: passes on all but those of abandoned writes.
+    """An `unraisablehook` that drops errors of tasks orbax abandoned, and passes on all others.
 
     Orbax reads and writes arrays concurrently. If several fail, it raises the first error and
     closes the event loop. Python then prints a traceback for each of the others.
@@ -322,7 +326,7 @@ def _part(path: str) -> str:
 
 
 def _move(source: epath.Path, into: epath.Path) -> None:
-    """Moves a directory, under a longer name if one of its name is there already."""
+    """Moves a directory, with a suffix if its name is taken already."""
     into.mkdir(parents=True, exist_ok=True)
     target = into / source.name
     while target.exists():
@@ -331,7 +335,7 @@ def _move(source: epath.Path, into: epath.Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """What the operating system said, if it is that; tensorstore wraps it in several lines."""
+    """The operating system's message, if tensorstore wrapped one; else the error's first line."""
     found = re.search(r"os_error_code='(\d+)'", str(error))
     return os.strerror(int(found[1])) if found else _first_line(error)
 
@@ -345,5 +349,5 @@ def _not_from_orbax(record: Any) -> bool:
 
 
 def _not_of_orbax(record: Any) -> bool:
-    """Not of a task that orbax abandoned: asyncio says which file it is from, or what failed."""
+    """Drops asyncio's log lines on tasks orbax abandoned: they name its file or its database."""
     return not any(name in record.getMessage() for name in ("/orbax/", "OCDBT database"))

@@ -1,7 +1,7 @@
 """Trains the same small network with every coupling, side by side, and measures each.
 
-Rows take turns at every step, on the same batch, so that whatever else the machine does slows all
-of them alike. One recipe for all: no row is tuned.
+The rows take turns at every step, on the same batch, so that other load on the machine slows all
+of them alike. All rows share one recipe; none is tuned.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from revnet_jax.training.metrics import Progress
 from revnet_jax.training.optimizer import make_optimizer, make_schedule
 from revnet_jax.training.task import Batch, cross_entropy, is_correct
 
-# For each data set, how it is augmented, and the stride that makes its features small enough.
+# For each data set, its augmentation, and the stride of the stem, which limits the feature size.
 DATA_SETTINGS: dict[str, dict[str, Any]] = {
     "digits": {"crop_padding": 0, "flip": False, "stem_stride": 1},
     "cifar10": {"crop_padding": 2, "flip": True, "stem_stride": 2},
@@ -35,7 +35,7 @@ DATA_SETTINGS: dict[str, dict[str, Any]] = {
 
 
 class RunState(NamedTuple):
-    """Of one row and seed. exactness: of all steps, added up."""
+    """The training state of one row and seed. exactness: summed over all steps."""
 
     params: Any
     opt_state: Any
@@ -45,7 +45,7 @@ class RunState(NamedTuple):
 
 
 class Trainer:
-    """One row: its programs and what was measured so far."""
+    """Trains one row: its compiled programs, and what was measured so far."""
 
     def __init__(
         self, network: CouplingNetwork, optimizer: optax.GradientTransformation, seeds: int
@@ -56,20 +56,20 @@ class Trainer:
         self.exactness: list[Exactness] = []
         keys = jax.random.split(jax.random.key(0), (seeds, 2))
         init = lambda: (jax.vmap(network.init)(keys[:, 0]), keys[:, 1])
-        self._fresh = jit_initialization(init)()  # of all seeds, by one program
+        self._fresh = jit_initialization(init)()  # all seeds by one program
         self.state: RunState | None = None
         self._programs: dict[Backprop, jax.stages.Compiled] = {}
         self._update = jit(self._updated, donate_argnums=0)
         self._eval_step = jit(self._sums)
 
     def start(self, seed: int) -> None:
-        """A fresh state; forgets the one before."""
+        """Replaces the state by the initial state of a seed."""
         params, key = jax.tree.map(lambda leaf: leaf[seed], self._fresh)
         step, opt_state = jnp.zeros((), jnp.int32), self.optimizer.init(params)
         self.state = RunState(params, opt_state, key, step, Exactness.probe())
 
     def gradient(self, batch: Batch, backprop: Backprop) -> jax.stages.Compiled:
-        """The program `(params, batch, key, step) -> (loss, (gradient, exactness))`."""
+        """The compiled program `(params, batch, key, step) -> (loss, (gradient, exactness))`."""
         if backprop not in self._programs:
             program = jit(lambda *args: self._gradient(*args, backprop))
             args = self.state.params, batch, self.state.key, self.state.step
@@ -77,7 +77,7 @@ class Trainer:
         return self._programs[backprop]
 
     def step(self, batch: Batch) -> float:
-        """One update, timed from call to result; returns the loss."""
+        """Makes one update, timed from call to result; returns the loss."""
         gradient, state = self.gradient(batch, self.network.train_backprop), self.state
         started = time.perf_counter()
         loss, grads_and_exactness = gradient(state.params, batch, state.key, state.step)
@@ -87,7 +87,7 @@ class Trainer:
 
     def finish(self, dataset: Dataset) -> None:
         """Records accuracy on the whole test split, and what the exactness check found."""
-        # One device, as in training: several would make time and memory another question.
+        # One device, as in training, because times and memory are compared per device.
         mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))
         batches = eval_batches(dataset, batch_size=200)
         means = evaluate(self._eval_step, self.state.params, batches, mesh)
@@ -95,7 +95,7 @@ class Trainer:
         self.exactness.append(jax.device_get(self.state.exactness))
 
     def temporary_bytes(self, batch: Batch, backprop: Backprop) -> int:
-        """Memory of the compiled gradient beside its arguments and results; runs nothing."""
+        """Temporary memory of the compiled gradient, beside arguments and results; runs nothing."""
         return self.gradient(batch, backprop).memory_analysis().temp_size_in_bytes
 
     def _gradient(self, params, batch, key, step, backprop):
@@ -145,11 +145,11 @@ def compare(
 
     channels, hidden, num_branches: see `CouplingNetwork`.
 
-    The optimizer is SGD with Nesterov momentum; its rate is warmed up over a twentieth of the
-    steps, and goes to 0 as a cosine. Cost: len(names) * seeds * num_steps steps, and two gradients
-    compiled per row.
+    The optimizer is SGD with Nesterov momentum. Its learning rate is warmed up over a twentieth of
+    the steps, and decays to 0 along a cosine. Cost: len(names) * seeds * num_steps steps, and two
+    gradients compiled per row.
 
-    Raises UserError for a coupling or data set that there is not, and for data that cannot be used.
+    Raises UserError for an unknown coupling or data set, and for data that cannot be used.
     """
     check_names(names)
     dataset, settings = load_data(data, dir)
@@ -182,7 +182,7 @@ def compare(
 def make_recipe(
     learning_rate: float, weight_decay: float, num_steps: int
 ) -> tuple[optax.Schedule, optax.GradientTransformation]:
-    """The learning rate by step, and the optimizer."""
+    """Returns the learning-rate schedule and the optimizer, which all rows share."""
     schedule = make_schedule(
         name="cosine",
         learning_rate=learning_rate,
@@ -198,7 +198,7 @@ def make_recipe(
 
 
 def load_data(name: str, dir: str | None) -> tuple[Dataset, dict[str, Any]]:
-    """The data set, and its entry of `DATA_SETTINGS`; UserError for any other name."""
+    """Loads a data set, with its entry of `DATA_SETTINGS`. UserError for an unknown name."""
     if name not in DATA_SETTINGS:
         known = ", ".join(DATA_SETTINGS)
         raise UserError(f"got data {name!r}, expected one of {known}")
@@ -206,14 +206,14 @@ def load_data(name: str, dir: str | None) -> tuple[Dataset, dict[str, Any]]:
         return load_dataset(name, dir=dir or None), dict(DATA_SETTINGS[name])
     except UserError:
         raise
-    except ValueError as error:  # no folder where there should be one, or the other way round
+    except ValueError as error:  # a folder is missing, or given for data that need none
         raise UserError(f"data: {error}") from error
 
 
 def measure(trainer: Trainer, batch: Batch, num_steps: int) -> dict[str, Any]:
-    """A row of the report. Compiles the gradient once for each strategy; runs nothing.
+    """Returns a row of the report. Compiles the gradient once for each strategy; runs nothing.
 
-    The first step of each seed is left out of the times: it compiles, or warms the caches.
+    The first step of each seed is left out of the times, because it compiles or warms caches.
     """
     network = trainer.network
     reverses = network.train_backprop == "reverse"
@@ -240,6 +240,6 @@ def measure(trainer: Trainer, batch: Batch, num_steps: int) -> dict[str, Any]:
 
 
 def parameter_spread(rows: Sequence[dict[str, Any]]) -> float:
-    """How far the largest row's parameters exceed the smallest's, as a share."""
+    """By which fraction the largest number of parameters of a row exceeds the smallest."""
     counts = [row["num_params"] for row in rows]
     return max(counts) / min(counts) - 1

@@ -1,4 +1,4 @@
-"""How the programs of a run are compiled."""
+"""`jax.jit` with the compiler options that a run needs."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ _QUICKLY = {"xla_backend_optimization_level": 0}
 
 
 def jit(function: Callable, *, quickly: bool = False, **kwargs: Any) -> Callable:
-    """`jax.jit`, such that a branch gives the same bits wherever the program evaluates it.
+    """`jax.jit`, with options that make a branch give the same bits wherever it is evaluated.
 
-    On CPU XLA may hand a convolution together with the arithmetic around it to a library that
-    rounds otherwise (no fused multiply-add). Whether it does depends on which intermediates are
-    kept, so that `store` and `reverse` would train apart: by 7e-7 of the loss after one step of
-    RevNet-38, by percents after ten, as ReLUs and the grid turn roundings into decisions.
+    On CPU, XLA may hand a convolution together with the arithmetic around it to a library (YNNPACK)
+    that rounds differently, without fused multiply-add. Whether it does depends on which
+    intermediates are kept, so `store` and `reverse` would diverge: by 7e-7 of the loss after one
+    step of RevNet-38, and by percents after ten, as ReLUs and the grid turn rounding differences
+    into discrete ones. An empty fusion type turns this off.
 
-    quickly: compile, on CPU, quickly rather than well.
+    quickly: on CPU, compile fast rather than to fast code.
     """
     options: dict[str, Any] | None = None
     if jax.default_backend() == "cpu":
@@ -27,12 +28,15 @@ def jit(function: Callable, *, quickly: bool = False, **kwargs: Any) -> Callable
 
 
 def jit_initialization(init: Callable[..., Any], shardings: Any = None) -> Callable[..., Any]:
-    """`jax.jit` for a program that runs once: on CPU, compiled quickly rather than well."""
+    """`jax.jit` for a program that runs once: on CPU, compile fast rather than to fast code."""
     options = _QUICKLY if jax.default_backend() == "cpu" else None
     return jax.jit(init, out_shardings=shardings, compiler_options=options)
 
 
 def initialized(init: Callable[..., Any], abstract_state: Any, *args: Any) -> Any:
-    """What `init(*args)` returns, made where it is to lie: nothing is ever whole on one device."""
+    """Computes `init(*args)` directly with the shardings of `abstract_state`.
+
+    So no array that is sharded ever has to fit on one device.
+    """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     return jit_initialization(init, shardings)(*args)

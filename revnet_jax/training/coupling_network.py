@@ -1,9 +1,9 @@
-"""The same small image network with every coupling of the core, at equal trainable parameters.
+"""One small image network for every coupling of the core, with equal numbers of parameters.
 
 Stem convolution -> streams -> one chain of layers at one resolution -> normalisation, ReLU, average
-pool, dense. Stem and head are the same in all rows, and so is the number of branches; the hidden
-width of the branches makes the parameters equal. Normalisation is per example, without running
-averages, so that training and evaluation are one function (but for bdia's gamma).
+pool, dense. Stem, head and the number of branches are the same in all rows. The hidden width of the
+branches is chosen so that the number of parameters is the same too. Normalisation is per example,
+without running averages, so that training and evaluation are one function (except bdia's gamma).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class CouplingNetwork:
     """A row of the comparison as pure functions.
 
     name: one of `ROWS`.
-    channels: of the stem, a multiple of 6, so that halves and thirds of them are whole.
-    hidden: of a branch that reads and writes half of the channels; see `hidden_width`.
-    num_branches: in the whole chain, a multiple of 6.
+    channels: of the stem; a multiple of 6, so that they divide into two or three streams.
+    hidden: width of a branch that reads and writes half of the channels; see `hidden_width`.
+    num_branches: in the whole chain; a multiple of 6.
     """
 
     name: str
@@ -62,7 +62,7 @@ class CouplingNetwork:
 
     @property
     def hidden_width(self) -> int:
-        """So that a branch's 9 * hidden * (reads + writes) weights are the same in every row."""
+        """The hidden width that gives a branch the same 9 * hidden * (reads + writes) weights."""
         return round(self.hidden * self.channels / (self._reads + self._writes))
 
     @property
@@ -74,9 +74,9 @@ class CouplingNetwork:
         return self.channels * self.row.writes[0] // self.row.writes[1]
 
     def init(self, key: jax.Array) -> Any:
-        """Parameters `{"stem", "chain", "head"}`; the chain's have a leading axis of layers.
+        """Parameters `{"stem", "chain", "head"}`; those of the chain have a leading axis of layers.
 
-        Equal keys give stem and head the same parameters in every row.
+        Equal keys give stem and head equal parameters in every row.
         """
         stem_key, head_key, chain_key = jax.random.split(key, 3)
         keys = jax.random.split(chain_key, (self.row.branches, self.num_layers))
@@ -85,7 +85,7 @@ class CouplingNetwork:
         dense = jax.random.normal(head_key, shape, jnp.float32) / math.sqrt(4 * self.channels)
         return {
             "stem": _init_conv(stem_key, self.image_shape[-1], self.channels),
-            # The velocity's half-step of a momentum block has none of its own.
+            # The velocity half-step of a momentum block has no parameters of its own.
             "chain": (*chain_L, ()) if self.row.at_rest else chain_L,
             "head": {
                 "norm": _init_norm(self.channels),
@@ -102,7 +102,7 @@ class CouplingNetwork:
             params["conv1"]["bias"] = jnp.zeros((1, 1, 1, hidden), jnp.float32)
             return params
         params |= {"norm2": _init_norm(hidden), "conv2": _init_conv(second, hidden, writes)}
-        if self.name == "affine":  # Its scales are then 1 at first, and the layer additive.
+        if self.name == "affine":  # scales of 1 at first, as in an additive layer
             kernel = params["conv2"]["kernel"]
             params["conv2"]["kernel"] = kernel.at[..., : writes // 2].set(0)
         return params
@@ -116,10 +116,10 @@ class CouplingNetwork:
         key: jax.Array | None = None,
         probe: Exactness | None = None,
     ) -> jax.Array:
-        """logits [B, num_classes], float32. One evaluation of the chain.
+        """Logits [B, num_classes], float32. One evaluation of the chain.
 
-        key: of what training draws; None in evaluation, which draws nothing. Evaluation takes
-          `store`: with gamma 0 bdia has no inverse.
+        backprop: evaluation needs "store", because bdia has no inverse for gamma 0.
+        key: PRNG key for training; None in evaluation, which is deterministic.
         """
         x_BHWC = conv(image_BHWC, params["stem"]["kernel"], stride=self.stem_stride)
         data_L = self._data(key, len(image_BHWC))
@@ -132,7 +132,7 @@ class CouplingNetwork:
         return features_BF @ head["kernel"] + head["bias"]
 
     def streams(self, x_BHWC: jax.Array) -> tuple[jax.Array, ...]:
-        """The chain's input from the stem's output."""
+        """The input streams of the chain, from the output of the stem."""
         if self.row.split > 1:
             return tuple(jnp.split(x_BHWC, self.row.split, axis=-1))
         if not isinstance(self.row.layer, Block):
@@ -149,9 +149,9 @@ class CouplingNetwork:
         return {"gamma": jax.random.rademacher(key, shape, jnp.float32) / 2}
 
     def residue_bits(self) -> float | None:
-        """Bits that a layer stores under `reverse`, per element of its streams; None: no inverse.
+        """Bits per element of the streams that a layer stores under `reverse`, to be invertible.
 
-        Nothing is computed.
+        None for the baseline, which has no inverse. Evaluated abstractly: nothing is computed.
         """
         if self.train_backprop == "store":
             return None
@@ -171,7 +171,7 @@ class CouplingNetwork:
 
 
 def pool(x_BHWC: jax.Array) -> jax.Array:
-    """[B, 4 * C]: the average of each quadrant, so that the head sees where things are."""
+    """Averages each quadrant, [B, 4 * C], so that the head gets some spatial information."""
     B, H, W, C = x_BHWC.shape
     quadrants = x_BHWC.reshape(B, 2, H // 2, 2, W // 2, C)
     return jnp.mean(quadrants, axis=(2, 4)).reshape(B, 4 * C)

@@ -1,4 +1,4 @@
-"""The rows of the comparison: what each coupling of the core changes in one small network."""
+"""The rows of the comparison: the layer and the stream layout of each coupling of the core."""
 
 from __future__ import annotations
 
@@ -28,14 +28,16 @@ from revnet_jax.models.conv import conv
 class Row(NamedTuple):
     """What one coupling changes in the network.
 
-    layer: its branches are this file's.
-    branches: in a layer.
-    reads, writes: a branch's input and output channels, as shares of the stem's: (1, 2) is a half.
-    split: into how many streams the stem's channels are split; 1: every stream has them all.
-    at_rest: whether the second stream of unsplit ones starts from zero, rather than as the first.
-    reads_out: index of the stream that the head sees, of unsplit ones.
+    layer: a layer of the core with the branches of this file.
+    branches: number of branches in a layer.
+    reads, writes: input and output channels of a branch, as fractions of the stem's channels:
+      (1, 2) is a half.
+    split: number of streams that the stem's channels are split into; 1 gives all channels to every
+      stream.
+    note: how the row is set up, for the report.
+    at_rest: with split=1: whether the second stream starts at zero, not as a copy of the first.
+    reads_out: with split=1: index of the stream that the head reads.
     energy: whether the branches are gradients of energies.
-    note: why it is set up as it is.
     """
 
     layer: Layer
@@ -58,7 +60,7 @@ def normalise(params: Any, x_BHWC: jax.Array) -> jax.Array:
 
 
 def residual_branch(params: Any, *args: Any) -> jax.Array:
-    """(Normalisation, ReLU, 3x3 convolution) twice, on all it reads side by side."""
+    """(Normalisation, ReLU, 3x3 convolution) twice, on the concatenated streams it reads."""
     *streams, _ = args
     x_BHWC = streams[0] if len(streams) == 1 else jnp.concatenate(streams, axis=-1)
     for norm, kernel in (("norm1", "conv1"), ("norm2", "conv2")):
@@ -73,9 +75,10 @@ def scale_and_shift(params: Any, x_BHWC: jax.Array, context: Context) -> tuple[A
 
 
 def energy(params: Any, x_BHWC: jax.Array, context: Context) -> jax.Array:
-    """sum(relu(K x + b)**2) / 2, whose gradient by x is K^T relu(K x + b); x normalised before.
+    """The energy sum(relu(K x + b)**2) / 2 of the normalised x. A branch is its gradient.
 
-    A branch is this gradient and is differentiated itself, twice through `conv`.
+    That gradient by the normalised x is K^T relu(K x + b). Training differentiates the branch once
+    more, so `conv` is differentiated twice.
     """
     hidden_BHWC = conv(normalise(params["norm1"], x_BHWC), params["conv1"]["kernel"])
     return jnp.sum(jax.nn.relu(hidden_BHWC + params["conv1"]["bias"]) ** 2) / 2
@@ -150,7 +153,7 @@ ROWS: dict[str, Row] = {
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raises UserError for a name that is no row, and for none at all."""
+    """Raises UserError for a name that is not a row, and for an empty list."""
     for name in names:
         if name not in ROWS:
             near = difflib.get_close_matches(name, ROWS, 1)

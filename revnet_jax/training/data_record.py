@@ -1,4 +1,4 @@
-"""What a run records of its data, and whether other data are the same."""
+"""The record of a run's data, to tell whether other data are the same."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Record = Mapping[str, Any]  # JSON
 
 
 def of_text(text: Text) -> dict[str, Any]:
-    """sha256 of the file, what its tokens stand for, and how long they are."""
+    """Record of a text: sha256 of the file, vocabulary, and bytes per token."""
     return {
         "sha256": text.sha256,
         "bytes_per_token": text.bytes_per_token,
@@ -21,7 +21,7 @@ def of_text(text: Text) -> dict[str, Any]:
 
 
 def of_dataset(dataset: Dataset) -> dict[str, Any]:
-    """sha256 of the images or of the list of their files, and how many they are."""
+    """Record of images: sha256 of the images or of the list of their files, and their number."""
     return {
         "sha256": dataset.sha256,
         "train_images": len(dataset.train),
@@ -30,12 +30,12 @@ def of_dataset(dataset: Dataset) -> dict[str, Any]:
 
 
 def is_same(found: Record, recorded: Record) -> bool:
-    """Whether the sha256 agree; true where an older version recorded none."""
+    """Whether the sha256 agree; True if an older version of the package recorded none."""
     return not recorded.get("sha256") or found.get("sha256") == recorded["sha256"]
 
 
 def summary(record: Record) -> str:
-    """For a message: a text of sha256 ..., or 50 training and 10 test images of sha256 ..."""
+    """A phrase for messages, such as "50 training and 10 test images of sha256 ..."."""
     if "train_images" in record:
         what = f"{record['train_images']:,} training and {record['test_images']:,} test images"
     else:

@@ -1,4 +1,4 @@
-"""What a config would train, and what its gradient would keep in memory, without training."""
+"""Describes the model of a config, and the activation memory of its gradient, without training."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from revnet_jax.training.task import Task
 
 
 def describe(config: ConfigDict) -> dict[str, Any]:
-    """Parameters, chains, and the activation bytes kept per example by each strategy.
+    """Returns the parameters, the chains, and the activation bytes per example of each strategy.
 
-    example: shapes of what one example of a batch holds.
-    activation_bytes_per_example: what the forward pass hands to the backward pass, by strategy,
-      parameters aside; null for a strategy the model has none of. Counted by abstract
-      evaluation, before any compiler shares or fuses; nothing is computed. What `offload` keeps
-      is in the host's memory.
-    stored_layers: of each chain, in place of what `backprop` says; null where it is "auto" and has
-      to be found at launch.
+    example: shapes of one example of a batch.
+    activation_bytes_per_example: bytes that the forward pass keeps for the backward pass, without
+      parameters, by strategy; null for a strategy that the model does not support. Counted by
+      abstract evaluation, before the compiler shares or fuses anything; nothing is computed. The
+      bytes of `offload` are in host memory.
+    stored_layers: the last layers of each chain that are stored, in place of what `backprop` says;
+      null if it is "auto", which is resolved at launch.
     """
     task = build_task(config)
     network = task.network
@@ -52,8 +52,8 @@ def describe(config: ConfigDict) -> dict[str, Any]:
 
 
 def activation_bytes_per_example(task: Task) -> int:
-    """Bytes that the forward pass keeps for the backward pass, for each example."""
-    # What does not grow with the batch (parameters, constants) drops out of the difference.
+    """Bytes that the forward pass keeps for the backward pass (residuals), per example."""
+    # Parameters and constants, which do not grow with the batch, drop out of the difference.
     return _kept_bytes(task, 2) - _kept_bytes(task, 1)
 
 
@@ -64,7 +64,7 @@ def _kept_bytes(task, batch_size):
             return task.loss(variables, batch, key, probes=probes, lockstep=None)[0]
 
         _, pullback = jax.vjp(loss, params, task.network.probes())
-        # A pullback is a tree of all it holds on to; an array that two operations need counts once.
+        # A pullback is a pytree of its residuals. One array needed by two operations counts once.
         return list({id(leaf): leaf for leaf in jax.tree.leaves(pullback)}.values())
 
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -16,18 +16,19 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from jax._src import distributed as jax_distributed  # its key-value store has no public name
+from jax._src import distributed as jax_distributed  # the key-value store has no public API
 from jax.experimental import multihost_utils
 
 from revnet_jax.errors import Preempted, UserError
 
-_FAILURES = "revnet_jax/failures/"  # keys in the store of the first process
+# Keys in the key-value store of the coordinator, which the first process hosts.
+_FAILURES = "revnet_jax/failures/"
 _SETTINGS = "revnet_jax/settings"
-_PATIENCE_MS = 300_000  # what `initialize` has with processes that come late
+_PATIENCE_MS = 300_000  # the default timeout of `jax.distributed.initialize`
 
 
 class LaunchError(UserError):
-    """The processes of a run cannot be brought together as they were started."""
+    """The processes of a run cannot work together with the arguments they were started with."""
 
 
 def start(
@@ -38,14 +39,20 @@ def start(
 ) -> None:
     """Joins the other processes of the run; call it before anything asks JAX for its devices.
 
-    Without the first three, JAX looks for a cluster (Cloud TPU, Slurm, Open MPI, Kubernetes); where
-    there is none, this is the only process and nothing happens. `num_processes=1` alone says so.
+    Without the first three arguments, JAX detects a cluster by itself (Cloud TPU, Slurm, Open MPI,
+    Kubernetes). Without a cluster this is the only process and nothing happens. `num_processes=1`
+    alone says that this is the only process.
 
-    coordinator_address: host:port, where the first process (process_id 0) listens for the others.
-    heartbeat_timeout_seconds: a process unheard of for so long is dead, and JAX ends the others.
+    Args:
+      coordinator_address: host:port, where the first process (process_id 0) listens.
+      num_processes: how many processes the run has.
+      process_id: which of them this one is, from 0.
+      heartbeat_timeout_seconds: after this time without a heartbeat a process counts as dead, and
+        JAX ends the others.
 
-    Raises LaunchError in one line: arguments incomplete, out of range, or half a cluster. Processes
-    that do not come within five minutes abort those that wait for them.
+    Raises:
+      LaunchError: arguments are incomplete or out of range, or the environment describes a cluster
+        incompletely. If a process is missing for five minutes, JAX aborts those that wait for it.
     """
     explicit = {
         "coordinator_address": coordinator_address,
@@ -69,10 +76,10 @@ def start(
         ) from error
     finally:
         waiting.cancel()
-    atexit.register(jax.distributed.shutdown)  # each waits there until the others are done, too
+    atexit.register(jax.distributed.shutdown)  # a barrier: waits until the others finish too
     if jax.default_backend() == "cpu":
-        # What XLA's CPU compiler reads back from JAX's cache of compiled programs mixes up the
-        # collectives between processes: a second start of a sharded run got other numbers.
+        # On CPU, programs read back from JAX's compilation cache mix up the collectives between
+        # processes: a sharded run that was started a second time computed different numbers.
         jax.config.update("jax_enable_compilation_cache", False)
 
 
@@ -107,14 +114,14 @@ def _check(explicit: dict[str, Any], heartbeat_timeout_seconds: int) -> None:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and shows what a run tells."""
+    """Whether this is process 0, the only one that writes files and prints."""
     return jax.process_index() == 0
 
 
 def check_agreement(settings: Mapping[str, Any]) -> None:
-    """Raises LaunchError where a process has other settings than the first one.
+    """Raises LaunchError if the settings of this process differ from those of process 0.
 
-    They would wait for one another in different programs.
+    Processes that compile different programs would wait for each other forever.
     """
     if jax.process_count() == 1:
         return
@@ -134,29 +141,30 @@ def check_agreement(settings: Mapping[str, Any]) -> None:
 
 
 def wait_for_all(what: str) -> None:
-    """Returns when all processes have called it."""
+    """Blocks until all processes have called it (a barrier). `what` names it in error messages."""
     multihost_utils.sync_global_devices(what)
 
 
 def of_first(value: int) -> int:
-    """The value that the first process gave."""
+    """Returns the value that process 0 passed, in every process (a broadcast)."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def smallest(value: int) -> int:
-    """Of the values that all processes gave."""
-    words = np.array([value], np.int64).view(np.uint32)  # JAX has no wider ones by default
+    """Returns the smallest of the values that the processes passed (an all-gather)."""
+    words = np.array([value], np.int64).view(np.uint32)  # JAX has no 64-bit types by default
     return int(multihost_utils.process_allgather(words).view(np.int64).min())
 
 
 @contextlib.contextmanager
 def shared_fate() -> Iterator[None]:
-    """An error that leaves this in one process ends them all, with its line and status 1.
+    """Ends all processes when an error leaves this context in one of them.
 
-    They may be waiting for the failed one in a computation that no exception can interrupt, so a
-    thread asks for failures and ends the process: as if killed, which runs survive.
+    The others may be waiting for the failed process in a collective, which no exception can
+    interrupt. So a thread in each process polls for failures, prints the error line and ends the
+    process with status 1, as if it were killed; a killed run can be resumed.
 
-    A process that dies without a word is found by its heartbeats instead: see `start`.
+    A process that dies silently is detected by its missing heartbeats instead: see `start`.
     """
     if jax.process_count() == 1:
         yield
@@ -167,7 +175,7 @@ def shared_fate() -> Iterator[None]:
     try:
         yield
     except Preempted:
-        raise  # all of them
+        raise  # all processes stop at the same step, so none has to be told
     except BaseException as error:
         over.set()
         atexit.register(_leave)
@@ -191,9 +199,10 @@ def _watch(over: threading.Event) -> None:
 
 
 def _leave() -> None:
-    """Ends the process once all have heard of the failure, and waits for no computation.
+    """Ends the process without waiting for running computations.
 
-    Python's own end would: for one, perhaps, of which the others are no longer a part.
+    `shutdown` is a barrier: it returns once all processes know of the failure. A normal exit would
+    wait for running work, possibly a collective that the other processes have left.
     """
     try:
         jax.distributed.shutdown()
@@ -213,10 +222,11 @@ def _store() -> Any:
 
 
 class Stop:
-    """Whether the run is to stop because its machines are taken away: a SIGTERM announces it.
+    """Tells a run to stop when its machine is preempted, which a SIGTERM announces.
 
-    Of several processes any one may get the signal, and all stop at the same question. A single one
-    catches it while this context is open, where Python lets it: in the main thread.
+    With several processes any of them may get the signal, and all of them stop at the same call of
+    `requested`. A single process catches the signal itself while this context is open, if it is in
+    the main thread, the only one where Python can install a handler.
     """
 
     def __init__(self):
@@ -225,7 +235,7 @@ class Stop:
 
     def __enter__(self) -> Stop:
         in_main_thread = threading.current_thread() is threading.main_thread()
-        if in_main_thread and not jax.distributed.is_initialized():  # else JAX catches it
+        if in_main_thread and not jax.distributed.is_initialized():  # otherwise JAX catches it
             self._handler = signal.signal(signal.SIGTERM, self._note) or signal.SIG_DFL
         return self
 
@@ -237,12 +247,13 @@ class Stop:
         self._requested = True
 
     def requested(self) -> bool:
-        """Ask equally often in every process: the same question is the first that all find True.
+        """Returns whether to stop. Every process must call it equally often.
 
-        After every step and every batch of an evaluation, say. Once True it stays so.
+        Call it after every step and before every batch of an evaluation, for example. The first
+        call that returns True is the same one in all processes, and all later calls return True.
         """
         if jax.distributed.is_initialized():
-            # JAX counts these questions as steps, and picks one that no process has asked yet.
+            # JAX counts these calls as steps, and picks one that no process has reached yet.
             sync = multihost_utils.reached_preemption_sync_point(self._questions)
             self._requested = self._requested or sync
             self._questions += 1

@@ -1,4 +1,4 @@
-"""A run without running: what a config resolves to, checked by abstract evaluation."""
+"""A dry run: resolves a config, and checks it by abstract evaluation."""
 
 from __future__ import annotations
 
@@ -24,20 +24,25 @@ def dry_run(
     num_slices: int = 1,
     platform: str | None = None,
 ) -> dict[str, Any]:
-    """Resolves a config and evaluates initialisation and one step abstractly: no data, no compiler.
+    """Resolves a config, and traces initialisation and one step without data or compiler.
 
-    num_devices: checks the config's mesh too, as on so many devices (none need be there), in
-      `num_slices` slices, and that it says where they find the data. platform: "cpu", "gpu" or
-      "tpu", if theirs is another than here.
+    Args:
+      config: the config.
+      num_devices: if given, checks the mesh for this number of devices, which need not be there,
+        and that the config says where the data are.
+      num_slices: number of TPU slices of these devices.
+      platform: of these devices, "cpu", "gpu" or "tpu"; by default, that of the devices here.
 
-    Returns the settings by dotted key and the number of trainable parameters.
+    Returns:
+      The settings by dotted key, and the number of trainable parameters.
 
-    Raises ConfigError for settings that cannot be used.
+    Raises:
+      ConfigError: settings that cannot be used.
     """
     task, schedule, optimizer = build_recipe(config, platform=platform)
     if platform not in (None, jax.default_backend()) and "attention" in config.model:
         traced = config.copy_and_resolve_references()
-        traced.model.attention = "chunked"  # cuDNN's asks for cuDNN, even to be traced
+        traced.model.attention = "chunked"  # cuDNN attention needs cuDNN even for tracing
         task, schedule, optimizer = build_recipe(traced)
     with settings("profile"):
         Trace(Path(), **config.profile, last_step=config.num_steps)

@@ -20,14 +20,14 @@ def evaluate(
     mesh: Mesh,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
-    """Means over all that has weight in the batches; None if told to stop before the last.
+    """Weighted means over all batches; None if told to stop before the last.
 
-    sums: `(variables, batch) -> {"count": weights, name: what they weigh, ...}`, jitted.
-    batches: an iterator of this process's parts, which is closed.
-    stop: is asked before every batch.
+    sums: jitted `(variables, batch) -> {"count": total weight, name: weighted sum, ...}`.
+    batches: an iterator of this process's rows of each batch; it is closed at the end.
+    stop: called before every batch.
     """
-    # Sums are fetched one batch late: the device does not wait for the host, nor is the host so
-    # far ahead of it that a request to stop would wait for the whole evaluation.
+    # Sums are fetched one batch late. So the device does not wait for the host, and the host is
+    # never so far ahead that a request to stop would wait for the whole evaluation.
     fetch, fetched = DelayedFetch(), []
     with contextlib.closing(batches):
         for number, batch in enumerate(batches):

@@ -1,4 +1,4 @@
-"""TensorBoard's event files, written at once: where that fails, it is an error there and then."""
+"""TensorBoard's event files, written synchronously, so that a failed write raises at once."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ from revnet_jax.errors import StorageError, write_all, writing
 
 
 class EventFile:
-    """One file of scalars, in the folder of a run. Raises StorageError where it cannot be written.
+    """One event file of scalars, in the folder of a run. Raises StorageError if a write fails.
 
-    tensorboardX's own writer has a thread behind a queue; where that thread fails, on a full disk,
-    the next call waits for it forever.
+    The writer of tensorboardX has a thread behind a queue. If that thread fails, such as on a full
+    disk, the next call waits for it forever.
 
     Args:
-      folder: created if missing; TensorBoard reads its files in the order of their names.
+      folder: created if missing. TensorBoard reads its files in the order of their names.
       purge_step: TensorBoard shows no points of this step or later from earlier files.
     """
 
     def __init__(self, folder: Path, *, purge_step: int):
-        now = time.time_ns()  # two starts within one second would else share a file
+        now = time.time_ns()  # two starts within one second would otherwise share a file
         host = f"{socket.gethostname()}.{os.getpid()}"
         self._path = folder / f"events.out.tfevents.{now // 10**9:010}.{now % 10**9:09}.{host}"
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._file = open(self._path, "xb", buffering=0)  # noqa: SIM115 - close() closes it
         try:
+            # TensorBoard expects this version as the first record of a file.
             self._write(Event(file_version="brain.Event:2"))
             self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
         except StorageError:
@@ -46,7 +47,7 @@ class EventFile:
         self._write(Event(step=step, summary=Summary(value=scalars)))
 
     def sync(self) -> None:
-        """Returns when the file's content is on the disk."""
+        """Calls fsync, so that the events survive a crash of the machine."""
         with writing(self._path):
             os.fsync(self._file.fileno())
 

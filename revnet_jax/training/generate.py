@@ -1,4 +1,4 @@
-"""Text from a trained language model, token by token."""
+"""Text generation from a trained language model, token by token."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from revnet_jax.training.restore import Which, restore_run
 from revnet_jax.training.task import NextToken
 from revnet_jax.training.workdir import load_config, load_record
 
-_PIECE = 256  # tokens of a prompt that are read together
+_PIECE = 256  # tokens of a prompt per call of the model (chunked prefill)
 
 
 def generate_text(
@@ -34,13 +34,15 @@ def generate_text(
     which: Which = "newest",
     tokenizer: Path | None = None,
 ) -> Iterator[str]:
-    """What the model of a run goes on with after the prompt, in pieces as they come.
+    """Yields the text that the model of a run generates after a prompt, piece by piece.
 
-    tokenizer: the file its tokens were made with, for a model of such. Of a prompt longer than the
-      context the model reads the end, and a line on stderr says so.
+    prompt: if it is longer than the context, the model reads only its end, and a line on stderr
+      says so.
+    temperature, top_p: see `sample`.
+    tokenizer: the tokenizer file of the training data, if they were made with one.
 
-    Raises UserError in one line, before anything is computed: no language model there, a prompt of
-    nothing or of what the model cannot have seen, another tokenizer, settings out of range.
+    Raises UserError, before anything is computed, for a run that is not of a language model, an
+    empty prompt or one with unknown tokens, another tokenizer, and settings out of range.
     """
     if not 0 <= seed < 2**32:
         raise UserError(f"got seed={seed}, expected 0 to 2**32 - 1")
@@ -89,18 +91,19 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> Iterator[int]:
-    """Samples tokens after a prompt, with a cache of keys and values.
+    """Samples tokens after a prompt, with a KV cache (cache of attention keys and values).
 
-    context: tokens the model can look back on. When the cache is full it starts again with the
-      later half of them, so that text of any length costs two evaluations of a token.
-    temperature, top_p, seed: see `sample`.
+    context: number of tokens that the model can look back on. When the cache is full, it is filled
+      again with the later half of them, so each token is evaluated about twice in a long text.
+    temperature, top_p: see `sample`.
+    seed: of the sampling.
     """
 
     def advance(variables, cache, token_BT, position, key):
         logits_BV, cache = model.extend(variables, cache, token_BT, position)
         return sample(logits_BV[0], key, temperature=temperature, top_p=top_p), cache
 
-    advance = jit(advance, donate_argnums=1)
+    advance = jit(advance, donate_argnums=1)  # donates the cache, to update it in place
     empty_cache = functools.partial(model.empty_cache, 1, context)
     keys = functools.partial(jax.random.fold_in, jax.random.key(seed))
     seen = list(token_T)[-context:]
@@ -109,7 +112,7 @@ def generate(
         if position + len(unread) > context:
             unread = seen[-max(1, context // 2) :]
             cache, position = empty_cache(), 0
-        for start in range(0, len(unread), _PIECE):  # scores are of a piece with all before it
+        for start in range(0, len(unread), _PIECE):  # limits the size of attention scores
             piece = unread[start : start + _PIECE]
             token_BT = jnp.asarray([piece], jnp.int32)
             token, cache = advance(variables, cache, token_BT, position, keys(i))
@@ -120,15 +123,15 @@ def generate(
 
 
 def sample(logits_V: jax.Array, key: jax.Array, *, temperature: float, top_p: float) -> jax.Array:
-    """A token drawn from softmax(logits / temperature); temperature 0 takes the likeliest.
+    """Samples a token from softmax(logits / temperature). Temperature 0 is greedy decoding.
 
-    top_p: only the likeliest tokens, whose probabilities first sum to at least this, are drawn
-      (Holtzman et al. 2019, arXiv:1904.09751).
+    top_p: nucleus sampling: draws only from the most likely tokens, as many as it takes for their
+      probabilities to sum to at least `top_p` (Holtzman et al. 2019, arXiv:1904.09751).
     """
     if temperature == 0:
         return jnp.argmax(logits_V)
     order_V = jnp.argsort(-logits_V)
-    # From the largest down: however small the temperature, nothing overflows but to -inf.
+    # Minus the maximum before the division: at a tiny temperature values overflow only to -inf.
     sorted_V = (logits_V[order_V] - jnp.max(logits_V)) / temperature
     probability_V = jax.nn.softmax(sorted_V)
     before_V = jnp.cumsum(probability_V) - probability_V

@@ -1,7 +1,7 @@
-"""What happened to a run: its starts, the settings that changed between them, rows that were lost.
+"""The history of a run: its starts, settings that changed between them, and lost metrics rows.
 
-`starts.jsonl` has a row for each start of the run; `config.json` the settings as they are now and,
-under "changes", those that they were before, with the step at which they changed.
+`starts.jsonl` has a row for each start of the run. `config.json` has the current settings and,
+under "changes", the earlier values with the step at which they changed.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ def record_start(
     init_from: Mapping[str, Any] | None = None,
     evaluated: bool = True,
 ) -> None:
-    """Records that the run in `workdir` starts, or goes on, at `step`. For process 0 alone.
+    """Records that the run in `workdir` starts or resumes at `step`. Only for process 0.
 
-    changes: settings that were others before. init_from: whose weights a new run starts with.
-    evaluated: False if the evaluation of this step, should one be due, was not made yet.
+    changes: settings that differ from those of the last start.
+    say: takes a line that says what changed, and one for missing rows of metrics.jsonl.
+    init_from: the run whose weights a new run starts with.
+    evaluated: False if an evaluation of this step, if one is due, has not been made yet.
 
-    Says in a line what changed, and which rows of metrics.jsonl are missing. A summary.json, of the
-    run when it was to be shorter, is removed: there is one again in the end.
+    A summary.json from an earlier, shorter end of the run is removed; the run writes a new one.
     """
     record = load_record(workdir)
-    # Steps after this one are made again, with the settings of now.
+    # Steps after this one are run again, with the current settings.
     history = [{**entry, "step": min(entry["step"], step)} for entry in record["changes"]]
     updated = {**record, "changes": history}
     lost = lost_rows(workdir, updated, load_config(workdir), step, evaluated)
@@ -63,7 +64,7 @@ def record_start(
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Appends a line of JSON, in one piece."""
+    """Appends a line of JSON in one write."""
     with writing(path), open(path, "ab", buffering=0) as file:
         write_all(file, json.dumps(row).encode() + b"\n")
 
@@ -71,10 +72,10 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 def lost_rows(
     workdir: Path, record: Mapping[str, Any], config: ConfigDict, step: int, evaluated: bool = True
 ) -> dict[str, int] | None:
-    """The rows up to `step` that metrics.jsonl should have and has not; None if all are there.
+    """The rows up to `step` that are missing in metrics.jsonl; None if there are none.
 
-    Rows are due by the intervals of `config` and, before a change of these, of `record`'s
-    "changes". Those that `record` has among its "lost_rows" are known, and are not found again.
+    Rows are due at the intervals of `config` or, before a change of these, at the earlier ones in
+    the "changes" of `record`. Rows in its "lost_rows" are known already, and not reported again.
     """
     rows = read_rows(workdir)
     logged = {row["step"] for row in rows if "train_loss" in row}
@@ -97,7 +98,7 @@ def lost_rows(
 
 
 def _due(key: str, record: Mapping[str, Any], config: ConfigDict, step: int) -> Iterator[int]:
-    """The steps up to `step` that are multiples of the interval `key` as it was then."""
+    """The steps up to `step` at which a row is due, by the interval `key` as it was at the time."""
     intervals = [
         (entry["step"], entry["settings"][key]["was"])
         for entry in record["changes"]
@@ -105,7 +106,7 @@ def _due(key: str, record: Mapping[str, Any], config: ConfigDict, step: int) -> 
     ]
     start = 0
     for end, every in [*intervals, (step, config[key])]:
-        if not isinstance(every, int) or every < 1:  # in a file that was edited
+        if not isinstance(every, int) or every < 1:  # the file was edited by hand
             continue
         yield from range(start // every * every + every, min(end, step) + 1, every)
         start = end

@@ -1,4 +1,4 @@
-"""The state that a new run starts with: random weights, or those of another run."""
+"""The initial state of a new run: random weights, or the weights of another run."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from revnet_jax.training.workdir import load_record
 def first_state(
     config: ConfigDict, program: StepProgram, data: Data, checkpoints: Checkpoints
 ) -> tuple[TrainState, dict[str, Any] | None]:
-    """(the state before the first step, what is to be recorded of the run that its weights are of).
+    """Returns the state before the first step, and a record of the run its weights come from.
 
-    Weights of another run, `config.init_from`, are saved at once, as a checkpoint of step 0: that
-    run may go on, or be deleted, whenever this one is resumed. Step, optimizer and random numbers
-    start afresh.
+    The record is None for random weights. Weights of another run (`config.init_from`) are saved at
+    once as a checkpoint of step 0, because that run may have gone on or be deleted when this one is
+    resumed. Step count, optimizer state and random numbers start afresh.
     """
     if not config.init_from:
         return initialized(program.init, program.state), None
@@ -38,12 +38,12 @@ def first_state(
 
 
 def load_weights(workdir: Path, wanted: Variables, data: dict[str, Any]) -> tuple[int, Variables]:
-    """(step, parameters and running averages) of the last checkpoint of the run in `workdir`.
+    """Returns (step, parameters and running averages) of the last checkpoint in `workdir`.
 
-    wanted: their shapes, dtypes and shardings. data: what is recorded of the new run's data, whose
-    tokens must stand for what they stood for.
+    wanted: the shapes, dtypes and shardings to load.
+    data: the record of the new run's data, which must have the same vocabulary.
 
-    Raises ConfigError in one line: no run or no checkpoint there, or other weights than wanted.
+    Raises ConfigError if there is no run or no checkpoint, or if its weights are of another model.
     """
     if not (workdir / "checkpoints").is_dir():
         raise ConfigError(

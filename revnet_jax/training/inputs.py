@@ -1,4 +1,4 @@
-"""From a config to the batches that a run reads."""
+"""Builds the training and test batches of a run from its config."""
 
 from __future__ import annotations
 
@@ -20,9 +20,13 @@ from revnet_jax.training.sharding import local_rows
 
 
 class Data(NamedTuple):
-    """What a run reads. train: `(start_step) -> batches` without an end; test: `() -> batches`.
+    """The data of a run.
 
-    Both are iterators to be closed, of this process's rows of each batch.
+    train: `(start_step) -> batches`, endless.
+    test: `() -> batches`.
+    record: what config.json keeps of the data.
+
+    Batches are iterators of this process's rows of each batch, and have to be closed.
     """
 
     train: Callable[[int], Any]
@@ -31,10 +35,10 @@ class Data(NamedTuple):
 
 
 def build_data(config: ConfigDict, mesh: Mesh, eval_batch_size: int | None = None) -> Data:
-    """Loads the data, checks that they are what the config says, and says how they are read.
+    """Loads the data, and checks them against the config.
 
-    mesh: this process reads the rows of each batch that its devices there hold. eval_batch_size: in
-    place of the config's, for the same examples.
+    mesh: this process reads the rows of each batch that its devices in the mesh hold.
+    eval_batch_size: replaces the setting of the config; the examples stay the same.
     """
     data = config.data
     eval_batch_size = eval_batch_size or config.eval_batch_size
@@ -59,10 +63,10 @@ def build_data(config: ConfigDict, mesh: Mesh, eval_batch_size: int | None = Non
 
 
 def load(config: ConfigDict) -> Dataset | Text | Source:
-    """The data set of a config. A function of one's own may return any of the three.
+    """Loads the data set of a config. A user's function may return any of the three types.
 
-    That gets the settings of `config.data` that are none of the package's, and of those that are
-    what its signature names, as `dir`.
+    It gets all settings of `config.data` that the package does not define, and those of the package
+    (such as `dir`) that its signature names.
     """
     data, name = config.data, config.data.name
     if references.is_reference(name):
@@ -88,7 +92,7 @@ PACKAGE_KNOBS = frozenset({**image_classification().data, **language_model().dat
 
 
 def _check_knobs(config, names):
-    """Raises ConfigError where the data section of one's own config lacks some of these."""
+    """Raises ConfigError if `config.data`, as in a user's own config, lacks some of `names`."""
     if missing := [name for name in names if name not in config.data]:
         raise ConfigError(
             f"config.data: got no {', '.join(missing)} with {config.data.name}, expected the data "
@@ -151,7 +155,7 @@ def _source(config, source, train, test):
 
 
 def _check_batches(task, data, train, test):
-    """Raises ValueError unless batches are what the task says: nobody else looks at one's own."""
+    """Raises ValueError if batches of a user's data or for a user's task have wrong shapes."""
     for split, batches, of in (("training", data.train(0), train), ("test", data.test(), test)):
         with contextlib.closing(batches):
             batch = next(batches)
@@ -166,7 +170,7 @@ def _check_batches(task, data, train, test):
 
 
 def check_data_dir(config: ConfigDict) -> None:
-    """Raises ConfigError for data that are somewhere, but the config does not say where."""
+    """Raises ConfigError if the config does not say where its data files are."""
     name = config.data.name
     if references.is_reference(name):
         return

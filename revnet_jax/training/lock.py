@@ -1,4 +1,4 @@
-"""One run at a time in a folder: a file that its process holds locked."""
+"""A lock file, so that only one run at a time uses a folder."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ def _to_stderr(line: str) -> None:
 def locked(path: Path, say: Callable[[str], None] = _to_stderr) -> Iterator[None]:
     """Holds the lock file `path`, created if missing, while the context is open.
 
-    The lock is `flock`'s, which the kernel releases when the process ends, however it ends: a
-    process that was killed leaves nothing to clean up. The file names the holder, for the message
-    to others. It is emptied in the end and not deleted, so that all who come lock the same file.
+    It uses `flock`, which the kernel releases when the process ends, even if it is killed, so there
+    is nothing to clean up. The file names the holder, for the error message of other processes. At
+    the end it is emptied but not deleted, so that all processes lock the same file.
 
-    Some file systems have no `flock` (NFS without its lock daemon), and some keep it to one host
-    (gcsfuse and most of FUSE). Then the holder's name decides. On the same host, a process that is
-    still running keeps the lock. Whether a process of another host is still running cannot be
-    known: one line says whose it was, and the run goes on, for it may be one that was moved here.
+    Some file systems have no `flock` (NFS without its lock daemon), and some apply it within one
+    host only (gcsfuse and most of FUSE). Then the name in the file decides. On the same host, a
+    process that is still running keeps the lock. Whether a process on another host is still running
+    cannot be known, and the run may have been moved here; so one line names that process, and this
+    run goes on.
 
-    Raises ConfigError, in one line that names host and process, if another process holds it.
+    Raises ConfigError, in one line that names host and process, if another process holds the lock.
     """
     try:
-        file = open(path, "a+")  # noqa: SIM115 - closed below, where failing to open is no longer meant
+        file = open(path, "a+")  # noqa: SIM115 - closed below, outside this `try`
     except OSError as error:
         raise ConfigError(
             f"cannot write {path}: {error}; choose a --workdir of your own"
@@ -61,7 +62,7 @@ def locked(path: Path, say: Callable[[str], None] = _to_stderr) -> Iterator[None
 
 
 def _flock(file: TextIO, path: Path) -> bool:
-    """Locks the file; False where the file system cannot."""
+    """Locks the file; returns False if the file system cannot."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -93,7 +94,7 @@ def _describe(holder: dict[str, Any]) -> str:
 
 
 def _read(file: TextIO) -> dict[str, Any] | None:
-    """The holder that the file names; None if it names none, or not yet in full."""
+    """The holder that the file names; None if it is empty or incomplete."""
     try:
         file.seek(0)
         holder = json.loads(file.read())
@@ -116,21 +117,22 @@ def _write(file: TextIO, path: Path, text: str) -> None:
 
 
 def _is_running(holder: dict[str, Any]) -> bool:
-    """Whether the process, of this host, is the one that wrote its name, and runs."""
+    """Whether the process that wrote its name, on this host, is still running."""
     try:
         os.kill(holder["process_id"], 0)
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
-        pass  # it runs, as another user's
-    # Numbers are used again, soonest in containers, where a run has the same one at every start.
+        pass  # it is running, and belongs to another user
+    # Process ids are reused, most often in containers, where a program has the same id at every
+    # start. The start time tells two processes of one id apart.
     return _start_ticks(holder["process_id"]) == holder["start_ticks"]
 
 
 def _start_ticks(process_id: int) -> int | None:
-    """When a process started, in ticks since this machine did; None where Linux is not asked."""
+    """When a process started, in clock ticks since boot; None if there is no /proc."""
     try:
-        # After the program's name, in parentheses, which may hold anything: field 22 of proc(5).
+        # Field 22 of proc(5). The name in parentheses (field 2) may hold spaces and parentheses.
         return int(Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[19])
     except (OSError, ValueError, IndexError):
         return None

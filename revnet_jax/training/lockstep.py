@@ -1,7 +1,8 @@
-"""The optimizer inside the backward sweep: each layer is updated as soon as its gradient is there.
+"""The optimizer inside the backward sweep: each layer is updated as soon as its gradient is known.
 
-Gradients of a chain then never exist together, and its parameters and moments are written in place.
-What is not in a chain (stem, transitions, head) is updated in the ordinary way, in the same step.
+The gradients of a whole chain then never exist at once, and its parameters and moments are written
+in place. Parameters outside chains (stem, transitions, head) are updated in the ordinary way, in
+the same step.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from revnet_jax.training.rounding import apply_updates, widened
 
 
 class LayerState(NamedTuple):
-    """An optimizer's state for all layers of one group.
+    """The optimizer state of all layers of one group.
 
-    floats_L: the state's tree, stacked like the parameters, with None in place of counters.
-    counters: the same for every layer and group.
+    floats_L: the floating-point leaves, stacked like the parameters, with None in place of
+      counters.
+    counters: the step counters, which are the same for every layer and group.
     """
 
     floats_L: Any
@@ -29,14 +31,18 @@ class LayerState(NamedTuple):
 
 
 class LockstepState(NamedTuple):
-    """outside: the ordinary state of all groups that are in no chain. layers: by group."""
+    """The optimizer state of a whole network.
+
+    outside: the ordinary state of all groups outside chains.
+    layers: the state of each group in a chain, by its name.
+    """
 
     outside: Any
     layers: dict[str, LayerState]
 
 
 class Carried(NamedTuple):
-    """What the sweep carries for each layer: optimizer state, and how large its gradient was."""
+    """What the backward sweep carries for each layer: optimizer state, squared gradient norm."""
 
     floats: Any
     squared_norm: jax.Array
@@ -45,10 +51,12 @@ class Carried(NamedTuple):
 class LockstepOptimizer(NamedTuple):
     """An optimizer for networks whose chains are updated in the backward sweep.
 
-    outside: for the groups that are in no chain. layer: for the tree of one layer.
-    stacked: the groups that are in chains, whose leaves have a leading axis of layers.
+    outside: the optimizer of the groups outside chains.
+    layer: the optimizer of the tree of one layer.
+    stacked: the groups in chains, whose leaves have a leading axis of layers.
 
-    Right for optimizers that pass `check_layerwise`; others would change their meaning.
+    Correct only for optimizers that pass `check_layerwise`. Others mix layers (by a global norm,
+    for example) and would compute a different update.
     """
 
     outside: optax.GradientTransformation
@@ -64,8 +72,13 @@ class LockstepOptimizer(NamedTuple):
     def start(
         self, params: Mapping[str, Any], state: LockstepState
     ) -> tuple[Callable[..., tuple[Any, Carried]], dict[str, Carried]]:
-        """(the update of one layer, what it carries by group): a `Lockstep`."""
-        # A backward pass can return no integers. All groups have made as many steps.
+        """Returns the two fields of a `Lockstep`: the update of one layer, and what it carries.
+
+        The update is `(dparams, carried, params) -> (new params, new carried)`; what is carried is
+        given by group.
+        """
+        # The new optimizer state leaves the backward pass as a cotangent, which cannot be an
+        # integer, so step counters are kept outside. All groups have made the same number of steps.
         counters = next(iter(state.layers.values())).counters
 
         def update(dparams, carried, params):
@@ -88,10 +101,11 @@ class LockstepOptimizer(NamedTuple):
         cotangents: Mapping[str, Any],
         carried: Mapping[str, Carried],
     ) -> tuple[dict[str, Any], LockstepState, jax.Array]:
-        """(params, state, gradient norm) after the step.
+        """Returns (params, state, gradient norm) after the step.
 
-        cotangents, carried: what the backward pass returned for `params` and for what it carried:
-          gradients of the groups outside, and the new values of those in chains.
+        cotangents: what the backward pass returned for `params`: gradients for the groups outside
+          chains, but new parameters for the groups in chains, which the sweep has updated.
+        carried: the new values of what the backward pass carried.
         """
         outside, layers = self._split(params)
         gradients, new_layers = self._split(cotangents)
@@ -110,7 +124,10 @@ class LockstepOptimizer(NamedTuple):
         return LayerState(floats_L, [leaf[0] for leaf in jax.tree.leaves(counters_L)])
 
     def _count(self, params_L, state):
-        """The counters after a step: whatever the gradient was. The compiler drops all else."""
+        """Returns the step counters after a step.
+
+        They do not depend on the gradient, so this updates with zeros; XLA removes the rest.
+        """
         params, floats = jax.tree.map(lambda leaf: leaf[0], (params_L, state.floats_L))
         gradient = jax.tree.map(jnp.zeros_like, params)
         _, new = self.layer.update(gradient, self._join(params, floats, state.counters), params)
@@ -126,10 +143,10 @@ class LockstepOptimizer(NamedTuple):
 
 
 def check_layerwise(optimizer: optax.GradientTransformation, params: Any) -> None:
-    """Raises ValueError unless an update of layer 0 is the same whatever layer 1's gradient is.
+    """Raises ValueError if the update of layer 0 depends on the gradient of layer 1.
 
-    optimizer: the ordinary one, for parameters stacked over layers.
-    params: shapes suffice; every axis is cut to 2, so that it costs next to nothing.
+    optimizer: the ordinary optimizer, for parameters stacked over layers.
+    params: shapes are enough; every axis is cut to 2, so the check costs almost nothing.
     """
 
     @jax.jit

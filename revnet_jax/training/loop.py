@@ -1,4 +1,4 @@
-"""A run: from a config and a folder to a trained, evaluated, resumable model."""
+"""The training loop: from a config and a folder to a trained, evaluated, resumable model."""
 
 from __future__ import annotations
 
@@ -48,23 +48,25 @@ class NonFiniteError(UserError):
 
 
 def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """Trains, or goes on with, the run in `workdir`; returns what its summary.json holds.
+    """Starts or resumes the run in `workdir`; returns the content of its summary.json.
 
-    Of several processes the first one alone writes and shows what the run tells; the others return
-    nothing, `{}`. They train and save together.
+    With several processes all of them train and save checkpoints together, but only process 0
+    writes metrics and prints; the others return `{}`.
 
-    Everything that can be found wrong with config, data and folder is found before anything is
-    compiled. A run killed at any moment and started again ends with the same metrics.
+    Mistakes in config, data and folder are reported before anything is compiled. A run that is
+    killed at any moment and started again ends with the same metrics.
 
-    Raises UserError (ConfigError, DataError, CheckpointError, NonFiniteError, MismatchError) with
-    one clear line, and Preempted once it saved what it had when told to stop.
+    Raises:
+      UserError: one clear line (ConfigError, DataError, CheckpointError, NonFiniteError or
+        MismatchError).
+      Preempted: the run was told to stop, and has saved a checkpoint.
     """
     started = time.monotonic()
     check_agreement({k: v for k, v in flatten(config).items() if k not in PER_HOST})
     program = step_program(config, jax.devices())
     data = build_data(config, program.mesh)
     with settings("data"), contextlib.closing(data.train(0)), contextlib.closing(data.test()):
-        pass  # their arguments are sound
+        pass  # opening the iterators checks their arguments
     with settings("profile"):
         traced = Trace(workdir / "profile", **config.profile, last_step=config.num_steps)
     with claimed(workdir, config, data.record) as changes:
@@ -80,7 +82,7 @@ def _train(
     changes: Mapping[str, Change],
     started: float,
 ) -> dict[str, Any]:
-    """The run, once its folder is claimed. changes: settings that were others before."""
+    """Trains in a claimed folder. changes: settings that differ from those of the last start."""
     if config.model.stored_layers == "auto":
         program = step_program(config, jax.devices(), resolve_auto(config, workdir))
     task, mesh = program.task.of_data(data.record), program.mesh
@@ -104,7 +106,7 @@ def _train(
             traced,
         ):
             evaluates = lambda step: step == config.num_steps or step % config.eval_every_steps == 0
-            # Told to stop during an evaluation, a run makes it when it goes on.
+            # A run that was stopped during an evaluation makes it first when it is resumed.
             owed = start > 0 and evaluates(start) and not evaluated
             for step in range(start if owed else start + 1, config.num_steps + 1):
                 if step > start:
@@ -113,7 +115,7 @@ def _train(
                     traced.after(step, metrics)
                     recorder.training(step, metrics)
                 if evaluates(step) or stop.requested() or step % config.checkpoint_every_steps == 0:
-                    recorder.flush()  # stops the run before anything that is wrong is saved
+                    recorder.flush()  # raises if the loss is not finite, before the state is saved
                     scores = {}
                     if evaluates(step):
                         parts = recorder.shown(step, data.test())
@@ -136,11 +138,12 @@ def _train(
 def claimed(
     workdir: Path, config: ConfigDict, data: Mapping[str, Any]
 ) -> Iterator[dict[str, Change]]:
-    """Makes `workdir` this config's, and this run's alone while the context is open.
+    """Claims `workdir` for this config, and locks it against other runs while the context is open.
 
-    The first process does, and holds the lock; the others check that the folder is theirs too.
+    Process 0 writes config.json and holds the lock. The others check that they see the same folder
+    and that it belongs to their config.
 
-    Gives the settings that are others than when the run was last started.
+    Yields the settings that differ from those of the last start of the run.
     """
     with contextlib.ExitStack() as held:
         changes = {}
@@ -159,21 +162,23 @@ def claimed(
 
 
 def say(line: str) -> None:
-    """Shows a line, in the first process alone."""
+    """Prints a line to stderr, in process 0 only."""
     if is_first():
         print(line, file=sys.stderr, flush=True)
 
 
 def resolve_auto(config: ConfigDict, workdir: Path) -> int:
-    """The number that stored_layers=auto stands for.
+    """Returns the number that stored_layers=auto stands for.
 
-    It is the same whenever this run is resumed, unless a setting changed that memory depends on.
+    It is found once and kept in auto.json, so that a resumed run uses the same number, unless a
+    setting changed that memory depends on.
     """
     path, found_for = workdir / "auto.json", memory_settings(config)
     known = of_first(workdirs.known_stored_layers(path, found_for))
     if known >= 0:
         return known
-    # All compile the same programs for the same limit: on GPUs they share the search for kernels.
+    # All processes must compile the same programs, because on GPUs they share the autotuning of
+    # kernels. So they search with the same limit: the smallest of their devices' memories.
     limited = config.copy_and_resolve_references()
     if not limited.memory_limit_gib:
         limited.memory_limit_gib = smallest(memory_bytes(jax.local_devices()[0]) or 0) / 2**30
@@ -184,7 +189,7 @@ def resolve_auto(config: ConfigDict, workdir: Path) -> int:
 
 
 def open_checkpoints(workdir: Path, task: Task, *, read_only: bool = False) -> Checkpoints:
-    """The checkpoints of a run: the newest two, and the one of best score, are kept."""
+    """Opens the checkpoints of a run, which keeps the newest two and the one of best score."""
     metric, mode = task.best
     return Checkpoints(
         workdir / "checkpoints", best_metric=metric, best_mode=mode, read_only=read_only
@@ -192,12 +197,14 @@ def open_checkpoints(workdir: Path, task: Task, *, read_only: bool = False) -> C
 
 
 class Recorder:
-    """Writes rows and progress, one step late, and stops the run at a step that is not finite.
+    """Writes metrics and progress, one step late, and stops the run when a step goes wrong.
 
-    So it does, or warns, at the first step whose backward pass disagrees with its forward pass
-    (`config.on_mismatch`). Processes other than the first stop too, and write nothing.
+    It raises NonFiniteError if loss, gradient or variables are not finite. At the first step whose
+    backward pass disagrees with its forward pass it warns or raises, by `config.on_mismatch`.
+    Processes other than the first raise at the same step, but write nothing.
 
-    seen: mismatches before the step `start`, which is restored.
+    start: the step of the restored checkpoint, or 0.
+    seen: mismatches up to that step.
     """
 
     def __init__(
@@ -222,29 +229,29 @@ class Recorder:
             self._writer.close()
 
     def training(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Takes the metrics of a step just dispatched; records those of the step before."""
+        """Takes the metrics of a step just dispatched, and records those of the step before."""
         self._record(self._fetch.exchange(step, metrics))
 
     def flush(self) -> None:
-        """Records the metrics still held, for good; waits for the device."""
+        """Waits for the device, and records the metrics still held so that they survive a crash."""
         self._record(self._fetch.flush())
         if self._writer:
             self._writer.sync()
 
     def shown(self, step: int, batches: Any) -> Iterator[Any]:
-        """The batches of an evaluation, each shown in the progress line; closes them."""
+        """Yields the batches of an evaluation, shows each in the progress line, and closes them."""
         with contextlib.closing(batches):
             for number, batch in enumerate(batches, start=1):
                 self.doing(step, f"evaluating, batch {number}")
                 yield batch
 
     def doing(self, step: int, what: str) -> None:
-        """Shows what the next step waits for."""
+        """Shows in the progress line what the run is busy with between steps."""
         if self._writer:
             self._progress.doing(step, what)
 
     def evaluation(self, step: int, means: Mapping[str, float] | None) -> dict[str, float]:
-        """Records the scores of an evaluation and returns them; none of one that was stopped."""
+        """Records and returns the scores of an evaluation; `{}` if it was stopped (None)."""
         if means is None:
             return {}
         scores = self._task.scores(means)
@@ -256,7 +263,7 @@ class Recorder:
 
     @property
     def per_second(self) -> float | None:
-        """The speed, median over the intervals between logged steps; None before there are two."""
+        """The median speed over the intervals between logged steps; None before there are two."""
         return statistics.median(self._rates) if self._rates else None
 
     def _check_finite(self, step: int, values: Mapping[str, float], names: Iterable[str]) -> None:
@@ -278,7 +285,7 @@ class Recorder:
                 self._rates += [] if rate is None else [rate]
                 timings = {} if rate is None else {f"{self._unit}_per_second": rate}
                 self._writer.write(step, values, timings=timings)
-            self._alarm.check(step, values)  # after the row, which shows what was wrong
+            self._alarm.check(step, values)  # after the row is written, which shows the mismatch
 
 
 def summarize(
@@ -288,12 +295,12 @@ def summarize(
     speed: Mapping[str, float | None],
     started: float,
 ) -> dict[str, Any]:
-    """What summary.json holds. Speed and time are of this process, and null where unknown."""
+    """Returns the content of summary.json. Speed and time are of this start; null if unknown."""
     last = workdirs.last_values(workdir)
     device = jax.devices()[0]
     return {
         "steps": int(state.step),
-        "train_loss": last.get("train_loss"),  # None where its rows were lost
+        "train_loss": last.get("train_loss"),  # None if its rows were lost
         **{name: value for name, value in last.items() if name.startswith("eval_")},
         "exact_mismatches": int(state.exact_mismatches) if network.probes() else None,
         "stored_layers": sum(s.stored_layers for s in network.strategies.values()),

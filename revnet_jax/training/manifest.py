@@ -1,7 +1,7 @@
-"""What is written beside the arrays of a checkpoint: shape, dtype and checksum of every leaf.
+"""The manifest of a checkpoint: shape, dtype and checksum of every leaf.
 
-A state is any pytree of arrays. It is stored flat, as `{path: array}`, so restoring needs nothing
-but an abstract state with the same paths; typed PRNG keys are stored as their words.
+A state is any pytree of arrays. It is stored flat, as `{path: array}`, so restoring needs only an
+abstract state with the same paths. Typed PRNG keys are stored as their uint32 words.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from revnet_jax.errors import UserError
 
 PyTree = Any
 ABSTRACT = jax.ShapeDtypeStruct
-Record = dict[str, Any]  # shape, dtype, checksum and, of a key, key_impl
+Record = dict[str, Any]  # shape, dtype, checksum and, for a PRNG key, key_impl
 
 
 class CheckpointError(UserError, RuntimeError):
-    """A checkpoint cannot be saved or restored; the message says got, expected and what to do."""
+    """A checkpoint cannot be saved or restored."""
 
 
 class OtherTree(CheckpointError):
-    """A checkpoint holds other leaves than those wanted. differences: a line for each."""
+    """A checkpoint has leaves other than the expected ones. differences: a line for each."""
 
     def __init__(self, message: str, differences: list[str]):
         super().__init__(message)
@@ -38,11 +38,11 @@ class OtherTree(CheckpointError):
 
 
 class Damaged(Exception):
-    """A checkpoint cannot be read back as it was written; an older one may."""
+    """A checkpoint cannot be read back as it was written. An older one may be intact."""
 
 
 def by_path(tree: PyTree) -> dict[str, Any]:
-    """Leaves by path, such as `params/w`, in the tree's own order; numbers become arrays."""
+    """The leaves by path, such as `params/w`, in the order of the tree. Numbers become arrays."""
     leaves: dict[str, Any] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
         path = jax.tree_util.keystr(keys, simple=True, separator="/") or "."
@@ -57,27 +57,27 @@ def by_path(tree: PyTree) -> dict[str, Any]:
 
 
 def as_abstract(leaf: jax.Array | ABSTRACT) -> ABSTRACT:
-    """Shape, dtype, and the sharding if it was chosen: not of an uncommitted array."""
+    """Shape, dtype and sharding of a leaf; no sharding for an uncommitted array."""
     sharding = leaf.sharding if getattr(leaf, "committed", True) else None
     return ABSTRACT(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def storable(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """What is stored of these leaves (arrays or abstract): keys as words, nothing of size 0."""
+    """The arrays (or shapes) to store: PRNG keys as uint32 words, leaves of size 0 left out."""
     return {path: _words(leaf) for path, leaf in leaves.items() if leaf.size}
 
 
 def from_storable(
     arrays: Mapping[str, jax.Array], wanted: dict[str, ABSTRACT], records: dict[str, Record]
 ) -> list[jax.Array]:
-    """The leaves wanted, in their order, from the arrays that were stored of them."""
+    """The inverse of `storable`: the leaves of `wanted`, in its order, from stored arrays."""
     leaves = []
     for path, spec in wanted.items():
         if not spec.size:
             leaves.append(jnp.zeros(spec.shape, spec.dtype, device=spec.sharding))
         elif _is_key(spec):
             wrap = functools.partial(jax.random.wrap_key_data, impl=records[path]["key_impl"])
-            # Not device_put, which refuses shardings over other processes' devices.
+            # jit, because device_put refuses shardings over devices of other processes.
             leaves.append(jax.jit(wrap, out_shardings=spec.sharding)(arrays[path]))
         else:
             leaves.append(arrays[path])
@@ -91,13 +91,13 @@ def _is_key(leaf: Any) -> bool:
 def _words(leaf: Any) -> Any:
     if not _is_key(leaf):
         return leaf
-    if isinstance(leaf, ABSTRACT):  # Without a sharding: words have one axis more than their keys.
+    if isinstance(leaf, ABSTRACT):  # no sharding: words have one axis more
         return jax.eval_shape(jax.random.key_data, ABSTRACT(leaf.shape, leaf.dtype))
     return jax.random.key_data(leaf)
 
 
 def make(leaves: Mapping[str, jax.Array], metrics: Mapping[str, float]) -> dict[str, Any]:
-    """The sealed manifest of a checkpoint of these leaves: JSON. Only finite metrics enter it."""
+    """The sealed manifest of a checkpoint of these leaves, as JSON, with finite metrics only."""
     sums = checksums(storable(leaves))
     records: dict[str, Record] = {}
     for path, x in leaves.items():
@@ -108,7 +108,7 @@ def make(leaves: Mapping[str, jax.Array], metrics: Mapping[str, float]) -> dict[
 
 
 def with_metrics(manifest: dict[str, Any], metrics: Mapping[str, float]) -> dict[str, Any]:
-    """The manifest, sealed, with these metrics, as far as they are finite, in place of others."""
+    """The manifest with its metrics replaced by the finite ones of `metrics`, sealed again."""
     finite = {name: float(x) for name, x in metrics.items() if math.isfinite(x)}
     return _seal({**manifest, "metrics": finite})
 
@@ -119,7 +119,11 @@ def _seal(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_seal(sealed: Any) -> dict[str, Any]:
-    """The manifest, or Damaged if it was changed, which must not pass for another architecture."""
+    """Returns the manifest without its checksum.
+
+    Raises Damaged if it was changed. Otherwise a flipped byte would look like a checkpoint of
+    another architecture, for which no older checkpoint is tried.
+    """
     manifest = dict(sealed) if isinstance(sealed, dict) else {}
     manifest.pop("crc32", None)
     if sealed != _seal(manifest):
@@ -128,7 +132,7 @@ def check_seal(sealed: Any) -> dict[str, Any]:
 
 
 def check_same_tree(where: Any, records: dict[str, Record], wanted: dict[str, ABSTRACT]) -> None:
-    """Raises OtherTree, a CheckpointError, if a checkpoint holds other leaves than those wanted."""
+    """Raises OtherTree (a CheckpointError) unless a checkpoint has exactly the wanted leaves."""
     saved = {path: "{dtype}{shape}".format(**record) for path, record in records.items()}
     expected = {path: _describe(leaf) for path, leaf in wanted.items()}
     differences = [
@@ -150,14 +154,17 @@ def _describe(leaf: Any) -> str:
 
 
 def check_arrays(arrays: Mapping[str, jax.Array], records: dict[str, Record]) -> None:
-    """Raises Damaged if the arrays read are not those recorded."""
+    """Raises Damaged if the arrays differ from what was recorded when they were saved."""
     for path, got in checksums(arrays).items():
         if got != records[path]["checksum"]:
             raise Damaged(f"array {path} has another checksum than when it was saved")
 
 
 def checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
-    """Of every array, whatever its sharding, with its dtype and shape: one call on the devices."""
+    """The checksum of every array, its dtype and its shape, by one program on the devices.
+
+    Arrays may have any sharding.
+    """
     meshes = [x.sharding.mesh for x in arrays.values() if isinstance(x.sharding, NamedSharding)]
     # Replicated, so that every process can read them.
     out = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
@@ -171,11 +178,11 @@ def _stack_checksums(arrays: list[jax.Array]) -> jax.Array:
 
 
 def checksum(x: jax.Array) -> jax.Array:
-    """The sum, modulo 2^32, of the array's words, each scrambled together with its position.
+    """The sum, modulo 2^32, of the array's words, each hashed together with its position.
 
-    Scrambling is one-to-one at every position, so a change within one word always changes the sum;
-    any other goes unnoticed with a probability of about 2^-32. (With plain odd weights the top bits
-    of two words, such as two signs, would cancel.)
+    The hash is one-to-one at every position, so a change within one word always changes the sum.
+    Any other change goes unnoticed with a probability of about 2^-32. (If words were multiplied by
+    odd weights only, changes of the top bits of two words, such as two signs, would cancel.)
     """
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         x = jnp.stack([x.real, x.imag], axis=-1)
@@ -184,7 +191,7 @@ def checksum(x: jax.Array) -> jax.Array:
     else:
         word = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
         words = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
-    # The flat position from one iota per axis: flattening would gather an array that is sharded.
+    # The flat position from one iota per axis, because flattening would gather a sharded array.
     position, stride = jnp.zeros(words.shape, jnp.uint32), 1
     for axis in reversed(range(words.ndim)):
         position += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * np.uint32(stride)

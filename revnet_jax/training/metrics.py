@@ -1,8 +1,8 @@
-"""What a run tells: `metrics.jsonl`, TensorBoard events, a progress line, and the memory it took.
+"""What a run reports: `metrics.jsonl`, TensorBoard events, a progress line, and peak memory.
 
-`metrics.jsonl` holds deterministic values only, one JSON object per row, so that the file of a run
-killed and resumed equals, byte for byte, that of a run left alone. Timings go to TensorBoard and to
-the progress line.
+`metrics.jsonl` holds only deterministic values, one JSON object per row, so that a run that was
+killed and resumed writes the same file, byte for byte, as an uninterrupted run. Timings go to
+TensorBoard and to the progress line.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ import numpy as np
 
 from revnet_jax.errors import StorageError, write_all, writing
 
-Scalar = Any  # a Python, numpy or jax number without axes
+Scalar = Any  # a Python number, or a numpy or JAX array of shape ()
 
 
 class MetricsWriter:
-    """Appends rows to `workdir/metrics.jsonl` and to `workdir/tensorboard`. For process 0 alone.
+    """Appends rows to `workdir/metrics.jsonl` and to `workdir/tensorboard`. Only for process 0.
 
-    A row is `{"step": int, name: number, ...}`, one per call of `write`, written in one piece: a
-    SIGKILL loses at most the row being written. Floats are written so that they read back exactly;
-    a value that is not finite is the string "nan", "inf" or "-inf", which `float` reads.
+    Each call of `write` writes one row `{"step": int, name: number, ...}` in one system call, so a
+    SIGKILL loses at most the row being written. Floats read back exactly. A value that is not
+    finite becomes the string "nan", "inf" or "-inf", which `float` can read.
 
-    TensorBoard gets one event file per (re)start, which hides the later steps of those before.
+    TensorBoard gets one event file per start, which hides the later steps of earlier files.
 
-    What cannot be written is a StorageError: no room, or a folder in the place of a file.
+    Raises StorageError if something cannot be written, such as on a full disk.
 
     Args:
       workdir: a local directory, created if missing.
-      resume_step: the step of the restored checkpoint: rows up to it are kept, later and incomplete
-        ones removed. None starts afresh.
+      resume_step: the step of the restored checkpoint. Rows up to it are kept, later and
+        incomplete ones are removed. None starts an empty file.
       tensorboard: whether to write events too.
     """
 
@@ -55,7 +55,7 @@ class MetricsWriter:
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - close() closes it
         self._events: Any = None
         if tensorboard:
-            from revnet_jax.training.events import EventFile  # late: notebooks do without
+            from revnet_jax.training.events import EventFile  # late: notebooks need none
 
             folder = self.path.parent / "tensorboard"
             try:
@@ -77,7 +77,7 @@ class MetricsWriter:
         *,
         timings: Mapping[str, Scalar] | None = None,
     ) -> None:
-        """Writes one row. `timings`, which differ from run to run, go to TensorBoard alone."""
+        """Writes one row. `timings`, which differ from run to run, go only to TensorBoard."""
         numbers = {name: _python_number(value) for name, value in values.items()}
         row = {"step": int(step), **{name: _json_value(x) for name, x in numbers.items()}}
         with writing(self.path):
@@ -87,7 +87,7 @@ class MetricsWriter:
             self._events.write(int(step), {name: float(x) for name, x in scalars.items()})
 
     def sync(self) -> None:
-        """Returns when the rows are where a machine that is lost cannot take them along."""
+        """Calls fsync, so that the rows survive a crash of the machine."""
         with writing(self.path):
             os.fsync(self._file.fileno())
         if self._events is not None:
@@ -109,7 +109,7 @@ def _json_value(number: int | float) -> int | float | str:
 
 
 def _trim(path: Path, resume_step: int | None) -> None:
-    """Keeps complete rows up to `resume_step`, atomically; the bytes of kept rows do not change."""
+    """Removes all but complete rows up to `resume_step`, atomically. Kept bytes do not change."""
     old = path.read_bytes() if path.exists() else b""
     kept = b""
     if resume_step is not None:
@@ -122,7 +122,7 @@ def _trim(path: Path, resume_step: int | None) -> None:
 
 
 def _step_of(line: bytes) -> float:
-    """The step of a row; infinity for a line that is no complete row."""
+    """The step of a row, or infinity if the line is not a complete row."""
     try:
         return int(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
     except (ValueError, KeyError, TypeError):
@@ -132,14 +132,15 @@ def _step_of(line: bytes) -> float:
 class DelayedFetch:
     """Holds the metrics of a step on the device until a later step was dispatched.
 
-    Reading a step's loss at once makes the host wait, and then the device wait for the host::
+    Reading the loss of a step at once would make the host wait for the device, and then the device
+    wait for the host's next dispatch::
 
-        state, metrics = train_step(state, batch)        # returns before it is computed
+        state, metrics = train_step(state, batch)        # asynchronous: returns at once
         for step_logged, values in fetch.exchange(step, metrics if step % 50 == 0 else None):
             writer.write(step_logged, values)
 
-    Call `flush` before a checkpoint is saved (else a run killed right after loses the row for good)
-    and at the end.
+    Call `flush` at the end, and before a checkpoint is saved: a run that is killed after saving
+    resumes after this step, and would never write its row.
     """
 
     def __init__(self) -> None:
@@ -148,7 +149,7 @@ class DelayedFetch:
     def exchange(
         self, step: int, metrics: Mapping[str, jax.Array] | None = None
     ) -> list[tuple[int, dict[str, float]]]:
-        """Call once after each dispatched step: holds its metrics, hands out those held before."""
+        """Holds the metrics of a step just dispatched, and returns those held before."""
         before = self.flush()
         if metrics is not None:
             for value in metrics.values():
@@ -157,7 +158,7 @@ class DelayedFetch:
         return before
 
     def flush(self) -> list[tuple[int, dict[str, float]]]:
-        """Hands out what is held, as Python numbers; waits for the device. Empty if nothing is."""
+        """Waits for the device and returns the metrics held, as Python numbers; [] if none."""
         held, self._held = self._held, None
         if held is None:
             return []
@@ -168,9 +169,11 @@ class DelayedFetch:
 class Progress:
     """One line on stderr: step, loss, learning rate, speed, time left, memory.
 
-    Rewritten in place on a terminal; elsewhere plain lines, at most one every `every_seconds`, and
-    the last. Speed is measured between calls of `update`, so the first one, which ends with
-    compilation, has none. A step takes so many examples, or whatever else the `unit` is.
+    On a terminal the line is rewritten in place. Elsewhere plain lines are printed, at most one
+    every `every_seconds`, and always the last. Speed is measured between calls of `update`, so the
+    first call, which follows compilation, reports none.
+
+    examples_per_step: how many of `unit` ("examples", "tokens") a step processes.
     """
 
     def __init__(
@@ -191,12 +194,12 @@ class Progress:
         self._every_seconds = default_seconds if every_seconds is None else every_seconds
         self._first: tuple[int, float] | None = None  # (step, seconds) of the first update
         self._previous: tuple[int, float] | None = None
-        self._parts: list[str] = []  # of the line for the last step, the most important first
+        self._parts: list[str] = []  # of the last step's line, the most important first
         self._shown: list[str] = []
         self._shown_at, self._width = -math.inf, 0
 
     def update(self, step: int, *, loss: float, learning_rate: float) -> float | None:
-        """Takes the figures of `step`; returns the speed since the last call, or None."""
+        """Shows the figures of `step`; returns the speed since the last call, None if unknown."""
         now = self._clock()
         rate = None
         if self._previous is not None and now > self._previous[1] and step > self._previous[0]:
@@ -209,18 +212,18 @@ class Progress:
         return rate
 
     def doing(self, step: int, what: str) -> None:
-        """Says in the line what the next step waits for: evaluating, saving."""
+        """Shows in the line what the next step waits for: evaluating, saving."""
         if self._in_place or self._clock() - self._shown_at >= self._every_seconds:
             self._show([f"step {step}/{self.total_steps}", what, *self._parts[1:]])
 
     def say(self, line: str) -> None:
-        """Shows a line that stays, above the progress line."""
+        """Prints a permanent line above the progress line."""
         erase = f"\r{' ' * self._width}\r" if self._in_place else ""
         self._put(f"{erase}{line}\n")
         self._width = 0
 
     def close(self) -> None:
-        """Shows the last step's line, if it is not the one shown, and ends it."""
+        """Shows the line of the last step, if it is not shown yet, and ends it with a newline."""
         if self._shown != self._parts:
             self._show(self._parts)
         if self._in_place and self._width:
@@ -250,21 +253,21 @@ class Progress:
         self._shown, self._shown_at = parts, self._clock()
 
     def _columns(self) -> int:
-        """What a line of the terminal holds, less one: in the last column some go to the next."""
+        """The terminal's width less one, because some terminals wrap after the last column."""
         try:
             return (os.get_terminal_size(self._stream.fileno()).columns or 80) - 1
         except OSError:
             return 79
 
     def _put(self, text: str) -> None:
-        # A terminal that was closed, or a full disk below a log, is no reason to stop training.
+        # A closed terminal, or a full disk that holds the log, must not stop training.
         with contextlib.suppress(OSError):
             self._stream.write(text)
             self._stream.flush()
 
 
 def _fitted(parts: list[str], columns: int) -> str:
-    """As many of the parts, from the first, as a line of so many columns holds."""
+    """Joins as many parts, from the first, as fit into a line of `columns` characters."""
     ends = itertools.accumulate(len(part) + 2 for part in parts)
     fitting = sum(end - 2 <= columns for end in ends)
     return "  ".join(parts[: max(1, fitting)])[:columns]
@@ -280,12 +283,12 @@ def _memory() -> str:
     device_bytes = peak_memory_bytes()
     if device_bytes is not None:
         return f"device {device_bytes / 2**30:.2f} GiB"
-    unit = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
     return f"RSS {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB"
 
 
 def peak_memory_bytes() -> int | None:
-    """The most memory any local device has had in use; None where the backend cannot tell (CPU)."""
+    """The largest peak memory of any local device; None if the backend does not report it (CPU)."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
     return max(peaks) if peaks else None

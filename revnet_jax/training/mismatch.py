@@ -1,4 +1,4 @@
-"""What a run does when the backward pass disagrees with the forward pass."""
+"""Warns or stops a run when the backward pass disagrees with the forward pass."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class MismatchError(UserError):
 
 
 class MismatchAlarm:
-    """Looks at the exactness check of every step: the first mismatch is a loud line, or the end.
+    """Reads the exactness check of every step, and warns or raises at the first mismatch.
 
     It reads metrics that are on the host already, so it costs no synchronisation.
 
     Args:
-      action: "warn" or "stop", `config.on_mismatch`.
+      action: "warn" or "stop", from `config.on_mismatch`.
       seen: mismatches of the run before this start, which were reported then.
-      say: shows a line.
+      say: prints a line.
     """
 
     def __init__(self, action: str, seen: float = 0.0, say: Callable[[str], None] | None = None):
@@ -31,7 +31,7 @@ class MismatchAlarm:
         self._silent = False
 
     def check(self, step: int, values: Mapping[str, float]) -> None:
-        """Takes the metrics of a step, which are without `exact_...` where nothing is checked.
+        """Checks the metrics of a step. Without the exactness check they have no `exact_...`.
 
         Raises MismatchError for a mismatch if the action is "stop".
         """
@@ -54,7 +54,7 @@ class MismatchAlarm:
 def describe(step: int, mismatches: float, values: Mapping[str, float]) -> str:
     """One line: what differed, by how much, and what to try."""
     largest = values["exact_max_difference"]
-    # It is of the rebuilt inputs: 0 where only intermediates of a branch differed.
+    # Measured on the rebuilt chain input: 0 if only intermediates of a branch differed.
     by = f", by at most {largest:.3g}" if largest else ""
     return (
         f"step {step}: {mismatches:,.0f} values of the backward pass differed from the forward "
@@ -63,7 +63,7 @@ def describe(step: int, mismatches: float, values: Mapping[str, float]) -> str:
 
 
 def _advice(range_used):
-    """What to try, by the share of the grid's range in use; None where there is no grid."""
+    """What to try. range_used: the share of the grid's range in use; None without a grid."""
     otherwise = "--config.model.backprop=store or remat, which rebuild nothing"
     if range_used is None:
         return f"Streams drift without a grid: try --config.model.grid=True, or {otherwise}"

@@ -1,4 +1,4 @@
-"""Muon: each matrix of momentum is made orthogonal before it is applied.
+"""The Muon optimizer: orthogonalizes the momentum of each weight matrix before applying it.
 
 Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/); Liu et al. 2025 (arXiv:2502.16982).
 """
@@ -20,42 +20,45 @@ from revnet_jax.models.partition import Rules, extent, spec_of
 MOMENTUM = 0.95
 ITERATIONS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-# Root mean square of an update's elements, about that of Adam's (arXiv:2502.16982).
+# Root mean square of the elements of an update, about that of Adam (arXiv:2502.16982).
 UPDATE_RMS = 0.2
-# Groups with the first and the last layer of a model, whose kernels the authors leave to Adam.
+# Groups with the first or the last layer of a model. The authors leave their kernels to Adam.
 ENDS = ("stem", "embed", "head")
 
 
 def scale_by_muon(
     *, b1: float, b2: float, stacked: Collection[str] | None, rules: Rules = ()
 ) -> optax.GradientTransformation:
-    """Muon for kernels, and Adam for all else: embeddings, norms, biases, and kernels in `ENDS`.
+    """Muon for kernels; Adam for embeddings, norms, biases, and kernels in `ENDS`.
 
-    Muon is Nesterov momentum of 0.95, then `orthogonalize`. Its updates are as large as Adam's are
-    (Liu et al. 2025), so that both share one learning rate and one weight decay. The
-    best rate need not be AdamW's: for a model of width 128 it was twice that.
+    Muon is Nesterov momentum of 0.95, then `orthogonalize`. Its updates are as large as Adam's (Liu
+    et al. 2025), so that both share one learning rate and one weight decay. The best rate can
+    differ from that of AdamW: for a model of width 128 it was twice as large.
 
-    What is one matrix goes by a kernel's name and shape, after the axis of layers if it has one:
+    The name and shape of a kernel, after its axis of layers if it has one, say which matrices it
+    consists of:
 
-      kernel [in, out]            all of it; queries, keys and values are one: which columns are
-                                  whose is not known here, and a small language model that took
-                                  each on its own ended at the same loss
-      kernel [in, parts, out]     each part: the gate and the value of a SwiGLU
-      kernel [h, w, in, out]      a convolution, as [h * w * in, out]
-      ..._kernel [experts, ...]   that of each expert
+      kernel [in, out]            one matrix. Queries, keys and values count as one, because their
+                                  columns are not known here; a small language model with each
+                                  on its own ended at the same loss
+      kernel [in, parts, out]     one matrix per part: the gate and the value of a SwiGLU
+      kernel [h, w, in, out]      a convolution: one matrix [h * w * in, out]
+      ..._kernel [experts, ...]   as above, for each expert
 
-    On a mesh each device has whole matrices of its own share of a stack's layers (or a kernel's
-    experts), for one exchange of the momentum before and one of the update after: no product needs
-    another device. A kernel that is one matrix alone, as in lockstep, is gathered, and every
-    device does the same. Devices along "data" do the same, too.
+    On a mesh the layers of a stack (or the experts of a kernel) are dealt out to the devices, so
+    that each has whole matrices and no product needs another device. This takes one all-to-all of
+    the momentum before and one of the update after. A kernel of a single matrix, as in lockstep, is
+    all-gathered and every device computes the same. Devices along "data" always compute the same.
 
-    b1, b2: Adam's. stacked: as of `make_optimizer`. rules: how parameters lie on a mesh.
+    b1, b2: for Adam.
+    stacked: see `make_optimizer`.
+    rules: how the parameters are split over a mesh.
 
-    Memory: one moment of each kernel where Adam has two. Arithmetic: 20 m^2 n + 10 m^3 operations
-    for a matrix [m, n], m <= n: at most 5 m / tokens of the 6 m n tokens that a step computes with
-    it. They are done in the gradient's dtype, float32, where the authors take bfloat16. On GPUs and
-    TPUs that costs memory traffic but no time in the products, which JAX's default precision
-    computes in TF32 and bfloat16; `jax_default_matmul_precision` changes that.
+    Memory: one moment per kernel, where Adam has two. Arithmetic: 20 m^2 n + 10 m^3 operations for
+    a matrix [m, n], m <= n, which is at most 5 m / tokens of the 6 m n tokens that a training step
+    computes with it. Products are in the dtype of the gradient, float32, where the authors take
+    bfloat16. On GPUs and TPUs this costs memory traffic but no time in the products, which JAX's
+    default precision computes in TF32 and bfloat16; `jax_default_matmul_precision` changes that.
 
     Raises ValueError for a kernel of any other shape.
     """
@@ -76,11 +79,11 @@ def scale_by_muon(
 
 
 def orthogonalize(x: jax.Array) -> jax.Array:
-    """Each matrix [..., in, out] with all singular values near 1, times 0.2 sqrt(max(in, out)).
+    """Brings all singular values of each matrix [..., in, out] near 0.2 sqrt(max(in, out)).
 
-    Five Newton-Schulz iterations with coefficients that bring small singular values up fast, and
-    all of them to within about 0.3 of 1 (Jordan et al. 2024). The factor makes the root mean square
-    of the elements about 0.2. Zeros stay zeros.
+    Five Newton-Schulz iterations bring them to within about 0.3 of 1, with coefficients that raise
+    small singular values fast (Jordan et al. 2024). The factor then makes the root mean square of
+    the elements about 0.2. Zeros stay zeros.
     """
     tall = x.shape[-2] > x.shape[-1]
     x = jnp.swapaxes(x, -1, -2) if tall else x
@@ -99,7 +102,7 @@ def _is_hidden_kernel(path, stacked):
 
 
 def _orthogonal_on_mesh(path, leaf, stacked, rules):
-    """`_orthogonal`, where parts of matrices lie on several devices."""
+    """`_orthogonal` on a mesh, where matrices may be split over several devices."""
     layers = stacked is not None and _name(path[:1]) in stacked
     leading = layers + (_name(path[-1:]) != "kernel")  # axes of layers, of experts
     mesh = jax.sharding.get_abstract_mesh()
@@ -108,7 +111,8 @@ def _orthogonal_on_mesh(path, leaf, stacked, rules):
     cuts = [(axis, dim) for dim, axis in enumerate(split) if axis and extent(axis, sizes) > 1]
     if not cuts:
         return _orthogonal(leaf, leading)
-    # By hand, so that no compiler splits the products or gathers what it could exchange.
+    # With shard_map, because the compiler might split the products, or use an all-gather in place
+    # of the all-to-all.
     compute = _exchanged if leading else _gathered
     one = functools.partial(compute, cuts, functools.partial(_orthogonal, leading=leading))
     mapped = jax.shard_map(one, in_specs=split, out_specs=split, check_vma=False)
@@ -120,7 +124,7 @@ def _orthogonal_on_mesh(path, leaf, stacked, rules):
 
 
 def _exchanged(cuts, function, part):
-    """Each device has some of the first axis, whole, in place of a part of everything."""
+    """Applies `function` between two all-to-alls, so that each device has whole layers in it."""
     for axis, dim in cuts:
         part = lax.all_to_all(part, axis, 0, dim, tiled=True)
     part = function(part)
@@ -130,7 +134,7 @@ def _exchanged(cuts, function, part):
 
 
 def _gathered(cuts, function, part):
-    """Every device has everything, and keeps its part of the result."""
+    """Applies `function` after an all-gather; each device keeps its own part of the result."""
     whole = part
     for axis, dim in cuts:
         whole = lax.all_gather(whole, axis, axis=dim, tiled=True)
@@ -142,7 +146,7 @@ def _gathered(cuts, function, part):
 
 
 def _orthogonal(leaf, leading):
-    """A kernel with each of its matrices, which come after so many leading axes, orthogonalized."""
+    """Orthogonalizes each matrix of a kernel. leading: number of axes of layers and experts."""
     dims = leaf.ndim - leading
     if dims == 2:
         return orthogonalize(leaf)

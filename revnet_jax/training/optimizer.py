@@ -13,7 +13,7 @@ from revnet_jax.models.partition import Rules
 from revnet_jax.training.muon import scale_by_muon
 from revnet_jax.training.rounding import MOMENTS, rounded
 
-SCHEDULES_WITHOUT_END = ("constant", "piecewise")  # whose rates do not depend on num_steps
+SCHEDULES_WITHOUT_END = ("constant", "piecewise")  # their rates do not depend on num_steps
 
 
 def make_schedule(
@@ -25,11 +25,12 @@ def make_schedule(
     boundaries: Sequence[int],
     factor: float,
 ) -> optax.Schedule:
-    """The learning rate as a function of the step.
+    """Returns the learning rate as a function of the step.
 
-    name: "constant"; "cosine" (from the peak to 0 at `num_steps`); or "piecewise" (multiplied by
-      `factor` at each of `boundaries`, in steps).
-    warmup_steps: linear, from 0 to the peak `learning_rate`; counted within the schedule's steps.
+    name: "constant"; "cosine" (decays from the peak to 0 at `num_steps`); or "piecewise"
+      (multiplied by `factor` at each of `boundaries`, in steps).
+    warmup_steps: steps of linear warm-up from 0 to the peak `learning_rate`. They are part of
+      `num_steps` and do not shift the boundaries.
     """
     if not 0 <= warmup_steps < num_steps:
         raise ValueError(
@@ -76,22 +77,27 @@ def make_optimizer(
     stacked: Collection[str] | None,
     rules: Rules = (),
 ) -> optax.GradientTransformation:
-    """ "sgd" with momentum, where weight decay is an L2 penalty in the gradient, as in the ResNet
-    papers; "adamw" (Loshchilov & Hutter 2019, arXiv:1711.05101), "lion" (Chen et al. 2023,
-    arXiv:2302.06675) or "muon" (see `scale_by_muon`, which momentum and nesterov do not change),
-    where it is decoupled.
+    """Builds one of the package's optimizers, with clipping and narrow moments.
 
-    Only leaves named "kernel", or "up_kernel" and the like (convolutions and dense layers), decay;
-    biases, normalisations and embeddings do not.
+    Weight decay applies only to leaves whose names end in "kernel" (convolutions and dense layers),
+    not to biases, normalisations and embeddings.
 
-    clip_norm: largest L2 norm of a gradient, before everything else; 0 for any.
-    clip: whose norm: "global", of all parameters; or "layer", of each layer on its own.
-    state_dtype: "float32"; or "bfloat16", "float8" to keep moments in a half or a quarter of the
-      memory (see `rounded`).
-    param_dtype: of those parameters that are narrowed: float32, or bfloat16, rounded likewise.
-    stacked: the groups of parameters whose leaves have a leading axis of layers; None for an
-      optimizer of a single layer's tree.
-    rules: how a model's parameters are split over a mesh; "muon" needs them on one.
+    Args:
+      schedule: the learning rate as a function of the step.
+      name: "sgd" with momentum, where weight decay is an L2 penalty in the gradient, as in the
+        ResNet papers; or, with decoupled weight decay, "adamw" (Loshchilov & Hutter 2019,
+        arXiv:1711.05101), "lion" (Chen et al. 2023, arXiv:2302.06675) or "muon" (see
+        `scale_by_muon`).
+      momentum, nesterov: only for "sgd".
+      b1, b2: for "adamw", "lion", and the parameters that "muon" leaves to Adam.
+      clip_norm: the largest L2 norm of a gradient, before everything else; 0 does not clip.
+      clip: "global" clips the norm of all parameters, "layer" that of each layer on its own.
+      state_dtype: of moments: "float32", or "bfloat16" or "float8" for a half or a quarter of the
+        memory (see `rounded`).
+      param_dtype: of kernels and embeddings: float32, or bfloat16 with stochastic rounding.
+      stacked: the groups of parameters whose leaves have a leading axis of layers; None for an
+        optimizer of the tree of a single layer.
+      rules: how the parameters are split over a mesh; only "muon" needs them.
     """
     decay = {"weight_decay": weight_decay, "mask": is_kernel}
     if name == "sgd":
@@ -130,7 +136,7 @@ def completed(
     param_dtype: Any,
     stacked: Collection[str] | None,
 ) -> optax.GradientTransformation:
-    """Any optimizer, with clipping before it and narrow moments: arguments of `make_optimizer`."""
+    """Adds clipping and narrow moments to any optimizer. Arguments: see `make_optimizer`."""
     if clip not in ("global", "layer") or clip_norm < 0:
         raise ValueError(
             f"got clip={clip!r}, clip_norm={clip_norm}, expected global or layer, >= 0"
@@ -148,7 +154,7 @@ def completed(
 
 
 def _promoting(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same for whoever has JAX refuse to mix dtypes, as optax's adamw does."""
+    """Lets an optimizer mix dtypes, as adamw of optax does, under strict dtype promotion too."""
 
     def update(grads, state, params=None):
         with jax.numpy_dtype_promotion("standard"):
@@ -158,9 +164,9 @@ def _promoting(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
 
 
 def clip_by_layer_norm(max_norm: float, stacked: Collection[str]) -> optax.GradientTransformation:
-    """Scales the gradient of each layer, and of each group that is none, to a norm of at most this.
+    """Clips the gradient of each layer, and of each group without layers, to a norm of `max_norm`.
 
-    For gradients that are a dictionary of groups; see `make_optimizer`.
+    Gradients are a dictionary of groups. stacked: see `make_optimizer`.
     """
     clip = optax.clip_by_global_norm(max_norm)
 
@@ -176,7 +182,7 @@ def clip_by_layer_norm(max_norm: float, stacked: Collection[str]) -> optax.Gradi
 
 
 def is_kernel(params: Any) -> Any:
-    """A tree of bools: which leaves are kernels, by name."""
+    """A tree of bools that says which leaves are kernels, by name."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: jax.tree_util.keystr(path[-1:], simple=True).endswith("kernel"), params
     )

@@ -1,4 +1,4 @@
-"""The training step of a config as a program to be compiled, for devices that need not be there."""
+"""The training step of a config as a program, which can be compiled for absent devices too."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from revnet_jax.training.task import Batch, Task
 
 
 class StepProgram(NamedTuple):
-    """`step(state, batch)` as it trains, and the shapes and placement of what it takes.
+    """The jitted training step, and the shapes and shardings of its arguments.
 
-    init: `() -> state`, or `(variables) -> state` with these for weights, to be jitted. step:
-      jitted, its state donated; to look at what is compiled: `step.lower(state, batch).compile()`.
+    init: `() -> state`, or `(variables) -> state` that starts from given weights; not jitted.
+    step: jitted `(state, batch) -> (state, metrics)` with the state donated. To see the compiled
+      program: `step.lower(state, batch).compile()`.
+    state, batch: shapes and shardings.
     """
 
     task: Task
@@ -35,10 +37,10 @@ class StepProgram(NamedTuple):
 def step_program(
     config: ConfigDict, devices: Sequence[jax.Device], stored_layers: int | None = None
 ) -> StepProgram:
-    """The step of `config`, split over a mesh of the devices as the config says.
+    """Builds the step of `config`, split over a mesh of the devices as the config says.
 
-    devices: of one kind; those of a topology (`jax.experimental.topologies`) will do.
-    stored_layers: in place of the config's.
+    devices: all of one kind. They may be those of a topology (`jax.experimental.topologies`).
+    stored_layers: replaces the setting of the config.
 
     Nothing is computed. Raises ConfigError for settings that cannot be used.
     """
@@ -46,7 +48,8 @@ def step_program(
     init = functools.partial(init_state, task.network, optimizer, config.seed)
     step = make_train_step(task, optimizer, schedule, microbatches=config.microbatches)
     state = placed(init, task.network.rules, mesh)
-    # What `jit` asks of the compiler on CPU, other compilers do not know.
+    # `jit` passes compiler options by the default backend, which may be a CPU while the devices
+    # are those of a topology. Other compilers reject the options of the CPU compiler.
     step = jit_step(step, mesh, state, jit if devices[0].platform == "cpu" else jax.jit)
     batch = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=batch_sharding(mesh))
@@ -58,7 +61,7 @@ def step_program(
 def recipe_on(
     config: ConfigDict, devices: Sequence[jax.Device], stored_layers: int | None = None
 ) -> tuple[Recipe, Mesh]:
-    """What is trained, and the mesh of devices that it is split over; arguments: `step_program`.
+    """Returns what is trained, and the mesh it is split over. Arguments: see `step_program`.
 
     The step is not traced. Raises ConfigError for settings that cannot be used.
     """
@@ -71,10 +74,10 @@ def recipe_on(
 def jit_step(
     step: Callable[..., Any], mesh: Mesh, state: Any, jit: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """The step on a mesh, jitted: its state is donated, and lies afterwards where it lay before.
+    """Jits a step on a mesh. Its state is donated, and returned with the same shardings.
 
-    state: shapes and placement, as of `placed`. Left to itself the compiler may place what a step
-    returns in another way, and the next step would be compiled anew.
+    state: shapes and shardings, from `placed`. Without fixed output shardings the compiler may
+      choose others, and the next step would be compiled again.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jit(on_mesh(step, mesh), donate_argnums=0, out_shardings=(shardings, None))

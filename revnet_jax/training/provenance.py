@@ -1,4 +1,4 @@
-"""How, where and with what a program was started."""
+"""Provenance: the command, host, devices and package versions of a start."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PACKAGES = (
 
 
 def describe_start() -> dict[str, Any]:
-    """How, where and with what this process was started."""
+    """The command, host, devices and package versions that this process was started with."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "host": socket.gethostname(),
@@ -49,7 +49,7 @@ def describe_start() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Of the packages that a run's figures may depend on; None for one that is not installed."""
+    """Versions of the packages that results may depend on; None for one that is not installed."""
     found: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
@@ -60,14 +60,14 @@ def versions() -> dict[str, str | None]:
 
 
 def _config_file() -> str | None:
-    """What `--config` was given; None where there is no such flag, as in a notebook."""
+    """The value of `--config`; None if it is not given or not defined, as in a notebook."""
     flag = flags.FLAGS["config"] if "config" in flags.FLAGS else None  # noqa: SIM401
     return getattr(flag, "config_filename", None) if flag is not None and flag.present else None
 
 
 @functools.cache
 def git_commit() -> str | None:
-    """The commit this runs from, "-dirty" where files differ from it; None outside git."""
+    """The git commit of the package, with "-dirty" if files differ from it; None outside git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         folder = Path(__file__).parent

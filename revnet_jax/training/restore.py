@@ -1,4 +1,4 @@
-"""A trained model from the folder of its run."""
+"""Loads a trained model from the folder of its run, and evaluates it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Which = Literal["newest", "best"]
 
 
 class Restored(NamedTuple):
-    """data: what the run recorded of its data."""
+    """A model loaded from a checkpoint of `step`. data: the run's record of its data."""
 
     config: ConfigDict
     task: Task
@@ -39,15 +39,15 @@ class Restored(NamedTuple):
 
 
 def restore_run(workdir: Path, which: Which = "newest") -> Restored:
-    """The variables in a checkpoint of a run; changes nothing in its folder.
+    """Loads the variables in a checkpoint of a run; changes nothing in its folder.
 
-    Whatever mesh it was trained on, weights are split over all devices that are here now.
+    Weights are split over all devices that are here now, for any mesh it was trained on.
 
-    Raises UserError in one line: no run or no checkpoint there.
+    Raises UserError if there is no run or no checkpoint.
     """
     config = load_config(workdir)
     if "attention" in config.model:
-        config.model.attention = "auto"  # the run may have been on other devices
+        config.model.attention = "auto"  # the run may have used other devices
     task = build_recipe(config).task
     init = lambda: TrainState.of_variables(task.network.init(jax.random.key(config.seed)))
     if not (workdir / "checkpoints").exists():
@@ -69,17 +69,17 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Evaluates a checkpoint of a run as the run itself does; changes nothing in its folder.
 
-    data_dir: where the data are, if not where they were in training. A line on stderr says so where
-      they are not those that the run recorded; the scores are of what is there.
+    data_dir: where the data are now, if not where they were in training. If they differ from what
+      the run recorded, a line on stderr says so, and the scores are those of the new data.
 
-    Raises UserError in one line: no run or no checkpoint there, data missing or of another
+    Raises UserError if there is no run or no checkpoint, or if the data are missing or have another
     vocabulary.
     """
     config = load_config(workdir)
     if data_dir is not None:
         config.data.dir = data_dir
     mesh = all_fsdp()
-    # Batches are padded anyway: rounded up, any number of devices can share them.
+    # Rounded up to a multiple of the devices. Test batches are padded, so scores do not change.
     parts = batch_parts(mesh)
     batch_size = -(-config.eval_batch_size // parts) * parts
     data = build_data(config, mesh, batch_size)
@@ -99,5 +99,5 @@ def evaluate_run(
 
 
 def all_fsdp() -> Mesh:
-    """A mesh for every model and any number of devices."""
+    """A mesh of all devices along "fsdp", which works for every model and number of devices."""
     return make_mesh(jax.devices(), data=1, fsdp=-1)

@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 from revnet_jax.config import ConfigError, flatten
 from revnet_jax.training.optimizer import SCHEDULES_WITHOUT_END
 
-# Hosts of one run have their own of these; all else they must agree on.
+# Settings that may differ between the hosts of one run. All others must agree.
 PER_HOST = ("data.dir", "data.verify_images", "data.num_threads", "data.prefetch")
-# What changes the memory and the time of a step: the same arithmetic, at most in another order.
+# Settings of memory and speed. The arithmetic stays the same, at most in another order.
 COST = (
     "memory_limit_gib",
     "mesh.data",
@@ -27,7 +27,7 @@ COST = (
     "model.stored_layers",
     "model.unroll",
 )
-# How long a run is, and how closely it is watched.
+# Settings of how long a run is, and how often it is logged, evaluated and saved.
 WATCHED = (
     "checkpoint_every_steps",
     "data.eval_batches",
@@ -43,16 +43,16 @@ MAY_CHANGE = frozenset((*PER_HOST, *COST, *WATCHED))
 
 
 class Change(NamedTuple):
-    """A setting's value before a run is resumed, and after."""
+    """The value of a setting before a run is resumed, and after."""
 
     was: Any
     now: Any
 
 
 def changed_settings(config: ConfigDict, before: ConfigDict, workdir: Path) -> dict[str, Change]:
-    """The settings, by dotted key, in which `config` differs from that of the run in `workdir`.
+    """The settings, by dotted key, that differ between `config` and the config `before`.
 
-    Raises ConfigError, in one line that names them all, for those that define the run.
+    Raises ConfigError, in one line that names them all, if some of them must not change.
     """
     now, was = flatten(config), flatten(before)
     changes = {
@@ -88,7 +88,10 @@ def _check_num_steps(config: ConfigDict, change: Change, workdir: Path) -> None:
 
 
 def _check_evaluated_windows(config: ConfigDict, before: ConfigDict, workdir: Path) -> None:
-    """Scores of one run, by which its best checkpoint is found, are of the same examples."""
+    """Raises ConfigError if the number of evaluated sequences would change.
+
+    All scores of a run must be on the same sequences, because they rank its checkpoints.
+    """
     if "eval_batches" not in config.data:
         return
     got, expected = (c.data.eval_batches * c.eval_batch_size for c in (config, before))

@@ -1,4 +1,4 @@
-"""Training in 16 and 8 bits: parameters and moments that are rounded up or down at random."""
+"""Low-precision training: parameters and moments in 16 or 8 bits, with stochastic rounding."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ MOMENTS = ("float32", "bfloat16", "float8")
 
 
 class RoundedState(NamedTuple):
-    """An optimizer's state between steps.
+    """The state of an optimizer between steps.
 
-    count: updates so far, int32. inner: the state, its floats narrowed. scales: None, or for float8
-    a tree like `inner`, with None for what has no scales. In trees of their own, values and scales
-    have paths that end in the name of their parameter, and lie on the devices where it lies.
+    count: updates so far, int32.
+    inner: the optimizer's own state, with its floats narrowed.
+    scales: None, or for float8 a tree like `inner`, with None for leaves without scales.
+
+    Values and scales are separate trees, so that the path of each leaf ends in the name of its
+    parameter. Sharding rules go by that path, so the leaf is sharded like its parameter.
     """
 
     count: jax.Array
@@ -37,20 +40,22 @@ class RoundedState(NamedTuple):
 def rounded(
     optimizer: optax.GradientTransformation, *, moments: str
 ) -> optax.GradientTransformation:
-    """The optimizer for bfloat16 parameters, which it rounds stochastically.
+    """Wraps an optimizer so that bfloat16 parameters and narrow moments are rounded stochastically.
 
-    Parameters of other dtypes are updated as the optimizer itself does.
+    It computes in float32; only what is kept from step to step is rounded. Rounding to nearest
+    would lose every change of less than 1 / 512 of a value (in float8, 1 / 32), such as a small
+    step of a weight, or the change of Adam's average of squares (b2 = 0.999). Parameters of other
+    dtypes are updated as by `optimizer` itself. Apply the updates with `apply_updates`.
 
-    moments: what the floats of its state, which start at 0, are kept in, rounded likewise:
-      "float32"; "bfloat16"; or "float8", which is for those of kernels and embeddings, in blocks
-      (see `compress`), the others in float32. Adam's average of squares, found by the name `nu` of
-      its field in optax's state, is kept as square roots.
+    moments: dtype of the floats of the optimizer's state, which must start at 0: "float32";
+      "bfloat16"; or "float8", for moments of kernels and embeddings, in blocks (see `compress`),
+      with the others in float32. Adam's average of squares, recognised by the field name `nu` in
+      optax's state, is then kept as square roots.
 
-    It computes in float32: only what is carried from step to step is rounded. Rounded to the
-    nearest, what moves by less than 1 / 512 of itself (in float8, 1 / 32) would not move at all: a
-    weight by a small step, Adam's average of squares (b2 = 0.999). A half, or a quarter, of the
-    memory, and of what an update reads and writes of it. Updates are to be applied by
-    `apply_updates`. Raises ValueError for other `moments`.
+    Cost: "bfloat16" takes a half, and "float8" a quarter, of the memory of the moments, and of what
+    an update reads and writes of them.
+
+    Raises ValueError for other `moments`.
     """
 
     def init(params):
@@ -62,6 +67,8 @@ def rounded(
         wide = None if params is None else widened(params)
         updates, inner = optimizer.update(widened(grads), _widen(state), wide)
 
+        # Returns the difference to the rounded parameter, so that `apply_updates`, which adds in
+        # float32, arrives at that parameter.
         def to_a_neighbour(update, param):
             if param.dtype != jnp.bfloat16:
                 return update
@@ -78,20 +85,20 @@ def rounded(
 
 
 def apply_updates(params: Any, updates: Any) -> Any:
-    """params + updates: added in the updates' dtype, returned in the parameters'."""
+    """params + updates, added in the dtype of the updates, returned in that of the parameters."""
     return jax.tree.map(lambda p, u: (p.astype(u.dtype) + u).astype(p.dtype), params, updates)
 
 
 def widened(tree: Any) -> Any:
-    """Its bfloat16 leaves in float32."""
+    """The tree with its bfloat16 leaves in float32."""
     widen = lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf
     return jax.tree.map(widen, tree)
 
 
 def _narrow(state: Any, moments: str, step: jax.Array | None) -> tuple[Any, Any]:
-    """(the state with its floats narrowed, the scales of those that have some).
+    """Returns the state with its floats narrowed, and the scales for float8, otherwise None.
 
-    step: None before the first, where moments are 0.
+    step: None before the first step, when all moments are 0.
     """
 
     def narrow(path, leaf):
@@ -113,7 +120,7 @@ def _narrow(state: Any, moments: str, step: jax.Array | None) -> tuple[Any, Any]
 
 
 def _widen(state: RoundedState) -> Any:
-    """The optimizer's own state, its floats in float32."""
+    """The inverse of `_narrow`: the optimizer's own state, with its floats in float32."""
 
     def widen(path, values, scales):
         return values if scales is None else expand(values, scales, squares=_are_squares(path))
@@ -124,5 +131,5 @@ def _widen(state: RoundedState) -> Any:
 
 
 def _are_squares(path: Any) -> bool:
-    """Whether a leaf belongs to Adam's `nu`, by the field of optax's state."""
+    """Whether a leaf belongs to Adam's average of squares, the field `nu` of optax's state."""
     return any(getattr(key, "name", None) == "nu" for key in path)

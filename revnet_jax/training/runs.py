@@ -1,4 +1,4 @@
-"""Runs side by side: final metrics of each config, over its seeds. Imports no JAX."""
+"""Compares runs: final metrics of each config, over its seeds. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from typing import Any
 
 from revnet_jax.errors import UserError
 
-# Settings that do not make another experiment of a run: its seed, and how its host reads and looks.
+# Settings by which runs of one experiment may differ: seed, data loading, logging and profiling.
 SAME = ("seed", "data.dir", "data.verify_images", "data.num_threads", "data.prefetch")
 SAME += ("profile.start_step", "profile.num_steps", "log_every_steps", "checkpoint_every_steps")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a workdir tells.
+    """What a workdir holds.
 
-    settings: by dotted key. rows: of metrics.jsonl. summary: of summary.json, {} before its end.
+    settings: by dotted key.
+    rows: the rows of metrics.jsonl.
+    summary: the content of summary.json, {} before the run has ended.
     """
 
     workdir: Path
@@ -32,11 +34,11 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """The last step that metrics tell of."""
+        """The last step in metrics.jsonl."""
         return self.rows[-1]["step"]
 
     def final(self, metric: str) -> float | None:
-        """The last value of a metric; of speeds and sizes, that of the summary; None without."""
+        """The last value of a metric in the rows, else that in the summary, else None."""
         values = [row[metric] for row in self.rows if metric in row]
         value = values[-1] if values else self.summary.get(metric)
         return None if value is None or metric == "step" else float(value)
@@ -44,7 +46,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seeds alone.
+    """Runs that differ only in settings of `SAME`, such as their seeds.
 
     settings: those that differ between groups.
     """
@@ -54,18 +56,18 @@ class Group:
 
     @property
     def label(self) -> str:
-        """Such as "learning_rate=0.1, backprop=store"."""
+        """The settings of the group, such as "learning_rate=0.1, backprop=store"."""
         last = [key.rpartition(".")[2] for key in self.settings]
         short = lambda key: key if last.count(name := key.rpartition(".")[2]) > 1 else name
         return ", ".join(f"{short(key)}={value}" for key, value in self.settings.items()) or "all"
 
 
 def find_runs(paths: Sequence[str], report: Callable[[str], None]) -> list[Run]:
-    """The runs of these workdirs, and of all workdirs in those that are folders of some.
+    """Reads the runs in `paths`, each a workdir or a folder of workdirs.
 
-    report: takes a line for a run in a folder that has no metrics yet.
+    report: takes a line for each run inside such a folder that has no metrics yet.
 
-    Raises UserError in one line: no run there, a named one without metrics, damaged files.
+    Raises UserError for a path without runs, a named run without metrics, and damaged files.
     """
     runs: dict[Path, Run] = {}
     for path in map(Path, paths):
@@ -97,8 +99,9 @@ def _workdirs(path: Path) -> Iterator[Path]:
 
 
 def read_run(workdir: Path) -> Run:
-    """Raises UserError: no config, no metrics, or a row that is none. Half a row at the end, which
-    a run leaves that is killed or still writes, is passed over.
+    """Reads a run from its workdir. An incomplete last row, of a killed or live run, is ignored.
+
+    Raises UserError for a missing config, missing metrics, and a damaged row.
     """
     config = _json(workdir / "config.json")
     if not isinstance(config.get("config"), dict):
@@ -140,7 +143,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
-    """The runs of each config, in the order of their settings."""
+    """Groups runs by their settings (except `SAME`), sorted by the settings that differ."""
     keys = dict.fromkeys(key for run in runs for key in run.settings if key not in SAME)
     values = lambda key: {json.dumps(run.settings.get(key)) for run in runs}
     differing = [key for key in keys if len(values(key)) > 1]
@@ -154,7 +157,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
 
 
 def chosen_metrics(runs: Sequence[Run], names: Sequence[str] | None) -> list[str]:
-    """These metrics, by default train_loss and all of evaluation; UserError for an unknown one."""
+    """`names`, or by default train_loss and all eval metrics. UserError for an unknown name."""
     logged = {name for run in runs for row in run.rows for name in row}
     numbers = (n for run in runs for n, x in run.summary.items() if isinstance(x, int | float))
     known = sorted(logged.union(numbers))
@@ -166,8 +169,10 @@ def chosen_metrics(runs: Sequence[Run], names: Sequence[str] | None) -> list[str
 
 
 def compare(groups: Sequence[Group], metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for each group: settings, runs, the fewest and most steps, and for each metric its
-    mean and spread (the standard deviation of a sample, null of one run), null where no run has it.
+    """Returns a row for each group: settings, number of runs, fewest and most steps, metrics.
+
+    A metric has its mean and its spread, the sample standard deviation. The spread is null for a
+    single run, and both are null if no run has the metric.
     """
     rows = []
     for group in groups:
@@ -192,7 +197,7 @@ def _finite(values):
 
 
 def as_table(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> str:
-    """Markdown."""
+    """Formats rows as a Markdown table."""
     keys = list(rows[0]["settings"])
     lines = [[*keys, "runs", "steps", *metrics], ["---"] * (len(keys) + 2 + len(metrics))]
     for row in rows:
@@ -211,7 +216,7 @@ def _cell(value):
 
 
 def draw(groups: Sequence[Group], metrics: Sequence[str], figure_class: Any) -> Any:
-    """A panel for each metric: a curve for each run, in the colour of its group."""
+    """Draws a panel for each metric, with a curve for each run in the colour of its group."""
     logged = {name for group in groups for run in group.runs for row in run.rows for name in row}
     shown = [name for name in metrics if name in logged]
     if not shown:

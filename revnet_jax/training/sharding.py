@@ -1,4 +1,7 @@
-"""A mesh of devices, and what lies where on it. `models/partition.py` says how models are split."""
+"""The mesh of devices, and the sharding of states and batches.
+
+`models/partition.py` says how models are split.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +30,11 @@ def mesh_sizes(
     tensor: int = 1,
     slices: int = 1,
 ) -> tuple[int, ...]:
-    """The sizes of a mesh along `AXES`; one may be -1: as many as are left.
+    """The sizes of a mesh along `AXES`. One of them may be -1: all devices that are left.
 
-    Raises ConfigError for sizes that do not make up the number of devices, or of slices.
+    slices: number of TPU slices; "data" must be a multiple of it.
+
+    Raises ConfigError if the product of the sizes is not the number of devices.
     """
     for name, count in (("devices", num_devices), ("slices", slices)):
         if count < 1:
@@ -59,13 +64,13 @@ def make_mesh(
     sequence: int = 1,
     tensor: int = 1,
 ) -> Mesh:
-    """The devices along the axes of `AXES`; sizes, and errors, as of `mesh_sizes`.
+    """Arranges devices along the axes of `AXES`. Sizes and errors: see `mesh_sizes`.
 
-    Neighbours on "tensor" are nearest to each other, then those on "sequence", then on "fsdp". Of
-    several TPU slices, each has whole copies of these: only "data" goes through the network between
-    them.
+    Neighbours along "tensor" are nearest to each other, then those along "sequence", then "fsdp".
+    With several TPU slices these three axes stay inside a slice, and only "data" uses the slower
+    network between slices.
     """
-    # GPUs count hosts as slices, but a collective takes them as they come.
+    # JAX reports each host of GPUs as a slice. That needs no hybrid mesh.
     on_tpu = devices[0].platform == "tpu"
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
     sizes = mesh_sizes(
@@ -82,7 +87,7 @@ def make_mesh(
 
 
 def on_mesh(function: Callable[..., Any], mesh: Mesh | AbstractMesh) -> Callable[..., Any]:
-    """The function, traced where `jax.sharding.get_abstract_mesh` says what mesh it runs on."""
+    """Sets the mesh that `jax.sharding.get_abstract_mesh` returns while `function` is traced."""
 
     @functools.wraps(function)
     def traced(*args):
@@ -93,10 +98,10 @@ def on_mesh(function: Callable[..., Any], mesh: Mesh | AbstractMesh) -> Callable
 
 
 def placed(init: Callable[[], Any], rules: Rules, mesh: Mesh) -> Any:
-    """The shapes of what `init` returns, and where they lie: what a checkpoint is restored to.
+    """The shapes and shardings of what `init` returns, as a checkpoint is restored to them.
 
-    rules: of the model, by the path of its parameters. What optimizers keep of a parameter has its
-    path after their own, and so lies with it.
+    rules: the model's sharding rules, by the path of a parameter. Paths in an optimizer's state end
+      in the path of the parameter, so moments are sharded like their parameter.
     """
 
     def place(path, leaf):
@@ -119,8 +124,8 @@ def batch_parts(mesh: Mesh | AbstractMesh) -> int:
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     """The rows of a global batch that this process's devices hold, ascending.
 
-    Neighbours in a mesh are neighbours on the wires, whichever host they are in, so these rows need
-    not be. Processes whose devices differ along "sequence" or "tensor" alone hold the same rows.
+    They need not be contiguous, because a mesh is ordered by the network of the devices and not by
+    host. Processes whose devices differ only along "sequence" or "tensor" hold the same rows.
     """
     held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held]))
@@ -132,7 +137,7 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     held = local_rows(mesh, parts)
 
     def put(array):
-        rows = len(array) // len(held)  # of a part
+        rows = len(array) // len(held)  # rows per part
 
         def part(index):
             at = rows * np.searchsorted(held, index[0].indices(rows * parts)[0] // rows)

@@ -18,11 +18,11 @@ Optimizer = optax.GradientTransformation | LockstepOptimizer
 
 
 class TrainState(NamedTuple):
-    """Everything that defines a run, besides its config.
+    """Everything that defines a run besides its config; what a checkpoint holds.
 
     step: updates made so far, int32.
     key: the run's PRNG key, for networks that draw random numbers in training.
-    exact_mismatches: elements of reconstructed chain inputs that ever differed, float32.
+    exact_mismatches: mismatches that the exactness check has found since step 0, float32.
     """
 
     step: jax.Array
@@ -33,14 +33,17 @@ class TrainState(NamedTuple):
 
     @classmethod
     def of_variables(cls, variables: Variables) -> TrainState:
-        """One with nothing else in it: what is read of a checkpoint to use the model."""
+        """Returns a state of the variables alone: what is read from a checkpoint to use a model."""
         return cls(None, variables, None, None, None)
 
 
 def init_state(
     network: Model, optimizer: Optimizer, seed: int, variables: Variables | None = None
 ) -> TrainState:
-    """The state before the first step. variables: to start from, in place of random ones."""
+    """Returns the state before the first step.
+
+    variables: weights to start from, instead of random ones.
+    """
     init_key, run_key = jax.random.split(jax.random.key(seed))
     if variables is None:
         variables = network.init(init_key)
@@ -56,16 +59,19 @@ def init_state(
 def make_train_step(
     task: Task, optimizer: Optimizer, schedule: optax.Schedule, *, microbatches: int = 1
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """The pure function `(state, batch) -> (state, metrics)`, to be jitted with a donated state.
+    """Returns the pure function `(state, batch) -> (state, metrics)`.
 
-    microbatches: parts of a batch whose gradients are added up, one part's activations in memory at
-      a time; batch statistics are of each part. Not with a `LockstepOptimizer`, which has no
-      gradients to add up.
+    It is meant to be jitted with the state donated, so that parameters and moments are updated in
+    place and do not exist twice.
 
-    Metrics are scalars: of the batch before the update, and the norm of all variables after it.
-    Where chains are reversed and checked, they include the run-time exactness check:
-    `exact_mismatches` (since the start of the run), `exact_max_difference`, and `grid_range_used`
-    (1.0 is where streams stop being exact).
+    microbatches: gradient accumulation: the number of parts that a batch is split into. Only the
+      activations of one part are in memory at a time, and batch statistics are taken over one
+      part. A `LockstepOptimizer` needs 1, because it keeps no gradients to add up.
+
+    Metrics are scalars: loss and gradient norm of the batch before the update, and the norm of all
+    variables after it. If chains are reversed and checked, they include the run-time exactness
+    check: `exact_mismatches` (since the start of the run), `exact_max_difference`, and
+    `grid_range_used` (from 1.0 on, streams are no longer exact).
     """
 
     network = task.network
@@ -88,6 +94,9 @@ def make_train_step(
     def in_lockstep(params, opt_state, stats, batch, key):
         update, carried = optimizer.start(params, opt_state)
 
+        # Cotangents are the only way out of a backward pass, so the sweep returns new parameters
+        # as the cotangent of `params`, and new optimizer state as that of `carried`. `finish`
+        # tells these apart from ordinary gradients.
         def loss(params, probes, carried):
             return loss_fn(params, probes, Lockstep(update, carried), stats, batch, key)
 
@@ -116,7 +125,7 @@ def make_train_step(
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "gradient_norm": gradient_norm,
             **checked,
-            # Of everything that the next step or a checkpoint would carry on.
+            # Not finite if anything that goes into the next step or a checkpoint is not.
             "variables_norm": optax.tree.norm(widened(variables)),
         }
         new_state = TrainState(state.step + 1, variables, opt_state, state.key, mismatches)
@@ -133,15 +142,16 @@ def accumulate(
     key: jax.Array,
     microbatches: int,
 ) -> Any:
-    """What `gradient(params, stats, batch, key)` returns, from one part of the batch after another.
+    """Gradient accumulation: what `gradient(params, stats, batch, key)` returns, part by part.
 
-    gradient: `-> ((loss, (stats, others)), (grads, exactness))`, all of them means over examples.
+    gradient: `-> ((loss, (stats, others)), (grads, exactness))`, where loss, others and grads are
+      means over examples.
     """
     if microbatches == 1:
         return gradient(params, stats, batch, key)
 
     def parts(array):
-        # Every device has a share of each part, where it has one of the batch.
+        # Strided, not contiguous: every device keeps a share of each part, without communication.
         split = array.reshape(-1, microbatches, *array.shape[1:])
         return jnp.swapaxes(split, 0, 1)
 
@@ -159,7 +169,7 @@ def accumulate(
 
 
 def _check(exactness, mismatches, grid):
-    """The mismatches up to this step, and the metrics of its exactness check if there was one."""
+    """Returns the mismatches up to this step, and the metrics of its exactness check, if any."""
     if exactness is None:
         return mismatches, {}
     chains = list(exactness.values())

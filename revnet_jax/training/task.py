@@ -1,4 +1,4 @@
-"""What a training step asks of a model: a loss of a batch, and what evaluation sums up."""
+"""Tasks: the loss of a batch for training, and the weighted sums that evaluation adds up."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Sums = dict[str, jax.Array]
 
 
 class Task(ABC):
-    """What a network is to learn: from a batch to a loss, and to what evaluation sums up.
+    """What a network is trained for: its loss on a batch, and its scores in evaluation.
 
-    network: the model; the task alone calls what is not in the `Model` protocol.
-    best: the score that the best checkpoint has, and whether it is the "max" or the "min".
-    unit: what `units` counts: speeds are in these.
+    network: the model. Only the task calls methods that are not in the `Model` protocol.
+    best: the score that ranks checkpoints, and whether the best has the "max" or the "min" of it.
+    unit: what `units` counts; speeds are reported in units per second.
     """
 
     network: Model
@@ -41,41 +41,43 @@ class Task(ABC):
         probes: dict[str, Exactness] | None,
         lockstep: Lockstep | None,
     ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
-        """(the mean over the batch, (new running averages, other means over the batch)).
+        """Returns (mean loss over the batch, (new running averages, other means over the batch)).
 
-        key: of all that training draws. probes, lockstep: for `chain`, by way of the network.
-        Without running averages, the new ones are `variables.stats`.
+        key: PRNG key of everything random in training.
+        probes, lockstep: passed on to `chain` by the network.
+
+        A task without running averages returns `variables.stats`.
         """
 
     @abstractmethod
     def sums(self, variables: Variables, batch: Batch) -> Sums:
-        """Weighted sums over a test batch: of the weights, as "count", and of "loss" and others."""
+        """Weighted sums over a test batch of "loss" and others, and the total weight as "count"."""
 
     @abstractmethod
     def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Of a training batch; a test batch has a "weight" too, 0 where it is filled up."""
+        """Shapes of a training batch. A test batch has a "weight" too, 0 for padding."""
 
     def scores(self, means: Mapping[str, float]) -> dict[str, float]:
-        """What evaluation reports, from the means: `eval_loss` (nats), `eval_accuracy`."""
+        """Turns means over the test split into scores: `eval_loss` (nats), `eval_accuracy`."""
         return {f"eval_{name}": mean for name, mean in means.items()}
 
     def units(self, batch_size: int) -> int:
-        """How many are in a batch."""
+        """The number of units (see `unit`) in a batch of this size."""
         return batch_size
 
     def of_data(self, record: Mapping[str, Any]) -> Task:
-        """This task, knowing what `Data` records; itself where it needs to know nothing."""
+        """Returns this task with what it needs from the record of the data; by default, itself."""
         return self
 
 
 @dataclass(frozen=True)
 class Classification(Task):
-    """Images and labels: cross entropy.
+    """Image classification by cross entropy.
 
-    label_smoothing: share of the target spread over all classes, in training.
-    mixup: each training image is mixed with another of the batch, in a proportion drawn from
-      Beta(mixup, mixup) for the batch, and its loss with that of the other's label (Zhang et al.
-      2017, arXiv:1710.09412); 0 for none.
+    label_smoothing: share of the target that is spread over all classes, in training.
+    mixup: each training image is mixed with another of the batch, and its loss with the loss for
+      the other's label. The proportion is drawn from Beta(mixup, mixup), once per batch (Zhang et
+      al. 2017, arXiv:1710.09412). 0 turns it off.
     """
 
     network: Network | RevViT
@@ -92,7 +94,7 @@ class Classification(Task):
         probes: dict[str, Exactness] | None,
         lockstep: Lockstep | None,
     ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
-        """(the mean over the batch, (new running averages, other means over the batch))."""
+        """Cross entropy in nats and the batch's accuracy: see `Task.loss`."""
         mix_key, model_key = jax.random.split(key)
         image_BHWC, label_B = batch["image"], batch["label"]
         if self.mixup:
@@ -108,7 +110,7 @@ class Classification(Task):
         return loss, (stats, {"train_accuracy": jnp.mean(is_correct(logits_BV, label_B))})
 
     def sums(self, variables: Variables, batch: Batch) -> Sums:
-        """Over what has weight in the batch: the weights, as "count", and what they weigh."""
+        """Weighted sums of loss and accuracy, and the total weight as "count"."""
         logits_BV, _ = self.network.apply(variables, batch["image"], train=False)
         weight_B = batch["weight"]
         return {
@@ -118,7 +120,7 @@ class Classification(Task):
         }
 
     def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Of a training batch."""
+        """Shapes of a training batch."""
         images = (batch_size, *self.network.architecture.image_shape)
         return {
             "image": jax.ShapeDtypeStruct(images, jnp.float32),
@@ -128,10 +130,11 @@ class Classification(Task):
 
 @dataclass(frozen=True)
 class NextToken(Task):
-    """Text: the likelihood of each token given those before it.
+    """Language modelling: the likelihood of each token given the tokens before it.
 
-    context: tokens of a sequence. balance: weight of the balance loss of experts.
-    bytes_per_token: of the test split, for bits per byte; None before the data are known.
+    context: tokens in a sequence.
+    balance: weight of the load-balancing loss of a mixture of experts.
+    bytes_per_token: mean over the test split, for bits per byte; None before the data are known.
     """
 
     network: LanguageModel
@@ -141,7 +144,7 @@ class NextToken(Task):
     unit: ClassVar[str] = "tokens"
 
     def of_data(self, record: Mapping[str, Any]) -> NextToken:
-        """Knowing what `Data` records of the text."""
+        """Returns this task with the bytes per token that `Data` recorded."""
         return replace(self, bytes_per_token=record["bytes_per_token"])
 
     def loss(
@@ -153,7 +156,7 @@ class NextToken(Task):
         probes: dict[str, Exactness] | None,
         lockstep: Lockstep | None,
     ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
-        """As `Classification.loss`; `train_nll` is in nats a token."""
+        """Negative log-likelihood in nats per token, plus the balance loss: see `Task.loss`."""
         nll, aux = self.network.loss(
             variables,
             batch["token"],
@@ -169,13 +172,13 @@ class NextToken(Task):
         return nll + self.balance * balance, (variables.stats, metrics)
 
     def sums(self, variables: Variables, batch: Batch) -> Sums:
-        """As `Classification.sums`."""
+        """The weighted sum of the loss, and the total weight as "count"."""
         count = jnp.sum(batch["weight"])
         mean, _ = self.network.loss(variables, batch["token"], batch["target"], batch["weight"])
         return {"loss": mean * count, "count": count}
 
     def scores(self, means: Mapping[str, float]) -> dict[str, float]:
-        """`eval_loss` (nats a token), `eval_perplexity`, and `eval_bits_per_byte` where known."""
+        """`eval_loss` (nats per token), `eval_perplexity`, and `eval_bits_per_byte` if known."""
         loss = means["loss"]
         found = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
         if self.bytes_per_token:
@@ -183,11 +186,11 @@ class NextToken(Task):
         return found
 
     def units(self, batch_size: int) -> int:
-        """Tokens."""
+        """The number of tokens in a batch."""
         return batch_size * self.context
 
     def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Of a training batch."""
+        """Shapes of a training batch."""
         tokens = jax.ShapeDtypeStruct((batch_size, self.context), jnp.int32)
         return {"token": tokens, "target": tokens}
 
@@ -197,7 +200,7 @@ def cross_entropy(
 ) -> jax.Array:
     """Negative log-likelihood in nats, [B].
 
-    label_smoothing: share of the target spread over all classes (Szegedy et al. 2016,
+    label_smoothing: share of the target that is spread over all classes (Szegedy et al. 2016,
       arXiv:1512.00567, section 7).
     """
     if label_smoothing == 0:
@@ -207,5 +210,5 @@ def cross_entropy(
 
 
 def is_correct(logits_BV: jax.Array, label_B: jax.Array) -> jax.Array:
-    """1.0 where the largest logit is the label's, [B]."""
+    """Returns 1.0 where the largest logit is that of the label, else 0.0, [B]."""
     return (jnp.argmax(logits_BV, axis=-1) == label_B).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""A trace of some training steps, for TensorBoard's profile plugin or xprof."""
+"""Profiling: a trace of some training steps, for TensorBoard's profile plugin or xprof."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from revnet_jax.errors import writing
 
 
 class Trace:
-    """Records steps `start_step` to `start_step + num_steps - 1` in `folder`; a context.
+    """A context that traces steps `start_step` to `start_step + num_steps - 1` into `folder`.
 
-    Operations carry the names of what they belong to: forward, rewind (or backward), update, stem,
-    transition, head. Each of several processes records its own devices, in `folder/process_N`.
+    Operations are named by the part of the step they belong to: forward, rewind (or backward),
+    update, stem, transition, head. With several processes each records its own devices, in
+    `folder/process_N`.
     """
 
     def __init__(self, folder: Path, *, start_step: int, num_steps: int, last_step: int):
@@ -36,14 +37,14 @@ class Trace:
     def before(self, step: int) -> None:
         """Call before a step is dispatched."""
         if self._steps and step == self._steps[0]:
-            # A trace is named after its host, which may have several processes.
+            # JAX names a trace after its host, so processes of one host would overwrite each other.
             of_several = jax.process_count() > 1
             own = f"process_{jax.process_index()}" if of_several else ""
             jax.profiler.start_trace(str(self._folder / own))
             self._tracing = True
 
     def after(self, step: int, results: Any) -> None:
-        """Call after it: waits for `results` at the end of the trace, and never else."""
+        """Call after a step is dispatched. Waits for `results`, only at the end of the trace."""
         if self._tracing and step == self._steps[-1]:
             jax.block_until_ready(results)
             self._stop()
@@ -54,5 +55,5 @@ class Trace:
             with writing(self._folder):
                 try:
                     jax.profiler.stop_trace()
-                except jax.errors.JaxRuntimeError as error:  # of what it could not write
+                except jax.errors.JaxRuntimeError as error:  # raised if the trace cannot be written
                     raise OSError(str(error).partition("\n")[0]) from error

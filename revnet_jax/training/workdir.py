@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, and what it tells about itself."""
+"""The folder of a run: claiming it for a config, and reading and writing its files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from revnet_jax.training.resume import Change, changed_settings
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Keeps other runs out of `workdir`, which is made if missing, while the context is open."""
+    """Locks `workdir`, created if missing, against other runs while the context is open."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -32,13 +32,13 @@ def locked(workdir: Path) -> Iterator[None]:
 
 
 def claim(workdir: Path, config: ConfigDict, data: Mapping[str, Any]) -> dict[str, Change]:
-    """Makes `workdir` this config's: writes config.json, or checks that it holds the same run.
+    """Claims `workdir` for a config: writes config.json, or checks that it holds the same run.
 
-    data: what is to be recorded of the data.
+    data: the record of the data, for config.json.
 
-    Returns the settings that changed, as `check_same`.
+    Returns the settings that changed, like `check_same`.
 
-    Raises ConfigError, and changes nothing, where the folder holds another config's run.
+    Raises ConfigError, and changes nothing, if the folder holds a run of another config.
     """
     path = workdir / "config.json"
     checkpoints, metrics = workdir / "checkpoints", workdir / "metrics.jsonl"
@@ -47,7 +47,7 @@ def claim(workdir: Path, config: ConfigDict, data: Mapping[str, Any]) -> dict[st
             f"{workdir} holds a run but no config.json to compare with: bring it back, or "
             f"choose another --workdir, where --config.init_from={workdir} starts from its weights"
         )
-    # A run that failed before its first step, for want of memory perhaps, may be mended freely.
+    # A run that failed before its first step, out of memory perhaps, may get any new config.
     has_steps = checkpoints.exists() and any(checkpoints.iterdir())
     if has_steps or (metrics.exists() and metrics.stat().st_size):
         return check_same(workdir, config, data)
@@ -63,9 +63,10 @@ def claim(workdir: Path, config: ConfigDict, data: Mapping[str, Any]) -> dict[st
 
 
 def check_same(workdir: Path, config: ConfigDict, data: Mapping[str, Any]) -> dict[str, Change]:
-    """The settings that may change when the run in `workdir` is resumed, and do.
+    """Returns the settings that differ from those of the run in `workdir`.
 
-    Raises ConfigError where the folder holds another run.
+    Raises ConfigError if the folder holds a run on other data, or if a setting differs that must
+    not change when a run is resumed.
     """
     recorded = load_record(workdir)["data"]
     if not data_record.is_same(data, recorded):
@@ -79,11 +80,12 @@ def check_same(workdir: Path, config: ConfigDict, data: Mapping[str, Any]) -> di
 
 
 def check_can_go_on(workdir: Path, config: ConfigDict, step: int) -> None:
-    """Raises ConfigError where the run in `workdir` cannot go on from its checkpoint of `step`.
+    """Raises ConfigError if the run in `workdir` cannot resume from its checkpoint of `step`.
 
-    step: 0 if there is no checkpoint. Starting there would replace the metrics of a run whose
-      checkpoints are gone. A checkpoint is written while training goes on, and finished before the
-      next one is begun: a run killed before that has none, and starts anew.
+    step: 0 if there is no checkpoint. A run that has metrics up to a late step has then lost its
+      checkpoints, and starting again would overwrite its metrics. A run that was killed before its
+      first checkpoint may start again. As a checkpoint is written in the background, and finished
+      before the next one begins, metrics may reach twice the interval between checkpoints.
     """
     if step > config.num_steps:
         raise ConfigError(
@@ -100,20 +102,20 @@ def check_can_go_on(workdir: Path, config: ConfigDict, step: int) -> None:
 
 
 def finished_summary(workdir: Path, num_steps: int) -> dict[str, Any] | None:
-    """What summary.json holds, if it is there and of a run of so many steps; else None."""
+    """The content of summary.json if it exists and has `num_steps` steps; else None."""
     path = workdir / "summary.json"
     summary = read_json(path, "steps") if path.exists() else None
     return summary if summary and summary["steps"] == num_steps else None
 
 
 def known_stored_layers(path: Path, found_for: Mapping[str, Any]) -> int:
-    """What auto.json holds, if it is there and was found for these settings; else -1."""
+    """The number in auto.json, if it was found for these settings; else -1."""
     found = read_json(path, "stored_layers") if path.exists() else {"stored_layers": -1}
     return found["stored_layers"] if found.get("found_for", found_for) == found_for else -1
 
 
 def load_config(workdir: Path) -> ConfigDict:
-    """The config that a run was last started with. Raises ConfigError where there is none."""
+    """The config that a run was last started with. Raises ConfigError if it cannot be read."""
     record = load_record(workdir)
     saved = record["config"]
     references.look_in(record["folders"], first=False)  # after PYTHONPATH
@@ -127,15 +129,15 @@ def load_config(workdir: Path) -> ConfigDict:
         what = " ".join(str(error).split())
         raise ConfigError(f"{path} is damaged, or of another version: {what}") from error
     for key, value in flatten(config).items():
-        if value is None and defaults.get(key) is not None:  # which a config takes for any type
+        if value is None and defaults.get(key) is not None:  # ConfigDict allows None
             raise ConfigError(f"{path} is damaged: got {key}=null, expected a value")
     return config
 
 
 def load_record(workdir: Path) -> dict[str, Any]:
-    """What config.json holds, its config, data, changes and lost rows at least.
+    """The content of config.json: at least its config, data, folders, changes and lost rows.
 
-    Raises ConfigError, in one line, where it has none, or what is no such record.
+    Raises ConfigError if the file is missing or its structure is wrong.
     """
     path = workdir / "config.json"
     try:
@@ -149,7 +151,7 @@ def load_record(workdir: Path) -> dict[str, Any]:
 
 
 def _problem(record: Any) -> str:
-    """What is wrong with the structure of a record; "" if nothing is."""
+    """Says what is wrong with the structure of a record; "" if nothing is."""
     if not isinstance(record, dict):
         return f"it holds {str(record)[:50]}"
     config, data = record.get("config"), record.get("data", {})
@@ -181,18 +183,18 @@ def _is_change(settings: Any) -> bool:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Replaces a file atomically: a reader sees the old or the new one, whole."""
+    """Replaces a file atomically: a reader sees the whole old file or the whole new one."""
     partial = path.with_name(path.name + ".tmp")
     with writing(path):
         with open(partial, "w") as file:
             file.write(json.dumps(content, indent=2) + "\n")
             file.flush()
-            os.fsync(file.fileno())  # else a machine that is lost may leave the new name, empty
+            os.fsync(file.fileno())  # or a crash may leave an empty file of the new name
         os.replace(partial, path)
 
 
 def read_json(path: Path, *numbers: str) -> dict[str, Any]:
-    """What `write_json` wrote, with whole numbers of these names in it; UserError otherwise."""
+    """Reads what `write_json` wrote. Raises UserError unless `numbers` name integers in it."""
     try:
         found = json.loads(path.read_text())
         if isinstance(found, dict) and all(type(found.get(name)) is int for name in numbers):
@@ -207,7 +209,7 @@ def read_json(path: Path, *numbers: str) -> dict[str, Any]:
 
 
 def read_rows(workdir: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl, without lines that are damaged, or cut by the end of a process."""
+    """The rows of metrics.jsonl, without damaged lines and lines that a killed process cut off."""
     path = workdir / "metrics.jsonl"
     try:
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
@@ -233,7 +235,7 @@ def last_values(workdir: Path) -> dict[str, Any]:
 
 
 def _tuples(tree: Any) -> Any:
-    """JSON has lists where configs have tuples."""
+    """Turns lists into tuples, because configs have tuples and JSON has only lists."""
     if isinstance(tree, dict):
         return {key: _tuples(value) for key, value in tree.items()}
     return tuple(_tuples(value) for value in tree) if isinstance(tree, list) else tree
