@@ -260,7 +260,8 @@ def near_keys(key: str, known: Sequence[str]) -> list[str]:
 def list_settings(config: ConfigDict) -> str:
     """Lists the settings of a config as flags, each with the comment beside its definition."""
     defined = [configs._mesh, configs._optimizer, configs.experiment]
-    defined += [configs._images, configs.image_classification]
+    defined += [configs._images] if "image_shape" in config.data else []
+    defined += [configs.image_classification] if "units" in config.model else []
     defined += [configs.vision_transformer] if "patch" in config.model else []
     defined += [configs.language_model] if "context" in config.data else []
     source = "".join(inspect.getsource(each) for each in defined)

@@ -83,6 +83,7 @@ def test_settings_are_listed_with_what_they_are():
         "bytes | characters | shards",
     ]
     assert listed["--config.optimizer.momentum"].split(maxsplit=1)[1] == "of sgd"
+    assert not any("resnet" in line for line in lines)  # comments of other families
     images = cli.list_settings(image_classification())
     assert re.search(r" --config.schedule.boundaries='\(300, 450\)' +piecewise: steps", images)
     assert "digits | cifar10" in images
