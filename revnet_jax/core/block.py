@@ -20,7 +20,7 @@ Streams = tuple[Any, ...]  # one tree of arrays per stream
 
 
 class Context(NamedTuple):
-    """What a branch sees besides its parameters and the streams.
+    """The inputs of a branch other than its parameters and the streams.
 
     shared: side inputs that every layer sees. Differentiated; their cotangents are summed over
       layers.
@@ -45,7 +45,7 @@ class Layer(Protocol):
 
 
 class Forward(NamedTuple):
-    """What `forward` returns. A custom layer may return a tuple of the first three fields.
+    """The result of `forward`. A custom layer may return a tuple of the first three fields.
 
     checksum: int32, over everything that the layer's branches computed (see `evaluate`).
     """
@@ -57,7 +57,7 @@ class Forward(NamedTuple):
 
 
 class Rewound(NamedTuple):
-    """What `rewind` returns: the layer's input, and the cotangents of all its inputs.
+    """The result of `rewind`: the layer's input, and the cotangents of all that entered it.
 
     dparams and dshared hold None for leaves that are not floating point.
     checksum: like the forward pass's, and equal to it if the rewind computed the same bits.

@@ -39,7 +39,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """What `check_reversible` found; prints as a table."""
+    """The result of `check_reversible`; prints as a table."""
 
     findings: tuple[Finding, ...]
 

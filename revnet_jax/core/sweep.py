@@ -65,7 +65,7 @@ def update_in_place(params_L: Any, state_L: Any, update: Update) -> Consumer:
 
 
 class Kepts(NamedTuple):
-    """What the forward pass keeps for the sweep.
+    """The values that the forward pass keeps for the sweep.
 
     runs: for each run, the residues (reverse) or pullbacks of its layers, stacked.
     last_reversed: the output of the last run that reverses, or None.
@@ -115,7 +115,7 @@ def _forward_run(run, section, x, shared, unroll):
 
 
 class Swept(NamedTuple):
-    """What the backward sweep returns.
+    """The result of the backward sweep.
 
     x: the rebuilt input of the chain; None unless the first run reverses.
     written: the final `written` of each section's consumer.
