@@ -20,10 +20,12 @@ Streams = tuple[Any, ...]  # one tree of arrays per stream
 
 
 class Context(NamedTuple):
-    """What a branch sees besides its parameters and the streams.
+    """The inputs of a branch other than its parameters and the streams.
 
-    shared: side inputs that every layer sees; differentiated, cotangents summed over layers.
-    data: this layer's own slice (PRNG keys, running statistics, rates); not differentiated.
+    shared: side inputs that every layer sees. Differentiated; their cotangents are summed over
+      layers.
+    data: this layer's slice of the per-layer data (PRNG keys, running statistics, rates). Not
+      differentiated.
     """
 
     shared: Any = None
@@ -31,21 +33,21 @@ class Context(NamedTuple):
 
 
 class Layer(Protocol):
-    """What a chain needs to run layers forward: all that `store` and `remat` ask for."""
+    """What a chain needs from a layer under `store` and `remat`: a forward pass."""
 
     def forward(self, params: Any, x: Streams, context: Context) -> Forward | tuple:
-        """Streams in, (streams, auxiliary outputs, residue) out: see `Forward`.
+        """Maps streams to (streams, auxiliary outputs, residue): see `Forward`.
 
-        residue: what an inverse needs besides the streams, packed as small as can be; None where
-          it needs nothing, or there is none.
+        residue: what the inverse needs besides the output streams, packed as tightly as possible;
+          None if it needs nothing more, or if the layer has no inverse.
         """
         ...
 
 
 class Forward(NamedTuple):
-    """What `forward` returns; of a layer of one's own, the first three will do.
+    """The result of `forward`. A custom layer may return a tuple of the first three fields.
 
-    checksum: int32, of all that its branches computed (see `evaluate`).
+    checksum: int32, over everything that the layer's branches computed (see `evaluate`).
     """
 
     y: Streams
@@ -55,10 +57,10 @@ class Forward(NamedTuple):
 
 
 class Rewound(NamedTuple):
-    """What `rewind` returns: the layer's input, and the cotangents of everything that went in.
+    """The result of `rewind`: the layer's input, and the cotangents of all that entered it.
 
     dparams and dshared hold None for leaves that are not floating point.
-    checksum: as the forward pass's, and equal to it where the rewind computed the same.
+    checksum: like the forward pass's, and equal to it if the rewind computed the same bits.
     """
 
     x: Streams
@@ -70,16 +72,16 @@ class Rewound(NamedTuple):
 
 @runtime_checkable
 class ReversibleLayer(Layer, Protocol):
-    """What `reverse` needs besides: `Block` has it, and `Invertible`, and whoever writes both."""
+    """A layer that `reverse` can use: `Block`, `Invertible`, or any class with these methods."""
 
     def inverse(self, params: Any, y: Streams, residue: Any, context: Context) -> Streams:
-        """y -> x, given the residue of the forward pass."""
+        """Computes x from y, given the residue of the forward pass."""
         ...
 
     def rewind(
         self, params: Any, y: Streams, dy: Streams, daux: Any, residue: Any, context: Context
     ) -> Rewound:
-        """(y, dy) -> x and all cotangents.
+        """Computes x and all cotangents from (y, dy).
 
         daux: cotangents of the auxiliary outputs, None at leaves that are not floating point.
         """
@@ -87,14 +89,14 @@ class ReversibleLayer(Layer, Protocol):
 
 
 def check_branch(branch: Any, num_reads: int) -> None:
-    """Raises TypeError unless it can be called with parameters, what it reads and a context."""
+    """Raises TypeError unless `branch(params, *streams read, context)` is a valid call."""
     expected = f"(params, {', '.join(['stream'] * num_reads)}, context)"
     if not callable(branch):
         raise TypeError(f"got {branch!r} as a branch, expected a function of {expected}")
     try:
-        # As it is: what a wrapper wraps may take other arguments.
+        # Not following __wrapped__: a wrapped function may take other arguments than its wrapper.
         signature = inspect.signature(branch, follow_wrapped=False)
-    except (TypeError, ValueError):  # not all that is written in C has one
+    except (TypeError, ValueError):  # some callables written in C have no signature
         return
     try:
         signature.bind(*range(num_reads + 2))
@@ -111,11 +113,12 @@ class HalfStep:
     """Updates one stream from others: `u = branch(params, *reads, context)`, then merge.
 
     branch: a pure function `(params, *streams read, context) -> (u, auxiliary outputs)`. It must
-      give the same bits when evaluated again on the same bits: take randomness from
-      `context.data`. What it returns besides `u` may be any tree; floating-point leaves are
-      differentiated.
+      return the same bits when it is evaluated again on the same bits, so it takes randomness
+      from keys in `context.data`. The auxiliary outputs may be any tree; their floating-point
+      leaves are differentiated.
     updates: index of the stream that is updated.
-    reads: indices of the streams the branch sees; never the one that is updated.
+    reads: indices of the streams that the branch sees; never the updated stream.
+    coupling: how `u` is merged into the stream, and removed from it again.
     """
 
     branch: Callable[..., tuple[Any, Any]]
@@ -144,10 +147,10 @@ class HalfStep:
         check_branch(self.branch, len(self.reads))
 
     def evaluate(self, params: Any, streams: Sequence[Any], context: Context) -> tuple:
-        """(u, aux, streams, checksum) of its branch.
+        """Evaluates the branch: (u, aux, streams, checksum).
 
-        streams: as they were. To be used from here on, so that their cotangents are added up within
-          the branch's derivative: see `evaluate`.
+        The returned streams have the values of the given ones. Later code must use the returned
+        ones, so that their cotangents are summed inside the branch's derivative: see `evaluate`.
         """
 
         def branch(params, reads, context):
@@ -164,7 +167,7 @@ class HalfStep:
         return u, aux, streams, checksum
 
     def merge(self, x: Any, u: Any, grid: Grid | None) -> tuple[Any, Any]:
-        """(y, residue) of its coupling."""
+        """Merges u into x by the coupling: (y, residue)."""
 
         def merge(x, u):
             return trees.pair(self.coupling.merge(x, u, grid), "a coupling's merge", "(y, residue)")
@@ -174,9 +177,10 @@ class HalfStep:
 
 @dataclass(frozen=True)
 class Block:
-    """A reversible layer: half-steps in order; `params` is a tuple with a tree for each of them.
+    """A reversible layer: half-steps in order; `params` is a tuple with one tree per half-step.
 
-    Auxiliary outputs are a tuple likewise. `grid=None` switches exact streams off.
+    Auxiliary outputs are also a tuple with one tree per half-step.
+    grid: the grid on which streams are exact; None for ordinary floats, which undo approximately.
     """
 
     half_steps: tuple[HalfStep, ...]
@@ -189,7 +193,10 @@ class Block:
             raise TypeError(f"got grid={self.grid!r}, expected Grid(bits), or None for free floats")
 
     def forward(self, params: Any, x: Streams, context: Context) -> Forward:
-        """x -> (y, aux, residue, ...), the last two by half-step. Evaluates each branch once."""
+        """Maps x to (y, aux, residue, ...), evaluating each branch once.
+
+        aux and residue are tuples with one entry per half-step.
+        """
         streams, aux, residue, checksum = list(x), [], [], jnp.int32(0)
         for step, step_params in zip(self.half_steps, params, strict=True):
             u, step_aux, streams, step_checksum = step.evaluate(step_params, streams, context)
@@ -201,9 +208,10 @@ class Block:
         return Forward(tuple(streams), tuple(aux), tuple(residue), checksum)
 
     def inverse(self, params: Any, y: Streams, residue: Any, context: Context) -> Streams:
-        """y -> x. Each branch is evaluated once; bit for bit while the grid's range holds.
+        """Computes x from y, bit for bit while the streams stay inside the grid's range.
 
-        residue: may be None where no coupling leaves one.
+        Evaluates each branch once.
+        residue: from the forward pass; may be None if no coupling leaves one.
         """
         streams = list(y)
         residue = (None,) * len(self.half_steps) if residue is None else residue
@@ -217,9 +225,9 @@ class Block:
     def rewind(
         self, params: Any, y: Streams, dy: Streams, daux: Any, residue: Any, context: Context
     ) -> Rewound:
-        """(y, dy) -> x and all cotangents, with a single evaluation of each branch.
+        """Computes x and all cotangents from (y, dy), with a single evaluation of each branch.
 
-        The evaluation that differentiates a branch also yields the update that undoes it, so the
+        The evaluation that differentiates a branch also returns the update to be undone. So the
         cost is one recompute and one backward pass: 4/3 of a training step that stores, not 5/3.
         """
         streams, dstreams = list(y), list(dy)
@@ -257,7 +265,7 @@ def differentiate(
     x: Streams,
     context: Context,
 ) -> tuple[Forward, Callable]:
-    """(what a layer's `forward` returns, pullback); the pullback is `jax.vjp`'s.
+    """Runs a layer's `forward` and returns (its result, pullback), like `jax.vjp`.
 
     pullback: `(dy, daux) -> (dparams, dx, dshared)`, None at leaves that are not floating point.
     """
@@ -278,12 +286,13 @@ def differentiate(
 
 @dataclass(frozen=True)
 class Invertible:
-    """A reversible layer from its function and its inverse, for what half-steps do not express.
+    """A reversible layer from a function and its inverse, for layers that are not half-steps.
 
-    apply: `(params, x, context) -> y`, or `-> (y, aux)` where `has_aux`; x and y are tuples of
-      streams, whose shapes may differ in a layer that stands alone (see `sequence`).
-    undo: `(params, y, context) -> x`. As exact as it is written: a permutation is, and keeps
-      streams on their grid; a matrix and its inverse are not, and leave it.
+    apply: `(params, x, context) -> y`, or `-> (y, aux)` if `has_aux`; x and y are tuples of
+      streams. In a section of one layer their shapes may differ (see `sequence`).
+    undo: `(params, y, context) -> x`. It is only as exact as it is written: a permutation is
+      exact, and its output stays on the grid; multiplying by a matrix and by its inverse is
+      neither.
 
     Cost of `rewind`: one `undo`, then one evaluation and one backward pass of `apply`.
     """
@@ -293,7 +302,7 @@ class Invertible:
     has_aux: bool = False
 
     def forward(self, params: Any, x: Streams, context: Context) -> Forward:
-        """x -> (y, aux, None, ...)."""
+        """Maps x to (y, aux, None, ...): there is no residue."""
 
         def apply(params, x, context):
             y = self.apply(params, x, context)
@@ -303,13 +312,13 @@ class Invertible:
         return Forward(y, aux, None, checksum)
 
     def inverse(self, params: Any, y: Streams, residue: Any, context: Context) -> Streams:
-        """y -> x."""
+        """Computes x from y."""
         return self.undo(params, y, context)
 
     def rewind(
         self, params: Any, y: Streams, dy: Streams, daux: Any, residue: Any, context: Context
     ) -> Rewound:
-        """(y, dy) -> x and all cotangents."""
+        """Computes x and all cotangents from (y, dy)."""
         x = self.undo(params, y, context)
         found, pullback = differentiate(self.forward, params, x, context)
         dparams, dx, dshared = pullback((dy, daux))
@@ -326,5 +335,5 @@ class PlainLayer:
     apply: Callable[[Any, Streams, Context], tuple[Streams, Any]]
 
     def forward(self, params: Any, x: Streams, context: Context) -> tuple[Streams, Any, Any]:
-        """x -> (y, aux, None)."""
+        """Maps x to (y, aux, None): there is no residue."""
         return *self.apply(params, x, context), None

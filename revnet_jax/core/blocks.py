@@ -1,7 +1,7 @@
 """Reversible blocks of the literature, each as half-steps.
 
-Branches are pure functions `(params, *streams read, context) -> u`, or `-> (u, aux)` where
-`has_aux`. A block's parameters are a tuple with a tree for each half-step.
+Branches are pure functions `(params, *streams read, context) -> u`, or `-> (u, aux)` if
+`has_aux`. A block's parameters are a tuple with one tree per half-step.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ def reversible_block(
 
     RevNet (Gomez et al. 2017, arXiv:1707.04585, eq. 6). Parameters are a pair `(f's, g's)`.
 
-    coupling: how an update enters its stream; additive by default.
-    grid: where streams live; `Grid(bits)` for another resolution, None for free floats.
+    coupling: how an update is merged into its stream; additive by default.
+    grid: the grid that streams are kept on; `Grid(bits)` for another resolution, None for
+      ordinary floats.
     """
     return multi_stream_block((f, g), has_aux=has_aux, coupling=coupling, grid=grid)
 
@@ -46,12 +47,12 @@ def multi_stream_block(
     coupling: Coupling | None = None,
     grid: Grid | None = Grid(),
 ) -> Block:
-    """As many streams as branches; branch i updates stream i, one after the other.
+    """A block with one stream per branch; branch i updates stream i, in order.
 
-    reads: "others": a branch sees all streams but its own, in order; "next" (round-robin): it sees
-      stream i + 1, the last one's being the first.
+    reads: "others": branch i sees all streams except stream i, in order; "next" (round-robin): it
+      sees stream i + 1 only, and the last branch sees the first stream.
 
-    Streams may differ in shape: then a branch must return what its own stream takes.
+    Streams may differ in shape; branch i must then return the shape of stream i.
     """
     n = len(branches)
     if n < 2 or reads not in ("others", "next"):
@@ -72,8 +73,8 @@ def symplectic_block(
     """Hamiltonian dynamics: position and momentum updated in turn by gradients of energies.
 
     `q' = q + h dT/dp(p)`, `p' = p - h dV/dq(q')`: the symplectic Euler method for H = T(p) + V(q)
-    (Chang et al. 2018, arXiv:1709.03698, whose energies are one layer of a network
-    each). Streams are (q, p), alike in shape.
+    (Chang et al. 2018, arXiv:1709.03698; there each energy is one layer of a network). Streams
+    are (q, p), of equal shape.
 
     kinetic, potential: `(params, stream, context) -> energy`, a scalar.
     Parameters are a pair (kinetic's, potential's). Cost: a branch is the gradient of an energy,
@@ -84,7 +85,8 @@ def symplectic_block(
 
     def force(energy):
         check_branch(energy, 1)
-        # A branch must not close over the key or the shared inputs: they come with the context.
+        # The energy gets the context as an argument: a branch must not close over keys or shared
+        # inputs, because the chain's custom gradient does not see closed-over values.
         return lambda params, x, context: jax.grad(lambda x: energy(params, x, context))(x)
 
     return Block(
@@ -101,9 +103,9 @@ def momentum_block(
 ) -> Block:
     """`v' = gamma * v + (1 - gamma) * f(x)`, `x' = x + v'`.
 
-    Momentum ResNets (Sander et al. 2021, arXiv:2102.07870): a residual network of the
-    ordinary kind, with a velocity. Streams are (x, v), alike in shape. Parameters are a pair
-    `(f's, ())`. Stores one bit per element of v per layer.
+    Momentum ResNets (Sander et al. 2021, arXiv:2102.07870): an ordinary residual network with a
+    velocity. Streams are (x, v), of equal shape. Parameters are a pair `(f's, ())`. Stores one
+    bit per element of v per layer.
     """
     return Block(
         (
@@ -125,13 +127,13 @@ def bdia_block(
     """Two layers of a residual network, trained as a random average of ODE integrators.
 
     `x[n+1] = gamma x[n-1] + (1 - gamma) x[n] + (1 + gamma) h(x[n])`: Zhang et al. 2024
-    (arXiv:2407.09093). h is f, then g; streams are (x[n-1], x[n]), alike in shape, and
-    (x[n+1], x[n+2]) after the layer. With gamma = 0, its mean, this is x[n] + h(x[n]): the
-    ordinary network, for inference.
+    (arXiv:2407.09093). h is f in the first half-step and g in the second. Streams are
+    (x[n-1], x[n]), of equal shape, and (x[n+1], x[n+2]) after the layer. For inference gamma is
+    0, its mean, which gives the ordinary network x[n] + h(x[n]).
 
-    gamma: says where in a layer's context the pair of gammas is, for f's and g's half-step; by
-      default `data["gamma"]`, indexed by half-step. Each is 1/2 or -1/2 (or 0 for inference),
-      drawn per example and layer: of a shape like [2, B, 1, 1, 1] for images.
+    gamma: a function that returns the pair of gammas, for f's and g's half-step, from a layer's
+      context; by default `data["gamma"]`, indexed by half-step. Each is 1/2 or -1/2 (or 0 for
+      inference), drawn per example and layer: of a shape like [2, B, 1, 1, 1] for images.
 
     Stores one bit per element per half-step.
     """

@@ -1,4 +1,4 @@
-"""Chains of layers, with a choice of what their gradient costs (see `strategies`)."""
+"""Chains of layers; the strategy sets what their gradient costs in memory and compute."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ class Section(NamedTuple):
 
     layer: a `Block` or another reversible layer, or any `Layer` under `store` and `remat`.
     params_L: the layers' parameters, stacked: every leaf has a leading axis L. Differentiated.
-    data_L: per-layer data, stacked (PRNG keys, statistics); not differentiated.
-    length: L, where nothing is stacked that would tell: 1 for a single layer without parameters.
-    state_L: the optimizer's state, stacked, floating point; for `update` alone.
+    data_L: per-layer data, stacked (PRNG keys, statistics). Not differentiated.
+    length: L; needed only if params_L and data_L have no arrays, as for a layer without
+      parameters.
+    state_L: the optimizer's state, stacked, floating point. Used by `update` only.
     """
 
     layer: Layer | ReversibleLayer
@@ -56,43 +57,45 @@ def chain(
     state_L: Any = None,
     probe: Exactness | None = None,
 ) -> tuple[Streams, Any]:
-    """Applies L equal layers in turn: `(y, aux_L)`.
+    """Applies L equal layers in order and returns `(y, aux_L)`.
 
-    layer, params_L, data_L, length: see `Section`. Layers that share their weights have them in
-      `shared`, and say how many they are by `length`.
-    x: a tuple of streams. Snapped to the block's grid, where it has one. Differentiated.
-    shared: side inputs that every layer sees; differentiated, cotangents summed over layers.
+    layer, params_L, data_L, length: see `Section`. For layers that share their weights, pass the
+      weights in `shared` and the number of layers in `length`.
+    x: a tuple of streams. Snapped to the block's grid, if it has one. Differentiated.
+    shared: side inputs that every layer sees. Differentiated; cotangents are summed over layers.
     backprop: `store`, `remat_dots`, `remat`, `offload` or `reverse`: see `strategies`. On a CPU
-      `remat` saves nothing for a chain of one layer, which is outside a loop: XLA's CPU compiler
-      drops the barrier and computes the layer once. Compiled for an H100 it saves.
-    stored_layers: how many layers, counted from the last, store whatever `backprop` says: memory
-      that is left spent on compute that is saved.
-    unroll: layers per loop iteration, where they store or reverse and nothing is updated; others
-      have one. With all L there is no loop: nothing is copied into stacks and out of them.
-      Compiling takes longer, and layers that reverse have their gradients twice, until stacked.
-    update: updates each layer in the backward sweep, in place, so that gradients never exist
-      together: `(dparams, state, params) -> (params, state)` of one layer, trees of floats.
-      **The cotangents of params_L and state_L are then their new values**: whoever differentiates
-      takes them as they are. params_L must have no other use. It is not differentiated; what it
-      closes over has to be constant, or traced outside of `jax.grad`.
-    state_L: what `update` carries from step to step (an optimizer's moments), stacked.
-    probe: `Exactness.probe()`; its cotangent is the run-time exactness check of `reverse`, at the
-      price of keeping the chain's input. One may serve several chains, and be used within `scan`,
-      `vmap` and `shard_map`.
+      `remat` saves nothing for a chain of one layer, which runs outside a loop: XLA's CPU
+      compiler drops the barrier and computes the layer once. Compiled for an H100 it saves.
+    stored_layers: number of layers, counted from the last, that use `store` instead of
+      `backprop`. This spends spare memory to save compute.
+    unroll: layers per loop iteration. Has an effect only for `store` and `reverse`, and without
+      `update`. With unroll=L there is no loop, so nothing is copied into and out of stacks, but
+      compilation takes longer and `reverse` holds its gradients twice until they are stacked.
+    update: updates the parameters of each layer, in place, within the backward sweep, so that
+      the gradients of all layers never exist together. A function of one layer:
+      `(dparams, state, params) -> (params, state)`, trees of floats.
+      **The cotangents of params_L and state_L are then their new values**: a backward pass can
+      return nothing but cotangents. The caller uses them as the new parameters and state, and
+      must not use params_L elsewhere in the loss. The update is not differentiated; it may close
+      over constants, and over values traced outside of `jax.grad`.
+    state_L: the state that `update` carries from step to step (an optimizer's moments), stacked.
+    probe: `Exactness.probe()`; its cotangent is the run-time exactness check of `reverse`. The
+      check keeps the chain's input in memory. One probe may be passed to several chains, and be
+      used within `scan`, `vmap` and `shard_map`.
 
     aux_L: the layers' auxiliary outputs, stacked; floating-point leaves are differentiable.
 
-    Cost of the gradient, in evaluations of the branches: store 1 forward + 2 backward, remat and
-    reverse one forward more, stored layers excepted. Memory besides parameters and their
-    gradients: with reverse the streams, their cotangents and one layer's intermediates, whatever
-    the depth, and per layer what its couplings cannot undo without (`Coupling`, residue).
-    `reverse`, mixtures and `update` have no forward-mode derivative: take `store` for a jvp. Second
-    derivatives are right under all strategies (not of an update).
+    Cost of the gradient, in evaluations of the branches: 1 forward + 2 backward for store; remat
+    and reverse add one forward, except for stored layers. Memory with reverse, besides parameters
+    and their gradients: the streams, their cotangents and one layer's intermediates, at any
+    depth, plus each layer's residue if its couplings have one (see `Coupling`).
+    `reverse`, mixtures and `update` have no forward-mode derivative: take `store` for a jvp.
+    Second derivatives are right under all strategies, but not through `update`.
 
-    Raises ValueError or TypeError while tracing for an unknown strategy, leading axes that
-    differ, a layer that changes the streams' shapes or dtypes or undoes them to others, streams too
-    narrow for the grid, an update that changes shapes or dtypes, or a branch, coupling or inverse
-    that closes over a traced value (pass it through `shared`).
+    Raises ValueError or TypeError, while tracing, for an unknown strategy, unequal leading axes, a
+    layer that changes the streams' shapes or dtypes, an inverse that does not restore them,
+    streams too narrow for the grid, an update that changes shapes or dtypes, or a branch, coupling
+    or inverse that closes over a traced value (pass it through `shared`).
     """
     y, (aux_L,) = sequence(
         (Section(layer, params_L, data_L, length, state_L),),
@@ -118,10 +121,10 @@ def sequence(
     update: Update | None = None,
     probe: Exactness | None = None,
 ) -> tuple[Streams, tuple[Any, ...]]:
-    """A chain of different layers, under one gradient: `(y, aux_L of each section)`.
+    """A chain of different layers with one custom gradient: `(y, aux_L of each section)`.
 
-    As `chain`, section after section. Under `reverse` nothing is kept between them either. Layers
-    with a grid must have the same one.
+    Applies the sections in order; arguments as for `chain`. Under `reverse` nothing is stored
+    between sections either. All layers that have a grid must have the same one.
     """
     sections = validate.checked_sections(sections)
     x, shared = validate.arrays("x", x), validate.arrays("shared", shared)
@@ -131,7 +134,7 @@ def sequence(
     validate.check_probe(probe)
     validate.check_update(sections, depths, update)
     if update is not None:
-        unroll = 1  # outside a loop compilers hold the new weights of all layers beside the old
+        unroll = 1  # without a loop, compilers hold old and new weights of all layers at once
     runs = plan_runs(depths, backprop, stored_layers)
     validate.check_reversible([sections[r.section] for r in runs if r.backprop == "reverse"])
     x = _on_grid(sections, x)
@@ -142,8 +145,8 @@ def sequence(
     strategies = {run.backprop for run in runs}
     if update is None and len(strategies) == 1 and strategies != {"reverse"}:
         y, auxes, _ = _forward(sections, x, shared, *strategies, unroll)
-        return y, auxes  # JAX's own gradient, and its jvp
-    # Raises for classes that JAX's custom gradients cannot rebuild.
+        return y, auxes  # JAX's own derivatives, so that forward mode works too
+    # Raises TypeError for pytree classes that JAX's custom gradients cannot rebuild.
     trees.split((x, [(section.state_L, section.data_L) for section in sections]))
     return _swept(runs, sections, x, shared, unroll, update, probe)
 
@@ -151,7 +154,10 @@ def sequence(
 def sequence_forward(
     sections: Iterable[Section], x: Streams, *, shared: Any = None
 ) -> tuple[Streams, tuple[Any, ...], tuple[Any, ...]]:
-    """`sequence` with what `sequence_inverse` needs: `(y, auxes, residue_L of each section)`."""
+    """Runs `sequence` forward, keeping residues for `sequence_inverse`.
+
+    Returns `(y, aux_L of each section, residue_L of each section)`.
+    """
     sections = validate.checked_sections(sections)
     validate.check_reversible(sections)
     x, shared = validate.arrays("x", x), validate.arrays("shared", shared)
@@ -167,11 +173,15 @@ def sequence_inverse(
     *,
     shared: Any = None,
 ) -> Streams:
-    """The input of a sequence from its output; residues only where couplings leave some.
+    """Computes the input of a sequence from its output.
 
-    `sequence_inverse(sections, y, residues) == x` after `y, _, residues =
-    sequence_forward(sections, x)`: bit for bit while the grid's range holds, given an x on the
-    grid and layers that are exact. One evaluation of each branch; memory independent of depth.
+    After `y, _, residues = sequence_forward(sections, x)`, `sequence_inverse(sections, y,
+    residues)` is x: bit for bit if x is on the grid, the layers are exact and the streams stay
+    inside the grid's range.
+
+    residues: needed only if a coupling leaves one.
+
+    Cost: one evaluation of each branch; memory independent of depth.
     """
     sections = validate.checked_sections(sections)
     layers = validate.check_reversible(sections)
@@ -226,16 +236,20 @@ def _forward(sections, x, shared, backprop="reverse", unroll=1):
 
 
 def _added_by_layer(shared):
-    """The same, whose cotangents are added up within a layer first, as the sweep back does.
+    """Returns `shared` such that its cotangents are first summed within a layer, as in the sweep.
 
-    JAX would add those of every half-step to the sum of all layers so far: another order.
+    Without the barrier JAX adds the cotangent of each half-step to the sum over all layers so far.
+    That is another order of summation, and rounds differently from `reverse`.
     """
     apart = lambda leaf: lax.optimization_barrier(leaf) if trees.is_inexact(leaf) else leaf
     return jax.tree.map(apart, shared)
 
 
 def _swept(runs, sections, x, shared, unroll, update, probe):
-    """One custom gradient over all sections: a gradient per layer would keep every output."""
+    """Runs all sections under one custom gradient.
+
+    One custom gradient per section would keep the output of every section.
+    """
     params, params_rest = trees.split([section.params_L for section in sections])
     states = [section.state_L for section in sections]
     shared, shared_rest = trees.split(shared)
@@ -290,7 +304,8 @@ def _swept(runs, sections, x, shared, unroll, update, probe):
         return dparams, dstates, swept.dx, swept.dshared, dprobe, None
 
     run.defvjp(forward, backward)
-    # The cotangents of a probe that is the same on all devices are added up over the devices.
+    # Inside a shard_map the probe is cast to vary over the devices. JAX then sums its cotangents
+    # over the devices, so that the check covers all of them.
     axes = varying_axes((params, x, shared, data, probe)) if probe else frozenset()
     with _explaining_forward_mode():
         rest = params_rest, shared_rest, data
@@ -301,7 +316,7 @@ def _swept(runs, sections, x, shared, unroll, update, probe):
 def _explaining_forward_mode():
     try:
         yield
-    except TypeError as error:  # JAX's; inside jit it is raised later, where nothing can be added
+    except TypeError as error:  # JAX's own error. Inside jit it is raised later, unexplained.
         if "forward-mode" not in str(error):
             raise
         raise TypeError(
@@ -312,7 +327,10 @@ def _explaining_forward_mode():
 
 @contextlib.contextmanager
 def _explaining_axes():
-    """JAX runs the backward pass of a custom gradient outside of the `vmap` that it was made in."""
+    """Explains JAX's error about an axis name that the rewind does not know.
+
+    JAX runs the backward pass of a custom gradient outside of the `vmap` that it was traced in.
+    """
     try:
         yield
     except NameError as error:

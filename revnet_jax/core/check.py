@@ -1,4 +1,4 @@
-"""What to run on a new block: is it undone exactly, is its gradient right, is memory flat?"""
+"""Checks for a new block: is it undone exactly, is its gradient right, is memory flat in depth?"""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from revnet_jax.core.exactness import Exactness, compare, largest
 from revnet_jax.core.grid import snap
 from revnet_jax.core.strategies import STRATEGIES
 
-# Largest relative error (L2) against `store`. On exact streams only rounding is left, in the
-# order of sums (float32) and where the compiler keeps more digits than bfloat16 has.
+# Largest relative error (L2) of the gradient against `store`. With exact streams, only rounding
+# differs: by the order of sums (float32), and where compilers keep more digits than bfloat16 has.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-2, "float64": 1e-10}
 _RANGE = "range of the grid"
 
@@ -27,8 +27,8 @@ _RANGE = "range of the grid"
 class Finding:
     """One line of a report.
 
-    passed: None where it is no matter of passing.
-    advice: what to do unless it passed.
+    passed: None for a measurement that cannot fail.
+    advice: what to do if the check did not pass.
     """
 
     law: str
@@ -39,13 +39,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """What `check_reversible` found; prints as a table."""
+    """The result of `check_reversible`; prints as a table."""
 
     findings: tuple[Finding, ...]
 
     @property
     def ok(self) -> bool:
-        """Whether no law failed."""
+        """Whether no check failed."""
         return all(finding.passed is not False for finding in self.findings)
 
     def __str__(self) -> str:
@@ -72,15 +72,15 @@ def check_reversible(
     depth: int = 8,
     dtypes: Sequence[str] = tuple(TOLERANCES),
 ) -> Report:
-    """Tries a layer against every law of a reversible one: `print(check_reversible(...))`.
+    """Checks everything a reversible layer must satisfy: `print(check_reversible(...))`.
 
     layer: a `Block`, `Invertible` or other reversible layer that keeps its streams' shapes.
-    params, data: of a single layer; a chain of `depth` copies is what is tested.
-    dtypes: of the branches, to compare gradients in: "float32", "bfloat16", "float64".
-    x, shared: as for `chain`; float32 arrays, of a size that a few evaluations can be afforded of.
+    params, data: of a single layer; the checks run a chain of `depth` copies of it.
+    dtypes: dtypes of the branches in which to compare gradients: "float32", "bfloat16", "float64".
+    x, shared: as for `chain`; float32 arrays, small enough to evaluate the chain several times.
 
-    It compiles about a dozen programs, two for each dtype: seconds to a minute on a CPU. Never
-    raises for what is wrong with the layer; says it, and what to do, in the report.
+    Compiles about a dozen programs, two for each dtype: seconds to a minute on a CPU. Does not
+    raise for faults of the layer; the report describes them and what to do.
     """
     try:
         one = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (params, data))
@@ -97,7 +97,7 @@ def check_reversible(
         _closed_over(layer, params, x, shared, data),
         _randomness(layer, params, x, shared, data),
     ]
-    if not findings[-1].passed:  # nothing else can be right, or be found out
+    if not findings[-1].passed:  # without reproducible branches the other checks mean nothing
         return Report(tuple(findings))
     try:
         findings.extend(_range_and_resolution(section, x, shared))
@@ -133,7 +133,7 @@ def _closed_over(layer, params, x, shared, data) -> Finding:
 
 
 def _randomness(layer, params, x, shared, data) -> Finding:
-    """Randomness that is not drawn from a key is drawn anew whenever a branch is traced."""
+    """Traces the layer twice: randomness that is not drawn from a key would then differ."""
 
     def trace_and_run():
         return jax.jit(lambda *args: layer.forward(*args[:2], Context(*args[2:]))[0])(
@@ -150,7 +150,7 @@ def _randomness(layer, params, x, shared, data) -> Finding:
 
 
 def _range_and_resolution(section, x, shared) -> Iterator[Finding]:
-    """What becomes of the streams within the chain, and of the updates of its layers."""
+    """How much of the grid's range the streams use, and how many updates round to zero."""
     layer = section.layer
     grid = getattr(layer, "grid", None)
     if grid is None:
@@ -184,9 +184,9 @@ def _range_and_resolution(section, x, shared) -> Iterator[Finding]:
 
 
 def _lost_updates(block, params, x, context):
-    """For each half-step (elements whose update rounding takes away, elements with an update).
+    """For each half-step: (elements whose update is rounded to zero, elements with an update).
 
-    An element has one where merging it makes a difference, against merging zeros.
+    An element has an update if merging u changes it, compared with merging zeros.
     """
     streams, found = list(x), []
     for step, step_params in zip(block.half_steps, params, strict=True):
@@ -209,7 +209,7 @@ def _round_trips(section, x, shared, *, is_in_range) -> Iterator[Finding]:
     def both_ways(x):
         y, _, residues = sequence_forward([section], x, shared=shared)
         rebuilt_x = sequence_inverse([section], y, residues, shared=shared)
-        if jax.tree.leaves(residues):  # only a y that comes from an x has a residue
+        if jax.tree.leaves(residues):  # an arbitrary y has no residue: take one computed from x
             before, true_y = rebuilt_x, y
         else:
             before, true_y = sequence_inverse([section], x, shared=shared), x
@@ -316,7 +316,7 @@ def _memory(section, x, shared) -> Iterator[Finding]:
     def temporary_bytes(backprop, times):
         params_L, data_L = _repeat((section.params_L, section.data_L), times)
         arguments = params_L, x, shared, data_L, None
-        # What a layer puts out besides its streams is kept by any strategy.
+        # Without auxiliary outputs, which every strategy keeps for all layers.
         loss = _loss(section.layer, backprop, length=depth * times, with_aux=False)
         gradient = jax.grad(loss, argnums=(0, 1), allow_int=True)
         program: Any = jax.jit(gradient).lower(*arguments).compile()

@@ -1,4 +1,4 @@
-"""Numbers that a layer is built with, as `step` or `bits`: checked where they come in."""
+"""Checks for the constants that a layer is built with, such as `step` or `bits`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from revnet_jax.core import trees
 
 
 def is_whole(value: Any) -> bool:
-    """Whether it is a whole number, of Python's or NumPy's; booleans are none."""
+    """Whether the value is a Python or NumPy integer; booleans do not count."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def constant(name: str, value: Any) -> float:
-    """The finite number as a float; raises TypeError or ValueError unless it is one."""
+    """Returns the value as a float; raises TypeError or ValueError unless it is a finite number.
+
+    name: of the argument, for the error message.
+    """
     if isinstance(value, Tracer):
         raise TypeError(
             f"got {name}=a traced {trees.describe(value)}, expected a constant, which is compiled "

@@ -28,13 +28,14 @@ from revnet_jax.core.scaling import SCALE_BITS, divide, multiply
 class Coupling(NamedTuple):
     """Two pure functions: `y, residue = merge(x, u, grid)` and `x = unmerge(y, u, residue, grid)`.
 
-    x, y: the stream (a tree of arrays). u: what the branch returned (any tree: a coupling says
-      what it expects). grid: where streams live, or None for free floats.
-    residue: what y and u do not tell about x, as small a tree as can be; None where they tell all.
-      Under `reverse` it is stored per layer; it is the only thing that is.
+    x, y: the stream before and after the update (a tree of arrays).
+    u: what the branch returned, in the form that the coupling expects.
+    grid: the grid that streams are kept on, or None for ordinary floats.
+    residue: the information about x that y and u do not determine, in as few bytes as possible;
+      None if they determine x. Under `reverse` the residue is the only thing stored per layer.
 
-    Both are differentiated by JAX, so that no gradient is written by hand: merge in every backward
-    pass, unmerge in second derivatives and in the derivatives of an inverse.
+    JAX differentiates both, so no gradient is written by hand: merge in every backward pass,
+    unmerge in second derivatives and in the derivatives of an inverse.
     """
 
     merge: Callable[[Any, Any, Grid | None], tuple[Any, Any]]
@@ -67,7 +68,7 @@ def leapfrog(step: float) -> Coupling:
     """`x[n+1] = x[n-1] + 2 h f(x[n])`, the leapfrog or explicit midpoint rule for dx/dt = f(x).
 
     Chang et al. 2018 (arXiv:1709.03698) call it the midpoint network. The streams of a
-    two-stream block are x[n-1] and x[n], so that a layer advances time by 2 h.
+    two-stream block are x[n-1] and x[n], so one layer advances time by 2 h.
 
     step: h. u: as for `additive`. Exact on a grid.
     """
@@ -77,14 +78,15 @@ def leapfrog(step: float) -> Coupling:
 def affine(bound: float = 2.0) -> Coupling:
     """`y = x * s + t`, with `s = bound ** tanh(u[0])` and `t = u[1]`.
 
-    RealNVP (Dinh et al. 2016, arXiv:1605.08803), its scale bounded on both sides.
+    RealNVP (Dinh et al. 2016, arXiv:1605.08803) with a scale that is bounded on both sides.
 
     bound: largest scale, in (1, 2]; the smallest is 1 / bound.
     u: a pair, each with the stream's structure and shapes, in any floating dtype.
 
-    Exact on a grid with a residue of one bit per element, scales being multiples of 2**-12, while
-    x * s too is in the grid's range: scales above 1 that multiply along a chain use it up. Without
-    a grid every layer loses an ulp or so, multiplied by up to `bound` a layer on the way back.
+    Exact on a grid with a residue of one bit per element: scales are rounded to multiples of
+    2**-12. x * s must be in the grid's range too, which scales above 1 may leave after many
+    layers. Without a grid each layer loses about one ulp, and the inverse multiplies that error
+    by up to `bound` per layer.
     """
     bound = constant("bound", bound)
     if not 1 < bound <= 2:
@@ -97,7 +99,7 @@ def affine(bound: float = 2.0) -> Coupling:
                 "affine update needs both"
             )
         raw, shift = like_stream(u[0], x), like_stream(u[1], x)
-        # Isolated, because it is to be the same number in both directions.
+        # Isolated, so that the forward pass and the inverse compute the same bits.
         exponential = lambda leaf: jnp.exp2(math.log2(bound) * jnp.tanh(leaf))
         scale = isolate(lambda raw: jax.tree.map(exponential, raw), raw)
         return (scale if grid is None else Grid(SCALE_BITS).snap(scale)), snap(grid, shift)
@@ -115,15 +117,16 @@ def affine(bound: float = 2.0) -> Coupling:
 
 
 def momentum(gamma: float = 0.9) -> Coupling:
-    """`v' = gamma * v + (1 - gamma) * u`, the velocity's half of a Momentum ResNet's layer.
+    """`v' = gamma * v + (1 - gamma) * u`, the velocity update of a Momentum ResNet's layer.
 
-    Sander et al. 2021 (arXiv:2102.07870); `momentum_block` is the whole of it.
+    Sander et al. 2021 (arXiv:2102.07870); `momentum_block` builds the whole layer.
 
     gamma: in [1/2, 1), rounded to a multiple of 2**-12.
     u: as for `additive`.
 
-    Exact on a grid with a residue of one bit per element; log2(1 / gamma) bits are what is truly
-    lost (0.15 at 0.9). Without a grid each layer divides by gamma what rounding lost.
+    Exact on a grid with a residue of one bit per element. The information lost is only
+    log2(1 / gamma) bits (0.15 at gamma = 0.9). Without a grid, undoing a layer divides the
+    rounding error by gamma.
     """
     gamma = constant("gamma", gamma)
     rounded = round(gamma * 2**SCALE_BITS) / 2**SCALE_BITS
@@ -146,8 +149,8 @@ def bdia() -> Coupling:
 
     Bidirectional integration approximation, Zhang et al. 2024 (arXiv:2407.09093).
 
-    u: a pair (gamma, update): gamma of a shape that broadcasts to every leaf of the stream,
-      holding 1/2, -1/2, or, for inference, which has no inverse, 0; update as for `additive`.
+    u: a pair (gamma, update). gamma broadcasts to every leaf of the stream; its values are 1/2 or
+      -1/2, or 0 for inference, which has no inverse. update is as for `additive`.
 
     Exact on a grid with a residue of one bit per element: whether x is an odd grid point.
     """
@@ -209,7 +212,7 @@ def _full(x: Any, value: Any) -> Any:
 
 
 def like_stream(u: Any, x: Any) -> Any:
-    """`u` cast to the stream's dtypes; raises where its structure or shapes differ."""
+    """Casts `u` to the stream's dtypes; raises ValueError if its structure or shapes differ."""
     got = [trees.describe(leaf) for leaf in jax.tree.leaves(u)]
     expected = [trees.describe(leaf) for leaf in jax.tree.leaves(x)]
     same_shapes = [jnp.shape(a) for a in jax.tree.leaves(u)] == [

@@ -1,9 +1,10 @@
-"""One program for a branch: the only way in which a branch is evaluated, and differentiated.
+"""One program for a branch: the only way in which a branch is evaluated and differentiated.
 
-In a forward loop, in a rewind and under `store` a compiler would fuse a branch with other
-neighbours each time, keep other intermediates of it, and so round in other ways: on GPUs every
-element of a rebuilt input differs. So wherever a gradient is wanted, the same isolated program
-computes a branch's outputs *and* what its linearization needs; the linearization is isolated, too.
+In the forward loop, in the rewind and under `store` a compiler would fuse a branch with different
+neighbours, keep different intermediates, and so round differently: on GPUs every element of the
+rebuilt input then differs. So wherever a gradient is taken, the same isolated program computes a
+branch's outputs *and* the residuals that its linearization needs. The linearization is isolated
+too.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ from revnet_jax.core import trees
 from revnet_jax.core.isolate import call_witnessed, isolate
 from revnet_jax.core.residuals import computing_again, fewest_residuals
 
-GATHERED = "gathered"  # the name of weights that a branch has gathered from other devices
+GATHERED = "gathered"  # checkpoint_name of weights that a branch has all-gathered
 _in_the_open = contextvars.ContextVar("in_the_open", default=False)
 
 
 @contextlib.contextmanager
 def in_the_open() -> Generator[None]:
-    """Branches traced in here are not isolated: for policies that have to see what is in them."""
+    """Switches isolation off for branches traced inside this context.
+
+    Checkpoint policies such as that of `remat_dots` must see the operations inside a branch.
+    """
     token = _in_the_open.set(True)
     try:
         yield
@@ -40,22 +44,26 @@ def in_the_open() -> Generator[None]:
 def evaluate(
     function: Callable[..., Any], params: Any, reads: Any, context: Any
 ) -> tuple[Any, Any, jax.Array]:
-    """`(function(params, reads, context), reads, checksum)`; trees, derivatives in the floats.
+    """Evaluates a branch as an isolated program: `(outputs, reads, checksum)`.
 
-    reads: as they came, to be used from here on: the cotangents of later uses are then added within
-      the derivative, rather than by another pass over memory.
-    checksum: int32, equal wherever the same function was evaluated on the same bits: of its outputs
-      and, if it is differentiated, of the intermediates that its derivative needs.
+    `outputs` is `function(params, reads, context)`. All are trees; floating-point leaves are
+    differentiated.
 
-    Cost: where it is differentiated, those intermediates are written, once, even if nobody keeps
-    them: what products, convolutions and sums return; the derivative computes elementwise
-    arithmetic again (see `fewest_residuals`). Derivatives of any order, `vmap` and `jax.checkpoint`
-    work as without.
+    reads: returned with the same values. Later code must use the returned ones: the cotangents of
+      those uses are then added inside the derivative, rather than by another pass over memory.
+    checksum: int32, over the outputs and, if the function is differentiated, over the residuals
+      that its derivative needs. Equal wherever the same function was evaluated on the same bits.
+
+    Cost: under differentiation the residuals (results of products, convolutions and sums) are
+    written to memory once, even if no strategy keeps them. The derivative recomputes elementwise
+    arithmetic (see `fewest_residuals`). Derivatives of any order, `vmap` and `jax.checkpoint` work
+    as for a plain call.
     """
     arguments = params, reads, context
     if _in_the_open.get():
         return function(*arguments), reads, jnp.int32(0)
-    # Parameters and the context are kept by others; what is read has to be kept for this.
+    # Keeping parameters and context costs nothing, because the chain holds them anyway. Keeping
+    # the streams that are read costs memory.
     of_reads = (False, True, False)
     outputs, passed, checksum = _evaluate(function, arguments, call_witnessed, of_reads, of_reads)
     floats, others = trees.split(reads)
@@ -64,14 +72,19 @@ def evaluate(
 
 
 def isolated_derivative(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)` of elementwise arithmetic, whose derivative alone is isolated."""
+    """`function(*arguments)` for elementwise arithmetic; only its derivative is isolated."""
     run = lambda program, leaves: (jaxpr_as_fun(program)(*leaves), jnp.int32(0))
     every, none = (True,) * len(arguments), (False,) * len(arguments)
     return _evaluate(function, arguments, run, costly=every, passes=none)[0]
 
 
 def _evaluate(function, arguments, run_program, costly, passes):
-    """(outputs, the floats of the arguments that `passes`, checksum)."""
+    """(outputs, the floating-point leaves of the arguments marked in `passes`, checksum).
+
+    run_program: `(program, leaves) -> (outputs, checksum)`.
+    costly, passes: one bool per argument: whether keeping it for the derivative costs memory, and
+      whether it is returned as well.
+    """
     leaves, structure = jax.tree.flatten(arguments)
     is_float = [trees.is_inexact(leaf) for leaf in leaves]
     floats = [leaf for leaf, is_it in zip(leaves, is_float, strict=True) if is_it]
@@ -126,9 +139,11 @@ def _evaluate(function, arguments, run_program, costly, passes):
 
 
 def _linearize(called, floats, others, moves, run_program, costs):
-    """(outputs: floats and others, what their derivative is given, the derivative, checksum).
+    """(outputs as (floats, others), residuals, the derivative, checksum).
 
-    The derivative is `(given, tangents of what moves) -> tangents of the floats`.
+    moves: for each float, whether it has a tangent.
+    The derivative maps (residuals, tangents of the floats that have one) to tangents of the float
+    outputs.
     """
 
     def linearized(floats, others):
@@ -165,9 +180,10 @@ def _linearize(called, floats, others, moves, run_program, costs):
 
 
 def _gather_first(arguments, program):
-    """The program as one of gathered weights, too, which are computed here: (arguments, program).
+    """Moves the all-gathers of weights in front of the program: (arguments, program).
 
-    So they are among what is at hand: `store` gathers them again rather than keep them.
+    The gathered weights become inputs of the program, and inputs are not kept as residuals. So
+    `store` gathers them again in the backward pass instead of keeping them whole.
     """
     jaxpr = program.jaxpr
     is_gather = lambda e: e.primitive.name == "name" and e.params["name"] == GATHERED

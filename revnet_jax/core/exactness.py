@@ -1,8 +1,9 @@
 """The run-time check that a chain was undone exactly.
 
-Exactness rests on a branch giving the same bits in the forward and in the backward loop, which a
-compiler may break (other fusions, autotuned kernels, atomics). So it is measured, not assumed. A
-backward pass can return nothing but cotangents; the figures leave it as the cotangent of a probe:
+Exactness requires that a branch gives the same bits in the forward and in the backward loop. A
+compiler may break that (other fusions, autotuned kernels, atomics), so it is measured, not assumed.
+A backward pass can return nothing but cotangents, so the result is the cotangent of a dummy
+argument, the probe:
 
     def loss(params, probe):
         y, aux = chain(block, params, x, probe=probe)
@@ -19,22 +20,23 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_CUT = 20  # bits of a float32 that its bin leaves out: of 23 of the mantissa three are left
+# A bin is the bits of a float32 without the lowest 20: the exponent and 3 bits of the mantissa.
+_CUT = 20
 _BINS = 2 ** (31 - _CUT)
 
 
 class Exactness(NamedTuple):
-    """What the rewinds of a chain found; float32.
+    """The result of the exactness check of a chain's rewinds; float32.
 
-    mismatches: elements of the reconstructed chain input that differ from the true one (NaNs
-      count; exact up to 2**24, rounded above, never rounded to 0).
-    differences: [2048], how many rewinds had their largest difference in each bin of magnitudes.
-    magnitudes: [2048], likewise of the largest |x|.
+    mismatches: number of elements of the reconstructed chain input that differ from the true one
+      (NaNs count; exact up to 2**24, rounded above, never rounded to 0).
+    differences: [2048], a histogram over rewinds of the largest difference.
+    magnitudes: [2048], a histogram over rewinds of the largest |x|.
 
-    JAX adds cotangents up wherever a probe is used more than once: in several chains, in the
-    iterations of a loop, in the examples of a `vmap`, on the devices of a `shard_map`. So all three
-    are counts, which may be added up or averaged; the largest values are read off the bins.
-    All are 0 where nothing was reconstructed (`store`, `remat`).
+    JAX sums cotangents wherever a probe is used more than once: in several chains, in the
+    iterations of a loop, in the examples of a `vmap`, on the devices of a `shard_map`. A maximum
+    would not survive a sum. So all three are counts, which may be summed or averaged, and the
+    maxima are read from the histograms. All are 0 if nothing was reconstructed (`store`, `remat`).
     """
 
     mismatches: jax.Array
@@ -43,20 +45,20 @@ class Exactness(NamedTuple):
 
     @property
     def max_difference(self) -> jax.Array:
-        """The largest absolute difference, cut (not rounded) to four significant bits."""
+        """The largest absolute difference, truncated to four significant bits."""
         return _largest_counted(self.differences)
 
     @property
     def max_abs(self) -> jax.Array:
-        """The largest |x| of any stream between layers, to be held against `Grid.limit`.
+        """The largest |x| of any stream between layers, to be compared with `Grid.limit`.
 
-        Cut to four significant bits: below a power of two if and only if |x| is.
+        Truncated to four significant bits: below a power of two if and only if |x| is.
         """
         return _largest_counted(self.magnitudes)
 
     @classmethod
     def probe(cls) -> Exactness:
-        """The zeros to pass as a chain's `probe`, and differentiate."""
+        """Zeros to pass as a chain's `probe` and to differentiate with respect to."""
         return cls(*(jnp.zeros(shape, jnp.float32) for shape in ((), _BINS, _BINS)))
 
 
@@ -65,8 +67,9 @@ def compare(
 ) -> Exactness:
     """Compares a reconstructed chain input with the true one.
 
-    max_abs: of the streams after the input.
-    checksums: of what branches computed, forward and rewind; one more mismatch where they differ.
+    max_abs: the largest |x| of the streams after the input.
+    checksums: of the branches' outputs and residuals, forward and in the rewind; counts as one
+      more mismatch if they differ.
     """
     pairs = list(zip(jax.tree.leaves(rebuilt), jax.tree.leaves(true), strict=True))
     mismatches = [jnp.sum(a != b, dtype=jnp.float32) for a, b in pairs]
@@ -82,31 +85,34 @@ def compare(
 
 
 def largest(streams: Any) -> jax.Array:
-    """max |x| over all streams, as a float32 scalar."""
+    """Returns max |x| over all streams, as a float32 scalar."""
     leaves = jax.tree.leaves(streams)
     return jnp.max(jnp.stack([jnp.max(jnp.abs(x), initial=0).astype(jnp.float32) for x in leaves]))
 
 
 def _counted(value: jax.Array) -> jax.Array:
-    """float32 [2048]: 1 in the bin of a value >= 0, eight bins for each power of two; 0s for 0."""
+    """float32 [2048]: 1 in the bin of a value > 0, eight bins per power of two; all 0 for 0."""
     found = (lax.bitcast_convert_type(value, jnp.int32) >> _CUT) & (_BINS - 1)
     return ((jnp.arange(_BINS, dtype=jnp.int32) == found) & (found > 0)).astype(jnp.float32)
 
 
 def _largest_counted(counts: jax.Array) -> jax.Array:
-    """The lower edge of the last bin that is not empty, over the last axis."""
+    """The lower edge of the last nonempty bin, over the last axis; 0 if all bins are empty."""
     found = jnp.where(counts > 0, jnp.indices(counts.shape, jnp.int32)[-1], 0)
     return lax.bitcast_convert_type(jnp.max(found, axis=-1) << _CUT, jnp.float32)
 
 
 def varying_axes(tree: Any) -> frozenset[str]:
-    """The axes of a `shard_map` over which any array differs from device to device, by its type."""
+    """The `shard_map` axes over which any array of the tree varies, according to its type."""
     axes = (jax.typeof(leaf).mat.varying for leaf in jax.tree.leaves(tree))
     return frozenset().union(*axes)
 
 
 def vary_over(axes: Iterable[str], tree: Any) -> Any:
-    """The same values, typed to differ over these axes: their cotangents are added up over them."""
+    """Casts the arrays to vary over these `shard_map` axes, keeping their values.
+
+    JAX then sums the cotangents of an array that did not vary over the devices.
+    """
 
     def cast(leaf):
         missing = sorted(set(axes) - varying_axes(leaf))

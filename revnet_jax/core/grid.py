@@ -1,9 +1,9 @@
 """Exact streams: round every update to a power-of-two grid, so that undoing it loses no bit.
 
 In floating point `(x + u) - u` is not `x`, and over many layers the difference grows until the
-gradient computed from reconstructed activations is wrong. On a grid of spacing `2**-bits` sums and
-differences of floats are exact as long as they stay inside the range where the spacing of the
-floats is no coarser than the grid's. Then inverse(forward(x)) == x, bit for bit.
+gradient computed from reconstructed activations is wrong. On a grid of spacing `2**-bits`, sums
+and differences of floats are exact as long as they stay inside the range where floats are spaced
+no more coarsely than the grid. Then inverse(forward(x)) == x, bit for bit.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ DEFAULT_BITS = 12
 
 @dataclass(frozen=True)
 class Grid:
-    """Multiples of `2**-bits`, with the arithmetic on them exact while `|x| < limit(dtype)`.
+    """The multiples of `2**-bits`; addition on them is exact while `|x| < limit(dtype)`.
 
-    bits: the default, 12, gives float32 streams a resolution of 2.4e-4 and a range of +-4096. What
-      is smaller than half of the resolution is rounded to nothing: a state whose updates all are,
-      as those of an ODE in steps of 1e-4, stands still. Take more bits then (20: 9.5e-7 and +-16);
-      `check_reversible` says how many updates vanish.
+    bits: the default, 12, gives float32 streams a resolution of 2.4e-4 and a range of +-4096.
+      Updates smaller than half of the resolution round to zero: if all of them are (an ODE with
+      steps of 1e-4, for example), the state does not move. Then take more bits (20: 9.5e-7 and
+      +-16); `check_reversible` counts the updates that round to zero.
 
-    On a grid a layer is a staircase, whose gradient is that of the function it follows: to check a
-    gradient by numerical differentiation, build the block with `grid=None`.
+    Rounding makes a layer a step function, while its gradient is that of the function before
+    rounding. To check a gradient by numerical differentiation, build the block with `grid=None`.
     """
 
     bits: int = DEFAULT_BITS
@@ -45,8 +45,8 @@ class Grid:
     def snap(self, tree: Any) -> Any:
         """Rounds every array to the nearest grid point; the gradient passes straight through.
 
-        Beyond `limit(dtype)` a float has no digits finer than the grid, so nothing is rounded and
-        the arithmetic on it degrades to ordinary rounding. Negative zero becomes zero, because
+        Beyond `limit(dtype)` a float has no digits finer than the grid: nothing is rounded here,
+        and arithmetic degrades to ordinary floating point. Negative zero becomes zero, because
         `(-0.0 + u) - u` is `+0.0`. Cost: elementwise, fused into the update.
         """
         return jax.tree.map(lambda x: _snap(x, self.bits), tree)
@@ -73,17 +73,21 @@ def _snap(x: jax.Array, bits: int) -> jax.Array:
     scale = jnp.asarray(2.0**bits, x.dtype)
     snapped = jnp.round(constant_x * scale) / scale
     snapped = jnp.where(snapped == 0, jnp.zeros_like(snapped), snapped)
-    # Products that overflow were of numbers without digits finer than the grid.
+    # If x * scale overflows, x is so large that it is on the grid already.
     return straight_through(x, jnp.where(jnp.isinf(snapped), constant_x, snapped))
 
 
 def straight_through(x: jax.Array, value: jax.Array) -> jax.Array:
-    """`value`, with the derivatives of `x`, of any order; arrays alike in shape and dtype."""
+    """Returns `value` with the derivatives of `x`, of any order (straight-through estimator).
+
+    x, value: arrays of equal shape and dtype.
+    """
     return _straight_through_p.bind(x, value)
 
 
-# A primitive rather than a custom_jvp: where `lax.scan` is differentiated twice, JAX forgets custom
-# rules in between, and rounding would then have the derivative 0. Nothing of it is compiled.
+# A primitive rather than a custom_jvp: when `lax.scan` is differentiated twice, JAX drops custom
+# rules after the first time, and rounding would then have derivative 0. It is lowered to `value`,
+# so the compiled program contains no operation for it.
 _straight_through_p = Primitive("straight_through")
 _straight_through_p.def_impl(lambda x, value: value)
 _straight_through_p.def_abstract_eval(lambda x, value: x)
@@ -108,5 +112,5 @@ batching.primitive_batchers[_straight_through_p] = _batch_straight_through
 
 
 def snap(grid: Grid | None, tree: Any) -> Any:
-    """`grid.snap(tree)`, or `tree` itself where there is no grid: what a coupling calls."""
+    """`grid.snap(tree)`, or `tree` itself if `grid` is None. For use in couplings."""
     return tree if grid is None else grid.snap(tree)

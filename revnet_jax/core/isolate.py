@@ -1,8 +1,9 @@
-"""A function compiled apart from what is around it: the same program wherever it is evaluated.
+"""Isolated functions: compiled apart from the code around them, to the same program everywhere.
 
-Compilers fuse a sum with its neighbours, delete what nobody reads, and add in another order
-afterwards. What must give the same bits twice is therefore isolated: nothing is fused across its
-edges, and where `witnessed`, all that it returns is computed whoever reads it.
+Compilers fuse a sum with its neighbours and delete results that nobody reads, and either may
+change the order of summation. A function that must give the same bits twice is therefore isolated:
+nothing is fused across its boundary. If it is also `witnessed`, all of its outputs are computed,
+even those that nobody reads.
 """
 
 from __future__ import annotations
@@ -21,23 +22,28 @@ from jax.interpreters import partial_eval as pe
 
 
 def isolate(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)`, trees of arrays; differentiable, in any way, as the function is."""
+    """Evaluates `function(*arguments)`, on trees of arrays, in isolation.
+
+    Forward and reverse mode, of any order, work as for the function itself.
+    """
     program, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
     outputs = call(program, jax.tree.leaves(arguments))
     return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
 
 
 def call(program: ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:
-    """The outputs of a program, isolated."""
+    """Evaluates a jaxpr in isolation and returns its outputs."""
     arguments, program = _without_constants(arguments, program)
     return _call_p.bind(*arguments, program=program, witnessed=False)
 
 
 def call_witnessed(program: ClosedJaxpr, arguments: Sequence[Any]) -> tuple[list[Any], jax.Array]:
-    """(outputs, checksum): who reads the first output, or the checksum, makes all be computed.
+    """Evaluates a jaxpr in isolation: (outputs, checksum).
 
-    checksum: int32, of the bits of some elements of each output, in whatever order they are added.
-      A few, because reading all would cost as much as computing them.
+    If the first output or the checksum is read, all outputs are computed.
+
+    checksum: int32, of the bits of a few elements of each output; it does not depend on the order
+      of summation. A few elements, because reading all would cost as much as computing them.
     """
     arguments, program = _without_constants(arguments, program)
     *outputs, checksum = _call_p.bind(*arguments, program=program, witnessed=True)
@@ -45,8 +51,11 @@ def call_witnessed(program: ClosedJaxpr, arguments: Sequence[Any]) -> tuple[list
 
 
 def depending_on(variables: Iterable[Any], jaxpr: Any) -> Callable[[Any], bool]:
-    """Whether a variable of a jaxpr is among these, or computed from them; no literal is."""
-    found = set(map(id, variables))  # literals have no hash
+    """Returns a test of whether a variable of the jaxpr is one of these or computed from them.
+
+    The test is False for literals.
+    """
+    found = set(map(id, variables))  # by id, because literals are not hashable
     for equation in jaxpr.eqns:
         if any(id(variable) in found for variable in equation.invars):
             found.update(map(id, equation.outvars))
@@ -54,18 +63,22 @@ def depending_on(variables: Iterable[Any], jaxpr: Any) -> Callable[[Any], bool]:
 
 
 def _without_constants(arguments, program):
-    """Constants may be traced values, which have to be passed like all others."""
+    """Turns the constants of a jaxpr into arguments, because they may be traced values."""
     jaxpr = program.jaxpr
     jaxpr = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
     return [*program.consts, *arguments], ClosedJaxpr(jaxpr, ())
 
 
 def _witness(first, *others):
-    """The same and a checksum; the first depends on all of them, for all that compilers know."""
+    """(first, checksum of all): compilers must assume that the result depends on every array.
+
+    The value of `first` does not change.
+    """
     sums = _checksums((first, *others), rows=first.shape[0] if first.ndim else 1)
-    # n (n + 1) is even, which compilers do not know. A barrier alone would not do: they remove from
-    # it what nobody reads.
-    # A constant in the place of the sums would become one array with equal constants inside.
+    # n (n + 1) is always even, but compilers do not know that, so `first` seems to depend on the
+    # sums. A barrier alone would not do: compilers remove unread operands from it.
+    # The value selected there is the sums rather than a constant, because a compiler would merge a
+    # constant array with an equal one inside the isolated program.
     by_example = sums.reshape((-1,) + (1,) * (first.ndim - 1) if first.ndim else ())
     never = (by_example * (by_example + 1)) & 1 == 1
     first = jnp.where(never, by_example.astype(first.dtype), first)
@@ -73,18 +86,19 @@ def _witness(first, *others):
 
 
 def _checksums(leaves, rows):
-    """int32 [rows]: each example sums up its own elements, and those that belong to none.
+    """int32 [rows]: for each example, a sum over its own elements and those of unbatched arrays.
 
-    So devices that have examples of their own need not wait for one another. The first elements,
-    because those of a part of an array are where it begins: nothing is sent to find them.
+    With one sum per example, devices that hold different examples need no communication. The first
+    elements of each array are taken: a shard has its first elements locally.
     """
     sums, of_none = jnp.zeros(rows, jnp.int32), [jnp.zeros(1, jnp.int32)]
     for leaf in leaves:
         if leaf.size:
             has_examples = leaf.shape[:1] == (rows,)
             limits = [rows] * has_examples + [1] * (leaf.ndim - has_examples)
-            # Two of them: of one, a sum is a reshape, from which TPU compilers conclude that all of
-            # the array has examples side by side in memory: 4 of them in the place of 128.
+            # Two elements of each example, not one: the sum of a single element would be a reshape,
+            # and TPU compilers would then lay out the whole array with examples side by side in
+            # memory: 4 of them in place of 128.
             if longer := [i for i, n in enumerate(leaf.shape) if n > limits[i]]:
                 limits[longer[-1]] = 2
             bits = _bits(lax.slice(leaf, [0] * leaf.ndim, limits))
@@ -92,12 +106,15 @@ def _checksums(leaves, rows):
                 sums += _mixed(jnp.sum(bits, axis=tuple(range(1, leaf.ndim)), dtype=jnp.int32))
             else:
                 of_none.append(bits.reshape(-1))
-    # Side by side, so that they take one kernel, not one each: a branch of a RevNet has ten.
+    # Concatenated, so that they take one kernel in total: a branch of a RevNet has ten such arrays.
     return sums + jnp.sum(_mixed(jnp.concatenate(of_none)), dtype=jnp.int32)
 
 
 def _bits(leaf):
-    """As int32: of a float64 the sum of its halves; narrower floats are widened first, exactly."""
+    """The bits of each element as int32.
+
+    Narrow floats are first widened, exactly; for a float64 it is the sum of its two halves.
+    """
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return leaf.astype(jnp.int32)
     if leaf.dtype == jnp.float64:
@@ -106,9 +123,9 @@ def _bits(leaf):
 
 
 def _mixed(bits):
-    """int32 whose differences hardly cancel in a sum: every bit depends on all of the bits.
+    """Hashes int32 values, so that differences are unlikely to cancel in a sum.
 
-    Summed as they are, two flips of a sign would be none. The finalizer of MurmurHash3 (Appleby).
+    In a plain sum of bits two flipped signs would cancel. The finalizer of MurmurHash3 (Appleby).
     """
     bits = bits.astype(jnp.uint32)
     bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
@@ -116,14 +133,15 @@ def _mixed(bits):
     return (bits ^ (bits >> 16)).astype(jnp.int32)
 
 
-SCOPE = "isolated"  # in the names that compiled programs give to what was isolated
+SCOPE = "isolated"  # appears in the operation names of compiled programs
 _call_p = Primitive(SCOPE)
 _call_p.multiple_results = True
 
 
 @_call_p.def_impl
 def _compute(*arguments, **params):
-    with jax.disable_jit(False):  # whoever has switched it on gets what is in between step by step
+    # Always compiled: under jax.disable_jit only the code between isolated programs runs eagerly.
+    with jax.disable_jit(False):
         return jax.jit(functools.partial(_call_p.bind, **params))(*arguments)
 
 
@@ -141,7 +159,10 @@ def _lower_between_barriers(context, *arguments, program, witnessed):
 
 
 def _lower_as_call(context, *arguments, program, witnessed):
-    """On CPU barriers are gone before anything is fused; but functions stay apart if told to."""
+    """For CPU: XLA drops barriers there before it fuses, but keeps functions marked not inlineable.
+
+    The mark is the frontend attribute `inlineable`, which has no public API in JAX.
+    """
     context = context.replace(avals_out=program.out_avals)
     outputs = mlir.core_call_lowering(context, *arguments, name=SCOPE, call_jaxpr=program)
     if outputs:
@@ -161,8 +182,8 @@ def _lower_witness(context, outputs, program):
 
 
 def _lowered(context, function, avals, values):
-    # Without the sharding and the axes of `shard_map` in their types, over which JAX would refuse
-    # to put behind one barrier, or to add up, what lies each in its own way on a mesh.
+    # Types without sharding and `shard_map` axes: with them JAX refuses to put arrays of different
+    # shardings behind one barrier, or to add them.
     plain = [ShapedArray(aval.shape, aval.dtype) for aval in avals]
     return mlir.lower_fun(function)(context.replace(avals_in=plain, tokens_out=None), *values)
 
@@ -202,7 +223,7 @@ def _transpose(cotangents, *arguments, program, witnessed):
             outputs = jaxpr_as_fun(program)(*(next(moving if does else rest) for does in moves))
             return [outputs[i] for i in given]
 
-        like = [ad.instantiate_zeros(ad.Zero(aval)) for aval in avals]  # on a mesh as they are
+        like = [ad.instantiate_zeros(ad.Zero(aval)) for aval in avals]  # zeros keep the sharding
         return jax.linear_transpose(linear, *like)(cotangents)
 
     found = iter(isolate(transposed, known, [cotangents[i] for i in given]))
@@ -210,7 +231,10 @@ def _transpose(cotangents, *arguments, program, witnessed):
 
 
 def _batch(axis, arguments, places, *, program, witnessed):
-    """What depends on nothing that is batched, weights in another dtype, stays as it is."""
+    """The rule for `vmap`: outputs that depend on no batched input stay unbatched.
+
+    Examples are weights that were cast to another dtype.
+    """
     batched = {v for v, i in zip(program.jaxpr.invars, places, strict=True) if i is not None}
     is_batched = depending_on(batched, program.jaxpr)
     out_places = [0 if is_batched(v) else None for v in program.jaxpr.outvars]
@@ -223,8 +247,11 @@ def _batch(axis, arguments, places, *, program, witnessed):
 
 
 def _delete_unread(used, *others):
-    """What `jax.checkpoint` need not compute again in a backward pass."""
-    equation = others[-1]  # jax 0.12 says before it which inputs are alive
+    """The rule for dead code elimination, by which `jax.checkpoint` skips unread outputs.
+
+    A witnessed program stays whole if its first output or its checksum is read.
+    """
+    equation = others[-1]  # jax 0.12 passes the live inputs as another argument before it
     program, witnessed = equation.params["program"], equation.params["witnessed"]
     if witnessed and (used[0] or used[-1]):
         return [True] * len(equation.invars), equation

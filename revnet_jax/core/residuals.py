@@ -1,9 +1,9 @@
-"""Which intermediates to keep for a derivative: those of the fewest bytes.
+"""Chooses the residuals of a derivative: the intermediates to keep, in as few bytes as possible.
 
 Elementwise arithmetic costs less than writing its results and reading them back. So a derivative
-computes it again, from what products, convolutions and sums returned. What to keep is a minimum cut
-between these and what the derivative needs (He & Yu 2023, "Transcending runtime-memory tradeoffs in
-checkpointing by being fusion aware", MLSys).
+recomputes it from the results of products, convolutions and sums. The residuals are a minimum cut
+between those results and the values that the derivative needs (He & Yu 2023, "Transcending
+runtime-memory tradeoffs in checkpointing by being fusion aware", MLSys).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jax.interpreters import partial_eval as pe
 
 from revnet_jax.core.isolate import depending_on
 
-# Computed again rather than kept: what compilers fuse into whatever reads it.
+# Primitives that are recomputed rather than kept, because compilers fuse them into their readers.
 _CHEAP_NAMES = """
 abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type broadcast_in_dim
 cbrt ceil clamp convert_element_type copy cos cosh div eq erf erf_inv erfc exp exp2 expand_dims
@@ -27,7 +27,7 @@ sharding_constraint sign sin sinh slice split sqrt square squeeze stop_gradient 
 transpose unstack xor
 """
 _CHEAP = frozenset(_CHEAP_NAMES.split())
-# What only calls another jaxpr, and the parameter that has it.
+# Primitives that only call another jaxpr, and the parameter that holds it.
 _CALLS = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
@@ -37,11 +37,13 @@ _CALLS = {
 
 
 def fewest_residuals(jaxpr: Any, needed: Sequence[Any], costly: Sequence[Any]) -> list[Any]:
-    """The variables to keep, from which cheap arithmetic finds all that are needed.
+    """The variables to keep, from which cheap arithmetic computes all that are needed.
 
-    needed: variables and literals of the jaxpr. costly: those of its inputs that cost something to
-      keep; the others are at hand, as is what depends on no input. Among equals the nearest to what
-      is needed.
+    needed: variables and literals of the jaxpr.
+    costly: those of its inputs that cost memory to keep. The other inputs are available in the
+      backward pass anyway, as is everything that depends on no input.
+
+    Among cuts of equal size, takes the one nearest to the needed variables.
     """
     varies = depending_on(jaxpr.invars, jaxpr)
     at_hand = set(map(id, jaxpr.invars)) - set(map(id, costly))
@@ -56,12 +58,14 @@ def fewest_residuals(jaxpr: Any, needed: Sequence[Any], costly: Sequence[Any]) -
             continue
         given += outputs
         written |= set(map(id, outputs))
-        if not equation.primitive.name.startswith("reduce"):  # that reads what it computes
+        # A product or convolution reads its inputs from memory, so they are written anyway. A
+        # reduction is fused with the arithmetic that computes its inputs.
+        if not equation.primitive.name.startswith("reduce"):
             written |= set(map(id, inputs))
     variables = {id(v): v for e in jaxpr.eqns for v in e.outvars if is_in_graph(v)}
     variables |= {id(v): v for v in costly}
     for key, variable in variables.items():
-        # What is written anyway only has to be read once more.
+        # Keeping a variable costs a write and a read; only the read if it is written anyway.
         edges.append(((key, "in"), (key, "out"), _bytes(variable) * (1 if key in written else 2)))
     edges += [(source, (id(v), "in"), math.inf) for v in given]
     edges += [((id(v), "out"), sink, math.inf) for v in needed if is_in_graph(v)]
@@ -70,8 +74,10 @@ def fewest_residuals(jaxpr: Any, needed: Sequence[Any], costly: Sequence[Any]) -
 
 
 def computing_again(jaxpr: Any, kept: Sequence[Any], needed: Sequence[Any]) -> tuple[Any, list]:
-    """(the jaxpr of what is needed, from those of its inputs and of what is kept that it reads;
-    which these are, inputs first)."""
+    """(a jaxpr that computes `needed` from inputs and kept variables, which of them it reads).
+
+    The second is a list of bools: inputs of the original jaxpr first, then the kept variables.
+    """
     given = set(map(id, kept))
     renamed = lambda variable: type(variable)(variable.aval) if id(variable) in given else variable
     equations = [e.replace(outvars=list(map(renamed, e.outvars))) for e in jaxpr.eqns]
@@ -82,7 +88,8 @@ def computing_again(jaxpr: Any, kept: Sequence[Any], needed: Sequence[Any]) -> t
 def _is_cheap(equation):
     inner = equation.params.get(_CALLS.get(equation.primitive.name, ""))
     if inner is not None:
-        # On a mesh there is a `reshard` of each constant in it, too, which costs nothing.
+        # Only equations that depend on an input count: on a mesh there is also a `reshard` of each
+        # constant, which costs nothing.
         varies = depending_on(inner.jaxpr.invars, inner.jaxpr)
         return all(_is_cheap(e) for e in inner.eqns if any(map(varies, e.outvars)))
     return equation.primitive.name in _CHEAP
@@ -94,14 +101,14 @@ def _bytes(variable):
 
 
 def _behind_minimum_cut(edges, source, sink):
-    """The nodes between which and the sink nothing is cut (Edmonds & Karp 1972)."""
+    """The nodes on the sink's side of a minimum cut (Edmonds & Karp 1972)."""
     room: dict[Any, dict[Any, float]] = defaultdict(dict)
     for start, end, capacity in edges:
         room[start][end] = room[start].get(end, 0) + capacity
         room[end].setdefault(start, 0)
 
     def reaching_sink():
-        """{node: the next one on its shortest way to the sink}."""
+        """{node: the next node on its shortest path to the sink}, for nodes that have a path."""
         follows, queue = {sink: sink}, deque([sink])
         while queue:
             end = queue.popleft()

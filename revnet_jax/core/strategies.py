@@ -5,11 +5,12 @@
 | store      | all of f's intermediates       | none                                 |
 | remat_dots | matrix products, convolutions  | the rest of a forward                |
 | remat      | the streams                    | one forward, less what is not needed |
-| offload    | the streams, in host memory    | the same, and two transfers          |
+| offload    | the streams, in host memory    | as remat, and two transfers          |
 | reverse    | nothing (or a residue)         | one forward                          |
 
-All compute the same function of the same arguments, and can be mixed in a chain. What a branch
-names `GATHERED` (`jax.ad_checkpoint.checkpoint_name`) none of them keeps.
+`remat` is gradient checkpointing. All strategies compute the same function of the same arguments,
+and can be mixed in a chain. None of them keeps values that a branch has named `GATHERED` by
+`jax.ad_checkpoint.checkpoint_name` (all-gathered weights).
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ class Run(NamedTuple):
 
 
 def plan_runs(depths: Sequence[int], backprop: Backprop, stored_layers: int) -> list[Run]:
-    """The last `stored_layers` layers of all sections store; those before them are `backprop`'s."""
+    """Splits sections into runs: the last `stored_layers` layers store, the others use `backprop`.
+
+    depths: layers of each section.
+    """
     left = sum(depths) - stored_layers
     runs = []
     for section, depth in enumerate(depths):
@@ -56,15 +60,19 @@ def plan_runs(depths: Sequence[int], backprop: Backprop, stored_layers: int) -> 
 
 
 def per_iteration(backprop: Backprop, unroll: int) -> int:
-    """Layers per loop iteration. One for remat: a compiler might compute several again at once."""
+    """Layers per loop iteration.
+
+    One for remat: a compiler might recompute several unrolled layers at once, and hold them all.
+    """
     return unroll if backprop in ("store", "reverse") else 1
 
 
 def remembering(forward: Callable[..., Any], backprop: Backprop, *, alone: bool) -> Callable:
-    """`forward(params, x, context)`, keeping for its gradient what the strategy says.
+    """Wraps `forward(params, x, context)` to keep for its gradient what the strategy says.
 
-    alone: whether it runs outside a loop, where a recompute must be kept from being merged with
-      what it repeats. In a loop's body nothing is, and preventing it would cost copies.
+    alone: whether it runs outside a loop. There common-subexpression elimination would merge the
+      recomputation with the forward pass, so it is prevented. Inside a loop body that cannot
+      happen, and preventing it would cost copies.
     """
     policies = jax.checkpoint_policies
     if backprop == "reverse" or (backprop == "store" and not _several_devices()):
@@ -95,7 +103,10 @@ def _several_devices() -> bool:
 
 
 def _is_product(primitive: Any, *args: Any, **params: Any) -> bool:
-    """Products of activations and weights; those of activations (attention scores) are large."""
+    """A checkpoint policy: keep products of activations with weights, and convolutions.
+
+    Products of activations with activations (attention scores) are too large to keep.
+    """
     is_dot = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
     return bool(is_dot) or primitive.name == "conv_general_dilated"
 
@@ -103,10 +114,11 @@ def _is_product(primitive: Any, *args: Any, **params: Any) -> bool:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Kept:
-    """A pullback without what is at hand in the backward pass anyway: weights, shared inputs, data.
+    """A pullback without the arrays that the backward pass has anyway.
 
-    arrays: the pullback's other leaves.
-    places: for each leaf its place among what is at hand, or None.
+    Those are weights, shared inputs and per-layer data.
+    arrays: the other leaves of the pullback.
+    places: for each leaf its index among the arrays at hand, or None if it is in `arrays`.
     """
 
     arrays: list[Any]
@@ -115,7 +127,11 @@ class Kept:
 
     @classmethod
     def of(cls, pullback: Callable, at_hand: Any) -> Kept:
-        """at_hand: the tree of arrays that `pullback` was made from, as JAX traced them."""
+        """Splits a pullback.
+
+        at_hand: the tree of arrays that `pullback` was made from. Leaves are recognised by
+          identity, so it must hold the same traced values.
+        """
         leaves, structure = jax.tree.flatten(pullback)
         known = {id(leaf): place for place, leaf in enumerate(jax.tree.leaves(at_hand))}
         places = tuple(known.get(id(leaf)) for leaf in leaves)
@@ -123,7 +139,7 @@ class Kept:
         return cls(arrays, places, structure)
 
     def pullback(self, at_hand: Any) -> Callable:
-        """The pullback again, given the same values."""
+        """Rebuilds the pullback; at_hand must hold the same values as in `of`."""
         arrays, known = iter(self.arrays), jax.tree.leaves(at_hand)
         leaves = [next(arrays) if place is None else known[place] for place in self.places]
         return jax.tree.unflatten(self.structure, leaves)

@@ -1,6 +1,6 @@
-"""Forward through layers, keeping what each one's strategy asks for; and the sweep back.
+"""The forward pass that keeps what each layer's strategy needs, and the backward sweep.
 
-The backward sweep is a pure function: it goes from the last layer to the first and hands the
+The backward sweep is a pure function: it goes from the last layer to the first and passes the
 gradient of each to a consumer, which stacks it, or updates that layer's parameters at once.
 """
 
@@ -23,12 +23,12 @@ Update = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
 class Consumer(NamedTuple):
-    """What becomes of a section's gradients in the sweep.
+    """Receives the gradients of a section's layers during the sweep.
 
-    start: a tree of stacked arrays, carried through the loop and written in place: as inputs and
-      outputs of the loop they would exist twice.
-    read: `written -> params_L`, of the layers that the sweep has yet to come to.
-    write: `(written, i, params, dparams) -> written`, after layer i.
+    start: the initial `written`, a tree of stacked arrays. The loop carries it and writes it in
+      place; as scan inputs and outputs the arrays would exist twice.
+    read: `written -> params_L`; valid for the layers that the sweep has not reached yet.
+    write: `(written, i, params, dparams) -> written`, called after layer i.
     """
 
     start: Any
@@ -37,14 +37,17 @@ class Consumer(NamedTuple):
 
 
 def stack_gradients(params_L: Any) -> Consumer:
-    """Keeps them all: `written` is dparams_L."""
+    """A consumer that keeps all gradients: `written` is dparams_L."""
     zeros = jax.tree.map(jnp.zeros_like, trees.split(params_L)[0])
     write = lambda dparams_L, i, params, dparams: _put(dparams_L, i, dparams)
     return Consumer(zeros, lambda dparams_L: params_L, write)
 
 
 def update_in_place(params_L: Any, state_L: Any, update: Update) -> Consumer:
-    """Keeps none: `written` is (params_L, state_L), new from the layer that was swept last."""
+    """A consumer that updates each layer at once and keeps no gradients.
+
+    `written` is (params_L, state_L); layers that the sweep has passed hold their new values.
+    """
     floats_L, rest_L = trees.split(params_L)
 
     @jax.named_scope("update")
@@ -52,8 +55,9 @@ def update_in_place(params_L: Any, state_L: Any, update: Update) -> Consumer:
         if not jax.tree.leaves(dparams):
             return written
         state, floats = _at(written[1], i), trees.split(params)[0]
-        # Fused with the writing, reading one stack would come after writing another, for all the
-        # compiler knows: on CPU it then copies whole stacks, for every layer.
+        # Isolated, so that all stacks are read before any is written. If the update were fused
+        # with the writes, the CPU compiler would have to assume that one stack is read after
+        # another is written, and would copy whole stacks for every layer.
         returned = isolate(update, dparams, state, floats)
         return _put(written, i, returned)
 
@@ -61,11 +65,11 @@ def update_in_place(params_L: Any, state_L: Any, update: Update) -> Consumer:
 
 
 class Kepts(NamedTuple):
-    """What the forward pass keeps for the sweep.
+    """The values that the forward pass keeps for the sweep.
 
-    runs: for each run, stacked, a residue or a pullback of each layer.
+    runs: for each run, the residues (reverse) or pullbacks of its layers, stacked.
     last_reversed: the output of the last run that reverses, or None.
-    checksum: of all that the branches of reversed layers computed.
+    checksum: over the outputs and residuals of the branches of reversed layers.
     """
 
     runs: list[Any]
@@ -76,7 +80,7 @@ class Kepts(NamedTuple):
 def forward_keeping(
     runs: Sequence[Run], sections: Sequence[Any], x: Streams, shared: Any, unroll: int
 ) -> tuple[Streams, tuple[Any, ...], Kepts]:
-    """(y, aux_L of each section, what the sweep needs)."""
+    """Runs all layers forward: (y, aux_L of each section, what the sweep needs)."""
     auxes: list[list[Any]] = [[] for _ in sections]
     kepts, last_reversed, checksum = [], None, jnp.int32(0)
     for run in runs:
@@ -96,8 +100,8 @@ def _forward_run(run, section, x, shared, unroll):
         i, x, checksum = carry
         params, data = _at((section.params_L, section.data_L), i)
         context = Context(shared, data)
-        # What a reversed layer would need to be stored is computed, as its rewind will compute it,
-        # and dropped.
+        # Also for reversed layers, which drop the pullback: the forward loop must run the same
+        # program as the rewind, residuals included, so that both round alike.
         found, pullback = differentiate(remembered, params, x, context)
         reverses = run.backprop == "reverse"
         kept = found.residue if reverses else Kept.of(pullback, (params, context))
@@ -111,11 +115,12 @@ def _forward_run(run, section, x, shared, unroll):
 
 
 class Swept(NamedTuple):
-    """What the backward sweep returns.
+    """The result of the backward sweep.
 
-    x: the rebuilt input, None unless the first run reverses. written: the consumers', by section.
-    max_abs: the largest |stream| that reversed layers returned, or None.
-    checksum: of all that the branches of reversed layers computed in their rewind.
+    x: the rebuilt input of the chain; None unless the first run reverses.
+    written: the final `written` of each section's consumer.
+    max_abs: the largest |x| of any stream that a reversed layer returned, or None.
+    checksum: over what the branches of reversed layers computed in the rewind.
     """
 
     x: Streams | None
@@ -137,13 +142,13 @@ def sweep(
     unroll: int,
     track_range: bool,
 ) -> Swept:
-    """Backward through the layers, last to first: rewinds those that reverse.
+    """Goes backward through the layers, last to first; rewinds those that reverse.
 
-    cotangents: dy, and daux_L of each section, None at leaves that are not floating point.
+    cotangents: (dy, daux_L of each section), with None at leaves that are not floating point.
     """
     dx, dauxes = cotangents
     x, checksum = None, jnp.int32(0)
-    # Typed, in a `shard_map`, as what a loop makes of it.
+    # In a `shard_map` a loop's carry must have the same type, varying axes included, throughout.
     max_abs = vary_over(varying_axes(dx), jnp.float32(0)) if track_range else None
     dshared = jax.tree.map(jnp.zeros_like, trees.split(shared)[0])
     written = [consumer.start for consumer in consumers]
@@ -178,8 +183,8 @@ def _sweep_run(run, section, consumer, carry, daux_L, kept_L, shared, unroll):
         i, (x, dx, dshared, written, max_abs, checksum) = carry
         daux, kept = slices
         if run.backprop == "reverse" and (unroll > 1 or run.length == 1):
-            # As in a loop, nothing is rebuilt before the layer after it has been differentiated:
-            # else a compiler may rebuild all of a sequence first, and hold it.
+            # Layers that are not separated by loop iterations need a barrier: a compiler might
+            # otherwise rebuild the streams of all layers first, and hold them all.
             x, dx = isolate(lambda x, dx: (x, dx), x, dx)
         if run.backprop == "reverse" and max_abs is not None:
             max_abs = jnp.maximum(max_abs, largest(x))
@@ -199,7 +204,7 @@ def _sweep_run(run, section, consumer, carry, daux_L, kept_L, shared, unroll):
 def loop(
     body: Callable, carry: Any, xs: Any, length: int, *, reverse: bool = False, unroll: int = 1
 ) -> tuple[Any, Any]:
-    """`lax.scan`, except that a single layer, applied as it is, may change the carry's shapes."""
+    """`lax.scan`; for length 1 the body is called directly, and may change the carry's shapes."""
     if length != 1:
         return lax.scan(body, carry, xs, length, reverse=reverse, unroll=min(unroll, length))
     carry, ys = body(carry, jax.tree.map(lambda leaf: leaf[0], xs))
@@ -207,9 +212,10 @@ def loop(
 
 
 def _at(tree_L: Any, i: Any) -> Any:
-    """Layer i of everything stacked."""
+    """Layer i of a stacked tree."""
     take = lambda leaf: lax.dynamic_index_in_dim(leaf, i, keepdims=False)
-    # Else a compiler may prepare all layers' weights before the loop, and keep them beside it.
+    # Without the barrier a compiler may convert the weights of all layers before the loop, and
+    # keep a second copy of them.
     return lax.optimization_barrier(jax.tree.map(take, tree_L))
 
 

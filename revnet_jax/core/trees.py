@@ -20,13 +20,13 @@ def is_inexact(leaf: Any) -> bool:
 
 
 def split(tree: Any) -> tuple[Any, Any]:
-    """(floating-point leaves, all other leaves): two copies of the tree with None elsewhere."""
+    """Splits a tree into (floating-point leaves, other leaves), each with None at the rest."""
     leaves, structure = jax.tree.flatten(tree)
     pairs = [(leaf, is_inexact(leaf)) for leaf in leaves]
     select = lambda kind: [v if is_it == kind else None for v, is_it in pairs]
     try:
         return structure.unflatten(select(True)), structure.unflatten(select(False))
-    except Exception as error:  # whatever a class of the caller's raises
+    except Exception as error:  # a pytree class of the caller may raise anything
         reason = (str(error).splitlines() or [""])[0]
         raise TypeError(
             "got a tree of a class that takes no None in the place of an array "
@@ -36,7 +36,7 @@ def split(tree: Any) -> tuple[Any, Any]:
 
 
 def join(floats: Any, others: Any) -> Any:
-    """The inverse of `split`."""
+    """Joins what `split` returned."""
     return jax.tree.map(
         lambda a, b: b if a is None else a, floats, others, is_leaf=lambda leaf: leaf is None
     )
@@ -48,14 +48,17 @@ def add(a: Any, b: Any) -> Any:
 
 
 def pair(value: Any, who: str, expected: str) -> tuple[Any, Any]:
-    """`value`, which `who` returned; raises TypeError unless it is a pair."""
+    """Returns `value`; raises TypeError unless it is a pair.
+
+    who, expected: what returned it, and which pair was expected, for the error message.
+    """
     if not isinstance(value, tuple) or len(value) != 2:
         raise TypeError(f"{who} returned a {type(value).__name__}, expected a pair {expected}")
     return value
 
 
 def check_arrays(tree: Any, who: str) -> None:
-    """Raises TypeError unless all that `who` returned is arrays, or numbers."""
+    """Raises TypeError unless all leaves of what `who` returned are arrays or numbers."""
     for leaf in jax.tree.leaves(tree):
         if not hasattr(leaf, "dtype") and not isinstance(leaf, Number):
             raise TypeError(
@@ -64,5 +67,5 @@ def check_arrays(tree: Any, who: str) -> None:
 
 
 def describe(leaf: Any) -> str:
-    """'float32[4,3]', for error messages."""
+    """The dtype and shape of a leaf, as in 'float32[4,3]', for error messages."""
     return f"{dtype_of(leaf)}[{','.join(map(str, jnp.shape(leaf)))}]"

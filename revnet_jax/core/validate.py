@@ -1,7 +1,7 @@
-"""One clear line (got, expected, what to do) for arguments that a chain cannot use.
+"""Validation of a chain's arguments; each error says what was got, expected, and what to do.
 
-Everything here runs while JAX traces, before anything is compiled, and costs an abstract
-evaluation of a layer for each section, of its inverse and of its update.
+Everything here runs while JAX traces, before anything is compiled. It costs one abstract
+evaluation of a layer of each section, of its inverse and of its update.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from revnet_jax.core.exactness import Exactness
 
 
 def arrays(name: str, tree: Any) -> Any:
-    """The same, NumPy's arrays as JAX has them (float64 as float32); raises for what is no array.
+    """Converts NumPy arrays to JAX arrays (float64 to float32); raises TypeError for other leaves.
 
-    name: of the argument, for the error.
+    name: of the argument, for the error message.
     """
 
     def checked(path, leaf):
@@ -44,7 +44,7 @@ def arrays(name: str, tree: Any) -> Any:
 
 
 def checked_sections(sections: Iterable[Any]) -> tuple[Any, ...]:
-    """All of them as a tuple, of arrays; raises unless each is a section, of a layer."""
+    """Returns the sections as a tuple, with JAX arrays; raises unless each is a valid `Section`."""
     if hasattr(sections, "layer"):
         raise TypeError("got a Section as a sequence, expected a list of them: [Section(...)]")
     sections = tuple(sections)
@@ -68,7 +68,7 @@ def checked_sections(sections: Iterable[Any]) -> tuple[Any, ...]:
 def check_sections(
     sections: Sequence[Any], x: Any, shared: Any, backprop: str, known: tuple[str, ...]
 ) -> list[int]:
-    """Raises unless each layer maps streams to streams as a chain needs; returns the depths."""
+    """Returns the depth of each section; raises if a layer cannot be part of a chain."""
     if backprop not in known:
         raise ValueError(f"got backprop={backprop!r}, expected one of {', '.join(known)}")
     common_grid(sections)
@@ -82,7 +82,7 @@ def check_sections(
 
 
 def check_reversible(sections: Sequence[Any]) -> list[ReversibleLayer]:
-    """The layers; raises for one without an inverse."""
+    """Returns the layers of the sections; raises ValueError if one has no inverse."""
     for section in sections:
         if not isinstance(section.layer, ReversibleLayer):
             raise ValueError(
@@ -93,7 +93,7 @@ def check_reversible(sections: Sequence[Any]) -> list[ReversibleLayer]:
 
 
 def checked_stored_layers(stored_layers: Any, depth: int) -> int:
-    """How many, as a Python integer; raises unless that many layers can store."""
+    """Returns it as a Python integer; raises ValueError unless it is 0 to `depth`."""
     if not is_whole(stored_layers) or not 0 <= stored_layers <= depth:
         raise ValueError(
             f"got stored_layers={stored_layers!r}, expected a whole number from 0 to {depth}, all "
@@ -103,20 +103,20 @@ def checked_stored_layers(stored_layers: Any, depth: int) -> int:
 
 
 def checked_unroll(unroll: Any) -> int:
-    """Layers per loop iteration, as a Python integer; raises unless it is a number of them."""
+    """Returns it as a Python integer; raises ValueError unless it is a positive integer."""
     if not is_whole(unroll) or unroll < 1:
         raise ValueError(f"got unroll={unroll!r}, expected a whole number of layers from 1")
     return int(unroll)
 
 
 def check_probe(probe: Any) -> None:
-    """Raises unless it is one to differentiate, or None."""
+    """Raises TypeError unless the probe is an `Exactness` or None."""
     if not isinstance(probe, Exactness | None):
         raise TypeError(f"got probe={probe!r}, expected Exactness.probe(), or None for no check")
 
 
 def check_states(sections: Sequence[Any], depths: Sequence[int], update: Any) -> None:
-    """Raises unless states are stacked floats, and only where there is an update to use them."""
+    """Raises ValueError unless states are stacked floats, and given only with an update."""
     for section, depth in zip(sections, depths, strict=True):
         for path, leaf in jax.tree_util.tree_leaves_with_path(section.state_L):
             got = f"state_L{jax.tree_util.keystr(path)} {trees.describe(leaf)}"
@@ -130,7 +130,7 @@ def check_states(sections: Sequence[Any], depths: Sequence[int], update: Any) ->
 
 
 def common_grid(sections: Sequence[Any]) -> Any:
-    """The grid of all layers that have one, or None; raises where they differ."""
+    """Returns the grid of all layers that have one, or None; raises ValueError if grids differ."""
     grids = {section.layer.grid for section in sections if hasattr(section.layer, "grid")}
     if len(grids) > 1:
         raise ValueError(
@@ -152,7 +152,7 @@ def check_streams(x: Any, who: str = "got") -> None:
 
 
 def depth(section: Any) -> int:
-    """L: the common leading axis of all that is stacked, or the section's `length`."""
+    """Returns L, the common leading axis of params_L and data_L, or the section's `length`."""
     length = section.length
     if length is not None and not is_whole(length):
         raise TypeError(f"got length={length!r}, expected a whole number of layers")
@@ -178,7 +178,7 @@ def depth(section: Any) -> int:
 
 
 def check_block(section: Any, x: Any) -> None:
-    """Raises unless a block gets as many streams and parameters as it has half-steps for."""
+    """Raises unless the streams and parameters fit the half-steps of a block in number and type."""
     block, params_L = section.layer, section.params_L
     if not isinstance(block, Block):
         return
@@ -196,7 +196,7 @@ def check_block(section: Any, x: Any) -> None:
 
 
 def check_update(sections: Sequence[Any], depths: Sequence[int], update: Any) -> None:
-    """Raises unless it returns what it got: parameters and states, alike in shape and dtype."""
+    """Raises unless the update keeps the structure, shapes and dtypes of parameters and states."""
     check_states(sections, depths, update)
     if update is not None and not callable(update):
         raise TypeError(
@@ -212,9 +212,9 @@ def check_update(sections: Sequence[Any], depths: Sequence[int], update: Any) ->
         if not jax.tree.leaves(floats_L):
             continue
         program = _one_update(floats_L, section.state_L, update)
-        # The backward pass runs where `jax.grad` is called. What is traced outside of that, as by
-        # one `jax.jit` of the whole step, is still there; what is traced within, by a `jit`, `vmap`
-        # or `scan`, is not.
+        # The update runs in the backward pass, at the level where `jax.grad` is called. A value
+        # traced outside of that, as by one `jax.jit` of the whole step, still exists there. A value
+        # traced within, by a `jit`, `vmap` or `scan`, does not.
         lost = [
             value
             for value in _traced(program)
@@ -230,7 +230,10 @@ def check_update(sections: Sequence[Any], depths: Sequence[int], update: Any) ->
 
 
 def _outside_of_gradient(trace):
-    """What was being traced when `jax.grad` began that traces parameters, or before they were."""
+    """The traces outside of the innermost `jax.grad` around `trace`, or around `trace` itself.
+
+    `_trace` and `parent_trace` are private attributes of JAX; there is no public way to ask.
+    """
     outwards = []
     while trace is not None:
         outwards.append(trace)
@@ -240,7 +243,7 @@ def _outside_of_gradient(trace):
 
 
 def _one_update(floats_L, state_L, update):
-    """The program of one layer's update; raises where its results cannot be put in place."""
+    """Traces one layer's update; raises ValueError if its results cannot replace the old values."""
     got = params, state = _first_layer((floats_L, state_L))
 
     def run(dparams, state, params):
@@ -267,9 +270,9 @@ def _one_update(floats_L, state_L, update):
 
 
 def _one_layer(section, x, shared, depth, reverses):
-    """Evaluates one layer abstractly, and returns what its streams become.
+    """Evaluates one layer abstractly, checks it, and returns its output streams.
 
-    reverses: undoes it, too, if it has an inverse.
+    reverses: whether to check its inverse too, if it has one.
     """
     layer = section.layer
     params, data = _first_layer((section.params_L, section.data_L))
@@ -303,7 +306,10 @@ def _one_layer(section, x, shared, depth, reverses):
 
 
 def _there_and_back(block, params, x, context):
-    """(y, (streams before each update, the same after undoing it)), each branch evaluated once."""
+    """Applies and undoes each half-step, evaluating each branch once.
+
+    Returns (y, (the updated stream before each half-step, the same after undoing it)).
+    """
     streams, before, rebuilt = list(x), [], []
     for step, step_params in zip(block.half_steps, params, strict=True):
         u, _, streams, _ = step.evaluate(step_params, streams, context)
@@ -334,7 +340,10 @@ def _check_undone(who, x, rebuilt):
 
 
 def _check_closed_over(program):
-    """A custom gradient cannot see what a branch closes over, and outlives it."""
+    """Raises ValueError if the program closes over traced values.
+
+    A custom gradient does not see closed-over values, and runs after their trace has ended.
+    """
     closed_over = _traced(program)
     if closed_over:
         raise ValueError(
@@ -349,7 +358,7 @@ def _traced(program):
 
 
 def _first_layer(tree_L):
-    """Shapes of the trees of one layer."""
+    """Shapes and dtypes of one layer's slice of a stacked tree."""
     return jax.eval_shape(lambda tree: jax.tree.map(lambda leaf: leaf[0], tree), tree_L)
 
 

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009) from a folder in a layout they are published in.
+"""Loads CIFAR-10 and CIFAR-100 (Krizhevsky, 2009) from a folder in one of their published layouts.
 
 https://www.cs.toronto.edu/~kriz/cifar.html offers a binary version (fixed-size records) and a
 python version (pickled dictionaries) of each. Both hold 32x32 RGB images as rows of 3072 bytes in
@@ -21,7 +21,7 @@ _PIXEL_BYTES = 3 * 32 * 32
 
 @dataclass(frozen=True)
 class _Layout:
-    """One published layout: its folder, its files and where the labels and names are."""
+    """One published layout: its folder, its files, and where labels and class names are."""
 
     folder: str
     train_files: tuple[str, ...]
@@ -86,9 +86,9 @@ def load_cifar(name: str, dir: str | os.PathLike[str]) -> Dataset:
 
     Args:
       name: "cifar10" or "cifar100".
-      dir: the folder of a published layout, or the folder that holds it. Where both versions are
-        there, the binary one is read. Shorter files of the same form are welcome, if all training
-        files keep their published proportion to the test file.
+      dir: the folder of a published layout, or its parent folder. If both versions are there, the
+        binary one is read. Files with fewer images are accepted, if all training files keep their
+        published proportion to the test file.
 
     Raises:
       DataError: no layout found, a file missing, truncated or damaged, or a label out of range.
@@ -151,7 +151,8 @@ def _read_python(path: Path, layout: _Layout) -> tuple[np.ndarray, np.ndarray]:
     """Returns uint8 rows [N, 3072] and labels [N] of one pickled dictionary."""
     batch = load_pickled_dict(path)
     rows, labels = _field(path, batch, "data"), _field(path, batch, layout.labels_key)
-    # Checked before numpy copies them: a file can name one long string a million times.
+    # Checked before numpy copies them: a short file can refer to one long string a million times,
+    # and the copy would need a large amount of memory.
     if not isinstance(labels, np.ndarray) and not _is_list_of(int, labels):
         raise DataError(
             f"{path}: got {layout.labels_key!r} that are no list of integers, expected one; "
@@ -197,7 +198,7 @@ def _check_labels(path: Path, labels: np.ndarray, num_classes: int) -> None:
 
 
 def _check_proportions(paths: Sequence[Path], counts: Sequence[int], layout: _Layout) -> None:
-    """Finds a file cut exactly at the end of a record, which its own size does not show."""
+    """Detects a file cut exactly at the end of a record, which its size alone does not show."""
     num_test = counts[-1]
     for path, count in zip(paths[:-1], counts[:-1], strict=True):
         if count != num_test * layout.train_file_ratio:
@@ -231,7 +232,7 @@ def _read_class_names(path: Path, layout: _Layout) -> tuple[str, ...]:
 
 
 def _to_images(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Joins rows of channel, row, column bytes into contiguous uint8 [N, 32, 32, 3]."""
+    """Converts rows in channel, row, column order to one contiguous uint8 [N, 32, 32, 3]."""
     images_NHWC = np.empty((sum(map(len, rows)), 32, 32, 3), np.uint8)
     start = 0
     for part in rows:

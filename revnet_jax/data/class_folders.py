@@ -1,4 +1,4 @@
-"""Which image files belong to which class: every one to one class of one split."""
+"""Finds the image files of each class; every file belongs to exactly one class of one split."""
 
 import itertools
 import os
@@ -10,20 +10,20 @@ from revnet_jax.data.image_file import SUFFIXES
 
 
 def find_images(split_dirs: Sequence[Path]) -> list[dict[str, list[str]]]:
-    """The images of every split: by class, in the order of their names, the sorted paths.
+    """Returns for every split a dictionary from class name, in sorted order, to sorted image paths.
 
-    A class is a folder in a split's folder; the first split has all of them, the others may lack
-    some. Images are searched for at any depth; names that start with "." are passed over. Every
-    folder is visited once, under its own name.
+    A class is a folder in a split's folder. The first split must have all classes; the others may
+    lack some. Images are found at any depth; names that start with "." are skipped. Every folder is
+    visited once, under its own name.
 
-    A split's folder and the folder of a class may be links to where they are kept, and so may
-    images. Nothing may be reached as two classes or splits: a link in a class folder to another
-    folder has to stay in that class (and adds nothing), and no link may lead back. Copies and hard
-    links are not looked for.
+    A split's folder, a class folder and an image may be symbolic links. No file may be reachable
+    as two classes or splits: inside a class folder, a link to another folder must stay in that
+    class (its images are found without the link), and no link may lead to a folder that contains
+    it. Copies and hard links are not detected.
 
     Raises:
-      DataError: names a link that leads elsewhere, what looks like an image and is no file, a
-        folder without images, or a class that the first split lacks.
+      DataError: a link leads outside its class, a file with an image suffix is not a regular file,
+        a folder has no images, or the first split lacks a class. The message names the path.
     """
     _check_apart(split_dirs)
     classes = [_classes(split_dir) for split_dir in split_dirs]
@@ -70,15 +70,15 @@ def _check_known(split_dirs: Sequence[Path], classes: Sequence[Sequence[str]]) -
 
 
 class _Search:
-    """Searches the folders of classes, and keeps in mind which class what was found belongs to."""
+    """Searches class folders, and remembers which class each folder and linked image belongs to."""
 
     def __init__(self, real_splits: list[str]):
         self._real_splits = real_splits
-        self._owners: dict[str, str] = {}  # of real folders and linked images: the class folder
-        self._linked_images: list[tuple[str, str]] = []  # with their class folders
+        self._owners: dict[str, str] = {}  # real path of a folder or linked image -> class folder
+        self._linked_images: list[tuple[str, str]] = []  # (link, class folder)
 
     def images(self, class_dir: str) -> list[str]:
-        """The sorted paths of the images in the folder of a class."""
+        """Returns the sorted paths of the images in a class folder."""
         root = os.path.realpath(class_dir)
         if os.path.islink(class_dir):
             for real_split in self._real_splits:
@@ -123,7 +123,10 @@ class _Search:
         return entry.path
 
     def _check_linked_folder(self, link: str, class_dir: str) -> None:
-        """After the search: a folder of this class has been visited by its own name."""
+        """Raises DataError if a linked folder is outside of its class.
+
+        Runs after the search, when all folders of the class have been visited by their own names.
+        """
         target = os.path.realpath(link)
         if _is_in(os.path.realpath(os.path.dirname(link)), target):
             raise _astray(link, target, "holds the link")
@@ -131,7 +134,10 @@ class _Search:
             raise _astray(link, target, f"is not searched for {class_dir}")
 
     def check_linked_images(self) -> None:
-        """After all classes: a link may lead into one that is searched later."""
+        """Raises DataError if a linked image belongs to another class.
+
+        Runs after all classes, because a link may lead into one that is searched later.
+        """
         for link, class_dir in self._linked_images:
             target = os.path.realpath(link)
             owner = self._owners.get(os.path.dirname(target))

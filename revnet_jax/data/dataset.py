@@ -1,4 +1,4 @@
-"""What a data set is to the rest of the package: two splits, class names and a normalisation."""
+"""The data set for image classification: two splits, class names and a normalisation."""
 
 import contextlib
 import hashlib
@@ -17,17 +17,18 @@ class DataError(UserError, ValueError):
     """Data on disk that cannot be used. The message is one line that names the folder or file."""
 
     def __init__(self, message: str):
-        super().__init__("\\n".join(message.splitlines()))  # names of files may hold line breaks
+        # File names may contain line breaks: escape them, so that the message stays one line.
+        super().__init__("\\n".join(message.splitlines()))
 
 
 def shorten(names: Sequence[str], limit: int = 8) -> str:
-    """The first of them, for a message."""
+    """Joins the first `limit` names for an error message, with "..." if there are more."""
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
 @contextlib.contextmanager
 def file_errors(expected: str) -> Iterator[None]:
-    """Turns an OSError into a DataError that names the file and what was expected of it."""
+    """A context that turns an OSError into a DataError naming the file and what was expected."""
     try:
         yield
     except OSError as error:
@@ -36,7 +37,7 @@ def file_errors(expected: str) -> Iterator[None]:
 
 
 def read_file(path: Path, expected: str) -> bytes:
-    """What a file holds. DataError for what cannot be read, and for a pipe, which might not end."""
+    """Reads a file. Raises DataError if it cannot be read, or is a pipe, which might never end."""
     with file_errors(expected):
         if path.exists() and not path.is_file() and not path.is_dir():
             raise DataError(f"{path}: got a pipe, socket or device; expected {expected}")
@@ -48,8 +49,8 @@ class Split(Protocol):
 
     Attributes:
       labels: int32 [N].
-      num_crop_uniforms: how many uniform numbers one random crop consumes; 0 when the images all
-        have their final size and `read` has no crop to choose.
+      num_crop_uniforms: how many uniform random numbers one random crop needs; 0 if all images
+        have their final size, so that `read` does not crop.
     """
 
     @property
@@ -68,8 +69,9 @@ class Split(Protocol):
     ) -> np.ndarray:
         """Returns uint8 [B, H, W, C].
 
-        Without `crop_uniforms_BU` (floats in [0, 1), one row an image) the images are those of an
-        evaluation; with them, the crops they choose, of at least `min_crop_area` of the image.
+        Without `crop_uniforms_BU`, returns the images as for evaluation. With it (floats in [0, 1),
+        one row per image), returns random crops determined by these numbers, each of at least the
+        share `min_crop_area` of the image.
         """
         ...
 
@@ -91,7 +93,7 @@ class ArraySplit:
         crop_uniforms_BU: np.ndarray | None = None,
         min_crop_area: float = 1.0,
     ) -> np.ndarray:
-        """Returns uint8 [B, H, W, C]; there is nothing to crop, so only the indices matter."""
+        """Returns uint8 [B, H, W, C]. Nothing is cropped; the other arguments are ignored."""
         return self.images_NHWC[indices_B]
 
 
@@ -102,12 +104,12 @@ class Dataset:
     Attributes:
       name: as given to `load_dataset`.
       train, test: the splits.
-      class_names: one a class; the label is the position.
+      class_names: one per class, indexed by label.
       image_shape: (H, W, C).
       mean_HWC: float32 [H, W, C], in pixel values.
       scale: float32, a scalar or [H, W, C], in pixel values.
-      sha256: of what is to be the same when a run goes on: images and labels where they are in
-        memory, the names of the files otherwise. "" is not compared.
+      sha256: identifies the data, so that a resumed run can check that it is the same. It is over
+        images and labels if they are in memory, otherwise over file names. "" is not compared.
     """
 
     name: str
@@ -138,13 +140,12 @@ def in_memory_dataset(
     test_labels: np.ndarray,
     class_names: Sequence[str],
 ) -> Dataset:
-    """A `Dataset` of uint8 images [N, H, W, C], normalised by statistics of the training images.
+    """Builds a `Dataset` of uint8 images [N, H, W, C], normalised by the training statistics.
 
     The mean is per pixel, [H, W, C]; the scale is one number, the standard deviation of all
-    training pixels, so that every network sees inputs of about unit size.
+    training pixels, so that network inputs are of about unit size.
     """
-    # Both statistics come from exact integer sums: no float copy of the images, and no dependence
-    # on the order of summation.
+    # Exact integer sums need no float copy of the images, and do not depend on the order.
     mean_HWC = train_images_NHWC.sum(axis=0, dtype=np.int64) / len(train_images_NHWC)
     scale = _standard_deviation(train_images_NHWC)
     if scale == 0:
@@ -175,7 +176,7 @@ def _sha256(*arrays: np.ndarray) -> str:
 
 
 def _standard_deviation(images_NHWC: np.ndarray) -> float:
-    """Of all pixels of a uint8 array, from its histogram."""
+    """The standard deviation of all pixels of a uint8 array, computed from its histogram."""
     counts = np.zeros(256, np.int64)
     for start in range(0, len(images_NHWC), 1000):  # bincount copies its input to int64
         counts += np.bincount(images_NHWC[start : start + 1000].reshape(-1), minlength=256)

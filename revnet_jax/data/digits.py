@@ -2,7 +2,7 @@
 
 Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI Machine Learning
 Repository, 1998, https://doi.org/10.24432/C50P49, licensed CC BY 4.0 (see
-digits_attribution.txt). A network learns them in seconds on a laptop, without a download.
+digits_attribution.txt). They need no download, and a network learns them in seconds on a laptop.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ _FILE = Path(__file__).with_name("digits.npz")
 def load_digits() -> Dataset:
     """Returns the digits: uint8 images [N, 8, 8, 1] with values 0 to 16, and 10 classes.
 
-    The split is stratified and frozen in the file: 1,438 images to train, 359 (20 %) to test.
+    The split is stratified and stored in the file: 1,438 training images, 359 (20 %) test images.
     """
     with np.load(_FILE, allow_pickle=False) as arrays:
         images_NHWC, labels = arrays["images"], arrays["labels"]

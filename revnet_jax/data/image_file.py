@@ -1,4 +1,4 @@
-"""One image file at a time: is it complete, which box to crop, and its pixels."""
+"""Single image files: checks that they are complete, chooses crops, reads pixels."""
 
 import math
 import os
@@ -17,20 +17,21 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", "
 # left, top, right, bottom, in pixels of the stored image; fractions are allowed
 Box = tuple[float, float, float, float]
 
-# A random crop tries ten boxes, each of two numbers (area, aspect ratio), and two place it.
+# A random crop tries ten boxes of two random numbers each (area, aspect ratio), and uses two more
+# numbers for the position.
 _CROP_ATTEMPTS = 10
 NUM_CROP_UNIFORMS = 2 * _CROP_ATTEMPTS + 2
 _MIN_ASPECT, _MAX_ASPECT = 3 / 4, 4 / 3
 
-_CHECK_THREADS = 8  # more would wait for each other: opening an image holds Python's lock
+_CHECK_THREADS = 8  # more would not help: opening an image holds the global interpreter lock
 
 
 def random_crop_box(width: int, height: int, uniforms_U: np.ndarray, min_crop_area: float) -> Box:
     """The crop of Inception (Szegedy et al., 2014, section 6), from 22 uniform numbers.
 
-    The area is uniform in [min_crop_area, 1] of the image and the logarithm of the aspect ratio
-    uniform between those of 3/4 and 4/3. The first of ten such boxes that fits is taken; where
-    none fits, the largest centred box with an allowed aspect ratio.
+    The area is uniform in [min_crop_area, 1] of the image's, and the logarithm of the aspect ratio
+    is uniform between log(3/4) and log(4/3). The first of ten such boxes that fits is taken. If
+    none fits, it is the largest centred box with an allowed aspect ratio.
     """
     *shapes, u_left, u_top = uniforms_U.tolist()
     for u_area, u_aspect in zip(shapes[::2], shapes[1::2], strict=True):
@@ -48,18 +49,22 @@ def random_crop_box(width: int, height: int, uniforms_U: np.ndarray, min_crop_ar
 
 
 def centre_crop_box(width: int, height: int, image_size: int) -> Box:
-    """The box that a centre crop keeps once the shorter side is round(image_size * 256 / 224)."""
+    """The box of a centre crop, in pixels of the stored image.
+
+    It corresponds to resizing the shorter side to round(image_size * 256 / 224) and keeping the
+    central image_size x image_size pixels.
+    """
     side = min(width, height) * image_size / round(image_size * 256 / 224)
     left, top = (width - side) / 2, (height - side) / 2
     return left, top, left + side, top + side
 
 
 def read_image(path: str, choose_box: Callable[[int, int], Box], image_size: int) -> np.ndarray:
-    """Returns the box of the image, resized (bilinear, antialiased) to uint8 [S, S, 3].
+    """Reads a box of the image, resized (bilinear, antialiased) to uint8 [S, S, 3].
 
     Args:
       path: of the image.
-      choose_box: from the width and height of the stored image to the box to keep.
+      choose_box: a function from the width and height of the stored image to the box to keep.
       image_size: S, in pixels.
 
     Raises:
@@ -70,7 +75,7 @@ def read_image(path: str, choose_box: Callable[[int, int], Box], image_size: int
             width, height = image.size
             left, top, right, bottom = choose_box(width, height)
             # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size at a fraction of the cost: ask
-            # for the smallest whose box still has image_size pixels.
+            # for the smallest size at which the box still has image_size pixels.
             shrink = max(1, min(right - left, bottom - top) / image_size)
             scale = _load(file, image, (math.ceil(width / shrink), math.ceil(height / shrink)))
             rgb = image if image.mode == "RGB" else image.convert("RGB")
@@ -85,10 +90,11 @@ def read_image(path: str, choose_box: Callable[[int, int], Box], image_size: int
 
 
 def check_image_files(paths: Iterable[str]) -> None:
-    """Decodes each file, to check that it is an image and complete.
+    """Decodes each file, to check that it is a complete image.
 
-    A JPEG is decoded at 1/8 of its size. What is not found is said at `jpeg.check_complete`; in
-    formats without checksums (BMP, PPM, TIFF and WebP), zeros in place of pixels are not either.
+    A JPEG is decoded at 1/8 of its size. `jpeg.check_complete` lists the damage that is not
+    detected; in formats without checksums (BMP, PPM, TIFF and WebP), zeros in place of pixels are
+    not detected either.
 
     Cost: 1 to 2 ms of one core for a JPEG of 500x375 pixels, 5 ms for a progressive one.
 
@@ -96,7 +102,7 @@ def check_image_files(paths: Iterable[str]) -> None:
       DataError: names the first file (in the order given) that cannot be used.
     """
     with ThreadPoolExecutor(_CHECK_THREADS) as executor:
-        # A chunk a task: one future for every file of ImageNet would weigh more than the checks.
+        # One task per chunk of files: a future per file of ImageNet would cost more than the check.
         paths = list(paths)
         chunks = [paths[start : start + 256] for start in range(0, len(paths), 256)]
         try:
@@ -135,7 +141,7 @@ def _load(file: BinaryIO, image: Image.Image, min_size: tuple[int, int]) -> floa
 
 
 def _check_depth(image: Image.Image) -> None:
-    # Pillow clips such pixels to 255 when it converts them, which leaves white images.
+    # Pillow clips pixels of more than 8 bits to 255 when it converts them: images become white.
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"more than 8 bits a channel (Pillow mode {image.mode})")
 

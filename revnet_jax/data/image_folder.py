@@ -1,4 +1,4 @@
-"""Images in one folder a class: `train/<class>/*.jpg` beside `test/<class>/` or `val/<class>/`."""
+"""Data sets with one folder per class: `train/<class>/*.jpg`, and `test/` or `val/` like it."""
 
 import hashlib
 import os
@@ -19,8 +19,8 @@ from revnet_jax.data.image_file import (
     read_image,
 )
 
-# Means and standard deviations of the ImageNet training pixels, scaled to [0, 1] (the values in
-# common use since 2015, so that results compare).
+# Means and standard deviations of the ImageNet training pixels, scaled to [0, 1]. These values
+# have been in common use since 2015, so results are comparable.
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -29,9 +29,9 @@ _IMAGENET_STD = (0.229, 0.224, 0.225)
 class FolderSplit:
     """A split whose images are decoded from files when they are read.
 
-    `read` gives uint8 [B, S, S, 3], S the image size: by default the centre crop of an
-    evaluation, with `crop_uniforms_BU` [B, 22] the random resized crops of training. A file that
-    cannot be decoded raises a DataError that names it.
+    `read` returns uint8 [B, S, S, 3], S the image size: the centre crop for evaluation by default,
+    or with `crop_uniforms_BU` [B, 22] the random resized crops for training. It raises a DataError
+    that names the file if one cannot be decoded.
     """
 
     paths: tuple[str, ...]
@@ -68,19 +68,19 @@ def load_image_folder(
 
     The classes are the sorted folders of `train`. Files inside a class folder are found at any
     depth; files and folders whose names start with "." and files without an image suffix are
-    skipped. What links may be there: see `find_images`. Images are RGB (others are converted) and
-    are read as stored: an EXIF orientation is not applied, as usual for ImageNet.
+    skipped. See `find_images` for symbolic links. Images are converted to RGB, and read as they
+    are stored: the EXIF orientation is not applied, as is usual for ImageNet.
 
     Args:
       dir: the root of the tree.
       image_size: height and width of the images to produce, in pixels.
-      verify_images: decode every file now, to find those that are damaged or end early
-        (`check_image_files` says which, and at which cost). Without it they are found when they
-        are read: no image is trained on with a part filled in.
+      verify_images: decode every file now, to find files that are damaged or truncated (see
+        `check_image_files` for what is detected, and the cost). Otherwise such a file raises an
+        error when it is read; incomplete images are never trained on.
 
     Raises:
       DataError: a folder is missing, empty or cannot be read, `test` has a class that `train`
-        lacks, both `test` and `val` exist, a link leads to where it may not, or a file is not a
+        lacks, both `test` and `val` exist, a link leads outside its class, or a file is not a
         readable image.
       ValueError: `image_size` is not positive.
     """
@@ -107,7 +107,10 @@ def load_image_folder(
 
 
 def _fill(share_C: tuple[float, ...], image_shape: tuple[int, int, int]) -> np.ndarray:
-    """float32 [H, W, C] in pixel values. Written out: numpy broadcasts three numbers slowly."""
+    """float32 [H, W, C], in pixel values, of one number per channel.
+
+    The full array is stored because numpy broadcasts an array of three numbers slowly.
+    """
     return np.full(image_shape, np.asarray(share_C, np.float32) * np.float32(255))
 
 
@@ -135,7 +138,7 @@ def _split_dirs(dir: Path) -> tuple[Path, Path]:
 def _folder_split(
     paths: dict[str, list[str]], class_names: Sequence[str], image_size: int
 ) -> FolderSplit:
-    """paths: by class; a test split may lack some."""
+    """Builds a split; paths: by class name; a test split may lack classes."""
     counts = [len(paths.get(name, ())) for name in class_names]
     in_order = tuple(path for name in class_names for path in paths.get(name, ()))
     labels = np.repeat(np.arange(len(class_names), dtype=np.int32), counts)
@@ -143,7 +146,7 @@ def _folder_split(
 
 
 def _sha256_of_names(split_dirs: Sequence[Path], splits: Sequence[FolderSplit]) -> str:
-    """The hash of all paths relative to their split's folder, which moving the tree keeps."""
+    """Hashes all paths relative to their split's folder, so that the tree can be moved."""
     digest = hashlib.sha256()
     for split_dir, split in zip(split_dirs, splits, strict=True):
         start = len(os.path.join(split_dir, ""))

@@ -1,8 +1,8 @@
-"""Whether a JPEG file holds its whole image.
+"""Checks that a JPEG file holds its whole image.
 
-Decoders forgive: where the data of an image end early and an end-of-image marker follows, libjpeg
-fills the rest with grey, and Pillow does not pass on its warning. What can be found without that
-warning is found here. Markers are those of ITU-T T.81 (1992), annex B.
+If the data of an image end early and an end-of-image marker follows, libjpeg fills the rest with
+grey, and Pillow does not pass on libjpeg's warning. The checks here find such files without the
+warning. Markers are those of ITU-T T.81 (1992), annex B.
 """
 
 import io
@@ -13,25 +13,26 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
-FORMATS = ("JPEG", "MPO")  # an MPO file is a JPEG with others after it
+FORMATS = ("JPEG", "MPO")  # an MPO file is a JPEG followed by others
 
 _END = b"\xff\xd9"
-# In the data of a scan, ff00 stands for a byte ff, and ffd0 to ffd7 only divide it into parts.
+# In the data of a scan, ff00 encodes a byte ff, and ffd0 to ffd7 (restart markers) separate parts.
 _MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
 _START_OF_SCAN = 0xDA
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-# Decoded in place of what is missing, these bytes give anything but an even grey. The 0 completes a
-# ff before them; the markers go on where each part of a scan was written out.
+# Bytes to append to truncated data: decoded, they give anything but an even grey. The leading 0
+# completes an ff at the end of the data. The restart markers let decoding continue at whichever
+# part the data end.
 _NOISE = bytes(np.random.default_rng(0).integers(0, 255, 512, np.uint8))
 _FILLER = b"\0" + _NOISE + b"".join(b"\xff" + bytes([0xD0 + i]) + _NOISE for i in range(8))
 
 
 class _Structure(NamedTuple):
-    """What the markers of a file say.
+    """The structure of a file, from its markers.
 
-    components: the ids of the components.
-    final: the (component, coefficient) pairs that are complete down to their last bit.
-    end: where the end-of-image marker is, -1 if there is none.
+    components: the ids of the colour components.
+    final: the (component, coefficient) pairs whose last bit is in the file.
+    end: the offset of the end-of-image marker, -1 if there is none.
     """
 
     components: frozenset[int]
@@ -42,20 +43,20 @@ class _Structure(NamedTuple):
 def check_complete(file: BinaryIO, image: Image.Image, min_size: tuple[int, int]) -> None:
     """Raises ValueError for a JPEG that ends early, with or without an end-of-image marker.
 
-    Not found are a cut within the last 8 or 16 rows and columns of pixels, one within the last scan
-    of a progressive file (which adds one bit of detail), and damage in the middle.
+    Does not detect a cut within the last 8 or 16 rows and columns of pixels, a cut within the last
+    scan of a progressive file (which adds one bit of detail), or damage in the middle.
 
     Args:
       file: the open file.
       image: the image in it, decoded after `draft("RGB", min_size)`.
       min_size: width and height.
 
-    Cost: two reads of two bytes and one pixel; for progressive files, for those that do not end
-    with the marker and for those whose last pixel is grey, the file is read once more; for the
-    last kind it is decoded once more.
+    Cost: two reads of two bytes and one pixel. A file that is progressive, does not end with the
+    marker, or has a grey last pixel is read once more; with a grey last pixel it is also decoded
+    once more.
     """
     last = image.getpixel((image.width - 1, image.height - 1))
-    # What has no data is 128 in every component, before colours are converted or inverted.
+    # Missing data decode to 128 in every component, before colours are converted or inverted.
     grey = all(value in (127, 128) for value in (last if isinstance(last, tuple) else (last,)))
     file.seek(-len(_END), os.SEEK_END)
     progressive = image.info.get("progressive")
@@ -69,7 +70,7 @@ def check_complete(file: BinaryIO, image: Image.Image, min_size: tuple[int, int]
     if progressive and any((i, k) not in found.final for i in found.components for k in range(64)):
         raise ValueError("the progressive JPEG lacks scans")
     if grey:
-        # Bytes put behind the data change the image if, and only if, it lacks some.
+        # Bytes appended to the data change the image if, and only if, some data are missing.
         with Image.open(io.BytesIO(content[: found.end] + _FILLER + _END)) as filled:
             filled.draft("RGB", min_size)
             if filled.tobytes() != image.tobytes():
@@ -90,7 +91,7 @@ def _structure(content: bytes) -> _Structure:
             components = set(segment[6::3])
         elif marker == _START_OF_SCAN:
             *ids, first, last, bits = (*segment[1:-3:2], *segment[-3:])
-            if bits & 15 == 0:  # the position of the last bit it holds
+            if bits & 15 == 0:  # successive approximation low bit: 0 in the last scan
                 final |= {(i, k) for i in ids for k in range(first, last + 1)}
         position = match.end() + length
     return _Structure(frozenset(components), frozenset(final), -1)

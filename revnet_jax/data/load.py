@@ -1,4 +1,4 @@
-"""Data sets by name."""
+"""Loads data sets by name."""
 
 import os
 
@@ -18,14 +18,14 @@ def load_dataset(
     image_size: int | None = None,
     verify_images: bool = True,
 ) -> Dataset:
-    """Loads a data set; everything that can be checked is checked here, before training starts.
+    """Loads a data set, and checks everything that can be checked before training starts.
 
     Args:
       name: one of `DATASET_NAMES`.
-      dir: where the files are; None for digits, which come with the package.
-      image_size: height and width in pixels. Chosen for image_folder; the others have one size
-        (digits 8, CIFAR 32), and None means it.
-      verify_images: image_folder only: open every image now rather than when it is first used.
+      dir: the folder with the files; None for digits, which come with the package.
+      image_size: height and width in pixels. Required for image_folder. The others have a fixed
+        size (digits 8, CIFAR 32): pass that or None.
+      verify_images: image_folder only: decode every image now rather than when it is first used.
 
     Raises:
       DataError: files are missing, damaged or inconsistent.

@@ -1,8 +1,8 @@
-"""Batches for training and evaluation, as numpy arrays.
+"""Input pipelines: batches of images for training and evaluation, as numpy arrays.
 
-Both pipelines are stateless: the batch of a step is a function of the seed and the step. Resuming
-needs the step and nothing else. A process asks for its rows of a global batch, which is the same
-however many processes there are.
+Both pipelines are stateless: a batch is a function of the seed and the step, so resuming needs only
+the step. Each process asks for its rows of the global batch, which does not depend on the number
+of processes.
 """
 
 import functools
@@ -15,7 +15,7 @@ from revnet_jax.data.dataset import Dataset
 
 Batch = dict[str, np.ndarray]
 
-LAST_STEP = 2**48  # of iterators that have no end
+LAST_STEP = 2**48  # stands for infinity, because grain's ranges must be finite
 
 
 def train_batches(
@@ -31,24 +31,24 @@ def train_batches(
     prefetch: int,
     rows: np.ndarray | None = None,
 ) -> grain.DatasetIterator[Batch]:
-    """An endless iterator over shuffled, augmented batches; `close()` it.
+    """Returns an endless iterator over shuffled, augmented batches; `close()` it after use.
 
-    Every epoch is a new permutation of the training split, and the next one follows without a
-    gap, so a batch may hold the end of one and the start of another.
+    Every epoch is a new permutation of the training split. Epochs follow without a gap, so a batch
+    may hold the end of one epoch and the start of the next.
 
     Args:
       dataset: what to read.
       batch_size: images in a global batch.
       seed: of the shuffle and the augmentation, 0 to 2**32 - 1.
       start_step: the step of the first batch, counted in global batches from 0.
-      crop_padding: pixels of zeros (the mean image) added on each side, to crop from; 0 for none.
-        Fewer than the image has, so that some of it is in every crop.
+      crop_padding: pixels of zeros (the mean image) added on each side before a random crop; 0 for
+        no crop. Must be less than height and width, so that every crop has some of the image.
       flip: mirror each image left to right with probability 1/2.
       min_crop_area: smallest share of the image in a random resized crop, in (0, 1]. For
-        image_folder only; other data sets have images of one size and take 1.0.
-      num_threads: threads that prepare batches; 0 prepares them in the caller's.
-      prefetch: batches prepared ahead, one by each thread at least; 0 for none.
-      rows: which rows of each global batch to produce; all of them by default.
+        image_folder only; other data sets have images of one size and need 1.0.
+      num_threads: threads that prepare batches; 0 to prepare them in the caller's thread.
+      prefetch: batches prepared ahead, at least `num_threads`; 0 for none.
+      rows: which rows of each global batch to produce; all by default.
 
     Yields:
       {"image": float32 [b, H, W, C], "label": int32 [b]}, b the number of rows
@@ -79,7 +79,8 @@ def train_batches(
 
     def make_batch(step: int) -> Batch:
         indices_B = order(step * batch_size + rows)
-        # Drawn for the whole global batch and then picked: the processes need not talk.
+        # Every process draws the random numbers of the whole global batch and uses those of its
+        # rows, so that no communication is needed.
         rng = np.random.default_rng([seed, step])
         crop_uniforms_BU = rng.random((batch_size, split.num_crop_uniforms), np.float32)
         offsets_B2 = rng.integers(2 * crop_padding + 1, size=(batch_size, 2))
@@ -98,14 +99,16 @@ def train_batches(
 
 
 def shuffled(size: int, seed: int) -> Callable[[np.ndarray], np.ndarray]:
-    """What is at given positions of an endless sequence: permutations of range(size), one an epoch.
+    """Returns a function from positions to elements of an endless shuffled sequence.
 
-    Memory: 16 bytes per element, for two epochs; a batch is of no more.
+    The sequence is one random permutation of range(size) per epoch, one after another.
+
+    Memory: 16 bytes per element, for two epochs; a batch spans at most two.
     """
 
     @functools.lru_cache(2)
     def permutation(epoch: int) -> np.ndarray:
-        # The 1 sets it apart from the augmentation's [seed, step].
+        # The 1 makes it differ from the augmentation's seed [seed, step].
         return np.random.default_rng([seed, epoch, 1]).permutation(size)
 
     def order(positions: np.ndarray) -> np.ndarray:
@@ -126,8 +129,7 @@ def eval_batches(
     prefetch: int = 4,
     rows: np.ndarray | None = None,
 ) -> grain.DatasetIterator[Batch]:
-    """One pass over the test split in order, without augmentation; `close()` the iterator.
-
+    """Returns an iterator over the test split, in order and not augmented; `close()` it after use.
     All ceil(N / batch_size) batches are full: the last is padded with zero images of weight 0.
 
     Args:
@@ -147,7 +149,7 @@ def eval_batches(
 
     def make_batch(step: int) -> Batch:
         indices_B = step * batch_size + rows
-        indices_R = indices_B[indices_B < len(split)]  # the real ones
+        indices_R = indices_B[indices_B < len(split)]  # without the padding
         num_real = len(indices_R)
         image_BHWC = np.zeros((len(rows), *dataset.image_shape), np.float32)
         label_B = np.zeros(len(rows), np.int32)
@@ -169,7 +171,7 @@ def pad_crop_flip(
     Args:
       image_BHWC: float32 [B, H, W, C].
       offsets_B2: top and left corner of each crop in the padded image, 0 to 2 * crop_padding.
-      flips_B: bool [B], which to mirror left to right (after the crop).
+      flips_B: bool [B], which images to mirror left to right (after the crop).
       crop_padding: pixels.
 
     Returns:
@@ -181,7 +183,7 @@ def pad_crop_flip(
     padding = ((0, 0), (crop_padding, crop_padding), (crop_padding, crop_padding), (0, 0))
     padded_BHWC = np.pad(image_BHWC, padding) if crop_padding else image_BHWC
     cropped_BHWC = np.empty_like(image_BHWC)
-    # A slice an image: each copies whole rows, which is faster than one gather of every pixel.
+    # One slice per image copies whole rows, which is faster than a gather of single pixels.
     for row, ((top, left), mirrored) in enumerate(zip(offsets_B2.tolist(), flips_B, strict=True)):
         crop_HWC = padded_BHWC[row, top : top + height, left : left + width]
         if not mirrored:
@@ -193,19 +195,19 @@ def pad_crop_flip(
 
 
 def iterate(batches: grain.MapDataset, num_threads: int, prefetch: int) -> grain.DatasetIterator:
-    """An iterator whose elements are prepared ahead, by threads of its own."""
-    # Threads rather than worker processes: numpy and Pillow release the interpreter's lock for
-    # most of the work, and processes would need parsed absl flags and a copy of the data.
+    """Returns an iterator that prepares its elements ahead, in its own threads."""
+    # Threads rather than worker processes: numpy and Pillow release the global interpreter lock
+    # for most of the work, and processes would need parsed absl flags and a copy of the data.
     _check_range("num_threads", num_threads, 0)
     _check_range("prefetch", prefetch, 0)
-    # No more can be at work, of which grain would warn.
+    # More threads than prefetched batches would be idle, and grain would warn.
     used = min(num_threads, prefetch) if prefetch else num_threads
     options = grain.ReadOptions(num_threads=used, prefetch_buffer_size=prefetch)
     return iter(batches.to_iter_dataset(options))
 
 
 def check_threads(num_threads: int, prefetch: int) -> None:
-    """Raises ValueError for threads of which some would never have a batch to prepare."""
+    """Raises ValueError if some threads would never have a batch to prepare."""
     if 0 < prefetch < num_threads:
         raise ValueError(
             f"got num_threads={num_threads} and prefetch={prefetch}, expected prefetch of "
@@ -214,7 +216,10 @@ def check_threads(num_threads: int, prefetch: int) -> None:
 
 
 def rows_of(batch_size: int, rows: np.ndarray | None) -> np.ndarray:
-    """Which rows of a batch are asked for, by default all; ValueError if it has no such rows."""
+    """Returns the rows as an array, all rows of the batch by default.
+
+    Raises ValueError unless they are ascending indices into the batch.
+    """
     _check_range("batch_size", batch_size, 1)
     rows = np.arange(batch_size) if rows is None else np.asarray(rows)
     if not len(rows) or rows[0] < 0 or rows[-1] >= batch_size or (np.diff(rows) < 1).any():

@@ -1,9 +1,9 @@
-"""Reads the pickles that CIFAR is published in, and no others.
+"""A restricted unpickler that reads only pickles like those that CIFAR is published in.
 
-Unpickling may call any function that the file names, and a short file can stand for a value too
-large to walk through: a tuple that holds a tuple twice, that again, and so on. Here the file's
-instructions are looked through first. They may name only what numpy arrays and byte strings need,
-may not refer to a container a second time, and are limited in number.
+Unpickling may call any function that the file names. A short file can also encode a value that is
+exponentially large: a tuple that holds one tuple twice, which again holds one twice, and so on. So
+the file's instructions are checked first. They may name only what numpy arrays and byte strings
+need, may not refer to a container a second time, and are limited in number.
 """
 
 import pickle
@@ -16,19 +16,19 @@ import numpy as np
 
 from revnet_jax.data.dataset import DataError
 
-# The largest published file has 155 MB, 50,000 images with two labels and a name each, and, written
-# again by Python 3, half a million instructions.
+# The largest published file has 155 MB: 50,000 images with two labels and a name each. Rewritten by
+# Python 3 it has half a million instructions.
 _MAX_BYTES = 2**29
 _MAX_INSTRUCTIONS = 2**20
-_MAX_CONTAINERS = 100  # one dictionary, three lists, and the shapes of arrays
+_MAX_CONTAINERS = 100  # a published file has a dictionary, three lists, and array shapes
 
-# Protocol 2, in which the files are published, to 5.
+# Opcodes of protocols 2 (that of the published files) to 5.
 _NO_VALUES = frozenset({"PROTO", "FRAME", "MARK", "STOP"})
 _NUMBERS = frozenset({"NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1"})
 _BYTES = frozenset({"BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"})
 _TEXT = frozenset({"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"})
 _GLOBALS = frozenset({"GLOBAL", "STACK_GLOBAL"})
-_CONSUME = frozenset({"REDUCE", "BUILD"})  # a tuple before them is gone after them
+_CONSUME = frozenset({"REDUCE", "BUILD"})  # these remove the tuple before them from the stack
 _TUPLES = frozenset({"EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"})
 _CONTAINERS = _TUPLES | {"EMPTY_DICT", "EMPTY_LIST"}
 _FILL = frozenset({"APPEND", "APPENDS", "SETITEM", "SETITEMS"})
@@ -40,7 +40,7 @@ _ALLOWED = frozenset().union(
 
 
 class _Refused(Exception):
-    """What a file asks for and may not have."""
+    """The file asks for something that is not allowed."""
 
 
 class _Dtype:
@@ -61,9 +61,9 @@ class _Dtype:
 
 
 class _Array:
-    """Stands in for an array, which numpy makes empty and then gives a state.
+    """Stands in for an array, which a pickle creates empty and then fills by a state.
 
-    (numpy itself would make one of any size, before it is known whether the file has the values.)
+    numpy itself would allocate an array of any size before it is known that the file has the data.
     """
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -79,7 +79,7 @@ def _reconstruct(*_: Any) -> _Array:
 
 
 def _encode_latin1(text: str, encoding: str) -> bytes:
-    """Stands in for `_codecs.encode`, which protocol 2 uses to write byte strings."""
+    """Stands in for `_codecs.encode`, by which protocol 2 encodes byte strings."""
     if encoding != "latin1":
         raise _Refused("a byte string that is not encoded as latin1")
     return text.encode("latin1")
@@ -105,11 +105,11 @@ class _Unpickler(pickle.Unpickler):
 def load_pickled_dict(path: Path) -> dict[str, Any]:
     """Returns the dictionary in the file, with its keys as text.
 
-    Strings written by Python 2 come back as bytes.
+    Strings written by Python 2 are returned as bytes.
 
     Raises:
-      DataError: the file is truncated or damaged, asks for what the published files do not need,
-        or holds something other than a dictionary.
+      DataError: the file is truncated or damaged, has instructions that the published files do not
+        need, or holds something other than a dictionary.
     """
     size = path.stat().st_size
     try:
@@ -127,7 +127,7 @@ def load_pickled_dict(path: Path) -> dict[str, Any]:
             "strings, as the published files have; do not load it, and download the data set from "
             "its published address"
         ) from None
-    # A damaged pickle fails in as many ways as it has instructions.
+    # A damaged pickle may raise almost any exception.
     except Exception as error:
         raise DataError(
             f"{path}: got a pickle of {size} bytes that ends early or is damaged "
@@ -141,16 +141,19 @@ def load_pickled_dict(path: Path) -> dict[str, Any]:
 
 
 def _check_instructions(file: Any) -> None:
-    """Raises _Refused for more, or others, than a published file needs. Cost: 1 us each."""
-    is_container: dict[int, bool] = {}  # what the file may refer to, by its number
-    on_top, containers = "", 0  # what made the last value
+    """Raises _Refused for instructions that no published file needs, or for too many.
+
+    Cost: 1 us per instruction.
+    """
+    is_container: dict[int, bool] = {}  # by memo number: whether the value is a container
+    on_top, containers = "", 0  # on_top: the opcode that made the value on top of the stack
     for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         name = opcode.name
         if count >= _MAX_INSTRUCTIONS:
             raise _Refused(f"more than {_MAX_INSTRUCTIONS:,} values")
         if name in _PUT:
             number = len(is_container) if name == "MEMOIZE" else argument
-            if number >= _MAX_INSTRUCTIONS:  # Python makes room for all numbers below
+            if number >= _MAX_INSTRUCTIONS:  # Python allocates memo slots for all smaller numbers
                 raise _Refused(f"a value of number {number:,}")
             is_container[number] = on_top in _CONTAINERS or on_top in _FILL
             continue

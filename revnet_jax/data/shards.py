@@ -1,4 +1,4 @@
-"""Token ids on disk: files of uint16 or uint32, memory-mapped, and tokens.json that lists them."""
+"""Token ids on disk: memory-mapped files of uint16 or uint32, listed in tokens.json."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from revnet_jax.errors import writing
 
 WRITTEN = "what tokenize_text.py wrote"
 _PIECE_BYTES = 2**20
-_PIECES = 16  # tokenized together
+_PIECES = 16  # pieces per call of the tokenizer, which works on them in parallel
 
 
 class Shards:
-    """Files one after another, read like one array by arrays of places: never whole in memory."""
+    """Concatenated token files, read like one array by index arrays; never loaded whole."""
 
     def __init__(self, files: Sequence[np.ndarray]):
         self._files = files
@@ -40,16 +40,16 @@ class Shards:
 
 
 def load_shards(folder: Path) -> tuple[Shards, Shards, Vocabulary, float]:
-    """(training split, test split, vocabulary, bytes per token of the test split).
+    """Loads (training split, test split, vocabulary, bytes per token of the test split).
 
-    Raises DataError for what is missing, cut short, or not what `tokenize_files` writes.
+    Raises DataError if a file is missing, truncated, or not written by `tokenize_files`.
     """
     path = folder / "tokens.json"
     content = read_file(path, WRITTEN)
     try:
         found = json.loads(content.decode())
         dtype = {"uint16": np.dtype(np.uint16), "uint32": np.dtype(np.uint32)}[found["dtype"]]
-        end = found.get("end_token")  # older files have none
+        end = found.get("end_token")  # absent in older files
         vocabulary = Vocabulary(
             "tokenizer",
             _whole(found["vocab_size"]),
@@ -60,7 +60,7 @@ def load_shards(folder: Path) -> tuple[Shards, Shards, Vocabulary, float]:
         per_token = float(found["test_bytes_per_token"])
         if not 0 < per_token < math.inf:
             raise ValueError(f"got {per_token} bytes per token")
-    # An integer may be too large for a float; brackets in brackets exceed Python's stack.
+    # OverflowError: an integer too large for a float. RecursionError: deeply nested brackets.
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         found = f"{type(error).__name__}: {str(error)[:200]}"
         raise DataError(f"{path}: {found}; expected {WRITTEN}") from error
@@ -107,14 +107,20 @@ def tokenize_files(
     end_token: str | None = None,
     shard_tokens: int = 2**27,
 ) -> dict[str, Any]:
-    """Writes the tokens of UTF-8 files to `out`; returns what its tokens.json holds.
+    """Writes the tokens of UTF-8 files to `out`; returns the content of its tokens.json.
 
-    The text is cut, at ends of lines where it has any, into pieces of about a megabyte, which are
-    tokenized each for itself, on all cores. test_share: of the text, at its end. end_token: one of
-    the tokenizer's, to be put after each file. shard_tokens: of a file, about.
+    The text is cut, at line ends if possible, into pieces of about a megabyte. Each piece is
+    tokenized by itself, on all cores. tokens.json is written last.
 
-    Raises DataError for files that cannot be read, a tokenizer that is none, or an `out` that
-    holds tokens already; ValueError for other mistakes. tokens.json is written last.
+    Args:
+      test_share: share of the text, at its end, that becomes the test split.
+      end_token: a token of the tokenizer to append to each file; None for no token.
+      shard_tokens: approximate number of tokens per output file.
+
+    Raises:
+      DataError: a file cannot be read, the tokenizer file is invalid, the text is too short for two
+        splits, or `out` holds tokens already.
+      ValueError: `test_share` is out of its range, or the tokenizer has no such `end_token`.
     """
     if not 0 < test_share < 1:
         raise ValueError(f"got test_share={test_share}, expected a share in (0, 1)")
@@ -167,12 +173,15 @@ def tokenize_files(
     partial = out / "tokens.json.tmp"
     with writing(out / "tokens.json"):
         partial.write_text(json.dumps(description, indent=2) + "\n")
-        partial.replace(out / "tokens.json")  # whole, or not there
+        partial.replace(out / "tokens.json")  # atomic: readers never see a partial file
     return description
 
 
 def _tokenized(tokenizer, pieces, end):
-    """(piece, its ids), some at a time; the ids `end` for a piece that is None."""
+    """Yields (piece, its ids), tokenizing several pieces at a time.
+
+    A piece that is None marks the end of a file, and becomes "" with the ids `end`.
+    """
     while some := list(itertools.islice(pieces, _PIECES)):
         texts = ["" if piece is None else piece for piece in some]
         found = tokenizer.encode_batch(texts, add_special_tokens=False)
@@ -181,8 +190,8 @@ def _tokenized(tokenizer, pieces, end):
 
 
 def _pieces(inputs: Sequence[Path]) -> Iterator[str | None]:
-    """Of one file after another, and None after each."""
-    # A hundred at least, so that a small text can be split.
+    """Yields the pieces of one file after another, and None after each file."""
+    # At least a hundred pieces, so that a small text can be split into training and test.
     size = min(_PIECE_BYTES, 1 + sum(path.stat().st_size for path in inputs) // 100)
     for path in inputs:
         try:

@@ -1,4 +1,4 @@
-"""Data of any kind: batches as functions of the step."""
+"""Custom data sets of any kind, given as batches that are functions of the step."""
 
 from __future__ import annotations
 
@@ -14,29 +14,36 @@ from revnet_jax.data.pipeline import LAST_STEP, Batch, iterate, shuffled
 
 
 class Source(Protocol):
-    """What a data set is where it is neither images and labels nor a text.
+    """The protocol of a custom data set, for data that are neither images with labels nor text.
 
-    The batch of a step is a function of seed and step, so that a run resumes where it was. rows:
-    which rows of the global batch to return; each process asks for its own. Arrays of a batch have
-    its examples along their first axis. Functions are called from several threads.
+    A batch is a function of seed and step, so that a resumed run continues with the same batches.
+    The arrays of a batch have its examples along their first axis.
+
+    rows: which rows of the global batch to return; each process asks for its own.
+
+    The returned functions are called from several threads.
     """
 
     def train(self, *, batch_size: int, seed: int, rows: np.ndarray) -> Callable[[int], Batch]:
-        """`step -> batch`, for steps from 0 without an end."""
+        """Returns `step -> batch`, for all steps from 0."""
         ...
 
     def test(self, *, batch_size: int, rows: np.ndarray) -> tuple[int, Callable[[int], Batch]]:
-        """(the number of batches, `index -> batch`); with "weight", 0 where the last is filled."""
+        """Returns (the number of batches, `index -> batch`).
+
+        Batches have an array "weight", which is 0 for the padding of the last batch.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Arrays:
-    """A source in memory: shuffled anew in every epoch.
+    """A source in memory, shuffled anew in every epoch.
 
-    train, test: arrays by name, with the examples along their first axis.
+    train_arrays, test_arrays: arrays by name, with the examples along their first axis.
 
-    Raises DataError for splits that are empty or do not fit one another.
+    Raises DataError for empty splits, arrays of unequal length, or splits whose arrays differ in
+    name, dtype or shape.
     """
 
     train_arrays: Mapping[str, np.ndarray]
@@ -71,7 +78,7 @@ class Arrays:
         return batch
 
     def test(self, *, batch_size: int, rows: np.ndarray) -> tuple[int, Callable[[int], Batch]]:
-        """See `Source`. The last batch is filled up with copies of the last example."""
+        """See `Source`. The last batch is padded with copies of the last example."""
         size = len(next(iter(self.test_arrays.values())))
 
         def batch(index: int) -> Batch:
@@ -92,7 +99,7 @@ def iterate_train(
     num_threads: int,
     prefetch: int,
 ) -> grain.DatasetIterator[Batch]:
-    """The training batches from a step on, prepared ahead; `close()` the iterator."""
+    """Iterates over training batches from `start_step`, prepared ahead; `close()` it after use."""
     make_batch = source.train(batch_size=batch_size, seed=seed, rows=rows)
     batches = grain.MapDataset.range(start_step, LAST_STEP).map(make_batch)
     return iterate(batches, num_threads, prefetch)
@@ -101,6 +108,6 @@ def iterate_train(
 def iterate_test(
     source: Source, *, batch_size: int, rows: np.ndarray, num_threads: int, prefetch: int
 ) -> grain.DatasetIterator[Batch]:
-    """The test split once, prepared ahead; `close()` the iterator."""
+    """Iterates over the test split once, with batches prepared ahead; `close()` it after use."""
     num_batches, make_batch = source.test(batch_size=batch_size, rows=rows)
     return iterate(grain.MapDataset.range(num_batches).map(make_batch), num_threads, prefetch)

@@ -1,4 +1,4 @@
-"""Text as tokens: the bytes or characters of a file, or memory-mapped shards of token ids."""
+"""Text as token ids: the bytes or characters of a file, or memory-mapped shards."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from revnet_jax.data.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids of a text, split in two.
+    """The token ids of a text, in a training and a test split.
 
     train, test: 1-D, of unsigned integers; the test split is the end of the text.
-    bytes_per_token: of the test split, in UTF-8.
-    sha256: of the file, or of tokens.json.
+    bytes_per_token: average UTF-8 bytes per token of the test split.
+    sha256: of the text file, or of tokens.json.
     """
 
     train: np.ndarray | Shards
@@ -41,12 +41,14 @@ NEEDS_PATH = {
 
 @file_errors("a text that can be read")
 def load_text(name: str, *, path: str = "", train_share: float = 0.9) -> Text:
-    """Reads a text; everything that can be checked is checked here, before training starts.
+    """Reads a text, and checks everything that can be checked before training starts.
 
     name: "bytes" (of any file; without a path, of the English text that comes with Python,
       `pydoc_data/topics.py`, which differs between its versions), "characters" (of a UTF-8 file;
       ids in order of code points) or "shards" (a folder that `scripts/tokenize_text.py` wrote).
-    train_share: of the text, from its start; of shards, those named "test" are the test split.
+    path: the file or folder.
+    train_share: share of the text, from its start, that becomes the training split. Not used for
+      shards, which are split already.
 
     Raises DataError for files that are missing or damaged, ValueError for other mistakes.
     """
@@ -94,7 +96,7 @@ def _sha256(content: bytes) -> str:
 
 
 def _embedded() -> Path:
-    """The text that comes with CPython: half a megabyte of English prose about Python."""
+    """The path of a text that comes with CPython: half a megabyte of English prose about Python."""
     found = importlib.util.find_spec("pydoc_data")
     spec = importlib.util.find_spec("pydoc_data.topics") if found else None
     if spec is None or spec.origin is None:
@@ -113,13 +115,15 @@ def train_windows(
     prefetch: int,
     rows: np.ndarray | None = None,
 ) -> grain.DatasetIterator[Batch]:
-    """An endless iterator over windows at random places of the training split; `close()` it.
+    """Returns an endless iterator over random windows of the training split; `close()` it.
 
-    Stateless: the batch of a step is a function of the seed and the step. rows: which of each
-    global batch to produce; all of them by default.
+    Stateless: a batch is a function of the seed and the step.
 
-    Yields {"token": int32 [b, context], "target": the tokens that follow}. Raises ValueError for a
-    text shorter than the context.
+    context: tokens per window.
+    rows: which rows of each global batch to produce; all by default.
+
+    Yields {"token": int32 [b, context], "target": int32 [b, context], the next token of each}.
+    Raises ValueError for a text that is not longer than the context.
     """
     rows = rows_of(batch_size, rows)
     check_threads(num_threads, prefetch)
@@ -151,10 +155,12 @@ def eval_windows(
     prefetch: int = 4,
     rows: np.ndarray | None = None,
 ) -> grain.DatasetIterator[Batch]:
-    """One pass over the test split in windows that do not overlap; `close()` the iterator.
+    """Returns an iterator over non-overlapping windows of the test split; `close()` it after use.
 
-    max_windows: to stop after; 0: every token but the first is a target once. Yields as
-    `train_windows`, with "weight", float32 [b, context]: 0 where the last batch is filled up.
+    max_windows: number of windows to stop after; 0 for all, so that every token but the first is a
+      target once.
+
+    Yields batches as `train_windows`, with "weight", float32 [b, context]: 0 for padding.
     """
     rows = rows_of(batch_size, rows)
     targets = len(text.test) - 1

@@ -1,4 +1,4 @@
-"""What token ids stand for, and text to ids and back."""
+"""Vocabularies: what token ids stand for, and the conversion of text to ids and back."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from typing import Any, Literal, NamedTuple
 
 from revnet_jax.data.dataset import DataError, read_file
 
-_LOOK_BACK = 16  # tokens
+_LOOK_BACK = 16  # tokens of context when decoding one token at a time
 
 
 class Vocabulary(NamedTuple):
-    """Ids are smaller than `size`.
+    """What token ids stand for.
 
-    kind: ids are bytes, characters, or those of a `tokenizers` file.
-    characters: of kind "characters", that of each id; of kind "bytes", those bytes that occur in
-      the training text, as Latin-1: a model has not seen others.
+    kind: whether ids are bytes, characters, or token ids of a `tokenizers` file.
+    size: all ids are smaller than this.
+    characters: for kind "characters", the character of each id; for kind "bytes", the bytes that
+      occur in the training text, as Latin-1 (a model has not seen others).
     tokenizer_sha256: of the tokenizer's file.
-    end_token: the id that ends each document, where the shards say so.
+    end_token: the id of the token that ends each document; None if there is none.
     """
 
     kind: Literal["bytes", "characters", "tokenizer"]
@@ -31,9 +32,9 @@ class Vocabulary(NamedTuple):
     end_token: int | None = None
 
     def check_same_ids(self, other: Vocabulary, where: str) -> None:
-        """Raises DataError unless an id stands for the same in both.
+        """Raises DataError unless ids mean the same in both vocabularies.
 
-        where: what `other` belongs to.
+        where: what `other` belongs to, for the error message.
         """
         mine, theirs = (
             v._replace(characters="" if v.kind == "bytes" else v.characters, end_token=None)
@@ -48,7 +49,7 @@ class Vocabulary(NamedTuple):
 
 
 def vocabulary_from(record: Mapping[str, Any]) -> Vocabulary:
-    """From what `_asdict` made; DataError for what it did not make."""
+    """Rebuilds a vocabulary from its `_asdict()`; raises DataError for any other mapping."""
     try:
         return Vocabulary(**record)
     except TypeError as error:
@@ -59,10 +60,11 @@ def vocabulary_from(record: Mapping[str, Any]) -> Vocabulary:
 
 
 class Codec(NamedTuple):
-    """encode: text to ids; DataError for what the model cannot have seen.
+    """Converts text to ids and back.
 
-    decoder: from the ids of a prompt, makes a function from one id after another to the text that
-      it completes, "" while a character is not whole.
+    encode: text to ids; raises DataError for characters or bytes that the model has not seen.
+    decoder: makes an incremental decoder from the ids of a prompt. It is called with one id after
+      another and returns the text that the id completes, "" while a character is incomplete.
     """
 
     encode: Callable[[str], list[int]]
@@ -70,9 +72,12 @@ class Codec(NamedTuple):
 
 
 def codec(vocabulary: Vocabulary, tokenizer: Path | None = None) -> Codec:
-    """Of a vocabulary; tokenizer: the file of the `tokenizers` library it was made with.
+    """Returns the codec of a vocabulary.
 
-    Raises DataError where the file is missing, cannot be read, or is another one.
+    tokenizer: the file of the `tokenizers` library that the vocabulary was made with; None for
+      other kinds.
+
+    Raises DataError if the file is missing, cannot be read, or is not the one of the vocabulary.
     """
     if vocabulary.kind == "tokenizer":
         return _of_tokenizer(vocabulary, tokenizer)
@@ -109,7 +114,7 @@ def codec(vocabulary: Vocabulary, tokenizer: Path | None = None) -> Codec:
 
 
 def load_tokenizer(path: Path) -> tuple[Any, str]:
-    """(the tokenizer in a file, its sha256). Raises DataError where there is none."""
+    """Loads (the tokenizer in a file, the file's sha256); raises DataError if that fails."""
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
@@ -122,16 +127,16 @@ def load_tokenizer(path: Path) -> tuple[Any, str]:
         tokenizer = Tokenizer.from_str(content.decode())
         if not tokenizer.get_vocab():
             raise ValueError("got a tokenizer without tokens")
-        # Published files may have been saved with these; here they would lose text, or make it up.
+        # Published files may have truncation or padding switched on, which would lose or add text.
         tokenizer.no_truncation()
         tokenizer.no_padding()
-    except Exception as error:  # that library raises nothing narrower
+    except Exception as error:  # the library raises plain Exception
         raise DataError(f"{path}: {error}; expected a tokenizer file, tokenizer.json") from error
     return tokenizer, hashlib.sha256(content).hexdigest()
 
 
 def largest_id(tokenizer: Any) -> int:
-    """Added tokens may leave holes: there can be fewer tokens than ids."""
+    """The largest token id. Added tokens may leave gaps, so it can exceed the number of tokens."""
     return max(tokenizer.get_vocab().values())
 
 
@@ -150,7 +155,7 @@ def _of_tokenizer(vocabulary, path):
     found.check_same_ids(vocabulary, "the checkpoint")
 
     def decoder(prompt):
-        # How a token reads depends on those before it, but on few of them.
+        # The text of a token depends on the tokens before it, but only on a few.
         read = functools.partial(tokenizer.decode, skip_special_tokens=False)
         ids, held = list(prompt)[-_LOOK_BACK:], 0
         said = read(ids)
@@ -159,7 +164,7 @@ def _of_tokenizer(vocabulary, path):
             nonlocal ids, held, said
             ids.append(i)
             text = read(ids)
-            # Bytes of a character to be completed, which has four at most.
+            # An incomplete UTF-8 character, which has at most four bytes: wait for the rest.
             if text.endswith("\N{REPLACEMENT CHARACTER}") and held < 3:
                 held += 1
                 return ""

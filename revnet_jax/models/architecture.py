@@ -1,4 +1,4 @@
-"""What an image network is made of: families, stems, stages, and units in groups."""
+"""The architecture of an image network: family, stem, stages, and units in groups."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ STEMS = ("cifar", "imagenet", "pad")
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a network is; how it is trained is said elsewhere.
+    """The shape of an image network, without settings of its training.
 
     family: "resnet" (one stream, a unit is `x + f(x)`), "revnet" (two streams, f and g), or
       "irevnet" (a RevNet whose stages are joined by space-to-depth: Jacobsen et al. 2018,
       arXiv:1802.07088).
     units: residual units per stage.
-    channels: of the stem, then of each stage; two streams have half of them each. An i-RevNet's
-      first stage has the stem's, and every further one four times as many as the one before.
-    bottleneck: three convolutions a branch instead of two.
-    stem: "cifar", "imagenet" (see `Stem`), or "pad" (channels of zeros: nothing is lost).
+    channels: of the stem, then of each stage; each of two streams has half of them. In an i-RevNet
+      the first stage has as many as the stem, and each later stage four times as many as the one
+      before.
+    bottleneck: three convolutions per branch instead of two.
+    stem: "cifar", "imagenet" (see `Stem`), or "pad" (adds channels of zeros, which is invertible).
     image_shape: (H, W, C).
     """
 
@@ -85,7 +86,7 @@ class Architecture:
 
 
 class Unit(NamedTuple):
-    """One residual unit; channels are a single stream's."""
+    """One residual unit. Channels are those of one stream."""
 
     in_channels: int
     out_channels: int
@@ -100,7 +101,7 @@ class Unit(NamedTuple):
 class Group(NamedTuple):
     """`depth` equal units in a row, or a single unit that changes the streams' shape.
 
-    unit: None for an i-RevNet's change of resolution, which has no parameters.
+    unit: None for the space-to-depth of an i-RevNet, which has no parameters.
     """
 
     name: str
@@ -109,12 +110,12 @@ class Group(NamedTuple):
 
     @property
     def is_transition(self) -> bool:
-        """Whether it has no inverse, and so is no part of a sequence."""
+        """Whether the group has no inverse, so that it is computed outside the chains."""
         return self.unit is not None and not self.unit.keeps_shape
 
 
 def groups(architecture: Architecture) -> list[Group]:
-    """The units of each stage, equal neighbours joined."""
+    """Lists the units of all stages, with equal neighbours of a stage joined into one group."""
     result = []
     stem_channels, *stage_channels = (c // architecture.num_streams for c in architecture.channels)
     channels = stem_channels
@@ -135,7 +136,7 @@ def groups(architecture: Architecture) -> list[Group]:
 
 
 def chains(groups: Sequence[Group]) -> dict[str, list[Group]]:
-    """Neighbouring groups between transitions, each chain under the name of its first."""
+    """Joins the groups between transitions into chains, each named after its first group."""
     runs = itertools.groupby(groups, key=lambda group: group.is_transition)
     chains = [list(run) for is_transition, run in runs if not is_transition]
     return {chain[0].name: chain for chain in chains}

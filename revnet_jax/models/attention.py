@@ -1,5 +1,4 @@
-"""Attention that never holds all of its T x T scores, on any machine.
-
+"""Memory-efficient attention: the T x T scores never exist all at once.
 Dims: B batch, T tokens, N heads, G key-value heads (N is a multiple), K size of a head.
 """
 
@@ -20,11 +19,11 @@ from revnet_jax.models.partition import BATCH, by_device
 Kernel = Literal["chunked", "cudnn", "flash"]
 KERNELS: dict[str, Kernel] = {"cpu": "chunked", "gpu": "cudnn", "cuda": "cudnn", "tpu": "flash"}
 _MOST_CHUNKS, _SMALLEST_CHUNK = 16, 128
-_FLASH_BLOCK = 128  # lengths that the TPU kernel takes are multiples of it
+_FLASH_BLOCK = 128  # the TPU kernel needs lengths that are multiples of this
 
 
 def kernel_for(platform: str) -> Kernel:
-    """The one to take on "cpu", "gpu" or "tpu"."""
+    """The default kernel for a platform: "cpu", "gpu" or "tpu"."""
     return KERNELS.get(platform, "chunked")
 
 
@@ -38,31 +37,33 @@ def attend(
     window: int = 0,
     segment_BT: jax.Array | None = None,
 ) -> jax.Array:
-    """softmax(q k' / sqrt(K)) v: [B, T, N, K]; head n reads key-value head n // (N / G).
+    """Grouped-query attention, softmax(q k' / sqrt(K)) v: [B, T, N, K].
+
+    Query head n reads key-value head n // (N / G).
 
     causal: token t reads tokens up to itself.
-    kernel: "chunked": scores of a block of queries at a time, in plain JAX, computed again in the
-      backward pass; "cudnn": `jax.nn.dot_product_attention`'s fused one, for NVIDIA GPUs, 16 bits
-      and heads of up to 128, see `padded_to_even`; "flash": the Pallas kernel for TPUs that comes
-      with JAX (Dao et al. 2022, arXiv:2205.14135), for lengths that are multiples of 128. Where a
-      fused one does not take what it gets, it is chunked.
-    window: a token reads this many tokens, the last of them itself (Beltagy et al. 2020,
-      arXiv:2004.05150); 0: all. It needs `causal`, else ValueError. "cudnn" takes windows, "flash"
-      does not.
-    segment_BT: integers; a token reads only tokens of the same one. "flash" takes segments, "cudnn"
-      does not: for it JAX's public function has no argument but a mask of T x T.
+    kernel: "chunked": plain JAX, one block of queries at a time, with scores recomputed in the
+      backward pass. "cudnn": the fused kernel of `jax.nn.dot_product_attention` for NVIDIA GPUs,
+      16-bit dtypes and heads of up to 128, see `padded_to_even`. "flash": the Pallas kernel for
+      TPUs that comes with JAX (Dao et al. 2022, arXiv:2205.14135), for lengths that are multiples
+      of 128. For inputs that a fused kernel does not support, "chunked" is used instead.
+    window: sliding-window attention: a token reads this many tokens, the last of them itself
+      (Beltagy et al. 2020, arXiv:2004.05150); 0 for all. Raises ValueError without `causal`.
+      "cudnn" supports windows, "flash" does not.
+    segment_BT: integers; a token reads only tokens of its own segment. "flash" supports segments,
+      "cudnn" does not: for it JAX's public function has no argument but a mask of T x T.
 
-    Softmax is float32 at least. Cost: 4 B T T N K operations; about half of that if
-    causal, since later keys are not looked at. With a window, 4 B T S N K, where S is the window by
-    "cudnn" and at most 2 max(window, 128) else. Scores of one chunk, or of one block of a window's
-    size, exist at a time.
+    Softmax is float32 at least. Cost: 4 B T T N K operations; about half of that if causal, since
+    later keys are skipped. With a window 4 B T S N K, where S is the window for "cudnn" and at
+    most 2 max(window, 128) for the others. Only the scores of one chunk, or of one block of the
+    window's size, exist at a time.
 
-    Determinism: all of them give the same values for the same inputs each time, which rebuilding
-    streams rests on. Gradients too, except with "cudnn": its backward kernel adds up in an order
+    Determinism: each kernel gives the same values for the same inputs every time, which rebuilding
+    streams needs. So do gradients, except with "cudnn": its backward kernel sums in an order
     that varies, unless XLA_FLAGS has --xla_gpu_deterministic_ops=true or
-    --xla_gpu_exclude_nondeterministic_ops=true, by which XLA asks cuDNN for its deterministic,
+    --xla_gpu_exclude_nondeterministic_ops=true, with which XLA asks cuDNN for its deterministic,
     slower algorithm (openxla/xla#14125). So two gradients of one program, or of `store` and
-    `reverse`, may differ by rounding while no stream does.
+    `reverse`, may differ by rounding although all streams are equal.
     """
     if kernel not in KERNELS.values():
         known = ", ".join(sorted(set(KERNELS.values())))
@@ -75,10 +76,10 @@ def attend(
             f"got window={window} and causal={causal}, expected 0 (none), or a number of tokens "
             "that causal attention reads"
         )
-    if window >= T:  # all there are
+    if window >= T:  # the window holds every earlier token
         window = 0
     if kernel == "cudnn" and segment_BT is None and half and K % 8 == 0 and K <= 128:
-        # (tokens read before, after); those and the token itself are the window.
+        # cuDNN's window is (tokens before, tokens after), not counting the token itself.
         reach = {"local_window_size": (window - 1, 0)} if window else {}
         kernel_for_even = functools.partial(
             jax.nn.dot_product_attention, implementation="cudnn", **reach
@@ -93,7 +94,7 @@ def attend(
     parts = []
     for start in range(0, T, chunk):
         stop = min(start + chunk, T)
-        # Keys beyond the last query, or before the first one's window, are not even looked at.
+        # Skip keys after the chunk's last query (causal) or before its first query's window.
         first, last = max(0, start - window + 1) if window else 0, stop if causal else T
         mask_TS = None
         if causal:
@@ -109,13 +110,16 @@ def attend(
 
 
 def causal_mask(query_T1: jax.Array, key_1S: jax.Array, window: int = 0) -> jax.Array:
-    """[T, S]: which keys each query sees, by the places of both; window: see `attend`."""
+    """[T, S]: which keys each query sees, from the positions of both; window: see `attend`."""
     mask_TS = query_T1 >= key_1S
     return mask_TS & (query_T1 - key_1S < window) if window else mask_TS
 
 
 def _of_segments(q_BTNK, k_BSGK, v_BSGK, mask_TS, *segments):
-    """`scores_times_values`, whose mask of each sequence is made here, not kept until a rewind."""
+    """`scores_times_values` with the mask of segments added.
+
+    The mask is made inside the checkpointed function, so that it is not kept as a residual.
+    """
     if not segments:
         return scores_times_values(q_BTNK, k_BSGK, v_BSGK, mask_TS)
     segment_BT, segment_BS = segments
@@ -125,11 +129,15 @@ def _of_segments(q_BTNK, k_BSGK, v_BSGK, mask_TS, *segments):
 
 
 def _in_blocks(q_BTNK, k_BTGK, v_BTGK, segment_BT, *, window):
-    """Of blocks of queries, one after the other; each reads its own keys and the block before's."""
+    """Sliding-window attention, one block of queries at a time.
+
+    A block is at least as long as the window, so it reads its own keys and those of the block
+    before it.
+    """
     T, block = q_BTNK.shape[1], max(window, _SMALLEST_CHUNK)
     blocks = -(-T // block)
 
-    def split(x_BT):  # what is added to fill the last block comes after all that read
+    def split(x_BT):  # the padding of the last block comes after all real queries, so none reads it
         added = ((0, 0), (0, blocks * block - T), *[(0, 0)] * (x_BT.ndim - 2))
         x_BT = jnp.pad(x_BT, added)
         return jnp.swapaxes(x_BT.reshape(len(x_BT), blocks, block, *x_BT.shape[2:]), 0, 1)
@@ -142,7 +150,7 @@ def _in_blocks(q_BTNK, k_BTGK, v_BTGK, segment_BT, *, window):
         i, queries, read = parts
         k_BSGK, v_BSGK, *segment_BS = (jnp.concatenate(pair, axis=1) for pair in read)
         key_S = (i - 1) * block + jnp.arange(2 * block)
-        # What comes before the first block is not there.
+        # The first block has no block before it: mask those zeros.
         mask_TS = causal_mask(key_S[block:, None], key_S[None], window) & (key_S >= 0)[None]
         segments = [ids for each in segment_BS for ids in (each[:, block:], each)]
         return _of_segments(queries, k_BSGK, v_BSGK, mask_TS, *segments)
@@ -156,8 +164,8 @@ def _in_blocks(q_BTNK, k_BTGK, v_BTGK, segment_BT, *, window):
 
 
 def _by_heads_of_device(function, q_BTNK, k_BTGK, v_BTGK, segment_BT):
-    """`function(q, k, v)`, or `(q, k, v, segments)`, by every device for its own heads."""
-    heads = (BATCH, None, ("tensor", "sequence"))  # their number is a multiple: see `by_heads`
+    """`function(q, k, v)`, or `(q, k, v, segments)`, with each device computing its own heads."""
+    heads = (BATCH, None, ("tensor", "sequence"))  # `by_heads` makes the number of heads divisible
     arrays, axes = (q_BTNK, k_BTGK, v_BTGK), (heads,) * 3
     if segment_BT is not None:
         arrays, axes = (*arrays, segment_BT), (*axes, (BATCH,))
@@ -165,7 +173,7 @@ def _by_heads_of_device(function, q_BTNK, k_BTGK, v_BTGK, segment_BT):
 
 
 def _is_softmax_sum(primitive, *_, **params):
-    """A policy of `jax.checkpoint`: keep a softmax's maximum and sum, two numbers a query."""
+    """A `jax.checkpoint` policy: keep the maximum and sum of a softmax, two numbers per query."""
     return primitive.name in ("reduce_max", "reduce_sum")
 
 
@@ -174,7 +182,7 @@ def scores_times_values(
 ) -> jax.Array:
     """Attention of T queries to S keys with all scores at once.
 
-    mask: what each query sees, [T, S], or [B, T, S] where sequences differ.
+    mask: which keys each query sees, [T, S], or [B, T, S] if it differs between sequences.
     """
     B, T, N, K = q_BTNK.shape
     G = k_BSGK.shape[2]
@@ -197,21 +205,22 @@ def padded_to_even(
     *,
     causal: bool,
 ) -> jax.Array:
-    """`kernel(q, k, v, is_causal=...)` of a number of tokens that is made even by one of zeros.
+    """Calls `kernel(q, k, v, is_causal=...)`, padding an odd number of tokens by a token of zeros.
 
-    When JAX differentiates cuDNN's attention it takes even lengths only (up to 0.12.0, in
+    When JAX differentiates cuDNN's attention it supports even lengths only (up to 0.12.0, in
     `check_is_flash_attention`: it mistakes the absent bias for one). A vision transformer with a
-    class token has an odd one, 65 or 197.
+    class token has an odd length, 65 or 197.
 
-    The key of the added token is masked, so its weight is exactly 0; causally it comes after all
-    that read. What its query reads is cut off, so its gradient is exactly 0. That query is not
-    masked: cuDNN would leave its result and its sum of weights, which are kept for the backward
-    pass, to chance.
+    The key of the added token is masked, so its weight is exactly 0; with a causal mask it comes
+    after all real queries. The output of its query is cut off, so its gradient is exactly 0. That
+    query is not masked, because cuDNN would leave its output and softmax sum, which are kept for
+    the backward pass, undefined.
 
-    kernel: takes `key_value_seq_lengths` too, as `jax.nn.dot_product_attention` does.
+    kernel: has an argument `key_value_seq_lengths`, as `jax.nn.dot_product_attention` has.
 
-    Cost: one token. Compiled for an H100, a branch of ViT-B at 197 tokens and its gradient, 256
-    images in bfloat16, reads and writes 4.2 GiB; chunked it is 18.5 GiB, padded to 256 tokens 4.7.
+    Cost: one token. Compiled for an H100, a branch of ViT-B at 197 tokens and its gradient, for
+    256 images in bfloat16, reads and writes 4.2 GiB; chunked attention 18.5 GiB, and padding to 256
+    tokens 4.7 GiB.
     """
     B, T = q_BTNK.shape[:2]
     if T % 2 == 0:
@@ -232,7 +241,7 @@ def _flash(q_BTNK, k_BTGK, v_BTGK, segment_BT, *, causal):
         q_BGRTK = jnp.swapaxes(q_BGTRK, 2, 3)
         ids = SegmentIds(*segments * 2) if segments else None
         kernel = functools.partial(flash_attention, segment_ids=ids, causal=causal, sm_scale=scale)
-        # For each of the heads that share a key-value head, which is read where it lies, once.
+        # Mapped over the query heads of a group: they share one key-value head without copies.
         kernel = jax.vmap(kernel, in_axes=(2, None, None), out_axes=2)
         mixed = kernel(q_BGRTK, jnp.swapaxes(k_BTGK, 1, 2), jnp.swapaxes(v_BTGK, 1, 2))
         return jnp.moveaxis(mixed, 3, 1).reshape(B, T, N, K)
@@ -243,7 +252,7 @@ def _flash(q_BTNK, k_BTGK, v_BTGK, segment_BT, *, causal):
 def rotary_angles(
     position_T: jax.Array, head_size: int, *, base: float = 10_000.0, dtype: Any = jnp.float32
 ) -> tuple[jax.Array, jax.Array]:
-    """(cosines, sines) of what `rotate` turns by, [T, head_size / 2], in this dtype."""
+    """(cosines, sines) of the angles that `rotate` uses, [T, head_size / 2], in this dtype."""
     half = head_size // 2
     frequency = base ** (-jnp.arange(half, dtype=dtype) / half)
     angle_TK = position_T.astype(dtype)[:, None] * frequency[None]
@@ -251,10 +260,11 @@ def rotary_angles(
 
 
 def rotate(x_BTNK: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864): each head's halves turned by angles.
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864): rotates the halves of a head.
 
-    angles: of the tokens, from `rotary_angles`; constants, that no gradient flows to. Computed in
-    their dtype, returned in the input's.
+    angles: of the tokens, from `rotary_angles`; constants without a gradient.
+
+    Computed in the dtype of the angles, returned in the dtype of the input.
     """
     cos, sin = (lax.stop_gradient(table)[None, :, None] for table in angles)
     a, b = jnp.split(x_BTNK.astype(cos.dtype), 2, axis=-1)

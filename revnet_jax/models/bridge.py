@@ -1,4 +1,4 @@
-"""From flax modules, nnx or linen, to pure functions and to branches of reversible blocks."""
+"""Turns flax modules, nnx or linen, into pure functions and branches of reversible blocks."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _STATE = (nnx.Param, nnx.BatchStat, nnx.RngState)
 
 
 class PureModule:
-    """An nnx module as `init` and `apply`, with parameters and running averages as plain trees.
+    """An nnx module as pure `init` and `apply`; parameters and running averages are plain trees.
 
     make: builds the module from its random streams: `lambda rngs: nnx.Linear(3, 4, rngs=rngs)`.
 
-    `jax.vmap(module.init)(keys)` gives every leaf a leading layer axis: the parameters of a chain.
-    Raises ValueError for a module with other state, which would be lost between calls.
+    `jax.vmap(module.init)(keys)` gives every leaf a leading layer axis, as a chain needs it.
+    Raises ValueError for a module with state of another kind, which would be lost between calls.
     """
 
     def __init__(self, make: Callable[[nnx.Rngs], nnx.Module]):
@@ -38,31 +38,35 @@ class PureModule:
             )
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
-        """(params, stats): trainable parameters and running averages, fresh."""
+        """Initialises (params, stats): trainable parameters and running averages."""
         _, params, stats, _ = nnx.split(self._make(nnx.Rngs(key)), *_STATE)
         return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
 
     def apply(
         self, params: Any, stats: Any, *args: Any, key: jax.Array | None = None, **kwargs: Any
     ) -> tuple[Any, Any]:
-        """(the module's output, its running averages after the call).
+        """Returns (the module's output, its running averages after the call).
 
-        key: of all that it draws. Raises ValueError where a module that keeps streams gets none.
+        key: for all random numbers of the call. Raises ValueError if it is None and the module
+          has random streams.
         """
         if self._streams and key is None:
             raise ValueError("got key=None, expected a key: the module keeps random streams")
-        # Streams start anew at every call, so that the same key draws the same again.
+        # Random streams restart at every call, so that the same key gives the same numbers.
         draw = nnx.Rngs(key)
         streams = jax.tree.map(lambda leaf: _restarted(leaf, draw), self._streams)
         module = nnx.merge(self._graphdef, params, stats, streams)
         output = module(*args, **kwargs)
         new_stats = nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
-        # Averages over past batches are a record, not a path for gradients.
+        # No gradient flows into averages over past batches.
         return output, jax.lax.stop_gradient(new_stats)
 
 
 def _without_sharding(make):
-    """Partitioning annotations are of one layer's axes, and ask for a mesh: nothing is placed."""
+    """Builds a module without placing its arrays on a mesh.
+
+    A module's partitioning annotations describe one layer's axes, without the stacked layer axis.
+    """
 
     def made(rngs):
         with nnx.use_eager_sharding(False):
@@ -72,13 +76,13 @@ def _without_sharding(make):
 
 
 def _restarted(leaf, draw):
-    """A stream's key, newly drawn, or its counter at zero."""
+    """Resets a leaf of a random stream: a new key from `draw`, or a counter of zero."""
     is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return jax.random.split(draw(), leaf.shape) if is_key else jnp.zeros(leaf.shape, leaf.dtype)
 
 
 class BranchData(NamedTuple):
-    """A layer's data for one branch: running averages, and the key of all that it draws."""
+    """A layer's data for one branch: running averages, and the key for its random numbers."""
 
     stats: Any
     key: jax.Array
@@ -87,8 +91,9 @@ class BranchData(NamedTuple):
 class Branch(PureModule):
     """A module as a branch of a block with `has_aux=True`: see `nnx_branch` and `linen_branch`.
 
-    name: where its `BranchData` is in `context.data`.
-    kwargs: for every call of the module; `functools.partial(branch, train=False)` has others.
+    name: the key of its `BranchData` in `context.data`.
+    kwargs: passed to every call of the module; override them by
+      `functools.partial(branch, train=False)`.
     """
 
     def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], name: str, kwargs: dict[str, Any]):
@@ -98,7 +103,7 @@ class Branch(PureModule):
     def __call__(self, params: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         """`(params, *inputs, context) -> (u, {name: running averages after this batch})`.
 
-        One evaluation. Raises ValueError where `context.data` has nothing for this branch.
+        Evaluates the module once. Raises ValueError if `context.data` has no entry for this branch.
         """
         *inputs, context = args
         data = context.data.get(self.name) if isinstance(context.data, Mapping) else None
@@ -112,17 +117,21 @@ class Branch(PureModule):
 
 
 def nnx_branch(make: Callable[[nnx.Rngs], nnx.Module], name: str, /, **kwargs: Any) -> Branch:
-    """`nnx_branch(lambda rngs: MLP(rngs=rngs), "f")`; see `Branch`, and `PureModule` for errors.
+    """Makes a branch of an nnx module: `nnx_branch(lambda rngs: MLP(rngs=rngs), "f")`.
 
-    Other flags make another branch: `lambda rngs: nnx.view(MLP(rngs=rngs), deterministic=True)`.
+    See `Branch`, and `PureModule` for errors. For a module in another mode make another branch:
+    `lambda rngs: nnx.view(MLP(rngs=rngs), deterministic=True)`.
     """
     return Branch(make, name, kwargs)
 
 
 def linen_branch(module: linen.Module, name: str, /, *example: Any, **kwargs: Any) -> Branch:
-    """`linen_branch(MLP(), "g", x1, train=True)`; see `Branch`, and `PureModule` for errors.
+    """Makes a branch of a linen module: `linen_branch(MLP(), "g", x1, train=True)`.
 
-    example: arrays like the module's inputs; `init` evaluates it on them, and gives linen's trees.
+    See `Branch`, and `PureModule` for errors.
+
+    example: arrays like the module's inputs, on which `init` evaluates the module. The parameter
+      trees are linen's.
     """
     if not isinstance(module, linen.Module):
         raise ValueError(f"got {module!r}, expected a linen module: build it, or take nnx_branch")
@@ -131,9 +140,11 @@ def linen_branch(module: linen.Module, name: str, /, *example: Any, **kwargs: An
 
 
 def init_layers(branches: Sequence[Branch], key: jax.Array, depth: int) -> tuple[Any, Any]:
-    """(params_L, data_L) of `depth` layers: a tree for each branch, and `{name: BranchData}`.
+    """Initialises (params_L, data_L) of `depth` layers for a block of these branches.
 
-    Raises ValueError for branches of the same name, or not made by one of these.
+    params_L is a tuple with one tree per branch; data_L is `{name: BranchData}`.
+
+    Raises ValueError for branches of the same name, or not made by `nnx_branch` or `linen_branch`.
     """
     if not isinstance(branches, Sequence) or not all(isinstance(b, Branch) for b in branches):
         raise ValueError(f"got {branches!r}, expected branches of nnx_branch and linen_branch")
@@ -142,7 +153,7 @@ def init_layers(branches: Sequence[Branch], key: jax.Array, depth: int) -> tuple
         raise ValueError(f"got branches {', '.join(names)}, expected distinct names: rename one")
     params_L, data_L = [], {}
     for branch, keys in zip(branches, jax.random.split(key, (len(names), 2, depth)), strict=True):
-        # Compiled, which drops the evaluation that linen's `init` makes only for its shapes.
+        # Compiled, because XLA then removes the forward pass that linen's `init` runs for shapes.
         params, stats = jax.jit(jax.vmap(branch.init))(keys[0])
         params_L.append(params)
         data_L[branch.name] = BranchData(stats, keys[1])
@@ -150,7 +161,10 @@ def init_layers(branches: Sequence[Branch], key: jax.Array, depth: int) -> tuple
 
 
 def with_keys(data_L: Mapping[str, Any], key: jax.Array) -> dict[str, Any]:
-    """data_L with fresh keys for every branch and layer; entries other than BranchData stay."""
+    """Returns data_L with fresh keys for every branch and layer.
+
+    Entries other than BranchData are unchanged.
+    """
     fresh = {}
     for i, name in enumerate(_names(data_L)):
         keys = jax.random.split(jax.random.fold_in(key, i), len(data_L[name].key))
@@ -159,7 +173,10 @@ def with_keys(data_L: Mapping[str, Any], key: jax.Array) -> dict[str, Any]:
 
 
 def with_stats(data_L: Mapping[str, Any], aux_L: Sequence[Any]) -> dict[str, Any]:
-    """data_L with the running averages in its chain's `aux_L`; ValueError where any is missing."""
+    """Returns data_L with the running averages from the chain's `aux_L`.
+
+    Raises ValueError if those of a branch are missing.
+    """
     stats = {name: s for aux in aux_L if isinstance(aux, Mapping) for name, s in aux.items()}
     missing = [name for name in _names(data_L) if name not in stats]
     if missing:
@@ -168,5 +185,5 @@ def with_stats(data_L: Mapping[str, Any], aux_L: Sequence[Any]) -> dict[str, Any
 
 
 def _names(data_L):
-    """In the order that jit gives a dictionary: keys are the same inside it and outside."""
+    """The branch names, sorted: jit sorts dictionaries, so keys are the same inside and outside."""
     return sorted(name for name, data in data_L.items() if isinstance(data, BranchData))

@@ -1,4 +1,4 @@
-"""A model that is one chain of equal layers, with whatever comes before and after it."""
+"""The base class of models that are one chain of equal layers between an input and an output."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from revnet_jax.models.strategies import Strategy
 
 
 class ChainModel(ABC):
-    """The chain, and how its gradient is computed; see `Model`.
+    """A model with one chain, and the settings of the chain's gradient; see `Model`.
 
-    A subclass adds `init`, whose parameters have the chain's under "layers", stacked, and functions
+    A subclass adds `init`, which puts the chain's stacked parameters under "layers", and functions
     that call `run_chain`.
 
-    invertible: whether layers have an inverse: blocks have, a `PlainLayer` has none.
-    backprop, stored_layers, unroll: what the gradient costs (see `chain`).
-    compute_dtype: of the branches; streams, normalisations and logits are float32.
+    invertible: whether the layers have an inverse: a block has one, a `PlainLayer` does not.
+    backprop, stored_layers, unroll: set what the gradient costs (see `chain`).
+    compute_dtype: of the branches (mixed precision); streams, normalisations and logits are
+      float32.
     param_dtype: of kernels and embeddings; other parameters are float32.
-    grid: where streams live, for the block to be built with; None for free floats.
-    check_exactness: whether `probes` has any: the check keeps the chain's input.
+    grid: the grid that the block keeps its streams on; None for ordinary floats.
+    check_exactness: whether `probes` returns probes. The check keeps the chain's input in memory.
 
-    Raises ValueError for what does not go together.
+    Raises ValueError for settings that contradict each other.
     """
 
     rules: Rules = ()
@@ -68,20 +69,20 @@ class ChainModel(ABC):
 
     @property
     def strategies(self) -> dict[str, Strategy]:
-        """Of the one chain there is."""
+        """The strategy of the one chain, under the name "layers"."""
         return {"layers": self._strategy}
 
     @property
     def most_stored_layers(self) -> int:
-        """How many there are in chains that do not store anyway."""
+        """The largest valid `stored_layers`: the chain's layers, or 0 if it stores all anyway."""
         return 0 if self._strategy.backprop == "store" else self._strategy.layers
 
     @abstractmethod
     def init(self, key: jax.Array) -> Variables:
-        """Fresh variables."""
+        """Initialises the variables."""
 
     def probes(self) -> dict[str, Exactness] | None:
-        """What takes the check that the chain was undone exactly; None where there is none."""
+        """The probe of the exactness check; None if the chain is not rebuilt or not checked."""
         checked = self._strategy.rebuilds and self.check_exactness
         return {"layers": Exactness.probe()} if checked else None
 
@@ -95,10 +96,10 @@ class ChainModel(ABC):
         lockstep: Lockstep | None = None,
         **data: Any,
     ) -> tuple[tuple[jax.Array, ...], Any]:
-        """(the streams after all layers, what the branches return besides, stacked).
+        """Runs the chain: (the streams after all layers, stacked auxiliary outputs).
 
         x: the streams, with the batch as their first axis.
-        probes, lockstep: as the task's `loss` was given them.
+        probes, lockstep: as passed to the task's `loss`.
         data: `shared` and `data_L` of `chain`.
         """
         return chain(

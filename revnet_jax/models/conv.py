@@ -1,4 +1,4 @@
-"""A 2-D convolution that trains at a usable speed on CPU, and is XLA's own elsewhere."""
+"""A 2-D convolution with a fast gradient on CPUs; on other platforms it is XLA's own."""
 
 from functools import partial
 
@@ -8,8 +8,8 @@ from jax import lax
 
 from revnet_jax.models.dtypes import at_least_float32
 
-# One chunk's columns in the CPU form: small enough to stay in the caches, large enough to be worth
-# starting a matrix product for. Measured times hardly differ from 1 to 4 MiB.
+# Bytes of one chunk's columns in the CPU gradient: small enough to stay in the caches, large enough
+# to amortise the start of a matrix product. Measured times hardly differ from 1 to 4 MiB.
 _COLUMN_BYTES = 2 << 20
 
 
@@ -25,11 +25,11 @@ def conv(x_BHWC: jax.Array, kernel: jax.Array, *, stride: int = 1) -> jax.Array:
       y_BHWC, [B, ceil(H / stride), ceil(W / stride), Cout], in the dtype of `x_BHWC`; products are
       summed in at least float32 and rounded once.
 
-    Cost: reverse mode keeps exactly `x_BHWC` and `kernel`; the gradient is two convolutions' worth
-    of arithmetic. XLA on CPU runs the gradient of a convolution 5 to 30 times slower than need be,
-    so there it is matrix products over columns (each output pixel's window, laid out flat), a few
-    images at a time, as many as fit in 2 MiB. Its temporaries are about three times that, whatever
-    the batch; bfloat16 adds a float32 copy of the result. Everything else is XLA's own.
+    Cost: the residuals are exactly `x_BHWC` and `kernel`; the gradient has the arithmetic of two
+    convolutions. XLA's CPU gradient of a convolution is 5 to 30 times slower than necessary, so on
+    CPU it is computed as matrix products over columns (im2col: the window of each output pixel,
+    laid out flat), for as many images at a time as fit in 2 MiB. Temporaries are about three times
+    that, at any batch size; bfloat16 adds a float32 copy of the result. Everything else is XLA's.
 
     Raises:
       ValueError: for operands that do not fit together, at trace time.
@@ -50,8 +50,8 @@ def conv(x_BHWC: jax.Array, kernel: jax.Array, *, stride: int = 1) -> jax.Array:
 
 
 def _xla_conv(stride, x_BHWC, kernel):
-    # No preferred_element_type for bfloat16: cuDNN and the TPU's matrix unit sum its products in
-    # float32 and round the result anyway, and with one JAX makes the gradient float32 convolutions.
+    # No preferred_element_type for bfloat16: cuDNN and the TPU's matrix unit sum in float32 and
+    # round the result anyway, and with it JAX would compute the gradient by float32 convolutions.
     dims = ("NHWC", "HWIO", "NHWC")
     return lax.conv_general_dilated(
         x_BHWC, kernel, (stride, stride), "SAME", dimension_numbers=dims
@@ -64,12 +64,12 @@ def _conv(stride, x_BHWC, kernel):
 
 
 def _conv_fwd(stride, x_BHWC, kernel):
-    # Not `_conv`: within its own rule it would hide the product from `remat_dots`.
+    # Not `_conv`: a nested custom_vjp would hide the convolution from the policy of `remat_dots`.
     return _xla_conv(stride, x_BHWC, kernel), (x_BHWC, kernel)
 
 
 def _conv_bwd(stride, residuals, dy_BHWC):
-    # Chosen when a program is lowered: a process on a CPU also compiles for TPUs.
+    # Chosen by the platform of the lowering, because a CPU process may compile for a TPU.
     return lax.platform_dependent(
         *residuals,
         dy_BHWC,
@@ -82,7 +82,7 @@ _conv.defvjp(_conv_fwd, _conv_bwd)
 
 
 def _columns_grad(stride, x_BHWC, kernel, dy_BHWC):
-    """Both gradients, by matrix products over columns: the window of each output pixel, flat."""
+    """Both gradients, by matrix products over columns (im2col)."""
     x_mnHWC = _chunked(x_BHWC, kernel, stride)
     dy_mnHWC = dy_BHWC.reshape(*x_mnHWC.shape[:2], *dy_BHWC.shape[1:])
     kernel_acc = kernel.astype(at_least_float32(kernel.dtype))
@@ -94,15 +94,15 @@ def _columns_grad(stride, x_BHWC, kernel, dy_BHWC):
         dx_mnHWC = lax.dynamic_update_index_in_dim(dx_mnHWC, dx, i, axis=1)
         return dx_mnHWC, dkernel + dkernel_chunk
 
-    # The loop carries sums, rounded once at the end: XLA on CPU updates a bfloat16 array in place
-    # by converting all of it to float32 and back, every time.
+    # The loop carries float32 sums that are rounded once at the end: XLA's CPU compiler would
+    # convert a whole bfloat16 array to float32 and back for every in-place update.
     zeros = jnp.zeros(x_mnHWC.shape, kernel_acc.dtype), jnp.zeros_like(kernel_acc)
     dx_mnHWC, dkernel = lax.fori_loop(0, x_mnHWC.shape[1], put_chunk, zeros)
     return dx_mnHWC.reshape(x_BHWC.shape).astype(x_BHWC.dtype), dkernel.astype(kernel.dtype)
 
 
 def _columns_dot(stride, x_BHWC, kernel):
-    """The convolution of one chunk as one matrix product. Its gradient is two."""
+    """The convolution of one chunk as one matrix product; its gradient is two products."""
     B, H, W, C = x_BHWC.shape
     kh, kw, _, Cout = kernel.shape
     (top, bottom), (left, right) = lax.padtype_to_pads((H, W), (kh, kw), (stride, stride), "SAME")
@@ -117,8 +117,11 @@ def _columns_dot(stride, x_BHWC, kernel):
 
 
 def _chunked(x_BHWC, kernel, stride):
-    """x as [m images, n chunks, H, W, C]. Images come first, so that a batch sharded over devices
-    stays sharded within each chunk."""
+    """x as [m images, n chunks, H, W, C].
+
+    The image axis comes first, so that a batch that is sharded over devices stays sharded within
+    each chunk.
+    """
     B, H, W, C = x_BHWC.shape
     taps = kernel.shape[0] * kernel.shape[1]
     image_bytes = (

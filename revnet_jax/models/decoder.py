@@ -1,8 +1,9 @@
 """The branches of a decoder: causal attention and feed-forward networks, as nnx modules.
 
 Dims: B batch, T tokens, S tokens of a cache, D stream width, N heads, G key-value heads, K head
-size, F hidden width, E experts, R experts a token goes to, M all tokens in a row. Streams are
-float32; branches normalise what they read and compute in `dtype`.
+size, F hidden width, E experts, R experts per token (in `Attention`: query heads per key-value
+head), M all tokens in a row. Streams are float32; branches normalise their input and compute in
+`dtype` (mixed precision).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from revnet_jax.models.attention import (
 from revnet_jax.models.dtypes import at_least_float32
 from revnet_jax.models.partition import BATCH, by_device, by_heads
 
-# How layers are split over a mesh: heads and hidden units over "tensor", what is left over "fsdp".
+# Sharding of a layer's weights: heads and hidden units over "tensor", the other axis over "fsdp".
 LAYER_RULES = (
     (r"qkv/kernel$", ("fsdp", "tensor")),
     (r"up/kernel$", ("fsdp", None, "tensor")),
@@ -36,9 +37,9 @@ LAYER_RULES = (
 
 
 class Linear(nnx.Module):
-    """x @ kernel, in `dtype`; normal initialisation of standard deviation `std`.
+    """x @ kernel, computed in `dtype`; initialised from a normal of standard deviation `std`.
 
-    outputs: the last dimension of what it returns, or the last few.
+    outputs: the last dimension of the output, or its last dimensions.
     """
 
     def __init__(self, inputs: int, *outputs: int, std: float, dtype, rngs: nnx.Rngs):
@@ -52,7 +53,7 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + 1e-6) * scale (Zhang & Sennrich 2019, arXiv:1910.07467).
 
-    In float32 at least.
+    Computed in float32 at least.
     """
 
     def __init__(self, width: int):
@@ -66,10 +67,10 @@ class RMSNorm(nnx.Module):
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far, [B, S, G, K]; those to come are zeros.
+    """The KV cache: keys and values of the tokens so far, [B, S, G, K]; zeros for later tokens.
 
-    document_B: of a whole model's, where documents are separate: the place in the sequence at which
-      the document of the next token starts.
+    document_B: the position at which the document of the next token starts. Only in the cache of a
+      whole model, and only if documents are kept separate; otherwise None.
     """
 
     k_BSGK: jax.Array
@@ -78,12 +79,13 @@ class Cache(NamedTuple):
 
 
 class Positions(NamedTuple):
-    """Where tokens are: the first one's place in its sequence, and all their rotary angles.
+    """The positions of tokens, computed once because every layer reads the same.
 
-    Computed once, because every layer reads the same: see `rotary_angles`.
-
-    document_BT: the place at which each token's document starts: it reads no tokens before that;
-      None where it reads across documents. Whole sequences, where angles are split with them.
+    first: the position of the first token in its sequence.
+    angles: the rotary angles of all tokens, see `rotary_angles`. Split over the mesh with the
+      tokens.
+    document_BT: the position at which each token's document starts; attention reads no token
+      before it. None if tokens read across documents. Not split along the sequence.
     """
 
     first: jax.Array
@@ -92,9 +94,9 @@ class Positions(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """Causal self-attention with rotary positions and grouped key-value heads.
+    """Causal self-attention with rotary positions and grouped-query heads, without biases.
 
-    Ainslie et al. 2023 (arXiv:2305.13245); no biases. kernel, window: see `attend`.
+    Ainslie et al. 2023 (arXiv:2305.13245). kernel, window: see `attend`.
     """
 
     def __init__(
@@ -119,15 +121,16 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, positions: Positions, cache: Cache | None = None
     ) -> tuple[jax.Array, Cache | None]:
-        """(u_BTD, the cache with these tokens in it).
+        """(u_BTD, the KV cache with these tokens added).
 
-        Without a cache tokens see one another alone; with one, all that came before too.
+        Without a cache, tokens read one another only; with a cache, also all tokens in it.
         """
         B, T, D = x_BTD.shape
         G, R, K = self.kv_heads, self.heads // self.kv_heads, self.head_size
-        # Each key-value head next to the heads that read it: devices have whole groups.
+        # Each key-value head lies next to the query heads that read it, so that sharding over
+        # "tensor" gives every device whole groups.
         qkv = self.qkv(self.norm(x_BTD)).reshape(B, T, G, R + 2, K)
-        # Split, since the derivative of indexing pads each part and adds up.
+        # Split rather than indexed: the derivative of indexing pads each part and adds them.
         q, k, v = jnp.split(qkv, (R, R + 1), axis=3)
         q_BTNK, k_BTGK, v_BTGK = q.reshape(B, T, G * R, K), k[..., 0, :], v[..., 0, :]
         q_BTNK, k_BTGK = (rotate(x, positions.angles) for x in (q_BTNK, k_BTGK))
@@ -157,9 +160,9 @@ class Attention(nnx.Module):
 class FeedForward(nnx.Module):
     """SwiGLU: (silu(x A) * x B) C (Shazeer 2020, arXiv:2002.05202).
 
-    chunks: parts of the tokens that are computed one after the other, each again in the backward
-      pass: the hidden activations of all of them never exist together. One part, where they do not
-      divide the tokens (of a prompt).
+    chunks: number of parts of the tokens, computed one after the other and recomputed in the
+      backward pass, so that the hidden activations of all tokens never exist together. If it does
+      not divide the number of tokens (as in a prompt), all are computed at once.
     """
 
     def __init__(
@@ -183,12 +186,13 @@ class FeedForward(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """Mixture of SwiGLU experts: each token goes to the R whose router likes it best.
+    """Mixture of SwiGLU experts: each token goes to the R experts of highest router probability.
 
-    Routing and the balance loss are those of Fedus et al. 2021 (arXiv:2101.03961, eq. 4), for R of
-    E experts, the probabilities of two or more normalised; no expert has a capacity, no token is
-    dropped. Cost: on TPUs that of R feed-forward networks a token; where JAX has no kernel for
-    `ragged_dot`, that of E. Every device sorts its own tokens.
+    Routing and the load-balancing loss follow Fedus et al. 2021 (arXiv:2101.03961, eq. 4), with
+    top-R of E experts; for R > 1 the chosen probabilities are normalised to sum to 1. Experts have
+    no capacity limit, so no token is dropped. Cost: on TPUs that of R feed-forward networks per
+    token; on platforms where JAX has no kernel for `ragged_dot`, that of E. Every device sorts its
+    own tokens.
     """
 
     def __init__(
@@ -211,11 +215,13 @@ class Experts(nnx.Module):
         self.down_kernel = normal(out_std, experts, hidden, width)
 
     def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(u_BTD, balance loss: 1 where all experts get equal parts, expert_BTR)."""
+        """(u_BTD, load-balancing loss, expert_BTR); the loss is 1 if experts get equal shares."""
         x_BTD = self.norm(x_BTD)
         probability_BTE = jax.nn.softmax(self.router(x_BTD))
         weight_BTR, expert_BTR = lax.top_k(probability_BTE, self.experts_per_token)
-        if self.experts_per_token > 1:  # of one, what is normalised is 1, and teaches it nothing
+        # With one expert the normalised weight would be constant 1, and the router would get no
+        # gradient.
+        if self.experts_per_token > 1:
             weight_BTR = weight_BTR / jnp.sum(weight_BTR, axis=-1, keepdims=True)
         E = probability_BTE.shape[-1]
         share_E = jnp.mean(jax.nn.one_hot(expert_BTR, E), axis=(0, 1, 2))
@@ -225,18 +231,19 @@ class Experts(nnx.Module):
         hidden = (None, None, None, "tensor"), (None, "tensor")
         tokens = (BATCH, "sequence")
         dispatch = by_device(_dispatch, (tokens,) * 3 + hidden, ("tensor", *tokens))
-        # Added up over the devices that have parts of the hidden units.
+        # Sums over the "tensor" devices, each of which has computed a part of the hidden units.
         u_BTD = jnp.sum(dispatch(x_BTD, weight_BTR, expert_BTR, up, down), axis=0)
         return u_BTD, balance, expert_BTR
 
 
 def _dispatch(x_BTD, weight_BTR, expert_BTR, up_ED2F, down_EFD):
-    """Each token's weighted sum of what its experts say, [1, B, T, D]."""
+    """The weighted sum of the experts' outputs for each token, [1, B, T, D]."""
     B, T, D = x_BTD.shape
     E, R = len(up_ED2F), expert_BTR.shape[-1]
     up_EDF = up_ED2F.reshape(E, D, -1)
     expert_M = expert_BTR.reshape(-1)
-    # Sorted by expert, and back by a gather: adding up in place might change the order of sums.
+    # Tokens are sorted by expert, and sorted back by a gather: a scatter-add might sum in another
+    # order each time, and the rewind needs the same bits.
     order_M = jnp.argsort(expert_M, stable=True)
     sizes_E = jnp.bincount(expert_M, length=E)
     rows = x_BTD.astype(up_EDF.dtype).reshape(B * T, D)[order_M // R]

@@ -1,4 +1,4 @@
-"""What is computed in more digits than the rest of a branch, and what is kept in fewer."""
+"""Mixed precision: what is computed in at least float32, and which parameters may be narrowed."""
 
 from typing import Any
 
@@ -7,17 +7,17 @@ import jax.numpy as jnp
 
 
 def at_least_float32(dtype: Any) -> Any:
-    """For sums, norms, softmax and logits, whatever the `dtype` of products."""
+    """The dtype for sums, norms, softmax and logits: float64 for float64, else float32."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def is_narrowed(path: Any) -> bool:
-    """Whether a leaf, by its path in a tree, is a kernel or an embedding, which may be narrowed."""
+    """Whether the leaf at this path is a kernel or an embedding, which `param_dtype` applies to."""
     name = jax.tree_util.keystr(path[-1:], simple=True)
     return name.endswith("kernel") or name == "embed"
 
 
 def narrowed(params: Any, dtype: Any) -> Any:
-    """Kernels and embeddings, by name, in this dtype; normalisations and biases as they are."""
+    """Casts kernels and embeddings to this dtype; normalisations and biases keep theirs."""
     narrow = lambda path, leaf: leaf.astype(dtype) if is_narrowed(path) else leaf
     return params if dtype == jnp.float32 else jax.tree_util.tree_map_with_path(narrow, params)

@@ -1,4 +1,4 @@
-"""What lets a whole network be inverted: resolution and channels changed without losing a bit."""
+"""Invertible changes of resolution and channels, so that a whole network can be inverted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from revnet_jax.core import Invertible
 
 
 def space_to_depth(x_BHWC: jax.Array) -> jax.Array:
-    """[B, H, W, C] -> [B, H/2, W/2, 4C]: every 2x2 square of pixels becomes one of 4C channels.
+    """[B, H, W, C] -> [B, H/2, W/2, 4C]: every 2x2 square of pixels becomes one pixel.
 
     Dinh et al. 2016 (arXiv:1605.08803, section 3.6, the squeeze); i-RevNet (Jacobsen et al. 2018,
     arXiv:1802.07088, section 3.1).
@@ -29,7 +29,7 @@ def depth_to_space(x_BHWC: jax.Array) -> jax.Array:
 
 
 def squeeze() -> Invertible:
-    """Halves the resolution of every stream, reversibly. No parameters; exact."""
+    """A layer that halves the resolution of every stream. No parameters; exactly invertible."""
     return Invertible(
         apply=lambda params, x, context: tuple(map(space_to_depth, x)),
         undo=lambda params, y, context: tuple(map(depth_to_space, y)),
@@ -37,12 +37,13 @@ def squeeze() -> Invertible:
 
 
 class PadStem(nnx.Module):
-    """Image -> features by adding channels of zeros: a stem undone by dropping them."""
+    """Image -> features, by appending channels of zeros; dropping them inverts it."""
 
     def __init__(self, in_channels: int, out_channels: int, *, rngs: nnx.Rngs):
         self.added = out_channels - in_channels
 
     def __call__(self, image_BHWC: jax.Array, *, train: bool) -> jax.Array:
-        # Known zeros would be one array with a branch's own, and compiled otherwise in its rewind.
+        # The barrier hides that these are zeros. A compiler would otherwise merge the constant with
+        # a constant of a branch, and compile that branch differently in the rewind.
         zero = lax.optimization_barrier(jnp.zeros((), image_BHWC.dtype))
         return lax.pad(image_BHWC, zero, ((0, 0, 0), (0, 0, 0), (0, 0, 0), (0, self.added, 0)))

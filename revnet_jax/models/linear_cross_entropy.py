@@ -1,5 +1,4 @@
-"""Cross-entropy of a linear layer's outputs, from one chunk of tokens after the other.
-
+"""Cross-entropy fused with the linear layer that computes the logits, in chunks of tokens.
 Dims: M tokens in a row, C those of a chunk, D width, V vocabulary.
 """
 
@@ -14,7 +13,7 @@ from jax import lax
 
 from revnet_jax.models.dtypes import at_least_float32
 
-_LANES = 128  # what products of 16 bits want a vocabulary to be a multiple of
+_LANES = 128  # 16-bit matrix products are fast for vocabularies that are multiples of this
 
 
 def linear_cross_entropy(
@@ -28,19 +27,20 @@ def linear_cross_entropy(
 ) -> jax.Array:
     """sum_m weight_m (log sum_v exp(logit_mv) - logit_m,target), logits = x kernel: a scalar.
 
-    target_M: integers; the sum is NaN where one is not in [0, V). compute_dtype: of the products'
-      operands, the gradient of the logits among them; all else is float32 at least. chunk: tokens
-      whose logits exist together.
+    target_M: integers; the result is NaN if one is not in [0, V).
+    compute_dtype: of the operands of matrix products, including the gradient of the logits;
+      everything else is float32 at least.
+    chunk: number of tokens whose logits exist at a time.
 
-    Differentiable in all floats. For a first derivative logits are still computed once: each
-    chunk's gradient is taken beside its loss, as the loss is one number, and scaled afterwards by
-    what that number's gradient turns out to be (Hsu et al. 2024, arXiv:2410.10989, section 3.2). A
-    second derivative keeps the logits of all chunks. Raises ValueError for a chunk below 1.
+    Differentiable in all floats. The first derivative computes logits only once: because the loss
+    is a scalar, each chunk's gradient is computed together with its loss, and is later scaled by
+    the cotangent of the loss (Hsu et al. 2024, arXiv:2410.10989, section 3.2). A second derivative
+    keeps the logits of all chunks. Raises ValueError for a chunk below 1.
 
     Cost: 2 M D V operations, three times that with the gradient. Memory: the kernel in
-    `compute_dtype`, chunk x V logits and, with the gradient, those of the kernel and of x. The
-    vocabulary is padded to a multiple of 128, where that adds little: NVIDIA's products of odd
-    sizes are several times slower.
+    `compute_dtype`, chunk x V logits and, with the gradient, the gradients of the kernel and of x.
+    The vocabulary is padded to a multiple of 128 if that adds little: on NVIDIA GPUs products of
+    odd sizes are several times slower.
     """
     if chunk < 1:
         raise ValueError(f"got chunk={chunk}, expected 1 token or more")
@@ -62,11 +62,12 @@ def linear_cross_entropy(
 
 
 def _sums(kernel_DV, x_MD, weight_M, target_M, *, compute_dtype, chunk, derivative):
-    """(the sum, its gradient by kernel, x and weights, or None); all of the weights' dtype."""
+    """(the loss, its gradients by kernel, x and weights, or None), in the dtype of the weights."""
     (M, D), V, wide = x_MD.shape, kernel_DV.shape[1], weight_M.dtype
     kernel_DV = _padded(kernel_DV.astype(compute_dtype))
     class_1V = jnp.arange(kernel_DV.shape[1], dtype=jnp.int32)[None]
-    # Added, not selected: JAX would keep a selection's constant as an array of all logits' size.
+    # Added rather than selected: JAX would keep the constant of a selection as an array of the size
+    # of the logits.
     mask_1V = jnp.where(class_1V < V, 0, -jnp.inf).astype(wide)
     product = functools.partial(jnp.matmul, preferred_element_type=wide)
 
@@ -90,7 +91,7 @@ def _sums(kernel_DV, x_MD, weight_M, target_M, *, compute_dtype, chunk, derivati
         return (total, dkernel_DV), (product(dlogits_CV, kernel_DV.T), nll_C)
 
     C = max(1, min(chunk, M))
-    # What fills up the last chunk weighs nothing.
+    # The padding of the last chunk has weight 0.
     parts = jax.tree.map(lambda rows: _in_chunks(rows, C), (x_MD, weight_M, target_M))
     dkernel_DV = jnp.zeros(kernel_DV.shape, wide) if derivative else None
     start = jnp.zeros((), wide), dkernel_DV
@@ -108,6 +109,6 @@ def _padded(kernel_DV):
 
 
 def _in_chunks(rows, chunk):
-    """[M, ...] -> [M / chunk, chunk, ...]; the last is filled up with zeros."""
+    """[M, ...] -> [M / chunk, chunk, ...]; the last chunk is padded with zeros."""
     filled = jnp.pad(rows, ((0, -len(rows) % chunk), *((0, 0),) * (rows.ndim - 1)))
     return filled.reshape(-1, chunk, *rows.shape[1:])

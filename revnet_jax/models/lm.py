@@ -1,7 +1,7 @@
-"""A reversible language model, and its irreversible twin of the same parameters.
+"""A reversible language model, and an irreversible one with the same parameters.
 
-Branch f is causal attention, g a feed-forward network; the streams' sum, normalised, is what tokens
-are predicted from (see `Transformer`).
+Branch f is causal attention, branch g a feed-forward network. The sum of the streams, normalised,
+goes to the head, which predicts tokens (see `Transformer`).
 
 Dims: B batch, T tokens, D stream width, V vocabulary, L layers.
 """
@@ -36,17 +36,20 @@ from revnet_jax.models.transformer import Transformer, check_positive, drop, ini
 
 @dataclass(frozen=True)
 class Decoder:
-    """What a decoder is made of.
+    """The architecture of a decoder.
 
-    reversible: two streams; else the twin, with one.
-    kv_heads: divides heads. hidden: of the feed-forward network. tied: predict by the embedding.
-    experts: how many feed-forward networks a layer has, each token going to `experts_per_token`;
-      0 for one that all take.
-    dropout: of what the branches return and of the embedding.
-    window: how many tokens a token reads in each layer, the last of them itself; 0 for all before.
-    end_token: that ends documents and belongs to the one it ends: no token reads those of another
-      document. None for documents that are not kept separate. Where a document lies in its sequence
-      changes nothing, since rotary positions are relative.
+    kv_heads: key-value heads; divides `heads` (grouped-query attention).
+    hidden: width inside the feed-forward network.
+    reversible: two streams; otherwise the irreversible model with one stream.
+    tied: use the embedding as the output kernel too.
+    dropout: rate, applied to the outputs of branches and to the embedding.
+    experts: number of expert feed-forward networks per layer (mixture of experts), of which each
+      token goes to `experts_per_token`; 0 for one dense network.
+    window: sliding-window attention: how many tokens a token reads in each layer, the last of them
+      itself; 0 for all earlier tokens.
+    end_token: the id of the token that ends each document, and belongs to it. If given, attention
+      does not cross from one document to another; None to let tokens read across documents. The
+      position of a document in its sequence does not matter, because rotary positions are relative.
     """
 
     vocab_size: int
@@ -97,13 +100,13 @@ class Decoder:
 class LanguageModel(Transformer):
     """A decoder as pure functions: `init(key)`, `loss(variables, ...)`, `extend(...)` to generate.
 
-    backprop to check_exactness: see `Transformer`.
-    attention: see `attend`.
-    feed_forward_chunks: see `FeedForward`. loss_chunk: tokens of a device whose logits exist
-      together.
+    backprop to check_exactness: see `ChainModel`.
+    attention: the kernel, see `attend`.
+    feed_forward_chunks: see `FeedForward`.
+    loss_chunk: number of tokens per device whose logits exist at a time.
     """
 
-    # The vocabulary over "tensor": each device has the logits of its own part.
+    # The vocabulary is sharded over "tensor", so each device computes the logits of its own part.
     rules = ((r"embed$", ("tensor", "fsdp")), (r"head/kernel$", ("fsdp", "tensor")), *LAYER_RULES)
 
     def __init__(
@@ -145,7 +148,7 @@ class LanguageModel(Transformer):
         self.architecture, self.loss_chunk = architecture, loss_chunk
         self._in_chunks = feed_forward_chunks > 1
         a = architecture
-        # So that 2 L updates add up to about 1 in every element.
+        # The sum of the 2 L updates then has a standard deviation of about 1 in every element.
         out_std = lambda inputs: (inputs * 2 * a.layers) ** -0.5
         self._f = PureModule(
             lambda rngs: Attention(
@@ -168,10 +171,11 @@ class LanguageModel(Transformer):
         self._norm = PureModule(lambda rngs: RMSNorm(a.width))
 
     def init(self, key: jax.Array) -> Variables:
-        """Fresh variables."""
+        """Initialises the variables."""
         a = self.architecture
         embed_key, head_key, layers_key = jax.random.split(key, 3)
-        # Small beside what the layers will add: 1 in place of 0.1 generalised less well.
+        # Small compared with the sum of the layers' updates: a std of 1 generalised less well than
+        # 0.1.
         std = a.width**-0.5 if a.tied else 0.1
         embedding_VD = std * jax.random.normal(embed_key, (a.vocab_size, a.width))
         head = self._norm.init(head_key)[0]
@@ -190,9 +194,9 @@ class LanguageModel(Transformer):
         probes: dict[str, Exactness] | None = None,
         lockstep: Lockstep | None = None,
     ) -> tuple[jax.Array, Any]:
-        """(x_BTD that tokens are predicted from, what the feed-forward networks say besides).
+        """(x_BTD, the input of the head; auxiliary outputs of the feed-forward networks).
 
-        key: of dropout; None for none.
+        key: for dropout; None for no dropout.
         """
         keys = None if key is None else jax.random.split(key, (self.architecture.layers + 1, 2))
         x_BTD, (_, aux_L) = self._run(
@@ -214,9 +218,12 @@ class LanguageModel(Transformer):
         weight_BT: jax.Array | None = None,
         **options: Any,
     ) -> tuple[jax.Array, Any]:
-        """(the mean negative log-likelihood of the targets in nats, as `features`).
+        """(the mean negative log-likelihood of the targets in nats, auxiliary outputs).
 
-        options: of `features`. Logits of all tokens never exist together.
+        weight_BT: of each target in the mean; all equal by default.
+        options: of `features`.
+
+        The logits of all tokens never exist together (see `loss_chunk`).
         """
         x_BTD, aux_L = self.features(variables, token_BT, **options)
         if weight_BT is None:
@@ -228,7 +235,7 @@ class LanguageModel(Transformer):
 
     @jax.named_scope("head")
     def _nll(self, kernel, x_BTD, target_BT, weight_BT):
-        """[1, 1]: the weighted sum over all tokens that this device has."""
+        """[1, 1]: the weighted sum of losses over the tokens of this device."""
         x_MD, target_M, weight_M = (
             array.reshape(-1, *array.shape[2:]) for array in (x_BTD, target_BT, weight_BT)
         )
@@ -237,12 +244,12 @@ class LanguageModel(Transformer):
         return linear_cross_entropy(kernel_DV, x_MD, target_M, weight_M, **options)[None, None]
 
     def logits(self, variables: Variables, token_BT: jax.Array) -> jax.Array:
-        """float32 [B, T, V]: of all tokens at once."""
+        """The logits of all tokens at once, float32 [B, T, V]."""
         x_BTD, _ = self.features(variables, token_BT)
         return self._logits(self._head_kernel(variables)[1], x_BTD)
 
     def empty_cache(self, batch_size: int, length: int) -> Cache:
-        """For `extend`: room for so many tokens, stacked over layers."""
+        """An empty KV cache for `extend`, of `length` tokens, stacked over layers."""
         a = self.architecture
         shape = (a.layers, batch_size, length, a.kv_heads, a.width // a.heads)
         document_B = None if a.end_token is None else jnp.zeros(batch_size, jnp.int32)
@@ -251,11 +258,12 @@ class LanguageModel(Transformer):
     def extend(
         self, variables: Variables, cache: Cache, token_BT: jax.Array, position: jax.Array
     ) -> tuple[jax.Array, Cache]:
-        """(logits_BV of what follows the last token, the cache with these tokens in it).
+        """(logits_BV of the token after the last one, the KV cache with these tokens added).
 
-        position: of the first of them. Their number and its sum must not exceed the cache.
+        position: of the first of these tokens. Position plus number of tokens must not exceed the
+          length of the cache.
 
-        Documents are as separate as in `features`: what follows an end token reads none before it.
+        Documents are separate as in `features`: tokens after an end token read none before it.
         """
         x_BTD = self._embed(variables, token_BT, None)
         positions, document_B = self._positions(position, token_BT, cache.document_B)
@@ -273,9 +281,9 @@ class LanguageModel(Transformer):
         return logits_BV, cache._replace(document_B=document_B)
 
     def _positions(self, first, token_BT, document_B=None):
-        """(where tokens are, where the document of the next token starts).
+        """(positions of the tokens, document_B of the token that comes after them).
 
-        document_B: where that of the first one starts; 0 if not given.
+        document_B: the position at which the document of the first token starts; 0 by default.
         """
         a = self.architecture
         first = jnp.asarray(first, jnp.int32)
@@ -296,7 +304,11 @@ class LanguageModel(Transformer):
         return Positions(first, on_sequence(angles), document_BT), next_BT[:, -1]
 
     def _branches(self):
-        """(f, g). Shared: the tokens' positions; a layer's data: (cache, dropout keys)."""
+        """The branches (f, g).
+
+        Their context holds the tokens' positions as `shared` and (KV cache, dropout keys) as
+        per-layer data.
+        """
         rate = self.architecture.dropout
 
         def f(params, x_BTD, context):
@@ -322,7 +334,8 @@ class LanguageModel(Transformer):
     @jax.named_scope("stem")
     def _embed(self, variables, token_BT, keys):
         embed_VD = variables.params["embed"]
-        wide = at_least_float32(embed_VD.dtype)  # of streams, and of sums over equal tokens
+        # Streams are wide, and so is the gradient, which sums over equal tokens.
+        wide = at_least_float32(embed_VD.dtype)
         look_up = lambda embed_VD, token_BT: embed_VD.astype(wide)[token_BT]
         x_BTD = by_batch(look_up, self.rules, "embed", embed_VD.dtype)(embed_VD, token_BT)
         return drop(x_BTD, self.architecture.dropout, keys, 0)

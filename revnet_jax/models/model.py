@@ -1,4 +1,4 @@
-"""What training asks of a model: the protocol, and what goes in and out of it."""
+"""The protocol that training expects of a model, and the values that it passes."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from revnet_jax.models.strategies import Strategy
 
 
 class Variables(NamedTuple):
-    """Trees by group: trainable parameters, and the running averages of batch statistics."""
+    """Trainable parameters, and running averages of batch statistics, as trees by group."""
 
     params: Any
     stats: Any
 
 
 class Lockstep(NamedTuple):
-    """An update of every chain's layers inside the backward sweep: see `chain`.
+    """The optimizer's update of every chain's layers inside the backward sweep: see `chain`.
 
     update: `(dparams, state, params) -> (params, state)` of one layer.
-    states: what it carries, stacked, by group.
+    states: the optimizer's state of each group, stacked over layers.
     """
 
     update: Any
@@ -31,13 +31,13 @@ class Lockstep(NamedTuple):
 
 
 class Model(Protocol):
-    """A model as pure functions of its variables. Building one computes nothing: `init` does.
+    """A model as pure functions of its variables. Constructing one computes nothing; `init` does.
 
-    How a model is applied is between it and its task, see `training/task.py`. A model that is one
-    chain of equal layers inherits all of this but `init` from `ChainModel`.
+    The protocol has no `apply`: the model's task calls it, see `training/task.py`. A model that is
+    one chain of equal layers inherits all of this except `init` from `ChainModel`.
 
     rules: how parameters are split over a mesh (`models/partition.py`); () leaves them whole.
-    grid: where streams live; None for free floats.
+    grid: the grid that streams are kept on; None for ordinary floats.
     """
 
     rules: Rules
@@ -55,7 +55,7 @@ class Model(Protocol):
 
     @property
     def most_stored_layers(self) -> int:
-        """How many layers there are in chains that do not store anyway."""
+        """The largest valid `stored_layers`: the layers of chains that do not store all anyway."""
         ...
 
     @property
@@ -64,14 +64,14 @@ class Model(Protocol):
         ...
 
     def init(self, key: jax.Array) -> Variables:
-        """Fresh variables; `params` is a dictionary of groups."""
+        """Initialises the variables; `params` is a dictionary of groups."""
         ...
 
     def probes(self) -> dict[str, Exactness] | None:
-        """A probe for every chain whose input is rebuilt and checked, by name; None without any."""
+        """A probe for every chain that is rebuilt and checked, by name; None if there is none."""
         ...
 
 
 def num_params(variables: Variables) -> int:
-    """Trainable parameters."""
+    """The number of trainable parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(variables.params))

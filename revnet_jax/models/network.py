@@ -1,10 +1,10 @@
 """ResNets, RevNets and i-RevNets for images: stem, stages of residual units, head.
 
-ResNets and RevNets differ in the number of streams alone. A unit that changes width or resolution
-is computed outside the chains and, unless the chain after it stores, keeps nothing but its input;
-all other units of a stage are one chain. An i-RevNet changes resolution by an invertible
-rearrangement instead, so that its whole body is one sequence, and can be inverted down to the
-image.
+ResNets and RevNets differ only in the number of streams. A unit that changes width or resolution
+is computed outside the chains. It keeps only its input (rematerialisation), unless the chain after
+it stores. All other units of a stage form one chain. An i-RevNet changes resolution by
+space-to-depth, which is invertible, so its whole body is one sequence and can be inverted down to
+the image.
 """
 
 from __future__ import annotations
@@ -39,13 +39,16 @@ from revnet_jax.models.strategies import assign_strategies
 class Network:
     """An image classifier as pure functions: `init(key)` and `apply(variables, image, ...)`.
 
-    backprop: what the gradient costs (see `chain`): one of `STRATEGIES` for all chains, or one for
-      each; `reverse` needs two streams.
-    stored_layers: how many layers of the chains, counted from the last, store all the same. Late
-      layers are small ones: they buy most compute for their memory. unroll: see `chain`.
-    compute_dtype: of convolutions; streams, batch statistics and logits are float32.
-    grid: where the streams of a RevNet live; None for free floats.
-    check_exactness: whether `probes` has any: the check keeps each chain's input.
+    backprop: the gradient's strategy (see `chain`): one of `STRATEGIES` for all chains, or a
+      sequence with one per chain; `reverse` needs two streams.
+    stored_layers: number of layers of all chains, counted from the last, that store instead. The
+      last layers have the smallest activations, so they save the most compute for their memory.
+    unroll: see `chain`.
+    compute_dtype: of convolutions (mixed precision); streams, batch statistics and logits are
+      float32.
+    param_dtype: of kernels; other parameters are float32.
+    grid: the grid that the streams of a RevNet are kept on; None for ordinary floats.
+    check_exactness: whether `probes` returns probes. The check keeps each chain's input in memory.
     """
 
     rules = RULES
@@ -86,7 +89,7 @@ class Network:
             self._stem = _pure(PadStem, image_channels, channels[0])
         else:
             self._stem = _pure(Stem, image_channels, channels[0], kind=architecture.stem, **common)
-        # One module per stream: f alone, or f and g. Only f changes resolution and width.
+        # One branch per stream: f, or f and g. Only f changes resolution and width.
         self._branches = {
             name: (branch(*unit), branch(unit.out_channels, unit.out_channels, 1, True))[
                 : architecture.num_streams
@@ -108,7 +111,7 @@ class Network:
 
     @property
     def most_stored_layers(self) -> int:
-        """How many there are in chains that do not store anyway."""
+        """The largest valid `stored_layers`: the layers of chains that do not store all anyway."""
         return sum(s.layers for s in self.strategies.values() if s.backprop != "store")
 
     @property
@@ -117,7 +120,7 @@ class Network:
         return [group.name for group in self.groups if group.unit and not group.is_transition]
 
     def init(self, key: jax.Array) -> Variables:
-        """Fresh variables; a chain's have a leading axis of one per layer."""
+        """Initialises the variables; those of a chain have a leading axis of one per layer."""
         params, stats = {}, {}
 
         def add(name, init, key):
@@ -143,7 +146,7 @@ class Network:
         return Variables(narrowed(params, self.param_dtype), stats)
 
     def probes(self) -> dict[str, Exactness] | None:
-        """A probe for every chain whose input is rebuilt, to differentiate `apply` by; or None."""
+        """A probe for every chain that is rebuilt and checked, by name; None if there is none."""
         rebuilt = [name for name, strategy in self.strategies.items() if strategy.rebuilds]
         if not rebuilt or not self.check_exactness:
             return None
@@ -161,16 +164,18 @@ class Network:
     ) -> tuple[jax.Array, Any]:
         """(logits [B, num_classes] float32, running averages after this batch).
 
-        train: normalise by the batch's statistics and update the running averages, once, whatever
-          the strategy; otherwise normalise by the running averages.
-        key: for models that draw random numbers; this one does not.
-        lockstep: makes the cotangents of the chains' parameters their new values.
+        train: normalise by the batch's statistics and update the running averages (exactly once,
+          under every strategy); otherwise normalise by the running averages.
+        key: unused; other models draw random numbers.
+        probes: as returned by `probes()`; their cotangents are the exactness check.
+        lockstep: updates the chains' parameters inside the backward sweep. The cotangents of those
+          parameters are then their new values, because a backward pass can return nothing else.
         """
         x_BHWC, new_stats = self.features(
             variables, image_BHWC, train=train, probes=probes, lockstep=lockstep
         )
         with jax.named_scope("head"):
-            # Computed in the features' dtype, and so sent in it.
+            # The head computes in the dtype of the features, so its weights are gathered in it.
             head = gather(RULES, "head", variables.params["head"], x_BHWC.dtype)
             logits_BV, new_stats["head"] = self._head.apply(
                 head, variables.stats["head"], x_BHWC, train=train
@@ -186,7 +191,7 @@ class Network:
         probes: dict[str, Exactness] | None = None,
         lockstep: Lockstep | None = None,
     ) -> tuple[jax.Array, Any]:
-        """(what the head sees: the streams joined, [B, H', W', channels[-1]]; running averages)."""
+        """(concatenated streams [B, H', W', channels[-1]], running averages after this batch)."""
         params, stats = variables
         new_stats = {}
         with jax.named_scope("stem"):
@@ -218,10 +223,10 @@ class Network:
         return jnp.concatenate(x, axis=-1), new_stats
 
     def inverse(self, variables: Variables, x_BHWC: jax.Array, *, train: bool) -> jax.Array:
-        """The image from its features, bit for bit as it entered: snapped to the grid.
+        """Computes the image from its features: bit for bit, as it was after snapping to the grid.
 
         Cost: one evaluation of each branch; memory independent of depth. Raises ValueError unless
-        the network is an i-RevNet with stem "pad": any other loses something.
+        the network is an i-RevNet with stem "pad": others are not invertible.
         """
         architecture = self.architecture
         if architecture.family != "irevnet" or architecture.stem != "pad":
@@ -251,7 +256,10 @@ class Network:
         return [section(group) for group in chain]
 
     def _layer(self, name: str, train: bool) -> Layer:
-        """A chain's layer; its running averages are per-layer data in and auxiliary outputs out."""
+        """The layer of a chain.
+
+        Running averages enter as per-layer data, and the new ones leave as auxiliary outputs.
+        """
 
         def branch(module, i):
             def run(params, x_BHWC, context):
@@ -275,7 +283,10 @@ class Network:
 
     @jax.named_scope("transition")
     def _transition(self, name, params, stats, x, train):
-        """A unit that changes width or resolution: not invertible, so its input is kept."""
+        """Applies a unit that changes width or resolution.
+
+        It is not invertible, so its input is kept for the gradient.
+        """
         branches, shortcuts = self._branches[name], self._shortcuts[name]
 
         def run(params, stats, x):
@@ -284,7 +295,7 @@ class Network:
             y, new_stats = [], list(stats)
             for i in range(n):
                 shortcut, new_stats[n + i] = shortcuts[i].apply(params[n + i], stats[n + i], x[i])
-                # A ResNet's f reads its own stream; f reads x2, g reads y1.
+                # With one stream f reads x1; with two, f reads x2 and g reads y1.
                 read = x[-1] if i == 0 else y[0]
                 u, new_stats[i] = branches[i].apply(params[i], stats[i], read, train=train)
                 y.append(shortcut.astype(x[i].dtype) + u.astype(x[i].dtype))

@@ -1,10 +1,11 @@
-"""How a model's arrays are split over a mesh of devices: rules by path, next to each model.
+"""Sharding: how a model's arrays are split over a mesh of devices, by rules next to each model.
 
 A mesh has the axes "data", "fsdp", "sequence" and "tensor". Batches are split over the first two.
 Weights are split over "fsdp" (Rajbhandari et al. 2019, arXiv:1910.02054, stage 3; Zhao et al. 2023,
-arXiv:2304.11277), and gathered where they are used; "sequence" splits the tokens of each sequence,
-and the weights once more; "tensor" splits heads and hidden units, and the arithmetic with them
-(Shoeybi et al. 2019, arXiv:1909.08053). Where there is no mesh, nothing here does anything.
+arXiv:2304.11277), and all-gathered where they are used. "sequence" splits the tokens of each
+sequence, and further splits the weights. "tensor" splits heads and hidden units, and the
+arithmetic with them (Shoeybi et al. 2019, arXiv:1909.08053). Without a mesh, the functions here
+change nothing.
 """
 
 from __future__ import annotations
@@ -23,17 +24,21 @@ from jax.sharding import PartitionSpec
 
 from revnet_jax.core import GATHERED, trees
 
-# (pattern found in a leaf's path, the mesh axis of each of its last dimensions); the first counts.
+# (pattern searched for in a leaf's path, mesh axis of each of the leaf's last dimensions). The
+# first rule that matches is used.
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 BATCH = ("data", "fsdp")
-# What a rule's "fsdp" means where sequences are split: their devices need the same weights.
+# A rule's "fsdp" stands for both axes if sequences are split, because the devices that share a
+# sequence use the same weights.
 WEIGHTS = ("fsdp", "sequence")
 
 
 def spec_of(rules: Rules, path: str, shape: Sequence[int], mesh: Any) -> PartitionSpec:
-    """How a leaf is split: as its rule says, but for axes that do not divide their dimension.
+    """The sharding of a leaf by its rule, leaving out axes that do not divide their dimension.
 
-    mesh: a `Mesh` or its abstract one. Leaves without a rule are whole on every device.
+    mesh: a `Mesh` or an `AbstractMesh`.
+
+    Leaves without a rule are replicated.
     """
     for pattern, axes in rules:
         if re.search(pattern, path) and len(axes) <= len(shape):
@@ -51,7 +56,10 @@ def spec_of(rules: Rules, path: str, shape: Sequence[int], mesh: Any) -> Partiti
 
 
 def extent(axes: Any, sizes: dict[str, int], missing: int = 1) -> int:
-    """Over how many devices one or several axes split; missing: of an axis that is not there."""
+    """The number of devices along one or several mesh axes.
+
+    missing: the size to assume for an axis that the mesh does not have.
+    """
     return math.prod(sizes.get(axis, missing) for axis in _tuple(axes))
 
 
@@ -60,10 +68,12 @@ def _tuple(axes):
 
 
 def gather(rules: Rules, group: str, params: Any, dtype: Any) -> Any:
-    """Weights as they are used: whole along `WEIGHTS`. Their gradients are scattered again.
+    """All-gathers weights along `WEIGHTS` for use; their gradients are reduce-scattered.
 
-    group: the path of `params`. dtype: what the weights that are split are
-    computed in: they are sent so. One all-gather, and one reduce-scatter of the gradient.
+    group: the path of `params`.
+    dtype: that the weights are used in; sharded weights are cast to it before they are sent.
+
+    Cost: one all-gather, and one reduce-scatter of the gradient.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if all(dict(mesh.shape).get(axis, 1) == 1 for axis in WEIGHTS):
@@ -82,7 +92,8 @@ def gather(rules: Rules, group: str, params: Any, dtype: Any) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _gathered(split, whole, leaf):
-    # Pinned first: compilers may else gather what the leaf was converted from, in more bytes.
+    # Constrained to the sharded layout first: a compiler might otherwise gather the leaf before it
+    # is cast, in more bytes.
     return lax.with_sharding_constraint(lax.with_sharding_constraint(leaf, split), whole)
 
 
@@ -91,7 +102,8 @@ def _gathered_fwd(split, whole, leaf):
 
 
 def _gathered_bwd(split, whole, _, cotangent):
-    # The constraint's own derivative would have every device hold, and add up, all of it.
+    # The constraint's own derivative would be an all-reduce: every device would hold the whole
+    # gradient.
     return (lax.with_sharding_constraint(cotangent, split),)
 
 
@@ -99,12 +111,12 @@ _gathered.defvjp(_gathered_fwd, _gathered_bwd)
 
 
 def on_batch(tree: Any) -> Any:
-    """Arrays with the batch as their first axis, split over it alone; their cotangents, too.
+    """Constrains arrays and their cotangents to be sharded over the batch, their first axis, only.
 
-    Where sequences are split, the second axis is that of tokens.
+    If sequences are split, the second axis is that of tokens, and is sharded too.
 
-    For what branches read and return. Left to themselves compilers may split the arithmetic of a
-    rewind in another way than a forward pass's, which sums in another order, and rounds otherwise.
+    For the inputs and outputs of branches. Without the constraint a compiler may partition the
+    rewind differently from the forward pass, and then sums in another order and rounds differently.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -114,7 +126,7 @@ def on_batch(tree: Any) -> Any:
 
 
 def on_sequence(tree: Any) -> Any:
-    """Arrays with tokens as their first axis, split where sequences are."""
+    """Shards arrays whose first axis is that of tokens, if sequences are split."""
     axis = sequence_axis(jax.sharding.get_abstract_mesh())
     if not axis:
         return tree
@@ -122,7 +134,7 @@ def on_sequence(tree: Any) -> Any:
 
 
 def whole_sequences(tree: Any) -> Any:
-    """Arrays with the batch as their first axis, split over it alone: gathered along sequences."""
+    """Shards arrays over the batch, their first axis, only: gathers them along sequences."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return tree
@@ -133,12 +145,13 @@ def whole_sequences(tree: Any) -> Any:
 def by_heads(
     attend: Callable[..., jax.Array], q_BTNK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array
 ) -> jax.Array:
-    """`attend(q, k, v)`, where sequences are split: of whole sequences and a part of the heads.
+    """Sequence parallelism: `attend(q, k, v)` on whole sequences and a part of the heads.
 
-    Devices exchange tokens for heads before, and heads for tokens after (Jacobs et al. 2023,
-    arXiv:2309.14509). So every kernel serves, causal attention is as much work for each, and nobody
-    holds another's share of keys and values. Heads must be a multiple of the devices ("sequence"
-    times "tensor"); key-value heads that are not are repeated until they are.
+    An all-to-all exchanges tokens for heads before the attention, and heads for tokens after it
+    (Jacobs et al. 2023, arXiv:2309.14509). So any kernel can be used, causal attention is balanced
+    over the devices, and no device holds keys and values of all heads. The number of heads must be
+    a multiple of the number of devices ("sequence" times "tensor"); key-value heads are repeated
+    until they are. If sequences are not split, this is `attend(q, k, v)`.
 
     Cost: each of n devices sends (n - 1) / n of its own q, k, v and result, once.
     """
@@ -162,18 +175,20 @@ def batch_axes(mesh: Any) -> tuple[str, ...]:
 
 
 def sequence_axis(mesh: Any) -> tuple[str, ...]:
-    """The axis that the tokens of a sequence are split over, if they are."""
+    """The axis that the tokens of a sequence are split over, or () if they are not."""
     return ("sequence",) if dict(mesh.shape).get("sequence", 1) > 1 else ()
 
 
 def by_device(
     function: Callable[..., Any], in_axes: Sequence[tuple], out_axes: tuple
 ) -> Callable[..., Any]:
-    """The function, computed by every device for its own part: for what compilers cannot split.
+    """Wraps a function in `shard_map`, for arithmetic that compilers cannot partition.
 
-    in_axes, out_axes: for each dimension of an argument, or of the result, the mesh axis or axes it
-      is split over; missing ones are whole, and their gradients added up over all devices. Outside
-      a mesh it is the function itself.
+    in_axes, out_axes: for each dimension of an argument, or of the result, the mesh axis or axes
+      that it is split over. Arguments are replicated over the other axes, and their gradients
+      summed over them.
+
+    Without a mesh it returns the function itself.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -188,15 +203,17 @@ def by_device(
 def by_batch(
     function: Callable[..., Any], rules: Rules, group: str, dtype: Any
 ) -> Callable[..., Any]:
-    """`function(params, *batches)`, computed by every device for its own part of the tokens.
+    """Wraps `function(params, *batches)` in `shard_map`, each device computing its own tokens.
 
-    For weights that are used in a loop over parts of the tokens: they are gathered once, and each
-    device adds up the gradients of its own tokens before it sends any. Arguments as of `gather`.
-    batches and the result have the axes [B, T, ...] where sequences are split; those of a sum over
-    a device's tokens are [1, 1]. Compilers go on splitting the arithmetic inside over "tensor".
+    For weights that are used in a loop over parts of the tokens: they are all-gathered once, and
+    each device sums the gradients of its own tokens before it sends any. rules, group and dtype
+    are as for `gather`. If sequences are split, batches and the result have the axes [B, T, ...]; a
+    sum over a device's tokens has shape [1, 1]. Compilers still partition the arithmetic inside
+    over "tensor".
     """
     mesh = jax.sharding.get_abstract_mesh()
-    # Where none is left, compilers cannot tell what is computed by device from what they split.
+    # Axes of size 1 are left out. With no axis left to map, shard_map would confuse manual and
+    # automatic sharding.
     batch = tuple(axis for axis in batch_axes(mesh) if mesh.shape[axis] > 1)
     axes = (*batch, *sequence_axis(mesh))
     if not axes:
@@ -211,7 +228,7 @@ def by_batch(
         for dim, axis in enumerate(spec):
             if axis is not None:
                 parts = lax.all_gather(leaf.astype(dtype), axis, axis=dim, tiled=True)
-                # Back in its own dtype, in which gradients of the parts are to be added up.
+                # Cast back, so that the gradients of the parts are summed in the leaf's own dtype.
                 return parts.astype(leaf.dtype)
         return leaf
 

@@ -1,7 +1,7 @@
 """The parts of residual image networks: stem, branches, shortcuts, head (Gomez et al. 2017).
 
-Streams are float32. What happens between two streams is computed in `dtype`; batch statistics are
-always float32 at least.
+Streams are float32. Branches compute in `dtype` (mixed precision); batch statistics are always
+float32 at least.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jax import lax
 from revnet_jax.models.conv import conv
 from revnet_jax.models.dtypes import at_least_float32
 
-# How units are split over a mesh: the channels inside them over "tensor", the others over "fsdp".
+# Sharding of a unit's weights: the channels inside it over "tensor", the others over "fsdp".
 RULES = (
     (r"stem/conv/kernel$", (None, "fsdp")),
     (r"head/dense/kernel$", ("fsdp", None)),
@@ -27,13 +27,13 @@ RULES = (
 
 
 def batch_norm(channels: int, dtype: Any, rngs: nnx.Rngs) -> nnx.BatchNorm:
-    """float32 at least, whatever the convolutions' `dtype`."""
+    """Batch normalisation in float32 at least; `dtype` is that of the convolutions."""
     wide = at_least_float32(dtype)
     return nnx.BatchNorm(channels, momentum=0.99, epsilon=1e-3, dtype=wide, rngs=rngs)
 
 
 class Conv(nnx.Module):
-    """A "SAME" convolution without bias, He initialisation (fan-out), computed in `dtype`."""
+    """A "SAME" convolution without bias, with He initialisation (fan-out), computed in `dtype`."""
 
     def __init__(self, in_channels, out_channels, size, *, stride=1, dtype, rngs):
         init = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -66,12 +66,13 @@ class Stem(nnx.Module):
 
 
 class ResidualBranch(nnx.Module):
-    """A residual function: (batch normalisation, ReLU, convolution), twice or three times.
+    """A residual branch: (batch normalisation, ReLU, convolution), two or three times.
 
     Pre-activation (He et al. 2016, arXiv:1603.05027). Two 3x3 convolutions; or, with `bottleneck`,
-    1x1, 3x3, 1x1 with a quarter of the output channels inside. The stride is the first one's.
+    1x1, 3x3, 1x1 with a quarter of the output channels inside. The first convolution has the
+    stride.
 
-    activate_first: whether the first convolution has its normalisation and ReLU before it.
+    activate_first: whether batch normalisation and ReLU come before the first convolution.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class ResidualBranch(nnx.Module):
 
 
 class PooledShortcut(nnx.Module):
-    """Average pooling and zero channels on both sides: no parameters."""
+    """A shortcut without parameters: average pooling, and zero channels added on both sides."""
 
     def __init__(self, in_channels, out_channels, *, stride):
         self.before = (out_channels - in_channels) // 2
@@ -116,7 +117,10 @@ class PooledShortcut(nnx.Module):
 
 
 def make_shortcut(in_channels, out_channels, *, stride, bottleneck, dtype, rngs) -> Any:
-    """The shortcut of a unit that changes width or resolution: projected with a bottleneck."""
+    """The shortcut of a unit that changes width or resolution.
+
+    A 1x1 convolution for bottleneck units, otherwise pooling without parameters.
+    """
     if bottleneck:
         return Conv(in_channels, out_channels, 1, stride=stride, dtype=dtype, rngs=rngs)
     return PooledShortcut(in_channels, out_channels, stride=stride)

@@ -1,4 +1,4 @@
-"""Which chain of a network keeps what for its gradient."""
+"""The strategy of each chain and transition of an image network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from revnet_jax.models.architecture import Architecture, Group, chains
 
 
 class Strategy(NamedTuple):
-    """Of a chain of so many `layers`, or of a transition (0 layers)."""
+    """The strategy of a chain of `layers` layers, or of a transition (0 layers)."""
 
     backprop: Backprop
     stored_layers: int
@@ -18,12 +18,12 @@ class Strategy(NamedTuple):
 
     @property
     def stores(self) -> bool:
-        """Whether nothing is computed again."""
+        """Whether nothing is recomputed."""
         return self.backprop == "store" or 0 < self.layers == self.stored_layers
 
     @property
     def rebuilds(self) -> bool:
-        """Whether the chain's input is rebuilt."""
+        """Whether the chain's input is rebuilt from its output."""
         return self.backprop == "reverse" and not self.stores
 
 
@@ -35,11 +35,14 @@ def assign_strategies(
 ) -> dict[str, Strategy]:
     """The strategy of each chain and each transition, by name.
 
-    backprop: one for all chains, or one for each.
-    stored_layers: of all chains together, counted from the last; a chain that stores anyway is
-      passed over. A transition stores where the chain after it does, wholly; else it is remat.
+    backprop: one for all chains, or a sequence with one per chain.
+    stored_layers: in all chains together, counted from the last; chains that store anyway are not
+      counted.
 
-    Raises ValueError for what the network has none of.
+    A transition stores if all layers of the chain after it store; otherwise it is remat.
+
+    Raises ValueError for an unknown strategy, a wrong number of strategies, more stored layers than
+    there are, or `reverse` for a network without an inverse.
     """
     depths = {name: sum(g.depth for g in chain) for name, chain in chains(groups).items()}
     wanted = [backprop] * max(1, len(depths)) if isinstance(backprop, str) else list(backprop)

@@ -1,8 +1,9 @@
-"""What transformers share: one chain of layers between an embedding and a head.
+"""The base class of transformers: one chain of layers between an embedding and a head.
 
-A reversible one has two streams, both starting from the embedding: branch f reads the second and
-updates the first, g the reverse; their sum goes on to the head. Its irreversible twin has one
-stream, which both branches read and update, and the same parameters.
+A reversible transformer has two streams, which both start as the embedding. Branch f reads the
+second and updates the first, branch g reads the first and updates the second, and the sum of both
+goes to the head. The irreversible transformer has one stream, which both branches read and update,
+and the same parameters.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from revnet_jax.models.model import Lockstep
 
 
 class Transformer(ChainModel):
-    """The chain of a transformer. Subclasses add what comes before and after.
+    """The chain of a transformer; subclasses add the embedding and the head.
 
-    reversible: two streams; else the twin, with one.
+    reversible: two streams; otherwise one stream.
     options: of `ChainModel`.
     """
 
@@ -29,7 +30,7 @@ class Transformer(ChainModel):
         super().__init__(invertible=reversible, **options)
 
     def _layer(self, f: Callable[..., Any], g: Callable[..., Any]) -> Layer:
-        """Of branches that return (u, aux)."""
+        """The chain's layer from branches f and g that return (u, aux)."""
         if self.invertible:
             return reversible_block(f, g, has_aux=True, grid=self.grid)
         return PlainLayer(residual(f, g))
@@ -44,7 +45,7 @@ class Transformer(ChainModel):
         lockstep: Lockstep | None,
         **data: Any,
     ) -> tuple[jax.Array, Any]:
-        """(the sum of the streams, what the branches return besides, stacked).
+        """Runs the chain on embeddings x: (the sum of the streams, stacked auxiliary outputs).
 
         data: `shared` and `data_L` of `chain`.
         """
@@ -55,7 +56,7 @@ class Transformer(ChainModel):
 
 
 def check_positive(sizes: Any, names: Sequence[str]) -> None:
-    """Raises ValueError where one of these attributes is no whole number from 1."""
+    """Raises ValueError unless each of these attributes is a positive integer."""
     for name in names:
         value = getattr(sizes, name)
         if not isinstance(value, int) or value < 1:
@@ -63,7 +64,7 @@ def check_positive(sizes: Any, names: Sequence[str]) -> None:
 
 
 def residual(f: Callable[..., Any], g: Callable[..., Any]) -> Callable[..., Any]:
-    """The layer of one stream that both branches read and update."""
+    """The function of a layer with one stream, which both branches read and update."""
 
     def apply(params, x, context):
         (x,), auxes = x, []
@@ -77,13 +78,13 @@ def residual(f: Callable[..., Any], g: Callable[..., Any]) -> Callable[..., Any]
 
 
 def init_layers_of(modules: Any, key: jax.Array, layers: int) -> tuple[Any, ...]:
-    """Parameters of so many layers, stacked, for each of the modules."""
+    """Initialises each module for `layers` layers: a tuple of stacked parameters."""
     keys = jax.random.split(key, (len(modules), layers))
     return tuple(jax.vmap(m.init)(k)[0] for m, k in zip(modules, keys, strict=True))
 
 
 def drop(x: jax.Array, rate: float, keys: jax.Array | None, i: int) -> jax.Array:
-    """Dropout by key i; x itself without keys. What is kept is scaled by 1 / (1 - rate)."""
+    """Dropout with `keys[i]`; no dropout if `keys` is None. Kept values become x / (1 - rate)."""
     if rate == 0 or keys is None:
         return x
     keep = jax.random.bernoulli(keys[i], 1 - rate, x.shape)

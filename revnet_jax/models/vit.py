@@ -1,8 +1,8 @@
-"""A reversible vision transformer, and its irreversible twin of the same parameters.
+"""A reversible vision transformer, and an irreversible one with the same parameters.
 
 Dosovitskiy et al. 2020 (arXiv:2010.11929); reversible: Mangalam et al. 2022 (arXiv:2302.04869).
-Branch f is attention, g a network of two layers; the streams' sum, normalised, goes to the head
-(see `Transformer`).
+Branch f is attention, branch g an MLP of two layers. The sum of the streams, normalised, goes to
+the head (see `Transformer`).
 
 Dims: B batch, H height, W width, C channels, T patches and class token, D stream width, V classes.
 """
@@ -24,7 +24,7 @@ from revnet_jax.models.model import Lockstep, Variables
 from revnet_jax.models.partition import gather, on_batch
 from revnet_jax.models.transformer import Transformer, check_positive, drop, init_layers_of
 
-# How it is split over a mesh: heads and hidden units over "tensor", what is left over "fsdp".
+# Sharding of the weights: heads and hidden units over "tensor", the other axis over "fsdp".
 RULES = (
     (r"head/out/kernel$", ("fsdp", None)),
     (r"embed/kernel$", (None, "fsdp")),
@@ -36,13 +36,14 @@ RULES = (
 
 @dataclass(frozen=True)
 class VisionTransformer:
-    """What a vision transformer is made of.
+    """The architecture of a vision transformer.
 
-    image_shape: height, width, channels; patch: pixels, divides height and width.
-    hidden: of the network of two layers.
-    pool: what the head reads, a class token or the mean over patches.
-    reversible: two streams; else the twin, with one.
-    dropout: of what the branches return and of the embedding.
+    image_shape: (height, width, channels).
+    patch: side of a patch in pixels; divides height and width.
+    hidden: width inside the MLP.
+    pool: what the head reads: "token" for a class token, "mean" for the mean over patches.
+    reversible: two streams; otherwise the irreversible model with one stream.
+    dropout: rate, applied to the outputs of branches and to the embedding.
     """
 
     image_shape: tuple[int, int, int]
@@ -75,7 +76,8 @@ class VisionTransformer:
 class RevViT(Transformer):
     """An image classifier as pure functions: `init(key)` and `apply(variables, image, ...)`.
 
-    backprop to check_exactness: see `Transformer`. attention: see `attend`.
+    backprop to check_exactness: see `ChainModel`.
+    attention: the kernel, see `attend`.
     """
 
     rules = RULES
@@ -113,7 +115,7 @@ class RevViT(Transformer):
         self._head = pure(Head, num_classes=a.num_classes, **common)
 
     def init(self, key: jax.Array) -> Variables:
-        """Fresh variables; the layers' have a leading axis of one per layer."""
+        """Initialises the variables; those of layers have a leading axis of one per layer."""
         stem_key, head_key, layers_key = jax.random.split(key, 3)
         params = {
             "stem": self._stem.init(stem_key)[0],
@@ -132,9 +134,11 @@ class RevViT(Transformer):
         probes: dict[str, Exactness] | None = None,
         lockstep: Lockstep | None = None,
     ) -> tuple[jax.Array, Any]:
-        """(logits [B, num_classes] float32, no running averages).
+        """(logits [B, num_classes] float32, an empty dictionary: there are no running averages).
 
-        train: with dropout, by the key; without one, without. lockstep: see `Network.apply`.
+        train: whether to apply dropout.
+        key: for dropout; None for no dropout.
+        probes, lockstep: see `Network.apply`.
         """
         rate = self.architecture.dropout
         keys = None
@@ -178,7 +182,10 @@ def _norm(width, dtype, rngs):
 
 
 class Patches(nnx.Module):
-    """Patches times a matrix, after a class token if there is one, plus learned positions."""
+    """The embedding: a linear map of each patch, a class token in front, learned positions added.
+
+    There is a class token only if `pool` is "token".
+    """
 
     def __init__(self, *, architecture: VisionTransformer, dtype, rngs: nnx.Rngs):
         height, width, channels = architecture.image_shape
@@ -193,7 +200,7 @@ class Patches(nnx.Module):
         self.position = nnx.Param(0.02 * positions)
 
     def __call__(self, image_BHWC: jax.Array) -> jax.Array:
-        """[B, T, D], in the positions' dtype."""
+        """Embeds images: [B, T, D], in the dtype of the positions."""
         B, H, W, C = image_BHWC.shape
         p = self.patch
         x = image_BHWC.reshape(B, H // p, p, W // p, p, C).transpose(0, 1, 3, 2, 4, 5)
@@ -205,7 +212,7 @@ class Patches(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    """Every token reads all; normalises what it reads."""
+    """Layer normalisation, then self-attention of every token to all tokens."""
 
     def __init__(self, *, width: int, heads: int, kernel: Kernel, dtype, rngs: nnx.Rngs):
         self.heads, self.kernel = heads, kernel
@@ -215,14 +222,15 @@ class SelfAttention(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         B, T, D = x_BTD.shape
-        # All that a head reads next to each other: devices have whole heads.
+        # The q, k and v of a head lie next to each other, so that sharding over "tensor" gives
+        # every device whole heads.
         qkv = self.qkv(self.norm(x_BTD)).reshape(B, T, self.heads, 3, D // self.heads)
         mixed = attend(*jnp.unstack(qkv, axis=3), causal=False, kernel=self.kernel)
         return self.out(mixed.reshape(B, T, D))
 
 
 class Mlp(nnx.Module):
-    """Two layers with GELU between; normalises what it reads."""
+    """Layer normalisation, then two linear layers with a GELU between them."""
 
     def __init__(self, *, width: int, hidden: int, dtype, rngs: nnx.Rngs):
         self.norm = _norm(width, dtype, rngs)
@@ -234,7 +242,7 @@ class Mlp(nnx.Module):
 
 
 class Head(nnx.Module):
-    """Normalises, and predicts by a matrix that starts at zero."""
+    """Layer normalisation, then a linear layer whose kernel is initialised with zeros."""
 
     def __init__(self, *, width: int, num_classes: int, dtype, rngs: nnx.Rngs):
         self.norm = _norm(width, dtype, rngs)
