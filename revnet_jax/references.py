@@ -33,7 +33,7 @@ def is_reference(name: Any) -> bool:
 
 def named_in(config: Mapping[str, Any]) -> list[str]:
     """The references in a config. config: settings by dotted key."""
-    return [config[key] for key in KEYS if is_reference(config.get(key, ""))]
+    return [config[key] for key in KEYS if key in config and is_reference(config[key])]
 
 
 def look_in(folders: Iterable[str | os.PathLike[str]], *, first: bool = True) -> None:

@@ -7,6 +7,6 @@ thorough = functools.partial(pytest.param, marks=pytest.mark.thorough)
 
 
 def by_default(values, *kept):
-    """All values as parameters of a test, of which the default run takes those that are kept."""
+    """Returns all values as parameters of a test. The default run takes only those in `kept`."""
     as_tuple = lambda value: value if isinstance(value, tuple) else (value,)
     return [value if value in kept else thorough(*as_tuple(value)) for value in values]

@@ -304,8 +304,7 @@ def _swept(runs, sections, x, shared, unroll, update, probe):
         return dparams, dstates, swept.dx, swept.dshared, dprobe, None
 
     run.defvjp(forward, backward)
-    # Inside a shard_map the probe is cast to vary over the devices. JAX then sums its cotangents
-    # over the devices, so that the check covers all of them.
+    # Made to vary over the devices of a shard_map: JAX then sums its cotangents over all of them.
     axes = varying_axes((params, x, shared, data, probe)) if probe else frozenset()
     with _explaining_forward_mode():
         rest = params_rest, shared_rest, data

@@ -148,15 +148,11 @@ def tokenize_files(
         test_bytes += len(piece.encode()) if split == "test" else 0
         tokens = np.asarray(ids, dtype)
         files = splits[split]
-        if not files or list(files.values())[-1] >= shard_tokens:
-            files[f"{split}_{len(files):05}.bin"] = 0
-            with writing(out / list(files)[-1]):
-                (out / list(files)[-1]).unlink(missing_ok=True)
-        name = list(files)[-1]
-        with writing(out / name), open(out / name, "ab") as file:
+        is_new = not files or list(files.values())[-1] >= shard_tokens
+        name = f"{split}_{len(files):05}.bin" if is_new else list(files)[-1]
+        with writing(out / name), open(out / name, "wb" if is_new else "ab") as file:
             file.write(tokens.data)
-        files[name] += len(tokens)
-    test_tokens = sum(splits["test"].values())
+        files[name] = files.get(name, 0) + len(tokens)
     if not test_bytes or not splits["train"]:
         raise DataError(
             f"got {position:,} bytes of text, expected enough for two splits: take more text, or a "
@@ -168,7 +164,7 @@ def tokenize_files(
         "tokenizer_sha256": sha256,
         "end_token": end[0] if end else None,
         "splits": splits,
-        "test_bytes_per_token": test_bytes / test_tokens,
+        "test_bytes_per_token": test_bytes / sum(splits["test"].values()),
     }
     partial = out / "tokens.json.tmp"
     with writing(out / "tokens.json"):

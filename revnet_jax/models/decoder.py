@@ -231,7 +231,7 @@ class Experts(nnx.Module):
         hidden = (None, None, None, "tensor"), (None, "tensor")
         tokens = (BATCH, "sequence")
         dispatch = by_device(_dispatch, (tokens,) * 3 + hidden, ("tensor", *tokens))
-        # Sums over the "tensor" devices, each of which has computed a part of the hidden units.
+        # Sums over the "tensor" devices: each has computed a part of the hidden units.
         u_BTD = jnp.sum(dispatch(x_BTD, weight_BTR, expert_BTR, up, down), axis=0)
         return u_BTD, balance, expert_BTR
 

@@ -43,8 +43,8 @@ class Decoder:
     reversible: two streams; otherwise the irreversible model with one stream.
     tied: use the embedding as the output kernel too.
     dropout: rate, applied to the outputs of branches and to the embedding.
-    experts: number of expert feed-forward networks per layer (mixture of experts), of which each
-      token goes to `experts_per_token`; 0 for one dense network.
+    experts: number of expert feed-forward networks per layer (mixture of experts). Each token goes
+      to `experts_per_token` of them; 0 for one dense network.
     window: sliding-window attention: how many tokens a token reads in each layer, the last of them
       itself; 0 for all earlier tokens.
     end_token: the id of the token that ends each document, and belongs to it. If given, attention

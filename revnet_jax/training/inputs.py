@@ -107,7 +107,9 @@ def _text(config, text, train, test):
         raise ConfigError(
             f"config.data.vocab_size: got {data.vocab_size}, expected {size}, as in the data"
         )
-    if config.model.get("separate_documents") and text.vocabulary.kind == "tokenizer":
+    # A user's own model need not have the setting.
+    separate = "separate_documents" in config.model and config.model.separate_documents
+    if separate and text.vocabulary.kind == "tokenizer":
         _check_end_token(data.end_token, text.vocabulary.end_token)
     windows = {"seed": config.seed, "context": data.context, **train}
     most = data.eval_batches * config.eval_batch_size

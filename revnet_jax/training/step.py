@@ -94,9 +94,8 @@ def make_train_step(
     def in_lockstep(params, opt_state, stats, batch, key):
         update, carried = optimizer.start(params, opt_state)
 
-        # Cotangents are the only way out of a backward pass, so the sweep returns new parameters
-        # as the cotangent of `params`, and new optimizer state as that of `carried`. `finish`
-        # tells these apart from ordinary gradients.
+        # A backward pass can only return cotangents, so the sweep returns new parameters as those
+        # of `params`, and new optimizer state as those of `carried`: see `finish`.
         def loss(params, probes, carried):
             return loss_fn(params, probes, Lockstep(update, carried), stats, batch, key)
 
@@ -128,8 +127,7 @@ def make_train_step(
             # Not finite if anything that goes into the next step or a checkpoint is not.
             "variables_norm": optax.tree.norm(widened(variables)),
         }
-        new_state = TrainState(state.step + 1, variables, opt_state, state.key, mismatches)
-        return new_state, metrics
+        return TrainState(state.step + 1, variables, opt_state, state.key, mismatches), metrics
 
     return train_step
 

@@ -44,7 +44,7 @@ def step_of(lm):
 
 
 def check_same(got, expected):
-    """Of what steps return; the first of a rewind, that found every bit again."""
+    """Compares the results of two steps. The first was reversed, and rebuilt every bit."""
     (loss, (gradient, exactness)), (expected_loss, (expected_gradient, _)) = got, expected
     assert exactness["layers"].mismatches == 0
     assert loss == pytest.approx(float(expected_loss), rel=1e-6)

@@ -274,7 +274,7 @@ def nodes(tree, path=()):
 
 
 def test_whatever_config_json_holds_is_a_line(trained):
-    """Every value in it replaced by others, some of which are changes that are allowed."""
+    """Replaces every value in it by others. Some of these are changes that are allowed."""
     record_start(trained, config_with(), 20, {"log_every_steps": Change(20, 20)}, print)
     record, expected = record_of(trained), config_with()
     lines = []
