@@ -9,7 +9,7 @@ A config is a file, or the name of an experiment that comes with the package.
 import runpy
 import sys
 
-from revnet_jax.experiments import folder, names
+from revnet_jax.config.experiments import folder, names
 
 
 def main() -> None:

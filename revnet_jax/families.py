@@ -4,7 +4,7 @@ No other module depends on the family of a model. They use the `Model` and `Task
 table builds, or the row itself.
 
 Your own model needs no row: `config.model.family = "my_model:build"` names a function that gets the
-settings of `config.model` and returns a `Task` (see `references.py`, docs/your_own.md).
+settings of `config.model` and returns a `Task` (see `config/references.py`, docs/your_own.md).
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from revnet_jax import references
 from revnet_jax.config import (
     ConfigError,
     experiment,
     flatten,
     image_classification,
     language_model,
+    references,
     settings,
     vision_transformer,
 )
+from revnet_jax.config.ranges import check_ranges
 from revnet_jax.core import Grid
 from revnet_jax.models import (
     Architecture,
@@ -38,9 +39,8 @@ from revnet_jax.models import (
     Variables,
     VisionTransformer,
 )
-from revnet_jax.models.attention import kernel_for
-from revnet_jax.ranges import check_ranges
-from revnet_jax.training.task import Classification, NextToken, Task
+from revnet_jax.models.task import Classification, NextToken, Task
+from revnet_jax.models.transformer.attention import kernel_for
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -212,7 +212,7 @@ def _ones_own(config, options, platform):
     task = references.call("model.family", name, model, given=options, optional=optional)
     check = functools.partial(references.check_members, "model.family", name)
     members = ("network", "loss", "sums", "batch_shapes", "scores", "units", "of_data")
-    check(task, members, "a Task (revnet_jax/training/task.py)")
+    check(task, members, "a Task (revnet_jax/models/task.py)")
     network = task.network
     members = ("init", "probes", "rules", "grid", "invertible", "strategies", "stacked")
     expected = "a Model (revnet_jax/models/model.py) as its network"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from revnet_jax.cli import check_output
+from revnet_jax.config.cli import check_output
 from revnet_jax.errors import UserError, writing
 
 

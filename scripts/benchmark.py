@@ -24,12 +24,11 @@ import sys
 
 from absl import flags
 
-from revnet_jax import cli
-from revnet_jax.config import ConfigError
+from revnet_jax.config import ConfigError, cli
+from revnet_jax.config.experiments import locate
+from revnet_jax.config.ranges import real
 from revnet_jax.errors import UserError, writing
-from revnet_jax.experiments import locate
 from revnet_jax.figures import load_figure_class, save
-from revnet_jax.ranges import real
 
 CONFIG = cli.define_config_flag()
 SUITE = flags.DEFINE_enum("suite", "laptop", ["laptop", "gpu"], "What is measured.")
@@ -59,9 +58,9 @@ def main(argv):
         cli.check_output("jsonl", JSONL.value)
     import jax
 
-    from revnet_jax.memory import benchmark_report as report
-    from revnet_jax.memory.benchmark_pipeline import feed
-    from revnet_jax.memory.benchmark_suites import run, select, suites
+    from revnet_jax.benchmark import report
+    from revnet_jax.benchmark.pipeline import feed
+    from revnet_jax.benchmark.suites import run, select, suites
 
     if CONFIG.value is not None:
         for_suites = (SUITE, MODELS, STRATEGIES, LAYERS, BATCH, LIMIT_GIB, MINUTES, JSONL, PLOT)

@@ -13,9 +13,9 @@ import sys
 
 from absl import flags
 
-from revnet_jax import cli
+from revnet_jax.config import cli
+from revnet_jax.config.ranges import whole
 from revnet_jax.figures import load_figure_class, save
-from revnet_jax.ranges import whole
 
 SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each, with seeds 0, 1, ...")
 cli.limit(SEEDS, whole(1, 10_000))
@@ -36,8 +36,8 @@ def main(argv):
     figure_class = load_figure_class("plot", PLOT.value) if PLOT.value else None
     import jax
 
-    from revnet_jax.training.comparison import compare
-    from revnet_jax.training.coupling_rows import ROWS
+    from revnet_jax.couplings.comparison import compare
+    from revnet_jax.couplings.rows import ROWS
 
     report = {
         "command": " ".join(["scripts/compare_couplings.py", *sys.argv[1:]]),

@@ -17,10 +17,10 @@ import sys
 
 from absl import flags
 
-from revnet_jax import cli
+from revnet_jax.config import cli
 from revnet_jax.errors import UserError
 from revnet_jax.figures import load_figure_class
-from revnet_jax.training import runs
+from revnet_jax.runs import comparison as runs
 
 METRICS = flags.DEFINE_list("metrics", None, "Which; by default train_loss and those of tests.")
 JSON = flags.DEFINE_bool("json", False, "Print JSON rather than a table.")

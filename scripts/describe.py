@@ -7,7 +7,7 @@ import json
 
 from absl import flags
 
-from revnet_jax import cli
+from revnet_jax.config import cli
 
 CONFIG = cli.define_config_flag()
 JSON = flags.DEFINE_bool("json", False, "Print JSON rather than a table.")

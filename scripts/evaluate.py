@@ -11,7 +11,7 @@ from pathlib import Path
 
 from absl import flags
 
-from revnet_jax import cli
+from revnet_jax.config import cli
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 WHICH = flags.DEFINE_enum("checkpoint", "newest", ["newest", "best"], "Which checkpoint.")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from absl import flags
 
-from revnet_jax import cli
-from revnet_jax.ranges import real, whole
+from revnet_jax.config import cli
+from revnet_jax.config.ranges import real, whole
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 PROMPT = flags.DEFINE_string("prompt", "\n", "What to go on from.")

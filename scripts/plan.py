@@ -17,11 +17,10 @@ from pathlib import Path
 
 from absl import flags
 
-from revnet_jax import cli
-from revnet_jax.config import ConfigError, flatten
+from revnet_jax.config import ConfigError, cli, flatten
 from revnet_jax.figures import load_figure_class, save
-from revnet_jax.memory.compile import DEFAULT_CACHE_DIR, Compiler
-from revnet_jax.memory.topology import parse_topology
+from revnet_jax.planning.compile import DEFAULT_CACHE_DIR, Compiler
+from revnet_jax.planning.topology import parse_topology
 
 CONFIG = cli.define_config_flag()
 TOPOLOGY = flags.DEFINE_string(
@@ -40,8 +39,9 @@ PLOT = flags.DEFINE_string("plot", None, "Also draw the memory into this PNG fil
 
 def main(argv):
     del argv
-    from revnet_jax.memory import plan_report, scaling
-    from revnet_jax.memory.plan import plan
+    from revnet_jax.planning import report as plan_report
+    from revnet_jax.planning import scaling
+    from revnet_jax.planning.plan import plan
 
     if SCALING.value and (TOPOLOGY.present or LARGEST.value or BY_PART.value):
         raise ConfigError(

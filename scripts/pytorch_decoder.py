@@ -15,7 +15,7 @@ import time
 
 from absl import flags
 
-from revnet_jax import cli
+from revnet_jax.config import cli
 from revnet_jax.errors import UserError
 
 CONFIG = cli.define_config_flag()
@@ -106,7 +106,7 @@ def measure(torch, config, batch, device):
 
 
 def decoder(torch, config):
-    """The model of `models/decoder.py`: RMSNorm, causal attention with rotary positions, SwiGLU."""
+    """Our decoder: RMSNorm, causal attention with rotary positions, SwiGLU feed-forward."""
     nn, functional = torch.nn, torch.nn.functional
     width, heads, hidden = config.model.width, config.model.heads, config.model.hidden
     linear = lambda inputs, outputs: nn.Linear(inputs, outputs, bias=False)

@@ -13,10 +13,10 @@ import os
 
 from absl import flags
 
-from revnet_jax import cli
+from revnet_jax.config import cli
+from revnet_jax.config.ranges import whole
 from revnet_jax.figures import load_figure_class, save
-from revnet_jax.memory.topology import LOCAL, Topology, TopologyError, devices, parse_topology
-from revnet_jax.ranges import whole
+from revnet_jax.planning.topology import LOCAL, Topology, TopologyError, devices, parse_topology
 
 CONFIG = cli.define_config_flag()
 LAYERS = flags.DEFINE_integer("layers", 4, "In each chain.")
@@ -46,7 +46,7 @@ def main(argv):
 
         jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
     from revnet_jax.families import build_task
-    from revnet_jax.memory import timeline
+    from revnet_jax.planning import timeline
 
     config = CONFIG.value
     device = devices(topology)[0]

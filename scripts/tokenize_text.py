@@ -10,9 +10,8 @@ from pathlib import Path
 
 from absl import flags
 
-from revnet_jax import cli
-from revnet_jax.config import settings
-from revnet_jax.ranges import real
+from revnet_jax.config import cli, settings
+from revnet_jax.config.ranges import real
 
 INPUT = flags.DEFINE_list("input", None, "UTF-8 files, one after the other.")
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "The tokenizer's file.")

@@ -21,10 +21,9 @@ from pathlib import Path
 
 from absl import flags
 
-from revnet_jax import cli
-from revnet_jax.config import ConfigError
+from revnet_jax.config import ConfigError, cli
+from revnet_jax.config.ranges import whole
 from revnet_jax.errors import PREEMPTED_STATUS
-from revnet_jax.ranges import whole
 
 CONFIG = cli.define_config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command resumes it.")

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from revnet_jax.memory.topology import devices, parse_topology
+from revnet_jax.planning.topology import devices, parse_topology
 from revnet_jax.training.program import step_program
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -3,7 +3,13 @@
 import atexit
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
+
+import pytest
+
+from tests.small_run import ROOT, TINY
 
 # Before jax is imported, by whichever test comes first.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -18,3 +24,59 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="revnet_jax_compiled_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+@pytest.fixture
+def tiny_config():
+    from revnet_jax.config import image_classification
+
+    config = image_classification()
+    config.update_from_flattened_dict(TINY)
+    return config
+
+
+@pytest.fixture
+def step_config():
+    """A config for tests that compile its training step, and run none."""
+    from revnet_jax.config import image_classification
+
+    config = image_classification()
+    config.update({"batch_size": 16, "model": {"units": (1, 3), "channels": (8, 8, 16)}})
+    return config
+
+
+@pytest.fixture
+def start_program():
+    """Starts `python scripts/NAME.py FLAGS...` from the root of the repository."""
+
+    def start(name, *flags):
+        return subprocess.Popen(
+            [sys.executable, f"scripts/{name}.py", *flags],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+@pytest.fixture
+def run_program(start_program):
+    """Runs a program to its end: (status, stdout, stderr)."""
+
+    def run(name, *flags):
+        process = start_program(name, *flags)
+        stdout, stderr = process.communicate(timeout=600)
+        return process.returncode, stdout, stderr
+
+    return run
+
+
+@pytest.fixture
+def tiny_flags():
+    """TINY on the command line."""
+    as_text = lambda value: ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return ["--config=configs/digits.py"] + [
+        f"--config.{key}={as_text(value)}" for key, value in TINY.items()
+    ]

@@ -15,8 +15,8 @@ import sys
 
 import pytest
 
-from revnet_jax.memory import gpus
-from revnet_jax.memory.topology import parse_topology
+from revnet_jax.planning import gpus
+from revnet_jax.planning.topology import parse_topology
 
 _NEEDED = (
     pytest.mark.gpu_compiler,
@@ -25,7 +25,7 @@ _NEEDED = (
     ),
 )
 _HEADER = """
-from revnet_jax.memory.topology import devices, parse_topology
+from revnet_jax.planning.topology import devices, parse_topology
 targets = devices(parse_topology({name!r}))
 """
 

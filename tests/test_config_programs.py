@@ -14,8 +14,8 @@ import sys
 
 import pytest
 
-from revnet_jax.memory import gpus
-from revnet_jax.memory.topology import parse_topology
+from revnet_jax.planning import gpus
+from revnet_jax.planning.topology import parse_topology
 from tests.nvidia import needs_compiler
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -12,7 +12,7 @@ from revnet_jax.errors import StorageError, UserError, file_system, write_all, w
 from revnet_jax.figures import load_figure_class, save
 
 PROGRAM = """
-from revnet_jax import cli
+from revnet_jax.config import cli
 
 def main(argv):
     for _ in range(LINES):

@@ -14,7 +14,7 @@ import venv
 import pytest
 
 from revnet_jax import __main__ as programs
-from revnet_jax import experiments
+from revnet_jax.config import experiments
 
 ROOT = pathlib.Path(__file__).parents[1]
 

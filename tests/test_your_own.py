@@ -11,20 +11,19 @@ import jax
 import numpy as np
 import pytest
 
-from revnet_jax import references
-from revnet_jax.config import ConfigError, digits, experiment, flatten
+from revnet_jax.benchmark.pipeline import feed
+from revnet_jax.config import ConfigError, digits, experiment, flatten, references
 from revnet_jax.data.dataset import DataError
 from revnet_jax.data.source import Arrays
 from revnet_jax.families import build_task
-from revnet_jax.memory.benchmark_pipeline import feed
-from revnet_jax.memory.compile import Compiler
-from revnet_jax.memory.plan import plan
-from revnet_jax.memory.timeline import timelines, with_layers
-from revnet_jax.memory.topology import parse_topology
-from revnet_jax.memory.variants import deeper, depth, variants
+from revnet_jax.optimizers.lockstep import LockstepOptimizer
+from revnet_jax.planning.compile import Compiler
+from revnet_jax.planning.plan import plan
+from revnet_jax.planning.timeline import timelines, with_layers
+from revnet_jax.planning.topology import parse_topology
+from revnet_jax.planning.variants import deeper, depth, variants
 from revnet_jax.training.build import build_recipe
 from revnet_jax.training.inputs import build_data
-from revnet_jax.training.lockstep import LockstepOptimizer
 from revnet_jax.training.loop import train
 from revnet_jax.training.restore import evaluate_run
 from revnet_jax.training.sharding import make_mesh
@@ -144,7 +143,7 @@ MODEL = """
 import jax.numpy as jnp, numpy as np, optax
 from revnet_jax.data.source import Arrays
 from revnet_jax.models import ChainModel, Variables
-from revnet_jax.training.task import Task
+from revnet_jax.models.task import Task
 
 class Plain(ChainModel):
     def init(self, key):

@@ -1,6 +1,5 @@
 """Networks as pure functions over trees of arrays; flax modules as branches of blocks."""
 
-from revnet_jax.models.architecture import Architecture
 from revnet_jax.models.bridge import (
     Branch,
     BranchData,
@@ -11,10 +10,11 @@ from revnet_jax.models.bridge import (
     with_stats,
 )
 from revnet_jax.models.chain_model import ChainModel
-from revnet_jax.models.lm import Decoder, LanguageModel
+from revnet_jax.models.convolutional.architecture import Architecture
+from revnet_jax.models.convolutional.network import Network
 from revnet_jax.models.model import Lockstep, Model, Variables, num_params
-from revnet_jax.models.network import Network
-from revnet_jax.models.vit import RevViT, VisionTransformer
+from revnet_jax.models.transformer.lm import Decoder, LanguageModel
+from revnet_jax.models.transformer.vit import RevViT, VisionTransformer
 
 __all__ = [
     "Architecture",

@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from revnet_jax.core import STRATEGIES, Backprop, Exactness, Grid, Layer, chain
-from revnet_jax.models.model import Lockstep, Variables
+from revnet_jax.models.model import Lockstep, Strategy, Variables
 from revnet_jax.models.partition import Rules, on_batch
-from revnet_jax.models.strategies import Strategy
 
 
 class ChainModel(ABC):

@@ -7,9 +7,26 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from revnet_jax.core import Exactness, Grid
+from revnet_jax.core import Backprop, Exactness, Grid
 from revnet_jax.models.partition import Rules
-from revnet_jax.models.strategies import Strategy
+
+
+class Strategy(NamedTuple):
+    """The strategy of a chain of `layers` layers, or of a transition (0 layers)."""
+
+    backprop: Backprop
+    stored_layers: int
+    layers: int
+
+    @property
+    def stores(self) -> bool:
+        """Whether nothing is recomputed."""
+        return self.backprop == "store" or 0 < self.layers == self.stored_layers
+
+    @property
+    def rebuilds(self) -> bool:
+        """Whether the chain's input is rebuilt from its output."""
+        return self.backprop == "reverse" and not self.stores
 
 
 class Variables(NamedTuple):
@@ -33,7 +50,7 @@ class Lockstep(NamedTuple):
 class Model(Protocol):
     """A model as pure functions of its variables. Constructing one computes nothing; `init` does.
 
-    The protocol has no `apply`: the model's task calls it, see `training/task.py`. A model that is
+    The protocol has no `apply`: the model's task calls it, see `models/task.py`. A model that is
     one chain of equal layers inherits all of this except `init` from `ChainModel`.
 
     rules: how parameters are split over a mesh (`models/partition.py`); () leaves them whole.

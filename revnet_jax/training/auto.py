@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,9 +9,10 @@ import jax
 from ml_collections import ConfigDict
 
 from revnet_jax.config import ConfigError, flatten
+from revnet_jax.devices import memory_bytes, out_of_memory, program_bytes
 from revnet_jax.families import build_task
+from revnet_jax.runs.resume import COST
 from revnet_jax.training.program import step_program
-from revnet_jax.training.resume import COST
 
 
 def largest_stored_layers(
@@ -66,31 +66,7 @@ def needed_bytes(
     try:
         compiled = program.step.lower(program.state, program.batch).compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not out_of_memory(error):
             raise
         return None
     return program_bytes(compiled.memory_analysis(), devices[0].platform)
-
-
-def program_bytes(stats: Any, platform: str) -> int:
-    """Bytes that a compiled program takes on one device, from its `memory_analysis()`."""
-    if platform == "tpu":
-        # On TPU the temporaries of some programs include the arguments and results. Their sum was
-        # seen to exceed, by 1.9 GiB, the memory of a chip for which the compiler accepted the
-        # program. The compiler's out-of-memory error counts this peak instead.
-        return stats.peak_memory_in_bytes
-    return (
-        stats.argument_size_in_bytes
-        + stats.output_size_in_bytes
-        - stats.alias_size_in_bytes
-        + stats.temp_size_in_bytes
-    )
-
-
-def memory_bytes(device: jax.Device) -> int | None:
-    """Memory available to programs; None if unknown. CPU devices share the host's equally."""
-    if device.platform == "cpu":
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return total // jax.local_device_count("cpu")
-    stats = device.memory_stats()
-    return stats["bytes_limit"] if stats and "bytes_limit" in stats else None

@@ -10,17 +10,16 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
-from revnet_jax import references
-from revnet_jax.config import ConfigError, experiment, flatten, settings
+from revnet_jax.config import ConfigError, experiment, flatten, references, settings
+from revnet_jax.config.ranges import check_ranges
 from revnet_jax.families import DTYPES, build_task
 from revnet_jax.models import Model
-from revnet_jax.ranges import check_ranges
-from revnet_jax.training.lockstep import LockstepOptimizer, check_layerwise
+from revnet_jax.models.task import Task
+from revnet_jax.optimizers.build import completed, make_optimizer, make_schedule
+from revnet_jax.optimizers.lockstep import LockstepOptimizer, check_layerwise
 from revnet_jax.training.mismatch import ACTIONS
-from revnet_jax.training.optimizer import completed, make_optimizer, make_schedule
 from revnet_jax.training.sharding import batch_parts
 from revnet_jax.training.step import Optimizer
-from revnet_jax.training.task import Task
 
 
 class Recipe(NamedTuple):

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from revnet_jax.core import STRATEGIES
 from revnet_jax.families import build_task
 from revnet_jax.models import Variables, num_params
-from revnet_jax.training.task import Task
+from revnet_jax.models.task import Task
 
 
 def describe(config: ConfigDict) -> dict[str, Any]:

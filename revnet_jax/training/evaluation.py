@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from revnet_jax.training.metrics import DelayedFetch
+from revnet_jax.runs.metrics import DelayedFetch
 from revnet_jax.training.sharding import put_batch
 
 

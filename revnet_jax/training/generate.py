@@ -15,10 +15,10 @@ from revnet_jax.data.vocabulary import codec, vocabulary_from
 from revnet_jax.errors import UserError
 from revnet_jax.families import family_of
 from revnet_jax.models import LanguageModel, Variables
+from revnet_jax.models.task import NextToken
+from revnet_jax.runs.workdir import load_config, load_record
 from revnet_jax.training.compiler import jit
 from revnet_jax.training.restore import Which, restore_run
-from revnet_jax.training.task import NextToken
-from revnet_jax.training.workdir import load_config, load_record
 
 _PIECE = 256  # tokens of a prompt per call of the model (chunked prefill)
 

@@ -10,13 +10,13 @@ from ml_collections import ConfigDict
 from revnet_jax.config import ConfigError
 from revnet_jax.data.vocabulary import vocabulary_from
 from revnet_jax.models import Variables
-from revnet_jax.training.checkpoint import Checkpoints
+from revnet_jax.runs.checkpoint import Checkpoints
+from revnet_jax.runs.manifest import OtherTree
+from revnet_jax.runs.workdir import load_record
 from revnet_jax.training.compiler import initialized
 from revnet_jax.training.inputs import Data
-from revnet_jax.training.manifest import OtherTree
 from revnet_jax.training.program import StepProgram
 from revnet_jax.training.step import TrainState
-from revnet_jax.training.workdir import load_record
 
 
 def first_state(

@@ -9,13 +9,18 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from revnet_jax import references
-from revnet_jax.config import ConfigError, image_classification, language_model, settings
+from revnet_jax.config import (
+    ConfigError,
+    image_classification,
+    language_model,
+    references,
+    settings,
+)
 from revnet_jax.data import Dataset, eval_batches, load_dataset, train_batches
 from revnet_jax.data.source import Source, iterate_test, iterate_train
 from revnet_jax.data.text import TEXT_NAMES, Text, eval_windows, load_text, train_windows
 from revnet_jax.families import build_task, family_of
-from revnet_jax.training import data_record
+from revnet_jax.runs import data_record
 from revnet_jax.training.sharding import local_rows
 
 
@@ -96,7 +101,7 @@ def _check_knobs(config, names):
     if missing := [name for name in names if name not in config.data]:
         raise ConfigError(
             f"config.data: got no {', '.join(missing)} with {config.data.name}, expected the data "
-            "section of image_classification() or language_model() in revnet_jax/config.py"
+            "section of image_classification() or language_model() in revnet_jax/config/knobs.py"
         )
 
 

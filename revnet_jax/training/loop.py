@@ -15,12 +15,16 @@ import jax
 from ml_collections import ConfigDict
 
 from revnet_jax.config import ConfigError, flatten, settings
+from revnet_jax.devices import memory_bytes, peak_memory_bytes
 from revnet_jax.errors import Preempted, UserError
 from revnet_jax.models import num_params
-from revnet_jax.training import history
-from revnet_jax.training import workdir as workdirs
-from revnet_jax.training.auto import largest_stored_layers, memory_bytes, memory_settings
-from revnet_jax.training.checkpoint import Checkpoints
+from revnet_jax.models.task import Model, Task
+from revnet_jax.runs import history
+from revnet_jax.runs import workdir as workdirs
+from revnet_jax.runs.checkpoint import Checkpoints
+from revnet_jax.runs.metrics import DelayedFetch, MetricsWriter, Progress
+from revnet_jax.runs.resume import PER_HOST, Change
+from revnet_jax.training.auto import largest_stored_layers, memory_settings
 from revnet_jax.training.compiler import jit
 from revnet_jax.training.distributed import (
     Stop,
@@ -33,13 +37,10 @@ from revnet_jax.training.distributed import (
 from revnet_jax.training.evaluation import evaluate
 from revnet_jax.training.initial import first_state
 from revnet_jax.training.inputs import Data, build_data
-from revnet_jax.training.metrics import DelayedFetch, MetricsWriter, Progress, peak_memory_bytes
 from revnet_jax.training.mismatch import MismatchAlarm
 from revnet_jax.training.program import StepProgram, step_program
-from revnet_jax.training.resume import PER_HOST, Change
 from revnet_jax.training.sharding import on_mesh, put_batch
 from revnet_jax.training.step import TrainState
-from revnet_jax.training.task import Model, Task
 from revnet_jax.training.trace import Trace
 
 

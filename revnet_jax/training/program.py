@@ -10,11 +10,11 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from revnet_jax.models.task import Batch, Task
 from revnet_jax.training.build import Recipe, build_recipe, check_split
 from revnet_jax.training.compiler import jit
 from revnet_jax.training.sharding import batch_sharding, make_mesh, on_mesh, placed
 from revnet_jax.training.step import TrainState, init_state, make_train_step
-from revnet_jax.training.task import Batch, Task
 
 
 class StepProgram(NamedTuple):

@@ -12,9 +12,11 @@ from ml_collections import ConfigDict
 
 from revnet_jax.data.vocabulary import vocabulary_from
 from revnet_jax.models import Variables
-from revnet_jax.training import data_record
+from revnet_jax.models.task import Task
+from revnet_jax.runs import data_record
+from revnet_jax.runs.checkpoint import CheckpointError
+from revnet_jax.runs.workdir import load_config, load_record
 from revnet_jax.training.build import build_recipe
-from revnet_jax.training.checkpoint import CheckpointError
 from revnet_jax.training.compiler import jit
 from revnet_jax.training.distributed import is_first
 from revnet_jax.training.evaluation import evaluate
@@ -22,8 +24,6 @@ from revnet_jax.training.inputs import build_data
 from revnet_jax.training.loop import open_checkpoints
 from revnet_jax.training.sharding import batch_parts, make_mesh, on_mesh, placed
 from revnet_jax.training.step import TrainState
-from revnet_jax.training.task import Task
-from revnet_jax.training.workdir import load_config, load_record
 
 Which = Literal["newest", "best"]
 

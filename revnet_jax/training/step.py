@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from revnet_jax.models import Lockstep, Variables
-from revnet_jax.training.lockstep import LockstepOptimizer
-from revnet_jax.training.rounding import apply_updates, widened
-from revnet_jax.training.task import Batch, Model, Task
+from revnet_jax.models.task import Batch, Model, Task
+from revnet_jax.optimizers.lockstep import LockstepOptimizer
+from revnet_jax.optimizers.rounding import apply_updates, widened
 
 Optimizer = optax.GradientTransformation | LockstepOptimizer
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from revnet_jax.core import Exactness, Grid, chain, reversible_block
-from revnet_jax.memory.counts import arithmetic
+from revnet_jax.programs.counts import arithmetic
 from tests import thorough
 
 WIDTH, ROWS = 32, 128

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from revnet_jax.memory.counts import arithmetic
-from revnet_jax.models import attention
-from revnet_jax.models.attention import attend, padded_to_even, scores_times_values
+from revnet_jax.models.transformer import attention
+from revnet_jax.models.transformer.attention import attend, padded_to_even, scores_times_values
+from revnet_jax.programs.counts import arithmetic
 from tests import by_default, thorough
 from tests.nvidia import needs_compiler, run_for
 
@@ -234,7 +234,7 @@ def test_vision_transformers_take_the_fused_kernel(length, monkeypatch):
 NARROW = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from revnet_jax.models.attention import attend
+from revnet_jax.models.transformer.attention import attend
 
 everywhere = NamedSharding(Mesh(np.array(targets), ("data",)), PartitionSpec())
 shape = lambda heads: jax.ShapeDtypeStruct(
@@ -262,8 +262,8 @@ BRANCH = """
 import json
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from revnet_jax.memory.traffic import traffic
-from revnet_jax.models.attention import attend
+from revnet_jax.programs.traffic import traffic
+from revnet_jax.models.transformer.attention import attend
 
 B, T, N, K = 256, 197, 12, 64  # ViT-B at 224 pixels
 D = N * K

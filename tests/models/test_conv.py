@@ -5,8 +5,8 @@ import pytest
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from revnet_jax.models import conv as conv_module
-from revnet_jax.models.conv import conv
+from revnet_jax.models.convolutional import conv as conv_module
+from revnet_jax.models.convolutional.conv import conv
 from tests import by_default
 
 

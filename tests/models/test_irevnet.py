@@ -7,7 +7,7 @@ import pytest
 
 from revnet_jax.core import STRATEGIES
 from revnet_jax.models import Architecture, Network
-from revnet_jax.models.invertible import depth_to_space, space_to_depth
+from revnet_jax.models.convolutional.invertible import depth_to_space, space_to_depth
 from revnet_jax.training.compiler import jit
 
 COMPILE_FAST = {"xla_backend_optimization_level": 0}

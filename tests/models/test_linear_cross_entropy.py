@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from revnet_jax.models.linear_cross_entropy import linear_cross_entropy
+from revnet_jax.models.transformer.linear_cross_entropy import linear_cross_entropy
 from tests import by_default
 
 M, D = 21, 6

@@ -10,7 +10,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from revnet_jax.core import Grid
 from revnet_jax.models import Decoder, LanguageModel, Variables
-from revnet_jax.models.attention import attend, rotary_angles, rotate, scores_times_values
+from revnet_jax.models.transformer.attention import (
+    attend,
+    rotary_angles,
+    rotate,
+    scores_times_values,
+)
 from revnet_jax.training.sharding import make_mesh, on_mesh, put_batch
 from tests import thorough
 

@@ -11,9 +11,10 @@ import pytest
 from jax import lax
 
 from revnet_jax.core import STRATEGIES, Exactness, Grid
-from revnet_jax.models import Network, Variables, num_params, residual
-from revnet_jax.models import network as network_module
-from revnet_jax.models.architecture import Architecture, groups
+from revnet_jax.models import Network, Variables, num_params
+from revnet_jax.models.convolutional import network as network_module
+from revnet_jax.models.convolutional import residual
+from revnet_jax.models.convolutional.architecture import Architecture, groups
 from tests import by_default
 
 # The same optimised program, translated with less effort: compiling is what these tests pay for.

@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from revnet_jax.core import Grid
-from revnet_jax.models import Variables, attention
+from revnet_jax.models import Variables
+from revnet_jax.models.transformer import attention
 from revnet_jax.training.sharding import make_mesh, on_mesh, put_batch
 from tests.models.test_lm import T, jit, model, tokens
 

@@ -15,8 +15,8 @@ import jax
 import numpy as np
 
 from revnet_jax.config import language_model
+from revnet_jax.runs.checkpoint import Checkpoints
 from revnet_jax.training.build import build_recipe
-from revnet_jax.training.checkpoint import Checkpoints
 from revnet_jax.training.compiler import initialized
 from revnet_jax.training.sharding import make_mesh, placed
 from revnet_jax.training.step import init_state

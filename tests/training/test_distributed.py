@@ -22,7 +22,7 @@ import pytest
 from revnet_jax.errors import PREEMPTED_STATUS
 from revnet_jax.training.distributed import LaunchError, Stop
 from revnet_jax.training.distributed import start as join
-from tests.training.conftest import ROOT, TINY
+from tests.small_run import ROOT, TINY
 
 FLAGS = {
     **TINY,
@@ -274,7 +274,8 @@ STUCK = """
 import sys, time
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from revnet_jax import cli, errors
+from revnet_jax import errors
+from revnet_jax.config import cli
 from revnet_jax.training import distributed
 
 address, process_id, raises = sys.argv.pop(), sys.argv.pop(), sys.argv.pop()

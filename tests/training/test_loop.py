@@ -13,10 +13,10 @@ import pytest
 
 from revnet_jax.config import ConfigError
 from revnet_jax.errors import Preempted, UserError
+from revnet_jax.runs.workdir import read_json, write_json
 from revnet_jax.training.loop import NonFiniteError, resolve_auto, train
 from revnet_jax.training.restore import evaluate_run
 from revnet_jax.training.sharding import put_batch
-from revnet_jax.training.workdir import read_json, write_json
 from tests import thorough
 
 
@@ -197,7 +197,7 @@ def test_a_step_that_is_not_finite_stops_the_run(harmless_steps, last_good, tiny
 
 @pytest.mark.thorough
 def test_a_checkpoint_of_another_architecture(tiny_config, tmp_path):
-    from revnet_jax.training.checkpoint import CheckpointError
+    from revnet_jax.runs.checkpoint import CheckpointError
 
     train(tiny_config, tmp_path / "a")
     tiny_config.model.channels = (8, 8, 32)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from revnet_jax.config import ConfigError
-from revnet_jax.models.residual import ResidualBranch
+from revnet_jax.models.convolutional.residual import ResidualBranch
+from revnet_jax.runs.metrics import Progress
 from revnet_jax.training.loop import train
-from revnet_jax.training.metrics import Progress
 from revnet_jax.training.mismatch import MismatchAlarm, MismatchError
 
 BEYOND = {"model.grid_bits": 22}  # streams reach 4, the end of that grid, in the first step

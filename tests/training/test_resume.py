@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from revnet_jax.config import ConfigError
-from revnet_jax.training.checkpoint import Checkpoints
+from revnet_jax.runs.checkpoint import Checkpoints
 from revnet_jax.training.initial import load_weights
 from revnet_jax.training.loop import train
 from revnet_jax.training.program import step_program
-from tests.training.test_checkpoint import assert_same_bits
+from tests.runs.test_checkpoint import assert_same_bits
 from tests.training.test_loop import rows
 
 HALF, WHOLE = 3, 6

@@ -12,8 +12,8 @@ import pytest
 
 from revnet_jax.config import ConfigError, image_classification, language_model
 from revnet_jax.models.partition import spec_of
+from revnet_jax.optimizers.rounding import MOMENTS
 from revnet_jax.training.build import build_recipe, check_split
-from revnet_jax.training.rounding import MOMENTS
 from revnet_jax.training.sharding import local_rows, make_mesh, mesh_sizes, placed
 from revnet_jax.training.step import init_state
 from tests import thorough

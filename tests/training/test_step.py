@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from revnet_jax.config import ConfigError, language_model, vision_transformer
+from revnet_jax.models.task import cross_entropy
 from revnet_jax.training.build import build_recipe
 from revnet_jax.training.program import step_program
-from revnet_jax.training.task import cross_entropy
 
 
 @pytest.mark.thorough

@@ -15,7 +15,7 @@ from revnet_jax.core import multi_stream_block
 from revnet_jax.data.source import Arrays
 from revnet_jax.models import ChainModel, Variables
 from revnet_jax.models.partition import on_batch
-from revnet_jax.training.task import Task
+from revnet_jax.models.task import Task
 
 
 def get_config(arm=""):

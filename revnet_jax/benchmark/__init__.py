@@ -1,0 +1,1 @@
+"""Measures time, memory and exactness of training steps, under every strategy."""

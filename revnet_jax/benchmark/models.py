@@ -1,0 +1,326 @@
+"""The benchmark's models: plain chains and models of configs, each as one jitted training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from revnet_jax.core import STRATEGIES, Block, Exactness, chain, reversible_block
+from revnet_jax.errors import UserError
+from revnet_jax.optimizers.lockstep import LockstepState
+from revnet_jax.training.build import build_recipe
+from revnet_jax.training.compiler import jit
+from revnet_jax.training.step import init_state, make_train_step
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+LEARNING_RATE = 1e-3  # small, so that nothing overflows; no measurement depends on it
+MOMENTUM = 0.9
+
+
+class Program(NamedTuple):
+    """A training step, its initialization, and how to read the first gradient.
+
+    step: `(state, batch) -> (state, metrics)`, jitted, its state donated. Metrics hold the loss
+      and, where layers are rebuilt, `exact_mismatches` of all steps so far.
+    init: `() -> (state, batch)`.
+    gradient: `state -> gradient`, from the state after the first step: momentum starts at zero, so
+      that it then holds the gradient.
+    """
+
+    step: Any
+    init: Callable[[], tuple[Any, Any]]
+    gradient: Callable[[Any], Any]
+
+
+class Strategy(NamedTuple):
+    """How a chain is trained. unroll: layers per loop iteration."""
+
+    backprop: Any
+    stored_layers: int
+    lockstep: bool
+    unroll: int
+
+
+def parse_strategy(name: str, layers: int) -> Strategy:
+    """Parses a name: "reverse", "reverse+8" (the last 8 layers store), "reverse/lockstep".
+
+    "twin" stores all layers. "/unroll" unrolls the loop over layers completely.
+
+    layers: of the model. Raises UserError for an unknown strategy, or one that stores more layers
+    than the model has.
+    """
+    mixture, slash, suffix = name.partition("/")
+    backprop, plus, stored = ("store" if is_twin(name) else mixture).partition("+")
+    known = backprop in STRATEGIES and bool(plus) == stored.isdecimal()
+    suffixes = ("unroll",) if is_twin(name) else ("lockstep", "unroll")
+    if not known or suffix not in (suffixes if slash else ("",)):
+        known = ", ".join(STRATEGIES)
+        raise UserError(
+            f"got strategy {name!r}, expected one of {known}, with or without +m, and "
+            "/lockstep or /unroll"
+        )
+    if int(stored or 0) > layers:
+        raise UserError(f"got strategy {name!r} for {layers} layers, expected +0 to +{layers}")
+    unroll = layers if suffix == "unroll" else 1
+    return Strategy(backprop, int(stored or 0), suffix == "lockstep", unroll)
+
+
+def is_twin(strategy: str) -> bool:
+    """Whether the strategy trains the irreversible model in place of the reversible one."""
+    return strategy.partition("/")[0] == "twin"
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A chain of equal two-stream layers; the loss is the mean square of the output streams.
+
+    width: of each stream.
+    dtype: that branches compute in; streams and parameters are float32.
+    """
+
+    width: int
+    dtype: str = "float32"
+    name: str = "chain"
+    unit: ClassVar[str]
+    has_twin: ClassVar[bool] = False
+
+    def block(self) -> Block:
+        raise NotImplementedError
+
+    def init_layer(self, key: jax.Array) -> Any:
+        raise NotImplementedError
+
+    def stream_shape(self, batch: int) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def examples(self, batch: int) -> int:
+        """How many of `unit` a batch holds."""
+        return batch
+
+    def program(self, strategy: str, layers: int, batch: int) -> Program:
+        """The training step: value and gradient, SGD with momentum, and the exactness check."""
+        backprop, stored_layers, lockstep, unroll = parse_strategy(strategy, layers)
+        rebuilds = backprop == "reverse" and stored_layers < layers
+        settings: dict[str, Any] = {
+            "backprop": backprop,
+            "stored_layers": stored_layers,
+            "unroll": unroll,
+        }
+        block = self.block()
+
+        def loss_fn(params_L, momentum_L, probe, x):
+            if lockstep:
+                settings.update(update=_sgd, state_L=momentum_L)
+            y, _ = chain(block, params_L, x, probe=probe, **settings)
+            return sum(jnp.mean(jnp.square(stream)) for stream in y)
+
+        def step(state, x):
+            params_L, momentum_L, mismatches = state
+            value_and_grad = jax.value_and_grad(loss_fn, argnums=(0, 1, 2))
+            # Under lockstep the "gradients" of parameters and momentum are their updated values:
+            # the backward sweep applies the update, and can return it only as cotangents. The
+            # exactness check leaves the sweep in the same way, as the cotangent of its probe.
+            loss, (*new, exactness) = value_and_grad(params_L, momentum_L, Exactness.probe(), x)
+            if not lockstep:
+                new = _sgd(new[0], momentum_L, params_L)
+            mismatches += exactness.mismatches
+            metrics = {"exact_mismatches": mismatches} if rebuilds else {}
+            return (*new, mismatches), {"loss": loss, **metrics}
+
+        def init():
+            params_key, *keys = jax.random.split(jax.random.key(0), 3)
+            params_L = jax.vmap(self.init_layer)(jax.random.split(params_key, layers))
+            x = tuple(jax.random.normal(key, self.stream_shape(batch)) for key in keys)
+            return (params_L, jax.tree.map(jnp.zeros_like, params_L), jnp.zeros(())), x
+
+        # The state is donated, as in training: the new one takes its memory.
+        return Program(jit(step, donate_argnums=0), jax.jit(init), lambda state: state[1])
+
+
+@dataclass(frozen=True)
+class Mlp(Chain):
+    """f and g: normalise, Linear, ReLU (f) or GELU (g), Linear; all layers as wide as a stream."""
+
+    width: int = 512
+    name: str = "mlp"
+    unit = "rows"
+
+    def block(self) -> Block:
+        def branch(activation):
+            def run(params, x, context):
+                hidden = activation(linear(params[0], normalise(x).astype(DTYPES[self.dtype])))
+                return linear(params[1], hidden)
+
+            return run
+
+        return reversible_block(branch(jax.nn.relu), branch(jax.nn.gelu))
+
+    def init_layer(self, key: jax.Array) -> Any:
+        keys = jax.random.split(key, 4)
+        first, second, third, fourth = (init_linear(k, self.width, self.width) for k in keys)
+        return (first, second), (third, fourth)
+
+    def stream_shape(self, batch: int) -> tuple[int, ...]:
+        return batch, self.width
+
+
+@dataclass(frozen=True)
+class Transformer(Chain):
+    """f: causal attention with several heads; g: Linear to four times the width, GELU, Linear.
+
+    Both normalise their input. tokens: in each sequence. head_size: of each of the
+    width / head_size heads.
+    """
+
+    width: int = 256
+    tokens: int = 512
+    head_size: int = 64
+    name: str = "transformer"
+    unit = "tokens"
+
+    def block(self) -> Block:
+        def attention(params, x_BTD, context):
+            qkv = linear(params[0], normalise(x_BTD).astype(DTYPES[self.dtype]))
+            heads = self.width // self.head_size
+            q, k, v = jnp.split(qkv.reshape(*qkv.shape[:2], 3 * heads, self.head_size), 3, axis=2)
+            mixed_BTNK = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+            return linear(params[1], mixed_BTNK.reshape(x_BTD.shape))
+
+        def feed_forward(params, x_BTD, context):
+            x_BTD = normalise(x_BTD).astype(DTYPES[self.dtype])
+            return linear(params[1], jax.nn.gelu(linear(params[0], x_BTD)))
+
+        return reversible_block(attention, feed_forward)
+
+    def init_layer(self, key: jax.Array) -> Any:
+        keys, D = jax.random.split(key, 4), self.width
+        attention = init_linear(keys[0], D, 3 * D), init_linear(keys[1], D, D)
+        feed_forward = init_linear(keys[2], D, 4 * D), init_linear(keys[3], 4 * D, D)
+        return attention, feed_forward
+
+    def stream_shape(self, batch: int) -> tuple[int, ...]:
+        return batch, self.tokens, self.width
+
+    def examples(self, batch: int) -> int:
+        return batch * self.tokens
+
+
+@dataclass(frozen=True)
+class ConfigModel:
+    """The model of a config, as `scripts/train.py` trains it, by SGD with momentum or by AdamW.
+
+    config: its batch size and depth are replaced. unit: what `examples` counts.
+    """
+
+    config: ConfigDict
+    name: str = "revnet"
+    unit: str = "images"
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that branches compute in."""
+        return self.config.model.compute_dtype
+
+    @property
+    def has_twin(self) -> bool:
+        """Whether the model can have one stream in place of two."""
+        return "reversible" in self.config.model
+
+    def examples(self, batch: int) -> int:
+        return batch * (self.config.data.context if self.unit == "tokens" else 1)
+
+    def program(self, strategy: str, layers: int, batch: int) -> Program:
+        """The package's training step on random data.
+
+        strategy: "twin" too, the irreversible model of a transformer, which stores all layers.
+        layers: in all stages together, the same number in each.
+        """
+        config = self.config.copy_and_resolve_references()
+        if "units" in config.model:
+            stages = len(config.model.units)
+            if layers % stages:
+                raise UserError(f"got {layers} layers, expected a multiple of the {stages} stages")
+            config.model.units = (layers // stages,) * stages
+        else:
+            config.model.layers = layers
+        backprop, stored_layers, lockstep, unroll = parse_strategy(strategy, layers)
+        config.model.update({"backprop": backprop, "stored_layers": str(stored_layers)})
+        config.model.unroll = unroll
+        if is_twin(strategy):
+            config.model.reversible = False
+        config.optimizer.lockstep = lockstep
+        task, schedule, optimizer = build_recipe(config)
+        train_step = make_train_step(task, optimizer, schedule)
+
+        def step(state, batch):
+            state, metrics = train_step(state, batch)
+            kept = {"loss": metrics["train_loss"]}
+            if "exact_mismatches" in metrics:
+                kept["exact_mismatches"] = metrics["exact_mismatches"]
+            return state, kept
+
+        def init():
+            shapes = task.batch_shapes(batch)
+            keys = jax.random.split(jax.random.key(1), len(shapes))
+            data = {
+                name: self._random(key, shape)
+                for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+            }
+            return init_state(task.network, optimizer, config.seed), data
+
+        gradient = lambda state: _momenta(state.opt_state)
+        return Program(jit(step, donate_argnums=0), jax.jit(init), gradient)
+
+    def _random(self, key, shape):
+        if shape.dtype != jnp.int32:
+            return jax.random.normal(key, shape.shape, shape.dtype)
+        data = self.config.data
+        values = data.vocab_size if self.unit == "tokens" else data.num_classes
+        return jax.random.randint(key, shape.shape, 0, values)
+
+
+Model = Chain | ConfigModel
+
+
+def linear(params: Any, x: jax.Array) -> jax.Array:
+    """x @ kernel + bias, in the dtype of x."""
+    kernel, bias = (leaf.astype(x.dtype) for leaf in params)
+    return x @ kernel + jnp.expand_dims(bias, tuple(range(x.ndim - 1)))
+
+
+def init_linear(key: jax.Array, inputs: int, outputs: int) -> tuple[jax.Array, jax.Array]:
+    """(kernel, bias), float32."""
+    return jax.random.normal(key, (inputs, outputs)) / inputs**0.5, jnp.zeros(outputs)
+
+
+def normalise(x: jax.Array) -> jax.Array:
+    """Mean 0 and variance 1 along the last axis."""
+    return jax.nn.standardize(x, epsilon=1e-5)
+
+
+def _sgd(gradient, momentum, params):
+    """(params, momentum) after a step, for one layer or for the whole stack."""
+    momentum = jax.tree.map(lambda m, d: MOMENTUM * m + d, momentum, gradient)
+    return jax.tree.map(lambda p, m: p - LEARNING_RATE * m, params, momentum), momentum
+
+
+def _momenta(opt_state: Any) -> dict[str, list[jax.Array]]:
+    """The first moments of each group of a network, with or without lockstep updates.
+
+    After one step they equal the gradient: SGD's `trace` exactly, Adam's `mu` up to a factor.
+    """
+
+    def moments(state):
+        return optax.tree.get(state, "trace", default=None) or optax.tree.get(state, "mu")
+
+    in_lockstep = isinstance(opt_state, LockstepState)
+    groups = dict(moments(opt_state.outside if in_lockstep else opt_state))
+    if in_lockstep:
+        groups |= {name: moments(state.floats_L) for name, state in opt_state.layers.items()}
+    return {name: jax.tree.leaves(trees) for name, trees in groups.items()}

@@ -1,0 +1,243 @@
+"""Time, memory and exactness of a training step under every strategy, side by side.
+
+Strategies take turns, step by step, in one process, so that other load on the machine slows all of
+them alike. The reported ratios are medians over the turns of the ratio within a turn.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from revnet_jax.benchmark.models import Model, Program, is_twin, parse_strategy
+from revnet_jax.devices import peak_memory_bytes, program_bytes
+from revnet_jax.programs.counts import arithmetic
+from revnet_jax.training.compiler import jit_initialization
+
+BASELINES = ("store", "remat", "twin")  # strategies that the reported ratios divide by
+# Compiling and starting one program of the GPU suite took 5 to 16 seconds with 16 cores, and 76
+# where XLA autotunes convolutions.
+START_SECONDS = 10
+# Steps in a turn. They are dispatched without waiting for one another, as in training, so that the
+# device's time is measured and not the host's overhead.
+STEPS = 4
+
+
+class Setting(NamedTuple):
+    """One model at one size, and the strategies to compare on it.
+
+    strategies: see `parse_strategy`.
+    seconds: how long the strategies take turns, three turns at least; 0 only compiles them.
+    """
+
+    model: Model
+    layers: int
+    batch: int
+    strategies: tuple[str, ...]
+    seconds: float
+
+    @property
+    def may_take_seconds(self) -> float:
+        """Expected duration on the host of a large GPU, compilation included."""
+        return self.seconds + START_SECONDS * len(self.strategies)
+
+    def __str__(self) -> str:
+        sizes = f"{self.layers} layers, batch {self.batch}"
+        return f"{self.model.name} in {self.model.dtype}, {sizes}: {', '.join(self.strategies)}"
+
+
+class Entrant:
+    """One strategy at one size: its compiled step, its state, and its measurements so far."""
+
+    def __init__(self, strategy: str, program: Program):
+        self.strategy, self.program = strategy, program
+        self.traced = program.step.trace(*jax.eval_shape(program.init))
+        self.compiled: Any = None
+        self.state: Any = None
+        self.batch: Any = None
+        self.metrics: dict[str, jax.Array] = {}
+        self.gradient: Any = None  # of the first step; dropped after the comparison
+        self.gradient_error: float | None = None
+        self.compile_seconds = 0.0
+        self.rss_bytes: int | None = None
+        self.device_bytes: int | None = None
+        self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
+
+    def compile(self) -> None:
+        started = time.perf_counter()
+        self.compiled = self.traced.lower().compile()
+        self.compile_seconds = time.perf_counter() - started
+
+    def start(self) -> None:
+        """Initializes the state and runs the first step, untimed; keeps its memory and gradient."""
+        before, others = peak_memory_bytes() or 0, _bytes_in_use()
+        self.state, self.batch = jit_initialization(self.program.init)()
+        jax.block_until_ready(self.state)
+        rss = _reset_peak_rss()
+        self._advance()
+        self.rss_bytes = None if rss is None else _memory_bytes("VmHWM") - rss
+        after = peak_memory_bytes() or 0
+        self.device_bytes = after - others if after > before else None
+        # Copied because the step donates its state: the next step overwrites these buffers. The
+        # copy stays on the device, where the gradients are compared.
+        self.gradient = jax.tree.map(jnp.copy, self.program.gradient(self.state))
+
+    def take_turn(self) -> None:
+        steps = 1 if jax.default_backend() == "cpu" else STEPS
+        started, cpu_started = time.perf_counter(), time.process_time()
+        self._advance(steps)
+        self.seconds.append((time.perf_counter() - started) / steps)
+        self.cpu_seconds.append((time.process_time() - cpu_started) / steps)
+
+    def step_bytes(self) -> int:
+        """Peak memory of the step: the compiler's figure for the compiled program."""
+        return program_bytes(self.compiled.memory_analysis(), jax.default_backend())
+
+    def _advance(self, steps=1):
+        for _ in range(steps):
+            self.state, self.metrics = self.compiled(self.state, self.batch)
+        jax.block_until_ready((self.state, self.metrics))
+
+
+def compare(setting: Setting) -> Iterator[dict[str, Any]]:
+    """Yields a row for each strategy. Cost: one compilation each, then `setting.seconds`.
+
+    Raises UserError for an unknown strategy, or one that stores more layers than the model has.
+    """
+    model, layers, batch, strategies, seconds = setting
+    for name in strategies:
+        parse_strategy(name, layers)
+    entrants = [Entrant(name, model.program(name, layers, batch)) for name in strategies]
+    if jax.default_backend() == "gpu":
+        # Compile one after the other: XLA's autotuner times the kernels for a matrix product and
+        # caches the fastest. Programs tuned in parallel may pick different kernels, which round
+        # differently.
+        for entrant in entrants:
+            entrant.compile()
+    else:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(Entrant.compile, entrants))
+    if seconds:
+        # Start with the smallest program, because the peak that a device reports never goes down.
+        for entrant in sorted(entrants, key=Entrant.step_bytes):
+            entrant.start()
+        compare_gradients(entrants)
+        take_turns(entrants, seconds)
+    for entrant in entrants:
+        yield describe(setting, entrant, {e.strategy: e for e in entrants})
+
+
+def compare_gradients(entrants: Sequence[Entrant]) -> None:
+    """Sets each entrant's gradient error against `store`, if it takes part; drops the gradients."""
+    stored = [entrant.gradient for entrant in entrants if entrant.strategy == "store"]
+    for entrant in entrants:
+        if stored and not is_twin(entrant.strategy):  # the twin computes a different function
+            entrant.gradient_error = float(relative_l2(entrant.gradient, stored[0]))
+    for entrant in entrants:
+        entrant.gradient = None
+
+
+def take_turns(entrants: Sequence[Entrant], seconds: float, least: int = 3) -> None:
+    """Lets every entrant take its turn, in rounds; each round starts with the next entrant.
+
+    seconds: how long to go on. least: the smallest number of rounds.
+    """
+    ends, turn = time.monotonic() + seconds, 0
+    while turn < least or time.monotonic() < ends:
+        first = turn % len(entrants)
+        for entrant in (*entrants[first:], *entrants[:first]):
+            entrant.take_turn()
+        turn += 1
+
+
+def describe(setting: Setting, entrant: Entrant, others: dict[str, Entrant]) -> dict[str, Any]:
+    """A row of results: milliseconds, ratios, bytes, gradient error. Unmeasured ones are None.
+
+    flops: of matrix products and convolutions, counted before compilation.
+    step_bytes, temporary_bytes: the compiler's figures, with and without arguments and results.
+    rss_bytes: growth of the process's resident memory during the first step (Linux).
+    device_bytes: the device's peak after the first step, less what the other strategies hold. None
+      if the device does not report it, or if an earlier program had a higher peak.
+    gradient_error: relative L2 distance of the first step's gradient to that of `store`.
+    time_vs_store, cpu_vs_store, ...: medians of the ratios within turns; cpu is the processor time
+      of all threads.
+    """
+    model, layers, batch = setting[:3]
+    row: dict[str, Any] = {
+        "model": model.name,
+        "dtype": model.dtype,
+        "strategy": entrant.strategy,
+        "layers": layers,
+        "batch": batch,
+        "compile_seconds": round(entrant.compile_seconds, 2),
+        "flops": arithmetic(entrant.traced.jaxpr, platform=jax.default_backend()),
+        "step_bytes": entrant.step_bytes(),
+        "temporary_bytes": entrant.compiled.memory_analysis().temp_size_in_bytes,
+        "rss_bytes": entrant.rss_bytes,
+        "device_bytes": entrant.device_bytes,
+        "turns": len(entrant.seconds),
+    }
+    if not entrant.seconds:
+        return row
+    seconds = statistics.median(entrant.seconds)
+    row |= {
+        "step_ms": 1e3 * seconds,
+        "cpu_ms": 1e3 * statistics.median(entrant.cpu_seconds),
+        "examples_per_second": model.examples(batch) / seconds,
+        "unit": model.unit,
+    }
+    for name in BASELINES:
+        if name in others:
+            other = others[name]
+            row[f"time_vs_{name}"] = _median_ratio(entrant.seconds, other.seconds)
+            row[f"cpu_vs_{name}"] = _median_ratio(entrant.cpu_seconds, other.cpu_seconds)
+    if entrant.gradient_error is not None:
+        row["gradient_error"] = entrant.gradient_error
+    if "exact_mismatches" in entrant.metrics:
+        row["mismatches"] = int(entrant.metrics["exact_mismatches"])
+    return row
+
+
+@jax.jit
+def relative_l2(tree: Any, reference: Any) -> jax.Array:
+    """|tree - reference| / |reference|, over all leaves."""
+    return optax.tree.norm(optax.tree.sub(tree, reference)) / optax.tree.norm(reference)
+
+
+def _median_ratio(values, others):
+    return statistics.median(a / b for a, b in zip(values, others, strict=True))
+
+
+def _bytes_in_use():
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_in_use", 0)
+
+
+def _reset_peak_rss():
+    """Resets the kernel's peak of resident memory; returns the present size, None if it cannot."""
+    gc.collect()
+    try:
+        # Give freed memory back to the kernel: reusing it would not show as growth.
+        ctypes.CDLL(None).malloc_trim(0)
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+        return _memory_bytes("VmRSS")
+    except (OSError, AttributeError):  # not Linux, or not glibc
+        return None
+
+
+def _memory_bytes(name):
+    with open("/proc/self/status") as file:
+        (line,) = (line for line in file if line.startswith(f"{name}:"))
+    return 1024 * int(line.split()[1])

@@ -1,0 +1,1 @@
+"""A study of all couplings of the core, on one small network."""

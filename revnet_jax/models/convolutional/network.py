@@ -1,0 +1,315 @@
+"""ResNets, RevNets and i-RevNets for images: stem, stages of residual units, head.
+
+ResNets and RevNets differ only in the number of streams. A unit that changes width or resolution
+is computed outside the chains. It keeps only its input (rematerialisation), unless the chain after
+it stores. All other units of a stage form one chain. An i-RevNet changes resolution by
+space-to-depth, which is invertible, so its whole body is one sequence and can be inverted down to
+the image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from revnet_jax.core import (
+    Backprop,
+    Exactness,
+    Grid,
+    Layer,
+    PlainLayer,
+    Section,
+    reversible_block,
+    sequence,
+    sequence_inverse,
+)
+from revnet_jax.models.bridge import PureModule
+from revnet_jax.models.convolutional.architecture import Architecture, chains, groups
+from revnet_jax.models.convolutional.invertible import PadStem, squeeze
+from revnet_jax.models.convolutional.residual import (
+    RULES,
+    Head,
+    ResidualBranch,
+    Stem,
+    make_shortcut,
+)
+from revnet_jax.models.convolutional.strategies import assign_strategies
+from revnet_jax.models.dtypes import narrowed
+from revnet_jax.models.model import Lockstep, Variables
+from revnet_jax.models.partition import gather, on_batch
+
+
+class Network:
+    """An image classifier as pure functions: `init(key)` and `apply(variables, image, ...)`.
+
+    backprop: the gradient's strategy (see `chain`): one of `STRATEGIES` for all chains, or a
+      sequence with one per chain; `reverse` needs two streams.
+    stored_layers: number of layers of all chains, counted from the last, that store instead. The
+      last layers have the smallest activations, so they save the most compute for their memory.
+    unroll: see `chain`.
+    compute_dtype: of convolutions (mixed precision); streams, batch statistics and logits are
+      float32.
+    param_dtype: of kernels; other parameters are float32.
+    grid: the grid that the streams of a RevNet are kept on; None for ordinary floats.
+    check_exactness: whether `probes` returns probes. The check keeps each chain's input in memory.
+    """
+
+    rules = RULES
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        *,
+        backprop: Backprop | Sequence[Backprop] = "reverse",
+        stored_layers: int = 0,
+        unroll: int = 1,
+        compute_dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        grid: Grid | None = Grid(),
+        check_exactness: bool = True,
+    ):
+        self.architecture, self._unroll = architecture, unroll
+        self.compute_dtype, self.param_dtype = compute_dtype, param_dtype
+        self.check_exactness = check_exactness
+        self.grid = grid
+        self.groups = groups(architecture)
+        self.chains = chains(self.groups)
+        self.strategies = assign_strategies(architecture, self.groups, backprop, stored_layers)
+        common = {"dtype": compute_dtype}
+        in_unit = {"bottleneck": architecture.bottleneck, **common}
+
+        def branch(in_channels, out_channels, stride, activate_first):
+            settings = {"stride": stride, "activate_first": activate_first, **in_unit}
+            return _pure(ResidualBranch, in_channels, out_channels, **settings)
+
+        def shortcut(unit):
+            channels = unit.in_channels, unit.out_channels
+            return _pure(make_shortcut, *channels, stride=unit.stride, **in_unit)
+
+        channels = architecture.channels
+        image_channels = architecture.image_shape[2]
+        if architecture.stem == "pad":
+            self._stem = _pure(PadStem, image_channels, channels[0])
+        else:
+            self._stem = _pure(Stem, image_channels, channels[0], kind=architecture.stem, **common)
+        # One branch per stream: f, or f and g. Only f changes resolution and width.
+        self._branches = {
+            name: (branch(*unit), branch(unit.out_channels, unit.out_channels, 1, True))[
+                : architecture.num_streams
+            ]
+            for name, unit, _ in self.groups
+            if unit
+        }
+        self._shortcuts = {
+            name: (shortcut(unit),) * architecture.num_streams
+            for name, unit, _ in self.groups
+            if unit and not unit.keeps_shape
+        }
+        self._head = _pure(Head, channels[-1], architecture.num_classes, **common)
+
+    @property
+    def invertible(self) -> bool:
+        """Whether its chains can be reversed."""
+        return self.architecture.num_streams > 1
+
+    @property
+    def most_stored_layers(self) -> int:
+        """The largest valid `stored_layers`: the layers of chains that do not store all anyway."""
+        return sum(s.layers for s in self.strategies.values() if s.backprop != "store")
+
+    @property
+    def stacked(self) -> list[str]:
+        """The groups whose variables have a leading axis of one per layer."""
+        return [group.name for group in self.groups if group.unit and not group.is_transition]
+
+    def init(self, key: jax.Array) -> Variables:
+        """Initialises the variables; those of a chain have a leading axis of one per layer."""
+        params, stats = {}, {}
+
+        def add(name, init, key):
+            params[name], stats[name] = init(key)
+
+        stem_key, head_key, *group_keys = jax.random.split(key, 2 + len(self.groups))
+        add("stem", self._stem.init, stem_key)
+        for (name, unit, depth), group_key in zip(self.groups, group_keys, strict=True):
+            if unit is None:
+                continue
+            modules = self._branches[name] + self._shortcuts.get(name, ())
+
+            def init_unit(key, modules=modules):
+                keys = jax.random.split(key, len(modules))
+                pairs = [module.init(k) for module, k in zip(modules, keys, strict=True)]
+                return tuple(zip(*pairs, strict=True))
+
+            if unit.keeps_shape:
+                add(name, jax.vmap(init_unit), jax.random.split(group_key, depth))
+            else:
+                add(name, init_unit, group_key)
+        add("head", self._head.init, head_key)
+        return Variables(narrowed(params, self.param_dtype), stats)
+
+    def probes(self) -> dict[str, Exactness] | None:
+        """A probe for every chain that is rebuilt and checked, by name; None if there is none."""
+        rebuilt = [name for name, strategy in self.strategies.items() if strategy.rebuilds]
+        if not rebuilt or not self.check_exactness:
+            return None
+        return {name: Exactness.probe() for name in rebuilt}
+
+    def apply(
+        self,
+        variables: Variables,
+        image_BHWC: jax.Array,
+        *,
+        train: bool,
+        key: jax.Array | None = None,
+        probes: dict[str, Exactness] | None = None,
+        lockstep: Lockstep | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """(logits [B, num_classes] float32, running averages after this batch).
+
+        train: normalise by the batch's statistics and update the running averages (exactly once,
+          under every strategy); otherwise normalise by the running averages.
+        key: unused; other models draw random numbers.
+        probes: as returned by `probes()`; their cotangents are the exactness check.
+        lockstep: updates the chains' parameters inside the backward sweep. The cotangents of those
+          parameters are then their new values, because a backward pass can return nothing else.
+        """
+        x_BHWC, new_stats = self.features(
+            variables, image_BHWC, train=train, probes=probes, lockstep=lockstep
+        )
+        with jax.named_scope("head"):
+            # The head computes in the dtype of the features, so its weights are gathered in it.
+            head = gather(RULES, "head", variables.params["head"], x_BHWC.dtype)
+            logits_BV, new_stats["head"] = self._head.apply(
+                head, variables.stats["head"], x_BHWC, train=train
+            )
+        return logits_BV, new_stats
+
+    def features(
+        self,
+        variables: Variables,
+        image_BHWC: jax.Array,
+        *,
+        train: bool,
+        probes: dict[str, Exactness] | None = None,
+        lockstep: Lockstep | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """(concatenated streams [B, H', W', channels[-1]], running averages after this batch)."""
+        params, stats = variables
+        new_stats = {}
+        with jax.named_scope("stem"):
+            stem = self._gather("stem", params["stem"])
+            x_BHWC, new_stats["stem"] = self._stem.apply(
+                stem, stats["stem"], image_BHWC, train=train
+            )
+        x = on_batch(tuple(jnp.split(x_BHWC, self.architecture.num_streams, axis=-1)))
+        for name, _, _ in self.groups:
+            if name in self.chains:
+                chain, strategy = self.chains[name], self.strategies[name]
+                x, auxes = sequence(
+                    self._sections(chain, variables, train, lockstep),
+                    x,
+                    backprop=strategy.backprop,
+                    stored_layers=strategy.stored_layers,
+                    unroll=self._unroll,
+                    update=lockstep and lockstep.update,
+                    probe=probes and probes.get(name),
+                )
+                new_stats |= {
+                    group.name: aux_L
+                    for group, aux_L in zip(chain, auxes, strict=True)
+                    if group.unit
+                }
+            elif name in self._shortcuts:
+                x, new_stats[name] = self._transition(name, params[name], stats[name], x, train)
+                x = on_batch(x)
+        return jnp.concatenate(x, axis=-1), new_stats
+
+    def inverse(self, variables: Variables, x_BHWC: jax.Array, *, train: bool) -> jax.Array:
+        """Computes the image from its features: bit for bit, as it was after snapping to the grid.
+
+        Cost: one evaluation of each branch; memory independent of depth. Raises ValueError unless
+        the network is an i-RevNet with stem "pad": others are not invertible.
+        """
+        architecture = self.architecture
+        if architecture.family != "irevnet" or architecture.stem != "pad":
+            raise ValueError(
+                f"got family={architecture.family!r} and stem={architecture.stem!r}, expected "
+                "'irevnet' and 'pad': any other has no inverse down to the image"
+            )
+        (chain,) = self.chains.values()
+        y = tuple(jnp.split(x_BHWC, architecture.num_streams, axis=-1))
+        x = sequence_inverse(self._sections(chain, variables, train), y)
+        return jnp.concatenate(x, axis=-1)[..., : architecture.image_shape[2]]
+
+    def _gather(self, group, params):
+        return gather(RULES, group, params, self.compute_dtype)
+
+    def _sections(self, chain, variables, train, lockstep=None):
+        def section(group):
+            if group.unit is None:
+                return Section(squeeze(), length=1)
+            return Section(
+                self._layer(group.name, train),
+                variables.params[group.name],
+                variables.stats[group.name],
+                state_L=lockstep and lockstep.states[group.name],
+            )
+
+        return [section(group) for group in chain]
+
+    def _layer(self, name: str, train: bool) -> Layer:
+        """The layer of a chain.
+
+        Running averages enter as per-layer data, and the new ones leave as auxiliary outputs.
+        """
+
+        def branch(module, i):
+            def run(params, x_BHWC, context):
+                params = self._gather(f"{name}/{i}", params)
+                x_BHWC = on_batch(x_BHWC)
+                u_BHWC, stats = module.apply(params, context.data[i], x_BHWC, train=train)
+                return on_batch(u_BHWC), stats
+
+            return run
+
+        branches = [branch(module, i) for i, module in enumerate(self._branches[name])]
+        if len(branches) == 2:
+            return reversible_block(*branches, has_aux=True, grid=self.grid)
+        (f,) = branches
+
+        def residual(params, x, context):
+            u_BHWC, stats = f(params[0], x[0], context)
+            return (x[0] + u_BHWC.astype(x[0].dtype),), (stats,)
+
+        return PlainLayer(residual)
+
+    @jax.named_scope("transition")
+    def _transition(self, name, params, stats, x, train):
+        """Applies a unit that changes width or resolution.
+
+        It is not invertible, so its input is kept for the gradient.
+        """
+        branches, shortcuts = self._branches[name], self._shortcuts[name]
+
+        def run(params, stats, x):
+            params = self._gather(name, params)
+            n = len(branches)
+            y, new_stats = [], list(stats)
+            for i in range(n):
+                shortcut, new_stats[n + i] = shortcuts[i].apply(params[n + i], stats[n + i], x[i])
+                # With one stream f reads x1; with two, f reads x2 and g reads y1.
+                read = x[-1] if i == 0 else y[0]
+                u, new_stats[i] = branches[i].apply(params[i], stats[i], read, train=train)
+                y.append(shortcut.astype(x[i].dtype) + u.astype(x[i].dtype))
+            return tuple(y), tuple(new_stats)
+
+        run = run if self.strategies[name].stores else jax.checkpoint(run)
+        return run(params, stats, x)
+
+
+def _pure(make: Any, *args: Any, **kwargs: Any) -> PureModule:
+    return PureModule(lambda rngs: make(*args, rngs=rngs, **kwargs))

@@ -1,0 +1,58 @@
+"""The strategy of each chain and transition of an image network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from revnet_jax.core import STRATEGIES, Backprop
+from revnet_jax.models.convolutional.architecture import Architecture, Group, chains
+from revnet_jax.models.model import Strategy
+
+
+def assign_strategies(
+    architecture: Architecture,
+    groups: Sequence[Group],
+    backprop: Backprop | Sequence[Backprop],
+    stored_layers: int,
+) -> dict[str, Strategy]:
+    """The strategy of each chain and each transition, by name.
+
+    backprop: one for all chains, or a sequence with one per chain.
+    stored_layers: in all chains together, counted from the last; chains that store anyway are not
+      counted.
+
+    A transition stores if all layers of the chain after it store; otherwise it is remat.
+
+    Raises ValueError for an unknown strategy, a wrong number of strategies, more stored layers than
+    there are, or `reverse` for a network without an inverse.
+    """
+    depths = {name: sum(g.depth for g in chain) for name, chain in chains(groups).items()}
+    wanted = [backprop] * max(1, len(depths)) if isinstance(backprop, str) else list(backprop)
+    if len(wanted) != max(1, len(depths)) or not set(wanted) <= set(STRATEGIES):
+        raise ValueError(
+            f"got backprop={backprop!r}, expected one of {', '.join(STRATEGIES)}, or one for each "
+            f"of {len(depths)} chains"
+        )
+    if "reverse" in wanted and architecture.num_streams == 1:
+        raise ValueError(
+            "got backprop='reverse' for a resnet, expected 'store' or 'remat': its units have no "
+            "inverse. Take family='revnet' to store nothing"
+        )
+    free = sum(n for n, name in zip(depths.values(), wanted, strict=False) if name != "store")
+    if not 0 <= stored_layers <= free:
+        raise ValueError(
+            f"got stored_layers={stored_layers}, expected 0 to {free}: so many layers are in "
+            "chains that do not store anyway"
+        )
+    found: dict[str, Strategy] = {}
+    transition = Strategy("store" if wanted[-1] == "store" else "remat", 0, 0)
+    for group in reversed(groups):
+        if group.is_transition:
+            found[group.name] = transition
+        elif group.name in depths:
+            name, depth = wanted.pop(), depths[group.name]
+            stored = 0 if name == "store" else min(stored_layers, depth)
+            stored_layers -= stored
+            found[group.name] = Strategy(name, stored, depth)
+            transition = Strategy("store" if found[group.name].stores else "remat", 0, 0)
+    return dict(reversed(found.items()))

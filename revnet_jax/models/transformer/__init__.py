@@ -1,0 +1,1 @@
+"""Transformers: the decoder of language models, and vision transformers."""

@@ -1,0 +1,254 @@
+"""The branches of a decoder: causal attention and feed-forward networks, as nnx modules.
+
+Dims: B batch, T tokens, S tokens of a cache, D stream width, N heads, G key-value heads, K head
+size, F hidden width, E experts, R experts per token (in `Attention`: query heads per key-value
+head), M all tokens in a row. Streams are float32; branches normalise their input and compute in
+`dtype` (mixed precision).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from revnet_jax.models.dtypes import at_least_float32
+from revnet_jax.models.partition import BATCH, by_device, by_heads
+from revnet_jax.models.transformer.attention import (
+    Kernel,
+    attend,
+    causal_mask,
+    rotate,
+    scores_times_values,
+)
+
+# Sharding of a layer's weights: heads and hidden units over "tensor", the other axis over "fsdp".
+LAYER_RULES = (
+    (r"qkv/kernel$", ("fsdp", "tensor")),
+    (r"up/kernel$", ("fsdp", None, "tensor")),
+    (r"(out|down)/kernel$", ("tensor", "fsdp")),
+    (r"up_kernel$", (None, "fsdp", None, "tensor")),
+    (r"down_kernel$", (None, "tensor", "fsdp")),
+)
+
+
+class Linear(nnx.Module):
+    """x @ kernel, computed in `dtype`; initialised from a normal of standard deviation `std`.
+
+    outputs: the last dimension of the output, or its last dimensions.
+    """
+
+    def __init__(self, inputs: int, *outputs: int, std: float, dtype, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (inputs, *outputs)))
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jnp.tensordot(x.astype(self.dtype), self.kernel[...].astype(self.dtype), 1)
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + 1e-6) * scale (Zhang & Sennrich 2019, arXiv:1910.07467).
+
+    Computed in float32 at least.
+    """
+
+    def __init__(self, width: int):
+        self.scale = nnx.Param(jnp.ones(width))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(at_least_float32(x.dtype))
+        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        scale = jnp.expand_dims(self.scale[...], tuple(range(x.ndim - 1)))
+        return x * lax.rsqrt(mean_square + 1e-6) * scale
+
+
+class Cache(NamedTuple):
+    """The KV cache: keys and values of the tokens so far, [B, S, G, K]; zeros for later tokens.
+
+    document_B: the position at which the document of the next token starts. Only in the cache of a
+      whole model, and only if documents are kept separate; otherwise None.
+    """
+
+    k_BSGK: jax.Array
+    v_BSGK: jax.Array
+    document_B: jax.Array | None = None
+
+
+class Positions(NamedTuple):
+    """The positions of tokens, computed once because every layer reads the same.
+
+    first: the position of the first token in its sequence.
+    angles: the rotary angles of all tokens, see `rotary_angles`. Split over the mesh with the
+      tokens.
+    document_BT: the position at which each token's document starts; attention reads no token
+      before it. None if tokens read across documents. Not split along the sequence.
+    """
+
+    first: jax.Array
+    angles: tuple[jax.Array, jax.Array]
+    document_BT: jax.Array | None = None
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with rotary positions and grouped-query heads, without biases.
+
+    Ainslie et al. 2023 (arXiv:2305.13245). kernel, window: see `attend`.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        out_std: float,
+        kernel: Kernel,
+        window: int,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.heads, self.kv_heads, self.head_size = heads, kv_heads, width // heads
+        self.kernel, self.window = kernel, window
+        self.norm = RMSNorm(width)
+        inner = (heads + 2 * kv_heads) * self.head_size
+        self.qkv = Linear(width, inner, std=width**-0.5, dtype=dtype, rngs=rngs)
+        self.out = Linear(width, width, std=out_std, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x_BTD: jax.Array, positions: Positions, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        """(u_BTD, the KV cache with these tokens added).
+
+        Without a cache, tokens read one another only; with a cache, also all tokens in it.
+        """
+        B, T, D = x_BTD.shape
+        G, R, K = self.kv_heads, self.heads // self.kv_heads, self.head_size
+        # Each key-value head lies next to the query heads that read it, so that sharding over
+        # "tensor" gives every device whole groups.
+        qkv = self.qkv(self.norm(x_BTD)).reshape(B, T, G, R + 2, K)
+        # Split rather than indexed: the derivative of indexing pads each part and adds them.
+        q, k, v = jnp.split(qkv, (R, R + 1), axis=3)
+        q_BTNK, k_BTGK, v_BTGK = q.reshape(B, T, G * R, K), k[..., 0, :], v[..., 0, :]
+        q_BTNK, k_BTGK = (rotate(x, positions.angles) for x in (q_BTNK, k_BTGK))
+        if cache is None:
+            attend_causally = functools.partial(
+                attend,
+                causal=True,
+                kernel=self.kernel,
+                window=self.window,
+                segment_BT=positions.document_BT,
+            )
+            mixed = by_heads(attend_causally, q_BTNK, k_BTGK, v_BTGK)
+        else:
+            write = lambda old, new: lax.dynamic_update_slice_in_dim(
+                old, new.astype(old.dtype), positions.first, axis=1
+            )
+            cache = Cache(write(cache.k_BSGK, k_BTGK), write(cache.v_BSGK, v_BTGK))
+            position_T = positions.first + jnp.arange(T)
+            places = position_T[:, None], jnp.arange(cache.k_BSGK.shape[1])[None]
+            sees = causal_mask(*places, self.window)
+            if positions.document_BT is not None:
+                sees = sees[None] & (places[1][None] >= positions.document_BT[..., None])
+            mixed = scores_times_values(q_BTNK, cache.k_BSGK, cache.v_BSGK, sees)
+        return self.out(mixed.reshape(B, T, D)), cache
+
+
+class FeedForward(nnx.Module):
+    """SwiGLU: (silu(x A) * x B) C (Shazeer 2020, arXiv:2002.05202).
+
+    chunks: number of parts of the tokens, computed one after the other and recomputed in the
+      backward pass, so that the hidden activations of all tokens never exist together. If it does
+      not divide the number of tokens (as in a prompt), all are computed at once.
+    """
+
+    def __init__(
+        self, *, width: int, hidden: int, chunks: int, out_std: float, dtype, rngs: nnx.Rngs
+    ):
+        self.norm, self.chunks = RMSNorm(width), chunks
+        self.up = Linear(width, 2, hidden, std=width**-0.5, dtype=dtype, rngs=rngs)
+        self.down = Linear(hidden, width, std=out_std, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        B, T, D = x_BTD.shape
+        if self.chunks == 1 or T % self.chunks:
+            return self._apply(x_BTD)
+        parts = jnp.swapaxes(x_BTD.reshape(B, self.chunks, T // self.chunks, D), 0, 1)
+        u = lax.map(jax.checkpoint(self._apply), parts)
+        return jnp.swapaxes(u, 0, 1).reshape(B, T, D)
+
+    def _apply(self, x_BTD):
+        gate, value = jnp.unstack(self.up(self.norm(x_BTD)), axis=-2)
+        return self.down(jax.nn.silu(gate) * value)
+
+
+class Experts(nnx.Module):
+    """Mixture of SwiGLU experts: each token goes to the R experts of highest router probability.
+
+    Routing and the load-balancing loss follow Fedus et al. 2021 (arXiv:2101.03961, eq. 4), with
+    top-R of E experts; for R > 1 the chosen probabilities are normalised to sum to 1. Experts have
+    no capacity limit, so no token is dropped. Cost: on TPUs that of R feed-forward networks per
+    token; on platforms where JAX has no kernel for `ragged_dot`, that of E. Every device sorts its
+    own tokens.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        hidden: int,
+        experts: int,
+        experts_per_token: int,
+        out_std: float,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.experts_per_token, self.dtype = experts_per_token, dtype
+        self.norm = RMSNorm(width)
+        normal = lambda std, *shape: nnx.Param(std * jax.random.normal(rngs.params(), shape))
+        wide = at_least_float32(dtype)
+        self.router = Linear(width, experts, std=width**-0.5, dtype=wide, rngs=rngs)
+        self.up_kernel = normal(width**-0.5, experts, width, 2, hidden)
+        self.down_kernel = normal(out_std, experts, hidden, width)
+
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(u_BTD, load-balancing loss, expert_BTR); the loss is 1 if experts get equal shares."""
+        x_BTD = self.norm(x_BTD)
+        probability_BTE = jax.nn.softmax(self.router(x_BTD))
+        weight_BTR, expert_BTR = lax.top_k(probability_BTE, self.experts_per_token)
+        # With one expert the normalised weight would be constant 1, and the router would get no
+        # gradient.
+        if self.experts_per_token > 1:
+            weight_BTR = weight_BTR / jnp.sum(weight_BTR, axis=-1, keepdims=True)
+        E = probability_BTE.shape[-1]
+        share_E = jnp.mean(jax.nn.one_hot(expert_BTR, E), axis=(0, 1, 2))
+        balance = E * jnp.sum(share_E * jnp.mean(probability_BTE, axis=(0, 1)))
+
+        up, down = (kernel[...].astype(self.dtype) for kernel in (self.up_kernel, self.down_kernel))
+        hidden = (None, None, None, "tensor"), (None, "tensor")
+        tokens = (BATCH, "sequence")
+        dispatch = by_device(_dispatch, (tokens,) * 3 + hidden, ("tensor", *tokens))
+        # Sums over the "tensor" devices: each has computed a part of the hidden units.
+        u_BTD = jnp.sum(dispatch(x_BTD, weight_BTR, expert_BTR, up, down), axis=0)
+        return u_BTD, balance, expert_BTR
+
+
+def _dispatch(x_BTD, weight_BTR, expert_BTR, up_ED2F, down_EFD):
+    """The weighted sum of the experts' outputs for each token, [1, B, T, D]."""
+    B, T, D = x_BTD.shape
+    E, R = len(up_ED2F), expert_BTR.shape[-1]
+    up_EDF = up_ED2F.reshape(E, D, -1)
+    expert_M = expert_BTR.reshape(-1)
+    # Tokens are sorted by expert, and sorted back by a gather: a scatter-add might sum in another
+    # order each time, and the rewind needs the same bits.
+    order_M = jnp.argsort(expert_M, stable=True)
+    sizes_E = jnp.bincount(expert_M, length=E)
+    rows = x_BTD.astype(up_EDF.dtype).reshape(B * T, D)[order_M // R]
+    gate, value = jnp.split(lax.ragged_dot(rows, up_EDF, sizes_E), 2, axis=-1)
+    outputs = lax.ragged_dot(jax.nn.silu(gate) * value, down_EFD, sizes_E)
+    u_BTRD = outputs[jnp.argsort(order_M)].reshape(B, T, R, D)
+    u_BTD = jnp.sum(u_BTRD * weight_BTR[..., None].astype(u_BTRD.dtype), axis=2)
+    return u_BTD[None]

@@ -1,0 +1,358 @@
+"""A reversible language model, and an irreversible one with the same parameters.
+
+Branch f is causal attention, branch g a feed-forward network. The sum of the streams, normalised,
+goes to the head, which predicts tokens (see `Transformer`).
+
+Dims: B batch, T tokens, D stream width, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from revnet_jax.core import Backprop, Exactness, Grid
+from revnet_jax.models.bridge import PureModule
+from revnet_jax.models.dtypes import at_least_float32, narrowed
+from revnet_jax.models.model import Lockstep, Variables
+from revnet_jax.models.partition import by_batch, gather, on_batch, on_sequence, whole_sequences
+from revnet_jax.models.transformer.attention import Kernel, rotary_angles
+from revnet_jax.models.transformer.base import Transformer, check_positive, drop, init_layers_of
+from revnet_jax.models.transformer.decoder import (
+    LAYER_RULES,
+    Attention,
+    Cache,
+    Experts,
+    FeedForward,
+    Positions,
+    RMSNorm,
+)
+from revnet_jax.models.transformer.linear_cross_entropy import linear_cross_entropy
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The architecture of a decoder.
+
+    kv_heads: key-value heads; divides `heads` (grouped-query attention).
+    hidden: width inside the feed-forward network.
+    reversible: two streams; otherwise the irreversible model with one stream.
+    tied: use the embedding as the output kernel too.
+    dropout: rate, applied to the outputs of branches and to the embedding.
+    experts: number of expert feed-forward networks per layer (mixture of experts). Each token goes
+      to `experts_per_token` of them; 0 for one dense network.
+    window: sliding-window attention: how many tokens a token reads in each layer, the last of them
+      itself; 0 for all earlier tokens.
+    end_token: the id of the token that ends each document, and belongs to it. If given, attention
+      does not cross from one document to another; None to let tokens read across documents. The
+      position of a document in its sequence does not matter, because rotary positions are relative.
+    """
+
+    vocab_size: int
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    hidden: int
+    reversible: bool = True
+    tied: bool = False
+    dropout: float = 0.0
+    experts: int = 0
+    experts_per_token: int = 2
+    rotary_base: float = 10_000.0
+    window: int = 0
+    end_token: int | None = None
+
+    def __post_init__(self):
+        check_positive(self, ("vocab_size", "layers", "width", "heads", "kv_heads", "hidden"))
+        if self.width % (2 * self.heads):
+            raise ValueError(
+                f"got width={self.width} and heads={self.heads}, expected a width that heads of an "
+                f"even size make up: a multiple of {2 * self.heads}"
+            )
+        if self.rotary_base <= 0:
+            raise ValueError(f"got rotary_base={self.rotary_base}, expected more than 0")
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"got kv_heads={self.kv_heads}, expected a divisor of heads={self.heads}"
+            )
+        if self.window < 0:
+            raise ValueError(f"got window={self.window}, expected 0 (none) or a number of tokens")
+        if self.end_token is not None and not 0 <= self.end_token < self.vocab_size:
+            raise ValueError(
+                f"got end_token={self.end_token}, expected the id of the token that ends "
+                f"documents, 0 to {self.vocab_size - 1}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"got dropout={self.dropout}, expected a share in [0, 1)")
+        if self.experts < 0:
+            raise ValueError(f"got experts={self.experts}, expected 0 (none) or more")
+        if self.experts and not 1 <= self.experts_per_token <= self.experts:
+            raise ValueError(
+                f"got experts_per_token={self.experts_per_token}, expected 1 to {self.experts}"
+            )
+
+
+class LanguageModel(Transformer):
+    """A decoder as pure functions: `init(key)`, `loss(variables, ...)`, `extend(...)` to generate.
+
+    backprop to check_exactness: see `ChainModel`.
+    attention: the kernel, see `attend`.
+    feed_forward_chunks: see `FeedForward`.
+    loss_chunk: number of tokens per device whose logits exist at a time.
+    """
+
+    # The vocabulary is sharded over "tensor", so each device computes the logits of its own part.
+    rules = ((r"embed$", ("tensor", "fsdp")), (r"head/kernel$", ("fsdp", "tensor")), *LAYER_RULES)
+
+    def __init__(
+        self,
+        architecture: Decoder,
+        *,
+        backprop: Backprop = "reverse",
+        stored_layers: int = 0,
+        unroll: int = 1,
+        compute_dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        grid: Grid | None = Grid(),
+        check_exactness: bool = True,
+        attention: Kernel = "chunked",
+        feed_forward_chunks: int = 1,
+        loss_chunk: int = 2048,
+    ):
+        super().__init__(
+            layers=architecture.layers,
+            reversible=architecture.reversible,
+            backprop=backprop,
+            stored_layers=stored_layers,
+            unroll=unroll,
+            compute_dtype=compute_dtype,
+            param_dtype=param_dtype,
+            grid=grid,
+            check_exactness=check_exactness,
+        )
+        if min(feed_forward_chunks, loss_chunk) < 1:
+            raise ValueError(
+                f"got feed_forward_chunks={feed_forward_chunks}, loss_chunk={loss_chunk}, expected "
+                "1 or more"
+            )
+        if architecture.experts and feed_forward_chunks > 1:
+            raise ValueError(
+                f"got feed_forward_chunks={feed_forward_chunks} and experts, expected 1: all "
+                "tokens are routed together"
+            )
+        self.architecture, self.loss_chunk = architecture, loss_chunk
+        self._in_chunks = feed_forward_chunks > 1
+        a = architecture
+        # The sum of the 2 L updates then has a standard deviation of about 1 in every element.
+        out_std = lambda inputs: (inputs * 2 * a.layers) ** -0.5
+        self._f = PureModule(
+            lambda rngs: Attention(
+                width=a.width,
+                heads=a.heads,
+                kv_heads=a.kv_heads,
+                out_std=out_std(a.width),
+                kernel=attention,
+                window=a.window,
+                dtype=compute_dtype,
+                rngs=rngs,
+            )
+        )
+        std = out_std(a.hidden)
+        common = {"width": a.width, "hidden": a.hidden, "out_std": std, "dtype": compute_dtype}
+        experts = {"experts": a.experts, "experts_per_token": a.experts_per_token}
+        common |= experts if a.experts else {"chunks": feed_forward_chunks}
+        feed_forward = Experts if a.experts else FeedForward
+        self._g = PureModule(lambda rngs: feed_forward(**common, rngs=rngs))
+        self._norm = PureModule(lambda rngs: RMSNorm(a.width))
+
+    def init(self, key: jax.Array) -> Variables:
+        """Initialises the variables."""
+        a = self.architecture
+        embed_key, head_key, layers_key = jax.random.split(key, 3)
+        # Small compared with the sum of the layers' updates: a std of 1 generalised less well than
+        # 0.1.
+        std = a.width**-0.5 if a.tied else 0.1
+        embedding_VD = std * jax.random.normal(embed_key, (a.vocab_size, a.width))
+        head = self._norm.init(head_key)[0]
+        if not a.tied:
+            head["kernel"] = a.width**-0.5 * jax.random.normal(head_key, (a.width, a.vocab_size))
+        layers = init_layers_of((self._f, self._g), layers_key, a.layers)
+        params = {"embed": embedding_VD, "layers": layers, "head": head}
+        return Variables(narrowed(params, self.param_dtype), {})
+
+    def features(
+        self,
+        variables: Variables,
+        token_BT: jax.Array,
+        *,
+        key: jax.Array | None = None,
+        probes: dict[str, Exactness] | None = None,
+        lockstep: Lockstep | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """(x_BTD, the input of the head; auxiliary outputs of the feed-forward networks).
+
+        key: for dropout; None for no dropout.
+        """
+        keys = None if key is None else jax.random.split(key, (self.architecture.layers + 1, 2))
+        x_BTD, (_, aux_L) = self._run(
+            self._layer(*self._branches()),
+            variables.params["layers"],
+            self._embed(variables, token_BT, None if keys is None else keys[-1, :1]),
+            shared=self._positions(0, token_BT)[0],
+            data_L=None if keys is None else (None, keys[:-1]),
+            probes=probes,
+            lockstep=lockstep,
+        )
+        return self._normalise(variables, x_BTD), aux_L
+
+    def loss(
+        self,
+        variables: Variables,
+        token_BT: jax.Array,
+        target_BT: jax.Array,
+        weight_BT: jax.Array | None = None,
+        **options: Any,
+    ) -> tuple[jax.Array, Any]:
+        """(the mean negative log-likelihood of the targets in nats, auxiliary outputs).
+
+        weight_BT: of each target in the mean; all equal by default.
+        options: of `features`.
+
+        The logits of all tokens never exist together (see `loss_chunk`).
+        """
+        x_BTD, aux_L = self.features(variables, token_BT, **options)
+        if weight_BT is None:
+            weight_BT = jnp.ones(target_BT.shape, x_BTD.dtype)
+        group, kernel = self._head_kernel(variables)
+        nll = by_batch(self._nll, self.rules, group, self.compute_dtype)
+        total = jnp.sum(nll(kernel, x_BTD, target_BT, weight_BT))
+        return total / jnp.sum(weight_BT), aux_L
+
+    @jax.named_scope("head")
+    def _nll(self, kernel, x_BTD, target_BT, weight_BT):
+        """[1, 1]: the weighted sum of losses over the tokens of this device."""
+        x_MD, target_M, weight_M = (
+            array.reshape(-1, *array.shape[2:]) for array in (x_BTD, target_BT, weight_BT)
+        )
+        kernel_DV = kernel.T if self.architecture.tied else kernel
+        options = {"compute_dtype": self.compute_dtype, "chunk": self.loss_chunk}
+        return linear_cross_entropy(kernel_DV, x_MD, target_M, weight_M, **options)[None, None]
+
+    def logits(self, variables: Variables, token_BT: jax.Array) -> jax.Array:
+        """The logits of all tokens at once, float32 [B, T, V]."""
+        x_BTD, _ = self.features(variables, token_BT)
+        return self._logits(self._head_kernel(variables)[1], x_BTD)
+
+    def empty_cache(self, batch_size: int, length: int) -> Cache:
+        """An empty KV cache for `extend`, of `length` tokens, stacked over layers."""
+        a = self.architecture
+        shape = (a.layers, batch_size, length, a.kv_heads, a.width // a.heads)
+        document_B = None if a.end_token is None else jnp.zeros(batch_size, jnp.int32)
+        return Cache(*(jnp.zeros(shape, self.compute_dtype) for _ in range(2)), document_B)
+
+    def extend(
+        self, variables: Variables, cache: Cache, token_BT: jax.Array, position: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        """(logits_BV of the token after the last one, the KV cache with these tokens added).
+
+        position: of the first of these tokens. Position plus number of tokens must not exceed the
+          length of the cache.
+
+        Documents are separate as in `features`: tokens after an end token read none before it.
+        """
+        x_BTD = self._embed(variables, token_BT, None)
+        positions, document_B = self._positions(position, token_BT, cache.document_B)
+        x_BTD, (cache, _) = self._run(
+            self._layer(*self._branches()),
+            variables.params["layers"],
+            x_BTD,
+            shared=positions,
+            data_L=(cache._replace(document_B=None), None),
+            probes=None,
+            lockstep=None,
+        )
+        x_BD = self._normalise(variables, x_BTD)[:, -1]
+        logits_BV = self._logits(self._head_kernel(variables)[1], x_BD)
+        return logits_BV, cache._replace(document_B=document_B)
+
+    def _positions(self, first, token_BT, document_B=None):
+        """(positions of the tokens, document_B of the token that comes after them).
+
+        document_B: the position at which the document of the first token starts; 0 by default.
+        """
+        a = self.architecture
+        first = jnp.asarray(first, jnp.int32)
+        angles = rotary_angles(
+            first + jnp.arange(token_BT.shape[1]),
+            a.width // a.heads,
+            base=a.rotary_base,
+            dtype=at_least_float32(self.compute_dtype),
+        )
+        if a.end_token is None:
+            return Positions(first, on_sequence(angles)), None
+        B, T = token_BT.shape
+        document_B1 = jnp.zeros((B, 1), jnp.int32) if document_B is None else document_B[:, None]
+        following_1T = first + 1 + jnp.arange(T, dtype=jnp.int32)[None]
+        ends_BT = whole_sequences(token_BT) == a.end_token
+        next_BT = lax.cummax(jnp.where(ends_BT, following_1T, document_B1), axis=1)
+        document_BT = whole_sequences(jnp.concatenate([document_B1, next_BT[:, :-1]], axis=1))
+        return Positions(first, on_sequence(angles), document_BT), next_BT[:, -1]
+
+    def _branches(self):
+        """The branches (f, g).
+
+        Their context holds the tokens' positions as `shared` and (KV cache, dropout keys) as
+        per-layer data.
+        """
+        rate = self.architecture.dropout
+
+        def f(params, x_BTD, context):
+            cache, keys = context.data or (None, None)
+            params = gather(self.rules, "layers/0", params, self.compute_dtype)
+            (u_BTD, cache), _ = self._f.apply(params, {}, on_batch(x_BTD), context.shared, cache)
+            return on_batch(drop(u_BTD, rate, keys, 0)), cache
+
+        def g(params, x_BTD, context):
+            _, keys = context.data or (None, None)
+            u_BTD = self._feed_forward(params, on_batch(x_BTD))
+            u_BTD, *aux = u_BTD if self.architecture.experts else (u_BTD,)
+            return on_batch(drop(u_BTD, rate, keys, 1)), tuple(aux)
+
+        return f, g
+
+    def _feed_forward(self, params, x_BTD):
+        apply = lambda params, x_BTD: self._g.apply(params, {}, x_BTD)[0]
+        if self._in_chunks:
+            return by_batch(apply, self.rules, "layers/1", self.compute_dtype)(params, x_BTD)
+        return apply(gather(self.rules, "layers/1", params, self.compute_dtype), x_BTD)
+
+    @jax.named_scope("stem")
+    def _embed(self, variables, token_BT, keys):
+        embed_VD = variables.params["embed"]
+        # Streams are wide, and so is the gradient, which sums over equal tokens.
+        wide = at_least_float32(embed_VD.dtype)
+        look_up = lambda embed_VD, token_BT: embed_VD.astype(wide)[token_BT]
+        x_BTD = by_batch(look_up, self.rules, "embed", embed_VD.dtype)(embed_VD, token_BT)
+        return drop(x_BTD, self.architecture.dropout, keys, 0)
+
+    @jax.named_scope("head")
+    def _normalise(self, variables, x_BTD):
+        norm = {"scale": variables.params["head"]["scale"]}
+        return self._norm.apply(norm, {}, x_BTD)[0]
+
+    def _head_kernel(self, variables):
+        """(its path, the kernel): [V, D] if tied, else [D, V]."""
+        if self.architecture.tied:
+            return "embed", variables.params["embed"]
+        return "head/kernel", variables.params["head"]["kernel"]
+
+    def _logits(self, kernel, x):
+        wide = x.dtype
+        x, kernel = x.astype(self.compute_dtype), kernel.astype(self.compute_dtype)
+        kernel_DV = kernel.T if self.architecture.tied else kernel
+        return jnp.matmul(x, kernel_DV, preferred_element_type=wide)

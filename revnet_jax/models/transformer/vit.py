@@ -1,0 +1,253 @@
+"""A reversible vision transformer, and an irreversible one with the same parameters.
+
+Dosovitskiy et al. 2020 (arXiv:2010.11929); reversible: Mangalam et al. 2022 (arXiv:2302.04869).
+Branch f is attention, branch g an MLP of two layers. The sum of the streams, normalised, goes to
+the head (see `Transformer`).
+
+Dims: B batch, H height, W width, C channels, T patches and class token, D stream width, V classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from revnet_jax.core import Backprop, Exactness, Grid
+from revnet_jax.models.bridge import PureModule
+from revnet_jax.models.dtypes import at_least_float32, narrowed
+from revnet_jax.models.model import Lockstep, Variables
+from revnet_jax.models.partition import gather, on_batch
+from revnet_jax.models.transformer.attention import Kernel, attend
+from revnet_jax.models.transformer.base import Transformer, check_positive, drop, init_layers_of
+
+# Sharding of the weights: heads and hidden units over "tensor", the other axis over "fsdp".
+RULES = (
+    (r"head/out/kernel$", ("fsdp", None)),
+    (r"embed/kernel$", (None, "fsdp")),
+    (r"(qkv|up)/kernel$", ("fsdp", "tensor")),
+    (r"(qkv|up)/bias$", ("tensor",)),
+    (r"(out|down)/kernel$", ("tensor", "fsdp")),
+)
+
+
+@dataclass(frozen=True)
+class VisionTransformer:
+    """The architecture of a vision transformer.
+
+    image_shape: (height, width, channels).
+    patch: side of a patch in pixels; divides height and width.
+    hidden: width inside the MLP.
+    pool: what the head reads: "token" for a class token, "mean" for the mean over patches.
+    reversible: two streams; otherwise the irreversible model with one stream.
+    dropout: rate, applied to the outputs of branches and to the embedding.
+    """
+
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    patch: int
+    layers: int
+    width: int
+    heads: int
+    hidden: int
+    pool: Literal["token", "mean"] = "token"
+    reversible: bool = True
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        check_positive(self, ("num_classes", "patch", "layers", "width", "heads", "hidden"))
+        if any(size % self.patch for size in self.image_shape[:2]):
+            raise ValueError(
+                f"got patch={self.patch} for images of {self.image_shape[:2]}, expected a divisor"
+            )
+        if self.width % self.heads:
+            raise ValueError(
+                f"got heads={self.heads}, expected a divisor of the width {self.width}"
+            )
+        if self.pool not in ("token", "mean"):
+            raise ValueError(f"got pool={self.pool!r}, expected one of token, mean")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"got dropout={self.dropout}, expected a share in [0, 1)")
+
+
+class RevViT(Transformer):
+    """An image classifier as pure functions: `init(key)` and `apply(variables, image, ...)`.
+
+    backprop to check_exactness: see `ChainModel`.
+    attention: the kernel, see `attend`.
+    """
+
+    rules = RULES
+
+    def __init__(
+        self,
+        architecture: VisionTransformer,
+        *,
+        backprop: Backprop = "reverse",
+        stored_layers: int = 0,
+        unroll: int = 1,
+        compute_dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        grid: Grid | None = Grid(),
+        check_exactness: bool = True,
+        attention: Kernel = "chunked",
+    ):
+        super().__init__(
+            layers=architecture.layers,
+            reversible=architecture.reversible,
+            backprop=backprop,
+            stored_layers=stored_layers,
+            unroll=unroll,
+            compute_dtype=compute_dtype,
+            param_dtype=param_dtype,
+            grid=grid,
+            check_exactness=check_exactness,
+        )
+        self.architecture = a = architecture
+        common = {"width": a.width, "dtype": compute_dtype}
+        pure = lambda make, **settings: PureModule(lambda rngs: make(**settings, rngs=rngs))
+        self._f = pure(SelfAttention, heads=a.heads, kernel=attention, **common)
+        self._g = pure(Mlp, hidden=a.hidden, **common)
+        self._stem = pure(Patches, architecture=a, dtype=compute_dtype)
+        self._head = pure(Head, num_classes=a.num_classes, **common)
+
+    def init(self, key: jax.Array) -> Variables:
+        """Initialises the variables; those of layers have a leading axis of one per layer."""
+        stem_key, head_key, layers_key = jax.random.split(key, 3)
+        params = {
+            "stem": self._stem.init(stem_key)[0],
+            "layers": init_layers_of((self._f, self._g), layers_key, self.architecture.layers),
+            "head": self._head.init(head_key)[0],
+        }
+        return Variables(narrowed(params, self.param_dtype), {})
+
+    def apply(
+        self,
+        variables: Variables,
+        image_BHWC: jax.Array,
+        *,
+        train: bool,
+        key: jax.Array | None = None,
+        probes: dict[str, Exactness] | None = None,
+        lockstep: Lockstep | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """(logits [B, num_classes] float32, an empty dictionary: there are no running averages).
+
+        train: whether to apply dropout.
+        key: for dropout; None for no dropout.
+        probes, lockstep: see `Network.apply`.
+        """
+        rate = self.architecture.dropout
+        keys = None
+        if train and rate and key is not None:
+            keys = jax.random.split(key, (self.architecture.layers + 1, 2))
+
+        def branch(module, i):
+            def apply(params, x_BTD, context):
+                params = gather(RULES, f"layers/{i}", params, self.compute_dtype)
+                u_BTD, _ = module.apply(params, {}, on_batch(x_BTD))
+                return on_batch(drop(u_BTD, rate, context.data, i)), ()
+
+            return apply
+
+        with jax.named_scope("stem"):
+            stem = gather(RULES, "stem", variables.params["stem"], self.compute_dtype)
+            x_BTD, _ = self._stem.apply(stem, {}, image_BHWC)
+        x_BTD, _ = self._run(
+            self._layer(branch(self._f, 0), branch(self._g, 1)),
+            variables.params["layers"],
+            drop(x_BTD, rate, None if keys is None else keys[-1], 0),
+            data_L=None if keys is None else keys[:-1],
+            probes=probes,
+            lockstep=lockstep,
+        )
+        by_token = self.architecture.pool == "token"
+        with jax.named_scope("head"):
+            head = gather(RULES, "head", variables.params["head"], self.compute_dtype)
+            x_BD = x_BTD[:, 0] if by_token else jnp.mean(x_BTD, axis=1)
+            return self._head.apply(head, {}, x_BD)[0], {}
+
+
+def _linear(inputs, outputs, *, dtype, rngs, kernel_init=None):
+    kernel_init = kernel_init or nnx.initializers.xavier_uniform()
+    return nnx.Linear(inputs, outputs, dtype=dtype, kernel_init=kernel_init, rngs=rngs)
+
+
+def _norm(width, dtype, rngs):
+    wide = at_least_float32(dtype)
+    return nnx.LayerNorm(width, epsilon=1e-6, dtype=wide, rngs=rngs)
+
+
+class Patches(nnx.Module):
+    """The embedding: a linear map of each patch, a class token in front, learned positions added.
+
+    There is a class token only if `pool` is "token".
+    """
+
+    def __init__(self, *, architecture: VisionTransformer, dtype, rngs: nnx.Rngs):
+        height, width, channels = architecture.image_shape
+        self.patch = patch = architecture.patch
+        self.embed = _linear(patch * patch * channels, architecture.width, dtype=dtype, rngs=rngs)
+        tokens = height // patch * (width // patch)
+        self.has_token = architecture.pool == "token"
+        if self.has_token:
+            tokens += 1
+            self.token = nnx.Param(jnp.zeros((1, 1, architecture.width)))
+        positions = jax.random.normal(rngs.params(), (1, tokens, architecture.width))
+        self.position = nnx.Param(0.02 * positions)
+
+    def __call__(self, image_BHWC: jax.Array) -> jax.Array:
+        """Embeds images: [B, T, D], in the dtype of the positions."""
+        B, H, W, C = image_BHWC.shape
+        p = self.patch
+        x = image_BHWC.reshape(B, H // p, p, W // p, p, C).transpose(0, 1, 3, 2, 4, 5)
+        x_BTD = self.embed(x.reshape(B, -1, p * p * C)).astype(self.position[...].dtype)
+        if self.has_token:
+            token = jnp.broadcast_to(self.token[...], (B, 1, x_BTD.shape[-1]))
+            x_BTD = jnp.concatenate([token, x_BTD], axis=1)
+        return x_BTD + self.position[...]
+
+
+class SelfAttention(nnx.Module):
+    """Layer normalisation, then self-attention of every token to all tokens."""
+
+    def __init__(self, *, width: int, heads: int, kernel: Kernel, dtype, rngs: nnx.Rngs):
+        self.heads, self.kernel = heads, kernel
+        self.norm = _norm(width, dtype, rngs)
+        self.qkv = _linear(width, 3 * width, dtype=dtype, rngs=rngs)
+        self.out = _linear(width, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        B, T, D = x_BTD.shape
+        # The q, k and v of a head lie next to each other, so that sharding over "tensor" gives
+        # every device whole heads.
+        qkv = self.qkv(self.norm(x_BTD)).reshape(B, T, self.heads, 3, D // self.heads)
+        mixed = attend(*jnp.unstack(qkv, axis=3), causal=False, kernel=self.kernel)
+        return self.out(mixed.reshape(B, T, D))
+
+
+class Mlp(nnx.Module):
+    """Layer normalisation, then two linear layers with a GELU between them."""
+
+    def __init__(self, *, width: int, hidden: int, dtype, rngs: nnx.Rngs):
+        self.norm = _norm(width, dtype, rngs)
+        self.up = _linear(width, hidden, dtype=dtype, rngs=rngs)
+        self.down = _linear(hidden, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        return self.down(jax.nn.gelu(self.up(self.norm(x_BTD))))
+
+
+class Head(nnx.Module):
+    """Layer normalisation, then a linear layer whose kernel is initialised with zeros."""
+
+    def __init__(self, *, width: int, num_classes: int, dtype, rngs: nnx.Rngs):
+        self.norm = _norm(width, dtype, rngs)
+        zeros = nnx.initializers.zeros
+        self.out = _linear(width, num_classes, dtype=dtype, rngs=rngs, kernel_init=zeros)
+
+    def __call__(self, x_BD: jax.Array) -> jax.Array:
+        return self.out(self.norm(x_BD)).astype(x_BD.dtype)

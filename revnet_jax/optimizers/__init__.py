@@ -1,0 +1,1 @@
+"""Optimizers and learning-rate schedules, low-precision states, updates in lockstep."""

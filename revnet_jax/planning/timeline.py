@@ -1,0 +1,168 @@
+"""Draws memory over a forward and a backward pass under each strategy, from compiled programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from revnet_jax.config import flatten
+from revnet_jax.core import STRATEGIES
+from revnet_jax.errors import UserError
+from revnet_jax.families import build_task, family_of
+from revnet_jax.models import Variables
+from revnet_jax.models.task import Task
+from revnet_jax.planning.variants import variants
+from revnet_jax.programs.buffers import assignment, compiled_for_gpu
+from revnet_jax.programs.liveness import liveness
+from revnet_jax.training.compiler import jit
+
+MIB = 2**20
+
+
+class Timeline(NamedTuple):
+    """Temporary memory under one strategy, in bytes at every executed instruction.
+
+    live_bytes: memory that holds values yet to be read.
+    allocated_bytes: the same, with arrays that loops write or read slice by slice counted whole, as
+      the compiler allocates them.
+    turn: the instruction at which the backward pass through the chains starts.
+    compiled_bytes: the compiler's own figure, `memory_analysis().temp_size_in_bytes`.
+    """
+
+    backprop: str
+    live_bytes: np.ndarray
+    allocated_bytes: np.ndarray
+    turn: int
+    compiled_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """The maximum of `live_bytes`."""
+        return int(max(self.live_bytes))
+
+
+def timeline(config: ConfigDict, backprop: str, device: jax.Device | None = None) -> Timeline:
+    """Compiles the gradient of the config's loss and follows its buffers; runs nothing.
+
+    The gradient is of one batch, without clipping or gradient accumulation (microbatches).
+
+    device: to compile for, which need not be present; by default the first local device.
+
+    Raises ConfigError for settings that cannot be used, ValueError for a compiler that does not
+    report its buffers, or if the compiled program has no loop over a chain.
+    """
+    device = device or jax.devices()[0]
+    config = config.copy_and_resolve_references()
+    config.model.backprop = backprop
+    task = build_task(config, platform=device.platform)
+    lowered = lowered_gradient(task, config.batch_size, device)
+    if device.platform == "gpu":
+        compiled, program = compiled_for_gpu(lowered)
+    else:
+        compiled = lowered.compile()
+        program = assignment(compiled)
+    memory: Any = compiled.memory_analysis()
+    return Timeline(backprop, *liveness(program), memory.temp_size_in_bytes)
+
+
+def timelines(
+    config: ConfigDict,
+    layers: int,
+    strategies: Sequence[str] = (),
+    device: jax.Device | None = None,
+) -> list[Timeline]:
+    """A timeline for each strategy, with `layers` layers in every chain.
+
+    strategies: by default those of store, remat and reverse that the network supports.
+    device: as in `timeline`.
+
+    Cost: one compilation each. Raises ConfigError for settings that cannot be used, UserError for
+    an unknown strategy.
+    """
+    config = with_layers(config, layers)
+    for name in strategies:
+        if name not in STRATEGIES:
+            raise UserError(f"got strategy {name!r}, expected some of {', '.join(STRATEGIES)}")
+    known = [name for name in variants(flatten(config)) if name in ("store", "remat", "reverse")]
+    return [timeline(config, name, device) for name in strategies or known]
+
+
+def with_layers(config: ConfigDict, layers: int) -> ConfigDict:
+    """The config with `layers` layers, three or more, in the chain of each of its stages."""
+    if layers < 3:
+        raise UserError(f"got {layers} layers, expected 3 or more: fewer may make no loop")
+    config = config.copy_and_resolve_references()
+    config.model.update({"backprop": "store", "stored_layers": "0"})
+    config.model.update(family_of(config).depth.equal(config, layers))
+    return config
+
+
+def lowered_gradient(task: Task, batch_size: int, device: jax.Device) -> jax.stages.Lowered:
+    """Lowers the gradient of the loss in all parameters, as a training step computes it."""
+    on_device = jax.sharding.SingleDeviceSharding(device)
+    shapes = lambda init, *args: jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_device),
+        jax.eval_shape(init, *args),
+    )
+
+    def loss_fn(params, probes, stats, batch, key):
+        return task.loss(Variables(params, stats), batch, key, probes=probes, lockstep=None)
+
+    key = shapes(lambda: jax.random.key(0))
+    variables = shapes(task.network.init, key)
+    gradient = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
+    # The CPU program never runs: compile it with little optimization of machine code.
+    on_cpu = device.platform == "cpu"
+    program = jit(gradient, quickly=True) if on_cpu else jax.jit(gradient)
+    probes = shapes(task.network.probes)
+    batch = shapes(lambda: task.batch_shapes(batch_size))
+    return program.lower(variables.params, probes, variables.stats, batch, key)
+
+
+def as_table(lines: Sequence[Timeline]) -> str:
+    """A Markdown table of each timeline's peak beside the compiler's figure."""
+    rows = [
+        "| backprop | peak drawn, MiB | compiler, MiB | drawn / compiler |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for line in lines:
+        peak, compiled = line.peak_bytes / MIB, line.compiled_bytes / MIB
+        rows.append(f"| {line.backprop} | {peak:,.2f} | {compiled:,.2f} | {peak / compiled:.3f} |")
+    return "\n".join(rows)
+
+
+def as_report(lines: Sequence[Timeline]) -> list[dict[str, Any]]:
+    """The figures of `as_table` for JSON, with the number of instructions."""
+    return [
+        {
+            "backprop": line.backprop,
+            "peak_bytes": line.peak_bytes,
+            "compiled_bytes": line.compiled_bytes,
+            "instructions": len(line.live_bytes),
+            "backward_starts_at": line.turn,
+        }
+        for line in lines
+    ]
+
+
+def draw(lines: Sequence[Timeline], title: str, figure_class: Any) -> Any:
+    """Plots a panel for each strategy, all with the same scale of bytes."""
+    figure = figure_class(figsize=(3.1 * len(lines), 3.2), layout="constrained")
+    axes = figure.subplots(1, len(lines), sharey=True, squeeze=False)[0]
+    for axis, line in zip(axes, lines, strict=True):
+        time = np.arange(len(line.live_bytes))
+        axis.fill_between(time, line.live_bytes / MIB, step="post", alpha=0.7, label="live")
+        axis.step(time, line.allocated_bytes / MIB, where="post", color="0.6", linewidth=0.6)
+        axis.axvline(line.turn, color="black", linewidth=0.8, linestyle=":")
+        axis.set(title=f"{line.backprop}: {line.peak_bytes / MIB:,.1f} MiB", xlabel="instruction")
+        axis.margins(x=0)
+        axis.set_ylim(bottom=0)
+    axes[0].set_ylabel("temporary memory, MiB")
+    figure.suptitle(
+        f"{title}\nblue: live; grey: as allocated; dotted: the backward pass starts", fontsize=9
+    )
+    return figure

@@ -1,0 +1,202 @@
+"""Compiles one training step and measures it, in a process of its own because compilers may crash.
+
+Reads a JSON request from stdin: {"config": settings by dotted key, "topology": name,
+"cache_dir": folder}. Writes one line of JSON to stdout: {"step": ...} with the fields of
+`CompiledStep`, or {"error": a line for the user}. For a request with {"configs": settings by name}
+in place of "config", it compiles nothing and writes {"refusals": ...}, the result of `refusals`.
+Lines on stderr that begin with "note: " are shown to the user.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from revnet_jax import devices as memory
+from revnet_jax.config import ConfigError
+from revnet_jax.devices import memory_bytes, out_of_memory, program_bytes
+from revnet_jax.errors import StorageError, UserError, writing
+from revnet_jax.planning import by_part, chips, gpus, units
+from revnet_jax.planning.chips import chip_of, fillable_bytes
+from revnet_jax.planning.topology import Topology, devices, parse_topology
+from revnet_jax.planning.variants import as_config
+from revnet_jax.programs import collectives, hlo, traffic
+from revnet_jax.programs.counts import arithmetic
+from revnet_jax.training import compiler
+from revnet_jax.training.program import StepProgram, recipe_on, step_program
+
+
+def main() -> None:
+    request = json.loads(sys.stdin.read())
+    try:
+        topology = parse_topology(request["topology"])
+        if "configs" in request:
+            print(json.dumps({"refusals": refusals(request["configs"], topology)}))
+            return
+        step = measure(as_config(request["config"]), topology, Path(request["cache_dir"]))
+        print(json.dumps({"step": step}))
+    except UserError as error:
+        print(json.dumps({"error": str(error)}))
+
+
+def refusals(configs: Mapping[str, Mapping[str, Any]], topology: Topology) -> dict[str, str]:
+    """The configs that cannot be trained on a topology, by name, each with the reason."""
+    found, targets = {}, devices(topology)
+    for name, settings in configs.items():
+        try:
+            _check_offload(config := as_config(settings), targets)
+            recipe_on(config, targets)
+        except UserError as error:
+            found[name] = str(error)
+    return found
+
+
+def measure(config: ConfigDict, topology: Topology, cache_dir: Path) -> dict[str, Any]:
+    """The fields of `CompiledStep`; the compiler's figures are read from the cache if there."""
+    targets = devices(topology)
+    _check_offload(config, targets)
+    program = step_program(config, targets)
+    traced = program.step.trace(program.state, program.batch)
+    lowered = traced.lower()
+    path = cache_dir / f"{_digest(lowered.as_text(), topology, targets)}.json"
+    cached = path.exists()
+    if cached:
+        compiled = path.read_text()
+    else:
+        compiled = json.dumps(_compile(lowered, targets[0], _slices(program)))
+        _keep(path, compiled)
+    return {
+        "num_devices": len(targets),
+        "device_kind": targets[0].device_kind,
+        "limit_bytes": int(config.memory_limit_gib * 2**30) or _limit_bytes(targets[0]),
+        "flops": arithmetic(traced.jaxpr, platform=targets[0].platform),
+        "cached": cached,
+        **_sizes(program, config),
+        **json.loads(compiled),
+    }
+
+
+def _keep(path: Path, compiled: str) -> None:
+    """Writes figures to the cache; on an error prints a note, since the figures are still valid."""
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(f".{os.getpid()}")
+            temporary.write_text(compiled)
+            temporary.replace(path)  # atomic, because another process may read it
+    except StorageError as error:
+        print(f"note: {error}", file=sys.stderr)
+
+
+def _check_offload(config, targets):
+    if targets[0].platform == "cpu" and "offload" in config.model.backprop:
+        raise ConfigError(
+            "config.model.backprop: got offload on a CPU, expected a device with memory of its own"
+        )
+
+
+def asked_bytes(message: str) -> int | None:
+    """The bytes that a program needs, from an out-of-memory error; None if it does not say."""
+    found = re.search(r"\(([\d.]+)([BKMGT])\) exceeds", message) or re.search(
+        r"Used ([\d.]+)([BKMGT]) of", message
+    )
+    return units.parse_size(found[1], found[2]) if found else None
+
+
+def _compile(lowered, device, slices):
+    started = time.monotonic()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        found = {"out_of_memory": True, "needed_bytes": asked_bytes(str(error))}
+        found |= {"argument_bytes": None, "traffic": None, "parts": None}
+    else:
+        stats, text = compiled.memory_analysis(), compiled.as_text()
+        chip = chip_of(device.device_kind) if device.platform == "gpu" else None
+        found = {
+            "out_of_memory": False,
+            "needed_bytes": program_bytes(stats, device.platform),
+            "argument_bytes": stats.argument_size_in_bytes,
+            "traffic": traffic.traffic(text, slices)._asdict(),
+            "parts": by_part.by_part(text, chip) if chip else None,
+        }
+    return {**found, "compile_seconds": time.monotonic() - started}
+
+
+def _slices(program: StepProgram) -> list[int]:
+    """The slice of each device (on GPUs its host), in the order of the mesh."""
+    devices = jax.tree.leaves(program.batch)[0].sharding.mesh.devices.flat
+    name = "process_index" if devices[0].platform == "gpu" else "slice_index"
+    return [getattr(device, name, None) or 0 for device in devices]
+
+
+def _digest(text: str, topology: Topology, targets: list[Any]) -> str:
+    """The cache key: a hash of all that the figures depend on.
+
+    These are the program, devices, compiler and its options, and the source of the modules that
+    read the compiled program.
+    """
+    versions = [jax.__version__, targets[0].client.platform_version, targets[0].device_kind]
+    options = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
+    planning = [sys.modules[__name__], by_part, chips, gpus, units]
+    modules = [*planning, hlo, collectives, traffic, memory, compiler]
+    readers = [Path(str(module.__file__)).read_text() for module in modules]
+    parts = [text, topology.name, str(len(targets)), *versions, *options, *readers]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _limit_bytes(device: jax.Device) -> int | None:
+    """Memory of a device that programs may use; None if unknown."""
+    if device in jax.devices():
+        return memory_bytes(device)
+    chip = chip_of(device.device_kind)
+    return fillable_bytes(chip) if chip else None
+
+
+def _sizes(program: StepProgram, config: ConfigDict) -> dict[str, int]:
+    """Bytes of one device's weights, gradients, optimizer state, and part of a batch."""
+    return {
+        "weights_bytes": tree_bytes(program.state.variables),
+        "gradient_bytes": _gradient_bytes(program, config),
+        "optimizer_bytes": tree_bytes(program.state.opt_state),
+        "batch_bytes": tree_bytes(program.batch),
+    }
+
+
+def _gradient_bytes(program: StepProgram, config: ConfigDict) -> int:
+    """Bytes of the gradients that exist at once on one device.
+
+    With lockstep, chains have the gradient of one layer only. Gradient accumulation has those of
+    the microbatch and their sum.
+    """
+    params, in_chains = program.state.variables.params, program.task.network.stacked
+    if config.optimizer.lockstep:
+        layer = lambda name: tree_bytes(params[name]) // jax.tree.leaves(params[name])[0].shape[0]
+        outside = tree_bytes([tree for name, tree in params.items() if name not in in_chains])
+        return outside + max(map(layer, in_chains), default=0)
+    return tree_bytes(params) * (2 if config.microbatches > 1 else 1)
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of one device's shards of all arrays in a tree, from their shapes and shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Reads compiled programs: bytes moved, collectives, operations, buffers, liveness."""

@@ -1,0 +1,353 @@
+"""Checkpoints with checksums: what is restored is what was saved, bit for bit.
+
+The only module that imports orbax, which writes asynchronously and commits by an atomic rename.
+This module adds a manifest with a checksum per array (otherwise a byte flipped on disk loads
+silently), a fallback to an older checkpoint, and a comparison of trees before anything is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging as std_logging
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+
+from revnet_jax.errors import file_system, writing
+from revnet_jax.runs import manifest
+from revnet_jax.runs.manifest import CheckpointError, Damaged, PyTree
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `directory` (local or `gs://`), one subdirectory per step.
+
+    Call every method from every process. Damaged checkpoints are moved, never deleted, to
+    `damaged_checkpoints` beside `directory`.
+
+    Args:
+      directory: created if missing, except with `read_only`.
+      best_metric: name of the metric that ranks checkpoints; None ranks none.
+      best_mode: whether the largest or the smallest value is best.
+      keep_newest, keep_best: how many to keep of each kind. A checkpoint whose metric is missing or
+        not finite is never among the best.
+      report: receives one line for every damaged checkpoint.
+      read_only: for evaluation beside a live run: nothing is cleaned up, moved or written.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        best_metric: str | None,
+        best_mode: Literal["max", "min"],
+        keep_newest: int = 2,
+        keep_best: int = 1,
+        report: Callable[[str], None] = logging.warning,
+        read_only: bool = False,
+    ):
+        if best_mode not in ("max", "min"):
+            raise ValueError(f"got best_mode={best_mode!r}, expected 'max' or 'min'")
+        if keep_newest < 1 or keep_best < 0:
+            raise ValueError(f"got {keep_newest=}, {keep_best=}, expected at least 1, 0")
+        # Orbax logs dozens of lines per save. Its failures come back as exceptions anyway.
+        logging.get_absl_logger().addFilter(_not_from_orbax)
+        std_logging.getLogger("asyncio").addFilter(_not_of_orbax)
+        if not isinstance(sys.unraisablehook, _WithoutAbandoned):
+            sys.unraisablehook = _WithoutAbandoned(sys.unraisablehook)
+        path = epath.Path(directory)
+        self.directory = path if "://" in str(path) else path.resolve()
+        self._best_metric, self._sign = best_metric, 1.0 if best_mode == "max" else -1.0
+        self._report, self._read_only = report, read_only
+        self._scores: dict[int, float] = {}
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_NewestAndBest(keep_newest, keep_best, self._scores),
+            cleanup_tmp_directories=not read_only,
+            create=not read_only,
+            async_options=ocp.AsyncOptions(barrier_sync_fn=_wait_for_others),
+        )
+        with self._explained():
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        for step in self._manager.all_steps():
+            with contextlib.suppress(Damaged):  # it has no score, and restore will report it
+                self._note_score(step, self._read_manifest(step)["metrics"])
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def latest_step(self) -> int | None:
+        """The newest step that is saved or being saved, damaged or not; None if there is none."""
+        return self._manager.latest_step()
+
+    def wait(self) -> None:
+        """Blocks until the save in progress is committed. Raises CheckpointError if it failed."""
+        with self._explained():
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for the save in progress and frees the threads. Raises what `wait` raises."""
+        self.wait()
+        self._manager.close()
+
+    def save(self, step: int, state: PyTree, metrics: Mapping[str, float] | None = None) -> bool:
+        """Starts an asynchronous save of `state`, and returns whether it did.
+
+        A step that is not later than the newest saved step is not saved again. If it is the newest
+        and was saved without metrics, they are added to its checkpoint.
+
+        The state's buffers may be donated or deleted as soon as this returns.
+
+        Cost: waits for the previous save, for one pass over the state on the devices, and for a
+        copy to the host. Files are written in the background.
+
+        Raises:
+          CheckpointError: the previous save failed, a leaf is not an array, or this is read-only.
+        """
+        if self._read_only:
+            raise CheckpointError(f"got save({step}) on {self.directory}, opened read-only")
+        newest = self.latest_step()
+        if newest is not None and step <= newest:
+            if step == newest and metrics:
+                self._add_metrics(step, metrics)
+            return False
+        self.wait()
+        leaves = manifest.by_path(state)
+        sealed = manifest.make(leaves, metrics or {})
+        self._note_score(step, sealed["metrics"])
+        arrays = ocp.args.PyTreeSave(manifest.storable(leaves))
+        args = ocp.args.Composite(state=arrays, manifest=ocp.args.JsonSave(sealed))
+        with self._explained():
+            return self._manager.save(step, args=args, force=True)
+
+    def evaluated(self, step: int) -> bool:
+        """Whether the checkpoint of this step has metrics."""
+        return bool(self._read_manifest(step)["metrics"])
+
+    def _add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.wait()
+        sealed = self._read_manifest(step)
+        if sealed["metrics"]:
+            return
+        sealed = manifest.with_metrics(sealed, metrics)
+        self._note_score(step, sealed["metrics"])
+        if jax.process_index() == 0:
+            path = self.directory / str(step) / "manifest" / "metadata"  # orbax's file name
+            partial = path.with_name("metadata.tmp")
+            with self._explained():
+                partial.write_text(json.dumps(sealed))
+                partial.replace(path)  # atomic: a reader finds the old or the new file
+
+    @contextlib.contextmanager
+    def _explained(self) -> Generator[None, None, None]:
+        try:
+            yield
+        except Exception as error:
+            raise CheckpointError(
+                f"saving to {self.directory} failed: {_reason(error)} "
+                f"({file_system(self.directory)}). Make room, or make it writable: the same "
+                "command resumes from the newest whole checkpoint"
+            ) from error
+
+    def restore(
+        self,
+        abstract_state: PyTree,
+        *,
+        which: Literal["newest", "best"] = "newest",
+        partial: bool = False,
+    ) -> tuple[int, PyTree] | None:
+        """Restores the newest (or best) undamaged checkpoint; returns `(step, state)` or None.
+
+        Leaves get the shardings of `abstract_state` (from `jax.eval_shape`, or a state of arrays).
+        A leaf without a sharding is uncommitted, on the default device. A damaged checkpoint is
+        reported and the next one in order is tried. Damaged ones are moved aside once an undamaged
+        one was found.
+
+        partial: the checkpoint may have parts of the state (named by the first key of a leaf's
+          path) that `abstract_state` lacks. They are not read.
+
+        Cost: one read of the checkpoint and one pass over the state on the devices.
+
+        Raises:
+          CheckpointError: the checkpoint holds another architecture, or all are damaged. Nothing is
+            moved in that case. Otherwise a second attempt would find an empty directory and train
+            from step 0.
+        """
+        if which not in ("newest", "best"):
+            raise ValueError(f"got which={which!r}, expected 'newest' or 'best'")
+        self.wait()
+        self._manager.reload()
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        damaged: dict[int, str] = {}
+        for step in steps if which == "newest" else self._best_first(steps):
+            try:
+                state = self._read_state(step, abstract_state, partial)
+            except Damaged as error:
+                damaged[step] = str(error)
+                continue
+            self._set_aside(damaged, step)
+            return step, state
+        if not damaged:
+            return None
+        whats_wrong = "; ".join(f"step {step}: {what}" for step, what in damaged.items())
+        raise CheckpointError(
+            f"all checkpoints in {self.directory} are damaged ({whats_wrong}); nothing was moved. "
+            "Bring the files back from a copy, or start from step 0 in another workdir."
+        )
+
+    def _best_first(self, newest_first: list[int]) -> list[int]:
+        ranks = dict.fromkeys(newest_first, math.inf)
+        for step in newest_first:
+            with contextlib.suppress(Damaged):  # it may have been the best, so it stays first
+                self._note_score(step, self._read_manifest(step)["metrics"])
+                ranks[step] = self._scores.get(step, -math.inf)
+        if set(ranks.values()) == {-math.inf}:
+            self._report(f"no checkpoint in {self.directory} has {self._best_metric}: newest used")
+        return sorted(newest_first, key=ranks.__getitem__, reverse=True)
+
+    def _note_score(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._best_metric is not None and self._best_metric in metrics:
+            self._scores[step] = self._sign * metrics[self._best_metric]
+
+    def _read(self, step: int, item: str, args: ocp.args.CheckpointArgs) -> Any:
+        as_json = isinstance(args, ocp.args.JsonRestore)
+        handler: Any = ocp.JsonCheckpointHandler() if as_json else ocp.PyTreeCheckpointHandler()
+        found, problem = None, ""
+        try:  # not by the manager, whose barrier would hang if one process fails to read
+            found = handler.restore(self.directory / str(step) / item, args=args)
+        except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+            raise  # these say nothing about the checkpoint, which may be good
+        except Exception as error:
+            problem = f"{item} unreadable ({_first_line(error)})"
+        if np.any(multihost_utils.process_allgather(np.asarray(problem != ""))):
+            raise Damaged(problem or f"{item} unreadable in another process")
+        return found
+
+    def _read_manifest(self, step: int) -> dict[str, Any]:
+        return manifest.check_seal(self._read(step, "manifest", ocp.args.JsonRestore()))
+
+    def _read_state(self, step: int, abstract_state: PyTree, partial: bool) -> PyTree:
+        records = self._read_manifest(step)["leaves"]
+        leaves = manifest.by_path(abstract_state)
+        wanted = {path: manifest.as_abstract(leaf) for path, leaf in leaves.items()}
+        parts = {_part(path) for path in wanted}
+        saved = {path: r for path, r in records.items() if _part(path) in parts or not partial}
+        manifest.check_same_tree(self.directory / str(step), saved, wanted)
+        specs = manifest.storable(wanted)
+        plain = ocp.RestoreArgs(restore_type=np.ndarray)
+        restore_args = {
+            path: ocp.ArrayRestoreArgs(sharding=spec.sharding) if spec.sharding else plain
+            for path, spec in specs.items()
+        }
+        arrays = self._read(
+            step, "state", ocp.args.PyTreeRestore(specs, restore_args, partial_restore=partial)
+        )
+        # jnp.array copies, because a buffer shared with numpy must not be donated.
+        arrays = {p: a if isinstance(a, jax.Array) else jnp.array(a) for p, a in arrays.items()}
+        manifest.check_arrays(arrays, records)
+        restored = manifest.from_storable(arrays, wanted, records)
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), restored)
+
+    def _set_aside(self, damaged: dict[int, str], used: int) -> None:
+        """Moves damaged checkpoints to another folder, so that their steps can be saved again."""
+        aside = self.directory.parent / "damaged_checkpoints"
+        fate = "left in place (read-only)" if self._read_only else f"moved to {aside}"
+        for step, what in damaged.items():
+            if not self._read_only:
+                self._scores.pop(step, None)
+                if jax.process_index() == 0:
+                    with writing(aside):
+                        _move(self.directory / str(step), aside)
+            self._report(f"checkpoint {step} is damaged: {what}; {fate}; step {used} used instead")
+        if damaged and not self._read_only:
+            multihost_utils.sync_global_devices("damaged checkpoints moved")
+            self._manager.reload()
+
+
+def _wait_for_others(*, key: str, timeout_ms: int) -> None:
+    """Orbax's barrier between processes, except that a process whose save failed does not wait.
+
+    Orbax calls this while the error of a failed write propagates, but the other processes never
+    reach the barrier. Waiting would hide the error until the timeout of 20 minutes.
+    """
+    if error := sys.exc_info()[1]:
+        raise error
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+
+class _NewestAndBest:
+    """Orbax preservation policy: the newest and the best-scored steps; everything else is deleted.
+
+    Orbax's own `BestN` keeps every step saved without metrics, sorts NaN anywhere, and reads scores
+    from a file; if that file is damaged, the whole directory cannot be opened.
+    """
+
+    def __init__(self, keep_newest: int, keep_best: int, scores: dict[int, float]):
+        self.keep_newest, self.keep_best, self.scores = keep_newest, keep_best, scores
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [info.step for info in checkpoints]  # oldest first
+        scored = sorted((s for s in steps if s in self.scores), key=lambda s: (self.scores[s], s))
+        kept = {*steps[-self.keep_newest :], *scored[max(0, len(scored) - self.keep_best) :]}
+        return [step in kept for step in steps]
+
+
+@dataclasses.dataclass
+class _WithoutAbandoned:
+    """An `unraisablehook` that drops errors of tasks orbax abandoned, and passes on all others.
+
+    Orbax reads and writes arrays concurrently. If several fail, it raises the first error and
+    closes the event loop. Python then prints a traceback for each of the others.
+    """
+
+    hook: Callable[[Any], Any]
+
+    def __call__(self, unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self.hook(unraisable)
+
+
+def _part(path: str) -> str:
+    return path.partition("/")[0]
+
+
+def _move(source: epath.Path, into: epath.Path) -> None:
+    """Moves a directory, with a suffix if its name is taken already."""
+    into.mkdir(parents=True, exist_ok=True)
+    target = into / source.name
+    while target.exists():
+        target = into / f"{target.name}_again"
+    source.rename(target)
+
+
+def _reason(error: Exception) -> str:
+    """The operating system's message, if tensorstore wrapped one; else the error's first line."""
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(found[1])) if found else _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:300]
+
+
+def _not_from_orbax(record: Any) -> bool:
+    return "/orbax/" not in record.pathname
+
+
+def _not_of_orbax(record: Any) -> bool:
+    """Drops asyncio's log lines on tasks orbax abandoned: they name its file or its database."""
+    return not any(name in record.getMessage() for name in ("/orbax/", "OCDBT database"))

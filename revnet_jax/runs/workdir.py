@@ -1,0 +1,240 @@
+"""The folder of a run: claiming it for a config, and reading and writing its files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from revnet_jax.config import ConfigError, flatten, references
+from revnet_jax.errors import UserError, writing
+from revnet_jax.families import CONVOLUTIONAL, FAMILIES
+from revnet_jax.runs import data_record, lock
+from revnet_jax.runs.provenance import git_commit, versions
+from revnet_jax.runs.resume import Change, changed_settings
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Locks `workdir`, created if missing, against other runs while the context is open."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--workdir {workdir} cannot be made: {error}") from error
+    with lock.locked(workdir / "lock"):
+        yield
+
+
+def claim(workdir: Path, config: ConfigDict, data: Mapping[str, Any]) -> dict[str, Change]:
+    """Claims `workdir` for a config: writes config.json, or checks that it holds the same run.
+
+    data: the record of the data, for config.json.
+
+    Returns the settings that changed, like `check_same`.
+
+    Raises ConfigError, and changes nothing, if the folder holds a run of another config.
+    """
+    path = workdir / "config.json"
+    checkpoints, metrics = workdir / "checkpoints", workdir / "metrics.jsonl"
+    if not path.exists() and (checkpoints.exists() or metrics.exists()):
+        raise ConfigError(
+            f"{workdir} holds a run but no config.json to compare with: bring it back, or "
+            f"choose another --workdir, where --config.init_from={workdir} starts from its weights"
+        )
+    # A run that failed before its first step, out of memory perhaps, may get any new config.
+    has_steps = checkpoints.exists() and any(checkpoints.iterdir())
+    if has_steps or (metrics.exists() and metrics.stat().st_size):
+        return check_same(workdir, config, data)
+    record = {
+        "config": config.to_dict(),
+        "data": dict(data),
+        "folders": references.folders_of(flatten(config)),
+        "git_commit": git_commit(),
+        "versions": versions(),
+    }
+    write_json(path, record)
+    return {}
+
+
+def check_same(workdir: Path, config: ConfigDict, data: Mapping[str, Any]) -> dict[str, Change]:
+    """Returns the settings that differ from those of the run in `workdir`.
+
+    Raises ConfigError if the folder holds a run on other data, or if a setting differs that must
+    not change when a run is resumed.
+    """
+    recorded = load_record(workdir)["data"]
+    if not data_record.is_same(data, recorded):
+        raise ConfigError(
+            f"{workdir} holds a run on other data: got {data_record.summary(data)}, expected "
+            f"{data_record.summary(recorded)}: files were added, removed, renamed or changed. "
+            "Choose another --workdir, or bring the data of that run back to resume it"
+        )
+    now = ConfigDict(_tuples(config.to_dict()))
+    return changed_settings(now, load_config(workdir), workdir)
+
+
+def check_can_go_on(workdir: Path, config: ConfigDict, step: int) -> None:
+    """Raises ConfigError if the run in `workdir` cannot resume from its checkpoint of `step`.
+
+    step: 0 if there is no checkpoint. A run that has metrics up to a late step has then lost its
+      checkpoints, and starting again would overwrite its metrics. A run that was killed before its
+      first checkpoint may start again. As a checkpoint is written in the background, and finished
+      before the next one begins, metrics may reach twice the interval between checkpoints.
+    """
+    if step > config.num_steps:
+        raise ConfigError(
+            f"config.num_steps: got {config.num_steps}, expected {step} or more: {workdir} has a "
+            f"checkpoint of step {step}"
+        )
+    every_steps = max(config.checkpoint_every_steps, load_config(workdir).checkpoint_every_steps)
+    last_step = max((row["step"] for row in read_rows(workdir)), default=0)
+    if step == 0 and last_step > 2 * every_steps:
+        raise ConfigError(
+            f"{workdir / 'metrics.jsonl'} goes to step {last_step}, but there is no checkpoint to "
+            f"go on from: bring {workdir / 'checkpoints'} back, or choose another --workdir"
+        )
+
+
+def finished_summary(workdir: Path, num_steps: int) -> dict[str, Any] | None:
+    """The content of summary.json if it exists and has `num_steps` steps; else None."""
+    path = workdir / "summary.json"
+    summary = read_json(path, "steps") if path.exists() else None
+    return summary if summary and summary["steps"] == num_steps else None
+
+
+def known_stored_layers(path: Path, found_for: Mapping[str, Any]) -> int:
+    """The number in auto.json, if it was found for these settings; else -1."""
+    found = read_json(path, "stored_layers") if path.exists() else {"stored_layers": -1}
+    return found["stored_layers"] if found.get("found_for", found_for) == found_for else -1
+
+
+def load_config(workdir: Path) -> ConfigDict:
+    """The config that a run was last started with. Raises ConfigError if it cannot be read."""
+    record = load_record(workdir)
+    saved = record["config"]
+    references.look_in(record["folders"], first=False)  # after PYTHONPATH
+    if references.named_in(flatten(ConfigDict(saved))):
+        return ConfigDict(_tuples(saved))
+    config = FAMILIES.get(saved.get("model", {}).get("family"), CONVOLUTIONAL).settings()
+    defaults, path = flatten(config), workdir / "config.json"
+    try:
+        config.update(_tuples(saved))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = " ".join(str(error).split())
+        raise ConfigError(f"{path} is damaged, or of another version: {what}") from error
+    for key, value in flatten(config).items():
+        if value is None and defaults.get(key) is not None:  # ConfigDict allows None
+            raise ConfigError(f"{path} is damaged: got {key}=null, expected a value")
+    return config
+
+
+def load_record(workdir: Path) -> dict[str, Any]:
+    """The content of config.json: at least its config, data, folders, changes and lost rows.
+
+    Raises ConfigError if the file is missing or its structure is wrong.
+    """
+    path = workdir / "config.json"
+    try:
+        record = json.loads(path.read_text())
+        problem = _problem(record)
+    except (OSError, ValueError, RecursionError) as error:
+        problem = str(error)
+    if problem:
+        raise ConfigError(f"cannot read {path} ({problem}): expected the --workdir of a run")
+    return {"data": {}, "folders": [], "changes": [], "lost_rows": [], **record}
+
+
+def _problem(record: Any) -> str:
+    """Says what is wrong with the structure of a record; "" if nothing is."""
+    if not isinstance(record, dict):
+        return f"it holds {str(record)[:50]}"
+    config, data = record.get("config"), record.get("data", {})
+    if not isinstance(config, dict) or not isinstance(config.get("model", {}), dict):
+        return "it holds no config"
+    if not isinstance(config.get("model", {}).get("family", ""), str):
+        return "it names no model.family"
+    if not isinstance(data, dict) or not isinstance(data.get("vocabulary", {}), dict):
+        return "its data are no record of data"
+    folders = record.get("folders", [])
+    if not isinstance(folders, list) or not all(isinstance(f, str) for f in folders):
+        return "its folders are no list of folders"
+    for name, numbers in (("changes", ("step",)), ("lost_rows", ("first_step", "last_step"))):
+        entries = record.get(name, [])
+        if not isinstance(entries, list) or not all(
+            isinstance(entry, dict) and all(isinstance(entry.get(n), int) for n in numbers)
+            for entry in entries
+        ):
+            return f"its {name} are no list of {name}"
+    if not all(_is_change(entry.get("settings")) for entry in record.get("changes", [])):
+        return "its changes name no settings"
+    return ""
+
+
+def _is_change(settings: Any) -> bool:
+    return isinstance(settings, dict) and all(
+        isinstance(change, dict) and {"was", "now"} <= change.keys() for change in settings.values()
+    )
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Replaces a file atomically: a reader sees the whole old file or the whole new one."""
+    partial = path.with_name(path.name + ".tmp")
+    with writing(path):
+        with open(partial, "w") as file:
+            file.write(json.dumps(content, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # or a crash may leave an empty file of the new name
+        os.replace(partial, path)
+
+
+def read_json(path: Path, *numbers: str) -> dict[str, Any]:
+    """Reads what `write_json` wrote. Raises UserError unless `numbers` name integers in it."""
+    try:
+        found = json.loads(path.read_text())
+        if isinstance(found, dict) and all(type(found.get(name)) is int for name in numbers):
+            return found
+        problem = f"got {str(found)[:50]}"
+    except (OSError, ValueError, RecursionError) as error:
+        problem = str(error)
+    raise UserError(
+        f"cannot read {path} ({problem}): expected what the run wrote there; delete it, and the "
+        "same command writes it again"
+    )
+
+
+def read_rows(workdir: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, without damaged lines and lines that a killed process cut off."""
+    path = workdir / "metrics.jsonl"
+    try:
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    return [row for line in lines if (row := _row(line)) is not None]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def last_values(workdir: Path) -> dict[str, Any]:
+    """The last value of every metric in metrics.jsonl."""
+    values: dict[str, Any] = {}
+    for row in read_rows(workdir):
+        values |= row
+    return values
+
+
+def _tuples(tree: Any) -> Any:
+    """Turns lists into tuples, because configs have tuples and JSON has only lists."""
+    if isinstance(tree, dict):
+        return {key: _tuples(value) for key, value in tree.items()}
+    return tuple(_tuples(value) for value in tree) if isinstance(tree, list) else tree

@@ -1,0 +1,122 @@
+"""Runs side by side, from folders written by hand."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from revnet_jax.errors import UserError
+from revnet_jax.figures import load_figure_class
+from revnet_jax.runs.comparison import as_table, chosen_metrics, compare, draw, find_runs, grouped
+from tests.small_run import ROOT
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a workdir: `write(name, rows, seed=0, lr=0.1, ...)`."""
+
+    def make(name, rows, seed=0, lr=0.1, **others):
+        workdir = tmp_path / name
+        workdir.mkdir(parents=True)
+        config = {"seed": seed, "schedule": {"learning_rate": lr}, "units": [1, 2], **others}
+        (workdir / "config.json").write_text(json.dumps({"config": config}))
+        lines = [row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows]
+        (workdir / "metrics.jsonl").write_text("".join(lines))
+        return str(workdir)
+
+    return make
+
+
+@pytest.fixture
+def sweep(write, tmp_path):
+    rows = lambda loss: [
+        {"step": 1, "train_loss": 9.0},
+        {"step": 2, "train_loss": loss},
+        {"step": 2, "eval_loss": 2 * loss},
+    ]
+    write("sweep/a0", rows(1.0), lr=0.2)
+    write("sweep/a1", rows(3.0), lr=0.2, seed=1)
+    write("sweep/b0", [*rows(5.0)[:1], '{"step": 2, "trai'], data={"dir": "elsewhere"})
+    (tmp_path / "sweep" / "a0" / "summary.json").write_text(
+        '{"num_params": 7, "devices": "1 x cpu"}'
+    )
+    return tmp_path / "sweep"
+
+
+def silent(line):
+    raise AssertionError(line)
+
+
+def test_seeds_are_one_row_and_settings_that_differ_its_name(sweep):
+    runs = find_runs([str(sweep), str(sweep / "a0")], silent)
+    groups = grouped(runs)
+    assert [(group.label, len(group.runs)) for group in groups] == [
+        ("learning_rate=0.1", 1),
+        ("learning_rate=0.2", 2),
+    ]
+    metrics = chosen_metrics(runs, None)
+    assert metrics == ["train_loss", "eval_loss"]
+    cut, whole = compare(groups, metrics)
+    assert (cut["steps"], whole["steps"]) == ([1, 1], [2, 2])
+    assert cut["train_loss"] == {"mean": 9.0, "spread": None}
+    assert cut["eval_loss"]["mean"] is None
+    assert whole["eval_loss"]["mean"] == 4.0
+    assert whole["eval_loss"]["spread"] == pytest.approx(8**0.5)
+    assert as_table([cut, whole], metrics).splitlines()[2:] == [
+        "| 0.1 | 1 | 1 | 9 | - |",
+        "| 0.2 | 2 | 2 | 2 ± 1.4 | 4 ± 2.8 |",
+    ]
+    assert compare(groups, ["num_params"])[1]["num_params"]["mean"] == 7
+
+
+def test_curves_are_drawn(sweep, tmp_path):
+    groups = grouped(find_runs([str(sweep)], silent))
+    figure = draw(
+        groups, ["train_loss", "eval_loss"], load_figure_class("out", f"{tmp_path}/c.png")
+    )
+    assert [len(axis.lines) for axis in figure.axes] == [3, 3]
+    assert list(figure.axes[0].lines[1].get_ydata()) == [9.0, 1.0]
+    with pytest.raises(UserError, match="got num_params to draw, expected a metric of"):
+        draw(groups, ["num_params"], load_figure_class("out", f"{tmp_path}/c.png"))
+
+
+def test_what_is_no_run_is_one_line(sweep, write, tmp_path):
+    lines = []
+    empty, damaged = write("new/empty", []), write("new/damaged", ["no row\n", {"step": 2}])
+    write("new/half", ['{"step": 1'])
+    for paths, message in (
+        (
+            [str(tmp_path / "nowhere")],
+            "got .*nowhere, expected the --workdir of a run, or a folder",
+        ),
+        ([empty], "empty: got no metrics, expected a run that has logged a step"),
+        ([damaged], "metrics.jsonl, line 1: got 'no row', expected a row of metrics"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            find_runs(paths, silent)
+        assert "\n" not in str(caught.value)
+    (tmp_path / "new" / "damaged" / "config.json").unlink()
+    with pytest.raises(UserError, match=r"got no run with metrics in .*new"):
+        find_runs([str(tmp_path / "new")], lines.append)
+    assert [line.split(":")[0].rpartition("/")[2] for line in lines] == ["empty", "half"]
+    (tmp_path / "new" / "empty" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"cannot read .*config.json"):
+        find_runs([empty], silent)
+    with pytest.raises(
+        UserError, match="got metric 'loss', expected some of eval_loss, num_params"
+    ):
+        chosen_metrics(find_runs([str(sweep)], silent), ["loss"])
+
+
+def test_the_program(sweep):
+    run = lambda *arguments: subprocess.run(
+        [sys.executable, "scripts/compare_runs.py", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    (_, row) = json.loads(run(str(sweep), "--json", "--metrics=train_loss").stdout)
+    assert row["train_loss"]["mean"] == 2.0
+    assert run().stderr.startswith("error: got no run, expected workdirs")
