@@ -18,6 +18,8 @@ TINY = {
     "model.channels": (8, 8, 16),
     "schedule.learning_rate": 0.05,
 }
+# One stage instead of two: it compiles in half the time, for tests of what is around the network.
+ONE_STAGE = {"model.units": (2,), "model.channels": (8, 8)}
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from revnet_jax.training.loop import NonFiniteError, resolve_auto, train
 from revnet_jax.training.restore import evaluate_run
 from revnet_jax.training.sharding import put_batch
 from tests import thorough
+from tests.small_run import ONE_STAGE
 
 
 def rows(workdir):
@@ -29,6 +30,7 @@ def snapshot(folder):
 
 
 def test_what_a_run_leaves_behind(tiny_config, tmp_path):
+    tiny_config.update_from_flattened_dict({**ONE_STAGE, "checkpoint_every_steps": 4})
     summary = train(tiny_config, tmp_path)
     assert summary == json.loads((tmp_path / "summary.json").read_text())
     assert summary["steps"] == 12
@@ -38,7 +40,7 @@ def test_what_a_run_leaves_behind(tiny_config, tmp_path):
     assert summary["examples_per_second"] > 0
     assert summary["devices"] == "2 x cpu"
     record = json.loads((tmp_path / "config.json").read_text())
-    assert record["config"]["model"]["units"] == [1, 2]
+    assert record["config"]["model"]["units"] == [2]
     assert record["versions"]["jax"]
     assert list((tmp_path / "tensorboard").glob("events*"))
     written = rows(tmp_path)
@@ -183,6 +185,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
 def test_a_step_that_is_not_finite_stops_the_run(harmless_steps, last_good, tiny_config, tmp_path):
     """Between checkpoints, at one, and at the end of the run."""
     # A few harmless steps, then one with a rate that nothing survives.
+    tiny_config.update_from_flattened_dict(ONE_STAGE)
     tiny_config.schedule.update({"name": "piecewise", "learning_rate": 1e-3, "factor": 1e38})
     tiny_config.schedule.boundaries = (harmless_steps,)
     with pytest.raises(

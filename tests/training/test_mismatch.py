@@ -14,8 +14,10 @@ from revnet_jax.models.convolutional.residual import ResidualBranch
 from revnet_jax.runs.metrics import Progress
 from revnet_jax.training.loop import train
 from revnet_jax.training.mismatch import MismatchAlarm, MismatchError
+from tests.small_run import ONE_STAGE
 
-BEYOND = {"model.grid_bits": 22}  # streams reach 4, the end of that grid, in the first step
+# Streams reach 4, the end of this grid, in the first step.
+BEYOND = {**ONE_STAGE, "model.grid_bits": 22}
 
 
 def rows(workdir):
@@ -27,9 +29,10 @@ def warnings(text):
 
 
 def test_the_first_mismatch_is_one_loud_line(tiny_config, tmp_path, capsys):
-    tiny_config.update_from_flattened_dict(BEYOND)
+    steps = {"num_steps": 4, "eval_every_steps": 4, "checkpoint_every_steps": 4}
+    tiny_config.update_from_flattened_dict({**BEYOND, **steps})
     summary = train(tiny_config, tmp_path)
-    assert summary["steps"] == 12
+    assert summary["steps"] == 4
     assert summary["exact_mismatches"] > 0
     (line,) = warnings(capsys.readouterr().err)
     first = next(row for row in rows(tmp_path) if row.get("exact_mismatches"))

@@ -132,6 +132,7 @@ def test_weights_of_another_model_are_one_line(settings, message, half, tiny_con
     assert str(caught.value).startswith("config.init_from: ")
 
 
+@pytest.mark.thorough
 def test_weights_that_the_new_model_lacks_are_not_dropped(half, tiny_config):
     program = step_program(tiny_config, jax.devices())
     name = next(iter(program.state.variables.params))
