@@ -93,7 +93,8 @@ def family_of(config: ConfigDict) -> Family:
         )
     raise ConfigError(
         f"config.model.family: got {name!r}, expected one of {', '.join(fitting or FAMILIES)}: "
-        "others have other settings, take a config of theirs; or MODULE:FUNCTION, of your own"
+        "others have other settings, so start from one of their configs. A model of your own is "
+        "named MODULE:FUNCTION"
     )
 
 

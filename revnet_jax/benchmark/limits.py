@@ -23,7 +23,7 @@ def device_limit_bytes() -> int:
     """Memory that programs may use on the first device; UserError if it does not report this."""
     stats = jax.devices()[0].memory_stats()
     if not stats or "bytes_limit" not in stats:
-        raise UserError("this device does not tell how much memory it has: give --limit_gib=4")
+        raise UserError("this device does not report its memory: give --limit_gib=4")
     return stats["bytes_limit"]
 
 

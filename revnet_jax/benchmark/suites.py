@@ -195,7 +195,9 @@ def select(
         for strategy in each.strategies:
             parse_strategy(strategy, each.layers)
             if is_twin(strategy) and not each.model.has_twin:
-                raise UserError(f"got strategy {strategy!r} for {each.model.name}, which has none")
+                raise UserError(
+                    f"got strategy {strategy!r} for {each.model.name}, which does not have it"
+                )
     return Suite(tuple(settings), searches, suite.minutes)
 
 

@@ -22,8 +22,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import tuple_parser
 
-from revnet_jax import config as configs
-from revnet_jax.config import ConfigError, flatten
+from revnet_jax.config import ConfigError, flatten, knobs
 from revnet_jax.config.experiments import locate, names
 from revnet_jax.config.ranges import Range, check_ranges
 from revnet_jax.config.references import look_in
@@ -259,11 +258,11 @@ def near_keys(key: str, known: Sequence[str]) -> list[str]:
 
 def list_settings(config: ConfigDict) -> str:
     """Lists the settings of a config as flags, each with the comment beside its definition."""
-    defined = [configs._mesh, configs._optimizer, configs.experiment]
-    defined += [configs._images] if "image_shape" in config.data else []
-    defined += [configs.image_classification] if "units" in config.model else []
-    defined += [configs.vision_transformer] if "patch" in config.model else []
-    defined += [configs.language_model] if "context" in config.data else []
+    defined = [knobs._mesh, knobs._optimizer, knobs.experiment]
+    defined += [knobs._images] if "image_shape" in config.data else []
+    defined += [knobs.image_classification] if "units" in config.model else []
+    defined += [knobs.vision_transformer] if "patch" in config.model else []
+    defined += [knobs.language_model] if "context" in config.data else []
     source = "".join(inspect.getsource(each) for each in defined)
     said = dict(re.findall(r"^ +(?:config\.)?([\w.]+) = .*?  # (.+)$", source, re.MULTILINE))
     lines = ["settings:", ""]

@@ -188,9 +188,9 @@ class Block:
 
     def __post_init__(self):
         if not self.half_steps:
-            raise ValueError("got a block of no half-steps, expected at least one")
+            raise ValueError("got a block without half-steps, expected at least one")
         if not isinstance(self.grid, Grid | None):
-            raise TypeError(f"got grid={self.grid!r}, expected Grid(bits), or None for free floats")
+            raise TypeError(f"got grid={self.grid!r}, expected Grid(bits), or None")
 
     def forward(self, params: Any, x: Streams, context: Context) -> Forward:
         """Maps x to (y, aux, residue, ...), evaluating each branch once.

@@ -232,7 +232,7 @@ def _exactness_advice(layer, *, is_in_range) -> str:
     if not isinstance(layer, Block):
         return "`undo` is not the exact inverse of `apply`: compare them on one stream at a time"
     if layer.grid is None:
-        return "streams are free floats: give the block a Grid()"
+        return "streams are on no grid: give the block a Grid()"
     return (
         "merge and unmerge do not undo each other on the grid: snap what is added, keep a residue"
     )

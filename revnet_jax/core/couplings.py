@@ -196,9 +196,9 @@ def _multiply(x: Any, scale: Any, grid: Grid | None) -> tuple[Any, Any]:
 def _divide(y: Any, residue: Any, scale: Any, grid: Grid | None) -> Any:
     if residue is None and grid is not None:
         raise ValueError(
-            "got no residue, expected what the forward pass left: this coupling multiplies, and "
-            "cannot be undone without. Take it from `sequence_forward`; for a y that no forward "
-            "pass made, as in sampling from a flow, build the block with grid=None"
+            "got no residue, expected the one of the forward pass: this coupling multiplies, "
+            "and cannot be undone without it. Take it from `sequence_forward`; for a y that no "
+            "forward pass made, as in sampling from a flow, build the block with grid=None"
         )
     leaves, treedef = jax.tree.flatten(y)
     residue = (None,) * len(leaves) if residue is None else residue

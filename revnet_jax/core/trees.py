@@ -29,9 +29,9 @@ def split(tree: Any) -> tuple[Any, Any]:
     except Exception as error:  # a pytree class of the caller may raise anything
         reason = (str(error).splitlines() or [""])[0]
         raise TypeError(
-            "got a tree of a class that takes no None in the place of an array "
-            f"({type(error).__name__}: {reason}), expected its `tree_unflatten` to look at nothing "
-            "that it gets: JAX puts placeholders there. Check in a constructor of its own"
+            "got a tree of a class that rejects None in place of an array "
+            f"({type(error).__name__}: {reason}), expected a `tree_unflatten` that accepts "
+            "anything: JAX passes placeholders too. Check values in a separate constructor"
         ) from error
 
 

@@ -96,8 +96,8 @@ def checked_stored_layers(stored_layers: Any, depth: int) -> int:
     """Returns it as a Python integer; raises ValueError unless it is 0 to `depth`."""
     if not is_whole(stored_layers) or not 0 <= stored_layers <= depth:
         raise ValueError(
-            f"got stored_layers={stored_layers!r}, expected a whole number from 0 to {depth}, all "
-            "layers there are"
+            f"got stored_layers={stored_layers!r}, expected a whole number from 0 to {depth}, the "
+            "number of layers"
         )
     return int(stored_layers)
 
@@ -255,7 +255,7 @@ def _one_update(floats_L, state_L, update):
     if jax.tree.structure(new) != jax.tree.structure(got):
         raise ValueError(
             "update returned trees of another structure than the params and state it got, "
-            "expected the same: has it a state, and state_L been passed?"
+            "expected the same: pass its state as state_L"
         )
     for (path, leaf), before in zip(
         jax.tree_util.tree_leaves_with_path(new), jax.tree.leaves(got), strict=True
@@ -322,7 +322,7 @@ def _there_and_back(block, params, x, context):
 
 def _check_kept(x, y):
     if len(y) != len(x):
-        raise ValueError(f"the layer maps {len(x)} streams to {len(y)}, expected as many")
+        raise ValueError(f"the layer maps {len(x)} streams to {len(y)}, expected the same number")
     for i, (before, after) in enumerate(zip(x, y, strict=True)):
         if not _alike(before, after):
             raise ValueError(

@@ -44,7 +44,7 @@ class CouplingNetwork:
         if self.channels % 6 or self.num_branches % 6 or min(self.channels, self.num_branches) < 6:
             raise ValueError(
                 f"got channels={self.channels} and num_branches={self.num_branches}, expected "
-                "multiples of 6: two and three streams share them"
+                "multiples of 6: they are split into two or three streams"
             )
 
     @property

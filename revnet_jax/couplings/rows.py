@@ -158,6 +158,6 @@ def check_names(names: Sequence[str]) -> None:
         if name not in ROWS:
             near = difflib.get_close_matches(name, ROWS, 1)
             hint = f"did you mean {near[0]}?" if near else f"expected some of {', '.join(ROWS)}"
-            raise UserError(f"got coupling {name!r}, which there is not: {hint}")
+            raise UserError(f"got unknown coupling {name!r}: {hint}")
     if not names:
         raise UserError(f"got no couplings, expected some of {', '.join(ROWS)}")

@@ -155,7 +155,7 @@ def _read_python(path: Path, layout: _Layout) -> tuple[np.ndarray, np.ndarray]:
     # and the copy would need a large amount of memory.
     if not isinstance(labels, np.ndarray) and not _is_list_of(int, labels):
         raise DataError(
-            f"{path}: got {layout.labels_key!r} that are no list of integers, expected one; "
+            f"{path}: got {layout.labels_key!r} that are not a list of integers, expected one; "
             "download it again"
         )
     labels = np.asarray(labels)
@@ -213,8 +213,8 @@ def _read_class_names(path: Path, layout: _Layout) -> tuple[str, ...]:
         names = _field(path, load_pickled_dict(path), layout.names_key)
         if not _is_list_of(bytes, names) and not _is_list_of(str, names):
             raise DataError(
-                f"{path}: got {layout.names_key!r} that are no list of strings, expected the names "
-                "of the classes; unpack the archive again"
+                f"{path}: got {layout.names_key!r} that are not a list of strings, expected the "
+                "names of the classes; unpack the archive again"
             )
     else:
         names = [line.strip() for line in path.read_bytes().splitlines() if line.strip()]
@@ -227,7 +227,7 @@ def _read_class_names(path: Path, layout: _Layout) -> tuple[str, ...]:
         return tuple(name.decode() if isinstance(name, bytes) else name for name in names)
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path}: got a class name that is no UTF-8 ({error}); unpack the archive again"
+            f"{path}: got a class name that is not UTF-8 ({error}); unpack the archive again"
         ) from error
 
 

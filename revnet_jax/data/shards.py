@@ -196,4 +196,4 @@ def _pieces(inputs: Sequence[Path]) -> Iterator[str | None]:
                     yield piece
             yield None
         except UnicodeDecodeError as error:
-            raise DataError(f"{path}: got bytes that are no UTF-8 ({error.reason})") from error
+            raise DataError(f"{path}: got bytes that are not UTF-8 ({error.reason})") from error

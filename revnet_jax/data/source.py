@@ -54,8 +54,8 @@ class Arrays:
             sizes = {name: len(array) for name, array in split.items()}
             if len(set(sizes.values())) != 1 or not min(sizes.values()) or "weight" in sizes:
                 raise DataError(
-                    f"got arrays of {sizes} examples, expected as many, at least one, of each, and "
-                    "no weight"
+                    f"got arrays of {sizes} examples, expected the same number of each, at least "
+                    "one, and no array named weight"
                 )
         kinds = [
             {name: f"{array.dtype}{list(array.shape[1:])}" for name, array in split.items()}

@@ -75,7 +75,7 @@ def load_text(name: str, *, path: str = "", train_share: float = 0.9) -> Text:
             decoded = content.decode("utf-8")
         except UnicodeDecodeError as error:
             raise DataError(
-                f"{path}: got bytes that are no UTF-8 ({error.reason} at {error.start}), expected "
+                f"{path}: got bytes that are not UTF-8 ({error.reason} at {error.start}), expected "
                 "characters: take data.name=bytes"
             ) from error
         points = np.frombuffer(decoded.encode("utf-32-le"), np.uint32)

@@ -119,7 +119,7 @@ def load_tokenizer(path: Path) -> tuple[Any, str]:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise DataError(
-            "the tokenizers library is not installed, expected for tokenizer files: run "
+            "tokenizer files need the tokenizers library, which is not installed: run "
             "scripts/setup.sh text"
         ) from error
     content = read_file(path, "a tokenizer file")

@@ -157,7 +157,7 @@ def _orthogonal(leaf, leading):
         return orthogonalize(flat).reshape(leaf.shape)
     raise ValueError(
         f"got a kernel of shape {leaf.shape[leading:]} for muon, expected [in, out], "
-        "[in, parts, out] or [height, width, in, out]: take adamw, or another name than kernel"
+        "[in, parts, out] or [height, width, in, out]: take adamw, or rename it"
     )
 
 

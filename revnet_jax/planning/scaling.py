@@ -41,7 +41,7 @@ def scaling(
     if batch % first:
         raise UserError(
             f"config.batch_size: got {batch}, expected a multiple of the {first} devices of "
-            f"{compilers[0].topology.name}: each has as much of a batch, whatever their number"
+            f"{compilers[0].topology.name}: the batch of a device stays the same"
         )
     settings = grown(config, batch // first, compilers[0].topology)
     refused({name: {**settings, **overrides}}, compilers[0])

@@ -72,7 +72,7 @@ def assignment(compiled: jax.stages.Compiled) -> Assignment:
     buffers = getattr(memory, "serialized_buffer_assignment_proto", None)
     executable = compiled.runtime_executable()
     if not buffers or executable is None:
-        raise ValueError("got a program without its buffers, expected a compiler that tells them")
+        raise ValueError("got a program without its buffers, expected a compiler that lists them")
     (module,) = executable.hlo_modules()
     computations, entry = _computations(module.as_serialized_hlo_module_proto())
     return Assignment(computations, entry, _temporary(buffers))

@@ -162,14 +162,14 @@ def _problem(record: Any) -> str:
         return "its data are no record of data"
     folders = record.get("folders", [])
     if not isinstance(folders, list) or not all(isinstance(f, str) for f in folders):
-        return "its folders are no list of folders"
+        return "its folders are not a list of folders"
     for name, numbers in (("changes", ("step",)), ("lost_rows", ("first_step", "last_step"))):
         entries = record.get(name, [])
         if not isinstance(entries, list) or not all(
             isinstance(entry, dict) and all(isinstance(entry.get(n), int) for n in numbers)
             for entry in entries
         ):
-            return f"its {name} are no list of {name}"
+            return f"its {name} are not a list of {name}"
     if not all(_is_change(entry.get("settings")) for entry in record.get("changes", [])):
         return "its changes name no settings"
     return ""

@@ -29,8 +29,8 @@ def largest_stored_layers(
     limit = int(config.memory_limit_gib * 2**30) or memory_bytes(devices[0])
     if limit is None:
         raise ConfigError(
-            "config.model.stored_layers: got auto on a device that does not tell its memory, "
-            "expected to be told: config.memory_limit_gib"
+            "config.model.stored_layers: got auto on a device that does not report its "
+            "memory, expected config.memory_limit_gib to say how much there is"
         )
 
     def fits(stored_layers):

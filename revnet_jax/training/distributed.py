@@ -71,7 +71,7 @@ def start(
         if num_processes is None and "coordinator_address" in str(error):
             return  # no cluster
         raise LaunchError(
-            f"got half a cluster from the environment ({error}), expected all that JAX needs: give "
+            f"got an incomplete cluster from the environment ({error}): give "
             "--coordinator_address, --num_processes and --process_id"
         ) from error
     finally:
@@ -108,8 +108,8 @@ def _check(explicit: dict[str, Any], heartbeat_timeout_seconds: int) -> None:
     if not 0 <= explicit["process_id"] < explicit["num_processes"]:
         raise LaunchError(
             f"got --process_id={explicit['process_id']} of "
-            f"--num_processes={explicit['num_processes']}, expected ids from 0 up, one less than "
-            "there are processes at most"
+            f"--num_processes={explicit['num_processes']}, expected an id from 0 to one less than "
+            "that"
         )
 
 
@@ -137,7 +137,7 @@ def check_agreement(settings: Mapping[str, Any]) -> None:
         told = ", ".join(
             f"{name}={mine.get(name)} (the first: {firsts.get(name)})" for name in names
         )
-        raise LaunchError(f"got {told}, expected the flags of the first process in all of them")
+        raise LaunchError(f"got {told}, expected the same flags in all processes")
 
 
 def wait_for_all(what: str) -> None:

@@ -121,7 +121,7 @@ def test_flags_have_ranges(program, flag, expected):
 
 
 def test_a_path_that_cannot_be_used_is_one_line(tmp_path):
-    code = "from revnet_jax import cli; cli.run(lambda argv: open('{}'), required=())"
+    code = "from revnet_jax.config import cli; cli.run(lambda argv: open('{}'), required=())"
     for path, reason in ((tmp_path, "Is a directory"), ("a" * 300, "File name too long")):
         command = [sys.executable, "-c", code.format(path)]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -333,7 +333,7 @@ def test_what_a_branch_and_a_coupling_return(branch, options, message):
     ("update", "message"),
     [
         (lambda d, s, p: p[0], r"update returned a .*, expected a pair \(params, state\)"),
-        (lambda d, s, p: (p, p), "another structure than .* has it a state"),
+        (lambda d, s, p: (p, p), "another structure than .* pass its state"),
         (
             lambda d, s, p: ((p[0], p[1][None]), s),
             r"update returned params\[1\] float32\[1\], expected float32\[\]: new values",
@@ -443,7 +443,7 @@ def test_classes_that_refuse_placeholders(where):
     options = {"update": lambda d, s, p: (p, s)} if where == "state_L" else {}
     block = reversible_block(*[lambda params, x, context: x] * 2)
     run = lambda **options: call(layer=block, **arguments | options)
-    message = r"class that takes no None .*'NoneType' object has no attribute 'ndim'.*constructor"
+    message = r"class that rejects None .*'NoneType' object has no attribute 'ndim'.*constructor"
     with pytest.raises(TypeError, match=message) as caught:
         run(**options)
     assert "\n" not in str(caught.value)

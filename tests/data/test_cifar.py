@@ -280,7 +280,7 @@ BOMBS = {
         + b"q\x00"
         + b"h\x00" * 100_000
         + b"es.",
-        "no list of integers",
+        "not a list of integers",
     ),
     "a set": (b"\x80\x04\x8f.", "the instruction EMPTY_SET"),
     "a string of 2**60 bytes": (b"\x80\x04\x8e" + struct.pack("<q", 2**60) + b"x.", "is damaged"),
@@ -340,10 +340,10 @@ def test_arrays_of_labels(tmp_path, protocol):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (5, "no list of strings"),
-        ([b"a", 5], "no list of strings"),
-        ([[b"a"], [b"b"]], "no list of strings"),
-        ([b"\xff"] * 10, "no UTF-8"),
+        (5, "not a list of strings"),
+        ([b"a", 5], "not a list of strings"),
+        ([[b"a"], [b"b"]], "not a list of strings"),
+        ([b"\xff"] * 10, "not UTF-8"),
     ],
 )
 def test_class_names_of_another_kind(tmp_path, cifar10_batches, names, message):
@@ -357,7 +357,7 @@ def test_class_names_that_are_no_text(tmp_path, cifar10_batches):
     folder = tmp_path / "cifar-10-batches-bin"
     write_binary10(folder, cifar10_batches)
     (folder / "batches.meta.txt").write_bytes(b"\xff\n" * 10)
-    assert_data_error(tmp_path, folder / "batches.meta.txt", "no UTF-8")
+    assert_data_error(tmp_path, folder / "batches.meta.txt", "not UTF-8")
 
 
 def test_real_archive():

@@ -263,7 +263,7 @@ def test_mistakes(path, tokenizer_file, tmp_path):
     with pytest.raises(DataError, match="No such file or directory; expected a text file"):
         load_text("bytes", path=str(tmp_path / "nothing"))
     (tmp_path / "latin").write_bytes("Bär".encode("latin-1"))
-    with pytest.raises(DataError, match="got bytes that are no UTF-8"):
+    with pytest.raises(DataError, match="got bytes that are not UTF-8"):
         load_text("characters", path=str(tmp_path / "latin"))
     with pytest.raises(DataError, match=r"tokens.json: .*expected what tokenize_text.py wrote"):
         load_text("shards", path=str(tmp_path))

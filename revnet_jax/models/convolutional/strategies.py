@@ -41,8 +41,8 @@ def assign_strategies(
     free = sum(n for n, name in zip(depths.values(), wanted, strict=False) if name != "store")
     if not 0 <= stored_layers <= free:
         raise ValueError(
-            f"got stored_layers={stored_layers}, expected 0 to {free}: so many layers are in "
-            "chains that do not store anyway"
+            f"got stored_layers={stored_layers}, expected 0 to {free}, the number of "
+            "layers in chains that do not store anyway"
         )
     found: dict[str, Strategy] = {}
     transition = Strategy("store" if wanted[-1] == "store" else "remat", 0, 0)
