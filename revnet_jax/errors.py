@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
@@ -35,7 +35,7 @@ class Preempted(Exception):
 
 
 @contextmanager
-def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+def writing(path: str | os.PathLike[str]) -> Generator[None]:
     """Turns an OSError into a StorageError that says what could not be written and why.
 
     Put nothing but writes to `path` inside the context, because every OSError is turned.
@@ -77,7 +77,7 @@ def file_system(path: str | os.PathLike[str]) -> str:
 
 
 @contextmanager
-def exit_status() -> Iterator[None]:
+def exit_status() -> Generator[None]:
     """Ends the program with one line on stderr and status 1 after an error the user can fix.
 
     This includes errors of the operating system, such as a full disk or a closed pipe. A

@@ -7,7 +7,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -234,7 +234,7 @@ class Budget:
         return may_take_seconds * max(1.0, self._spent / self._expected if self._expected else 1.0)
 
     @contextmanager
-    def spend(self, may_take_seconds: float) -> Iterator[None]:
+    def spend(self, may_take_seconds: float) -> Generator[None]:
         started = time.monotonic()
         try:
             yield

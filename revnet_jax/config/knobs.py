@@ -5,7 +5,7 @@ Imports nothing heavy: a misspelt flag should cost half a second, not the start 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -301,7 +301,7 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
 
 
 @contextmanager
-def settings(name: str) -> Iterator[None]:
+def settings(name: str) -> Generator[None]:
     """Turns a ValueError raised while building from `config.<name>` into a ConfigError."""
     try:
         yield

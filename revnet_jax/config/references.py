@@ -38,7 +38,7 @@ def named_in(config: Mapping[str, Any]) -> list[str]:
 
 def look_in(folders: Iterable[str | os.PathLike[str]], *, first: bool = True) -> None:
     """Adds folders to the module search path, before all others or after them."""
-    for folder in map(os.path.abspath, folders):
+    for folder in (os.path.abspath(folder) for folder in folders):
         if folder not in sys.path and os.path.isdir(folder):
             sys.path.insert(0 if first else len(sys.path), folder)
 

@@ -7,6 +7,7 @@ of them alike. All rows share one recipe; none is tuned.
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 import time
 from collections.abc import Sequence
@@ -57,10 +58,10 @@ class Trainer:
         keys = jax.random.split(jax.random.key(0), (seeds, 2))
         init = lambda: (jax.vmap(network.init)(keys[:, 0]), keys[:, 1])
         self._fresh = jit_initialization(init)()  # all seeds by one program
-        self.state: RunState | None = None
         self._programs: dict[Backprop, jax.stages.Compiled] = {}
         self._update = jit(self._updated, donate_argnums=0)
         self._eval_step = jit(self._sums)
+        self.start(0)
 
     def start(self, seed: int) -> None:
         """Replaces the state by the initial state of a seed."""
@@ -96,7 +97,8 @@ class Trainer:
 
     def temporary_bytes(self, batch: Batch, backprop: Backprop) -> int:
         """Temporary memory of the compiled gradient, beside arguments and results; runs nothing."""
-        return self.gradient(batch, backprop).memory_analysis().temp_size_in_bytes
+        memory: Any = self.gradient(batch, backprop).memory_analysis()
+        return memory.temp_size_in_bytes
 
     def _gradient(self, params, batch, key, step, backprop):
         def loss(params, probe):
@@ -155,9 +157,14 @@ def compare(
     dataset, settings = load_data(data, dir)
     schedule, optimizer = make_recipe(learning_rate, weight_decay, num_steps)
     sizes = {"channels": channels, "hidden": hidden, "num_branches": num_branches}
-    image = {"image_shape": dataset.image_shape, "num_classes": dataset.num_classes}
-    image["stem_stride"] = settings.pop("stem_stride")
-    networks = [CouplingNetwork(name, **sizes, **image) for name in dict.fromkeys(names)]
+    make = functools.partial(
+        CouplingNetwork,
+        **sizes,
+        image_shape=dataset.image_shape,
+        num_classes=dataset.num_classes,
+        stem_stride=settings.pop("stem_stride"),
+    )
+    networks = [make(name) for name in dict.fromkeys(names)]
     trainers = [Trainer(network, optimizer, seeds) for network in networks]
     settings |= {"batch_size": batch_size, "min_crop_area": 1.0, "num_threads": 1, "prefetch": 4}
     progress = Progress(seeds * num_steps, examples_per_step=batch_size * len(trainers))
@@ -168,7 +175,7 @@ def compare(
             for step in range(num_steps):
                 batch = jax.device_put(next(it))
                 loss = statistics.fmean([trainer.step(batch) for trainer in trainers])
-                rate = float(schedule(step))
+                rate = float(jnp.asarray(schedule(step)))
                 progress.update(seed * num_steps + step + 1, loss=loss, learning_rate=rate)
         for trainer in trainers:
             trainer.finish(dataset)
@@ -191,10 +198,10 @@ def make_recipe(
         boundaries=(),
         factor=1.0,
     )
-    rest = {"b1": 0.0, "b2": 0.0, "clip_norm": 0.0, "clip": "global"}
+    rest: dict[str, Any] = {"b1": 0.0, "b2": 0.0, "clip_norm": 0.0, "clip": "global"}
     rest |= {"state_dtype": "float32", "stacked": None}
-    sgd = {"name": "sgd", "momentum": 0.9, "nesterov": True, "weight_decay": weight_decay}
-    return schedule, make_optimizer(schedule, **sgd, **rest)
+    rest |= {"name": "sgd", "momentum": 0.9, "nesterov": True, "weight_decay": weight_decay}
+    return schedule, make_optimizer(schedule, **rest)
 
 
 def load_data(name: str, dir: str | None) -> tuple[Dataset, dict[str, Any]]:

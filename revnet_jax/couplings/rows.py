@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -88,40 +89,37 @@ def _residual(params, x, context):
     return (x[0] + residual_branch(params[0], x[0], context),), None
 
 
-_TWO = {"branches": 2, "reads": (1, 2), "writes": (1, 2), "split": 2}
-_TWICE = {"reads": (1, 1), "writes": (1, 1), "split": 1}
+_halves = functools.partial(Row, branches=2, reads=(1, 2), writes=(1, 2), split=2)
+_twice = functools.partial(Row, reads=(1, 1), writes=(1, 1), split=1)
 _f = residual_branch
 ROWS: dict[str, Row] = {
-    "additive": Row(reversible_block(_f, _f), **_TWO, note="RevNet: halves update each other"),
-    "leapfrog": Row(
+    "additive": _halves(reversible_block(_f, _f), note="RevNet: halves update each other"),
+    "leapfrog": _twice(
         reversible_block(_f, _f, coupling=leapfrog(0.5)),
-        **_TWICE,
         branches=2,
         reads_out=1,
         note="streams are x[n-1], x[n], both the stem's at first; 2h = 1",
     ),
-    "affine": Row(
+    "affine": _halves(
         reversible_block(scale_and_shift, scale_and_shift, coupling=affine()),
-        **{**_TWO, "writes": (1, 1)},
+        writes=(1, 1),
         note="a branch writes scale and shift; scales start at 1",
     ),
-    "momentum": Row(
+    "momentum": _twice(
         momentum_block(_f),
-        **_TWICE,
         branches=1,
         at_rest=True,
         note="streams are x and a velocity, 0 at first; gamma 0.9",
     ),
-    "bdia": Row(
+    "bdia": _twice(
         bdia_block(_f, _f),
-        **_TWICE,
         branches=2,
         reads_out=1,
         note="streams are x[n-1], x[n]; gamma +-1/2 in training, 0 in evaluation",
     ),
-    "symplectic": Row(
+    "symplectic": _halves(
         symplectic_block(energy, energy, step=0.5),
-        **{**_TWO, "writes": (0, 1)},
+        writes=(0, 1),
         energy=True,
         note="a branch is an energy's gradient: one kernel, used twice; h = 1/2",
     ),

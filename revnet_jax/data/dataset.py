@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -27,7 +27,7 @@ def shorten(names: Sequence[str], limit: int = 8) -> str:
 
 
 @contextlib.contextmanager
-def file_errors(expected: str) -> Iterator[None]:
+def file_errors(expected: str) -> Generator[None]:
     """A context that turns an OSError into a DataError naming the file and what was expected."""
     try:
         yield
@@ -171,7 +171,7 @@ def _sha256(*arrays: np.ndarray) -> str:
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(repr(array.shape).encode())
-        digest.update(np.ascontiguousarray(array))
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 

@@ -152,7 +152,7 @@ def _check_instructions(file: Any) -> None:
         if count >= _MAX_INSTRUCTIONS:
             raise _Refused(f"more than {_MAX_INSTRUCTIONS:,} values")
         if name in _PUT:
-            number = len(is_container) if name == "MEMOIZE" else argument
+            number: Any = len(is_container) if name == "MEMOIZE" else argument
             if number >= _MAX_INSTRUCTIONS:  # Python allocates memo slots for all smaller numbers
                 raise _Refused(f"a value of number {number:,}")
             is_container[number] = on_top in _CONTAINERS or on_top in _FILL

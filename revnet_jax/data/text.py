@@ -57,9 +57,9 @@ def load_text(name: str, *, path: str = "", train_share: float = 0.9) -> Text:
     if name in NEEDS_PATH and not path:
         raise ValueError(f"got no dir for {name}, expected {NEEDS_PATH[name]}")
     if name == "shards":
-        *splits, per_token = load_shards(Path(path))
+        train, test, vocabulary, per_token = load_shards(Path(path))
         description = read_file(Path(path) / "tokens.json", WRITTEN)
-        return Text(*splits, per_token, _sha256(description))
+        return Text(train, test, vocabulary, per_token, _sha256(description))
     if name not in ("bytes", "characters"):
         raise ValueError(f"got name={name!r}, expected one of {', '.join(TEXT_NAMES)}")
     file = Path(path) if path else _embedded()

@@ -110,6 +110,6 @@ class ChainModel(ABC):
             unroll=self._unroll,
             update=lockstep and lockstep.update,
             state_L=lockstep and lockstep.states["layers"],
-            probe=probes and probes["layers"],
+            probe=None if probes is None else probes["layers"],
             **data,
         )

@@ -27,6 +27,7 @@ class Task(ABC):
     unit: what `units` counts; speeds are reported in units per second.
     """
 
+    # Frozen subclasses make it read-only, which a type checker notes: no task assigns it anew.
     network: Model
     best: ClassVar[tuple[str, Literal["min", "max"]]] = ("eval_loss", "min")
     unit: ClassVar[str] = "examples"
@@ -80,7 +81,7 @@ class Classification(Task):
       al. 2017, arXiv:1710.09412). 0 turns it off.
     """
 
-    network: Network | RevViT
+    network: Network | RevViT  # ty: ignore[incompatible-attribute-override]
     label_smoothing: float = 0.0
     mixup: float = 0.0
     best: ClassVar = ("eval_accuracy", "max")
@@ -137,7 +138,7 @@ class NextToken(Task):
     bytes_per_token: mean over the test split, for bits per byte; None before the data are known.
     """
 
-    network: LanguageModel
+    network: LanguageModel  # ty: ignore[incompatible-attribute-override]
     context: int
     balance: float = 0.0
     bytes_per_token: float | None = None

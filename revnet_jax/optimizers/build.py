@@ -99,7 +99,7 @@ def make_optimizer(
         optimizer of the tree of a single layer.
       rules: how the parameters are split over a mesh; only "muon" needs them.
     """
-    decay = {"weight_decay": weight_decay, "mask": is_kernel}
+    decay: dict[str, Any] = {"weight_decay": weight_decay, "mask": is_kernel}
     if name == "sgd":
         optimizer = optax.chain(
             optax.add_decayed_weights(**decay),
@@ -144,10 +144,10 @@ def completed(
     if state_dtype not in MOMENTS:
         raise ValueError(f"got state_dtype={state_dtype!r}, expected one of {', '.join(MOMENTS)}")
     optimizer = _promoting(optimizer)
-    if clip_norm and (clip == "global" or stacked is None):
-        optimizer = optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
-    elif clip_norm:
+    if clip_norm and clip == "layer" and stacked is not None:
         optimizer = optax.chain(clip_by_layer_norm(clip_norm, stacked), optimizer)
+    elif clip_norm:
+        optimizer = optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
     if state_dtype == "float32" and param_dtype == jnp.float32:
         return optimizer
     return rounded(optimizer, moments=state_dtype)
@@ -156,9 +156,9 @@ def completed(
 def _promoting(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """Lets an optimizer mix dtypes, as adamw of optax does, under strict dtype promotion too."""
 
-    def update(grads, state, params=None):
+    def update(updates, state, params=None):
         with jax.numpy_dtype_promotion("standard"):
-            return optimizer.update(grads, state, params)
+            return optimizer.update(updates, state, params)
 
     return optax.GradientTransformation(optimizer.init, update)
 
@@ -170,11 +170,11 @@ def clip_by_layer_norm(max_norm: float, stacked: Collection[str]) -> optax.Gradi
     """
     clip = optax.clip_by_global_norm(max_norm)
 
-    def update(grads, state, params=None):
+    def update(updates, state, params=None):
         one = lambda tree: clip.update(tree, clip.init(tree))[0]
         clipped = {
             name: jax.vmap(one)(tree) if name in stacked else one(tree)
-            for name, tree in grads.items()
+            for name, tree in updates.items()
         }
         return clipped, state
 

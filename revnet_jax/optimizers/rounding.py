@@ -62,10 +62,10 @@ def rounded(
         state = optimizer.init(widened(params))
         return RoundedState(jnp.zeros((), jnp.int32), *_narrow(state, moments, None))
 
-    def update(grads, state, params=None):
+    def update(updates, state, params=None):
         count = state.count + 1
         wide = None if params is None else widened(params)
-        updates, inner = optimizer.update(widened(grads), _widen(state), wide)
+        updates, inner = optimizer.update(widened(updates), _widen(state), wide)
 
         # Returns the difference to the rounded parameter, so that `apply_updates`, which adds in
         # float32, arrives at that parameter.

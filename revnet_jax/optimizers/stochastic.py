@@ -60,7 +60,9 @@ def block_size(shape: Sequence[int]) -> int | None:
 
 def compressed_zeros(shape: Sequence[int]) -> tuple[jax.Array, jax.Array]:
     """(values, scales) of zeros. XLA would spend minutes on folding `compress` of a constant."""
-    scales = jnp.zeros((*shape[:-1], shape[-1] // block_size(shape)), jnp.bfloat16)
+    size = block_size(shape)
+    assert size is not None, shape  # callers compress only what has blocks
+    scales = jnp.zeros((*shape[:-1], shape[-1] // size), jnp.bfloat16)
     return jnp.zeros(shape, FLOAT8), scales
 
 

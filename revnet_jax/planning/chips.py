@@ -163,7 +163,9 @@ def step_seconds(
         host_bytes / chip.host_bandwidth,
     )
     between = sum(dcn_bytes.values())
-    if between and chip.dcn_bandwidth is None:
-        return None
-    dcn = between / chip.dcn_bandwidth if between else 0.0
+    dcn = 0.0
+    if between:
+        if chip.dcn_bandwidth is None:
+            return None
+        dcn = between / chip.dcn_bandwidth
     return StepSeconds(busy, sum(ici_bytes.values()) / chip.link_bandwidth, dcn)

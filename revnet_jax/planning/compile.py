@@ -54,7 +54,7 @@ class CompiledStep:
 
     @property
     def fits(self) -> bool:
-        if self.out_of_memory:
+        if self.out_of_memory or self.needed_bytes is None:
             return False
         return self.limit_bytes is None or self.needed_bytes <= self.limit_bytes
 

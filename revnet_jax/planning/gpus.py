@@ -130,7 +130,7 @@ def _tell_cudnn_version() -> None:
     because cuDNN's kernels are called at run time. The replaced function is private to JAX: if a
     new version moves it, tests/planning/test_gpus.py fails.
     """
-    fused_attention = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+    fused_attention: Any = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
     major, minor, patch = CUDNN_VERSION
     version = 10_000 * major + 100 * minor + patch
     fused_attention.check_cudnn_version = lambda: version

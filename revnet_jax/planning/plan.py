@@ -57,14 +57,15 @@ def plan(
     steps = compiler.steps({name: settings[name] for name in settings if name not in left_out})
     compiled = {name: step for name, step in steps.items() if isinstance(step, CompiledStep)}
     if not compiled:
-        raise UserError(next(iter(steps.values())).error)
+        errors = [step.error for step in steps.values() if isinstance(step, NotCompiled)]
+        raise UserError(errors[0])
     any_step = next(iter(compiled.values()))
     chip = chip_of(any_step.device_kind)
     stored = compiled.get("store") or compiled.get("store/lockstep")
     rows = [
         _failed(name, step)
         if isinstance(step, NotCompiled)
-        else row_of(name, step, chip, stored and stored.flops)
+        else row_of(name, step, chip, stored.flops if stored else None)
         for name, step in steps.items()
     ]
     if by_part:
@@ -146,7 +147,7 @@ def row_of(name: str, step: CompiledStep, chip: Chip | None, model_flops: int | 
     flops = step.flops // step.num_devices
     seconds = step_seconds(chip, flops=flops, **step.traffic) if chip and step.traffic else None
     utilization = None
-    if seconds and model_flops is not None:
+    if chip and seconds and model_flops is not None:
         utilization = model_flops / (seconds.overlapped * chip.peak_flops * step.num_devices)
     return {
         "strategy": name,

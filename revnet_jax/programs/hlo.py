@@ -152,7 +152,7 @@ def _instruction(line):
     opcode = rest[:opening].strip()
     arguments, attributes = _cut(rest, opening)
     return Instruction(
-        name=_NAME.search(left if "%" in left else f"%{left.split()[-1]}")[1],
+        name=_NAME.findall(left if "%" in left else f"%{left.split()[-1]}")[0],
         opcode=opcode,
         result=tuple(_array(*match.groups()) for match in _ARRAY.finditer(result)),
         operands=tuple(_NAME.findall(arguments)),

@@ -147,9 +147,9 @@ class _Counter:
             kind, n = exchange
             gathered = n * payload if kind == "all-gather" else payload
             return _NOTHING._replace(dcn_bytes={kind: collectives.sent_bytes(kind, gathered, n)})
-        if not _starts(instruction, computation):
-            return _NOTHING
         kind = collectives.kind_of(instruction)
+        if kind is None or not _starts(instruction, computation):
+            return _NOTHING
         # An all-gather counts by its output; an asynchronous one returns its operands too.
         if kind == "all-gather":
             payload = _bytes(instruction.result) - (payload if instruction.opcode != kind else 0)

@@ -9,8 +9,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
+# These modules make their classes when imported, so a type checker does not find them.
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # ty: ignore[missing-module-member]
+from tensorboardX.proto.summary_pb2 import Summary  # ty: ignore[missing-module-member]
 from tensorboardX.record_writer import masked_crc32c
 
 from revnet_jax.errors import StorageError, write_all, writing

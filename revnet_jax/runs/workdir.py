@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from revnet_jax.runs.resume import Change, changed_settings
 
 
 @contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
+def locked(workdir: Path) -> Generator[None]:
     """Locks `workdir`, created if missing, against other runs while the context is open."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)

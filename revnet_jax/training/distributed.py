@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import jax
@@ -54,7 +54,7 @@ def start(
       LaunchError: arguments are incomplete or out of range, or the environment describes a cluster
         incompletely. If a process is missing for five minutes, JAX aborts those that wait for it.
     """
-    explicit = {
+    explicit: dict[str, Any] = {
         "coordinator_address": coordinator_address,
         "num_processes": num_processes,
         "process_id": process_id,
@@ -157,7 +157,7 @@ def smallest(value: int) -> int:
 
 
 @contextlib.contextmanager
-def shared_fate() -> Iterator[None]:
+def shared_fate() -> Generator[None]:
     """Ends all processes when an error leaves this context in one of them.
 
     The others may be waiting for the failed process in a collective, which no exception can

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import jax
 from jax.sharding import Mesh
@@ -12,9 +12,17 @@ from jax.sharding import Mesh
 from revnet_jax.runs.metrics import DelayedFetch
 from revnet_jax.training.sharding import put_batch
 
+Sums = Callable[[Any, Any], dict[str, jax.Array]]
 
+
+@overload
+def evaluate(sums: Sums, variables: Any, batches: Any, mesh: Mesh) -> dict[str, float]: ...
+@overload
 def evaluate(
-    sums: Callable[[Any, Any], dict[str, jax.Array]],
+    sums: Sums, variables: Any, batches: Any, mesh: Mesh, stop: Callable[[], bool]
+) -> dict[str, float] | None: ...
+def evaluate(
+    sums: Sums,
     variables: Any,
     batches: Any,
     mesh: Mesh,

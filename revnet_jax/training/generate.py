@@ -99,11 +99,11 @@ def generate(
     seed: of the sampling.
     """
 
-    def advance(variables, cache, token_BT, position, key):
+    def next_token(variables, cache, token_BT, position, key):
         logits_BV, cache = model.extend(variables, cache, token_BT, position)
         return sample(logits_BV[0], key, temperature=temperature, top_p=top_p), cache
 
-    advance = jit(advance, donate_argnums=1)  # donates the cache, to update it in place
+    advance = jit(next_token, donate_argnums=1)  # donates the cache, to update it in place
     empty_cache = functools.partial(model.empty_cache, 1, context)
     keys = functools.partial(jax.random.fold_in, jax.random.key(seed))
     seen = list(token_T)[-context:]

@@ -55,8 +55,8 @@ def load_weights(workdir: Path, wanted: Variables, data: dict[str, Any]) -> tupl
         if there is not None:
             found, expected = vocabulary_from(data["vocabulary"]), vocabulary_from(there)
             found.check_same_ids(expected, f"the run in {workdir}")
-    options = {"best_metric": None, "best_mode": "max", "read_only": True}
-    with Checkpoints(workdir / "checkpoints", **options) as checkpoints:
+    directory = workdir / "checkpoints"
+    with Checkpoints(directory, best_metric=None, best_mode="max", read_only=True) as checkpoints:
         try:
             restored = checkpoints.restore(TrainState.of_variables(wanted), partial=True)
         except OtherTree as error:

@@ -7,7 +7,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,7 @@ def _train(
 @contextlib.contextmanager
 def claimed(
     workdir: Path, config: ConfigDict, data: Mapping[str, Any]
-) -> Iterator[dict[str, Change]]:
+) -> Generator[dict[str, Change]]:
     """Claims `workdir` for this config, and locks it against other runs while the context is open.
 
     Process 0 writes config.json and holds the lock. The others check that they see the same folder

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from revnet_jax.models.task import Batch, Task
+from revnet_jax.models.task import Task
 from revnet_jax.training.build import Recipe, build_recipe, check_split
 from revnet_jax.training.compiler import jit
 from revnet_jax.training.sharding import batch_sharding, make_mesh, on_mesh, placed
@@ -31,7 +31,7 @@ class StepProgram(NamedTuple):
     init: Callable[..., TrainState]
     step: Any
     state: TrainState
-    batch: Batch
+    batch: dict[str, jax.ShapeDtypeStruct]
 
 
 def step_program(

@@ -34,7 +34,8 @@ class TrainState(NamedTuple):
     @classmethod
     def of_variables(cls, variables: Variables) -> TrainState:
         """Returns a state of the variables alone: what is read from a checkpoint to use a model."""
-        return cls(None, variables, None, None, None)
+        nothing: Any = None
+        return cls(nothing, variables, nothing, nothing, nothing)
 
 
 def init_state(

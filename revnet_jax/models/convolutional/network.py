@@ -9,7 +9,6 @@ the image.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -39,14 +38,14 @@ from revnet_jax.models.convolutional.residual import (
 from revnet_jax.models.convolutional.strategies import assign_strategies
 from revnet_jax.models.dtypes import narrowed
 from revnet_jax.models.model import Lockstep, Variables
-from revnet_jax.models.partition import gather, on_batch
+from revnet_jax.models.partition import Rules, gather, on_batch
 
 
 class Network:
     """An image classifier as pure functions: `init(key)` and `apply(variables, image, ...)`.
 
     backprop: the gradient's strategy (see `chain`): one of `STRATEGIES` for all chains, or a
-      sequence with one per chain; `reverse` needs two streams.
+      tuple with one per chain; `reverse` needs two streams.
     stored_layers: number of layers of all chains, counted from the last, that store instead. The
       last layers have the smallest activations, so they save the most compute for their memory.
     unroll: see `chain`.
@@ -57,13 +56,13 @@ class Network:
     check_exactness: whether `probes` returns probes. The check keeps each chain's input in memory.
     """
 
-    rules = RULES
+    rules: Rules = RULES
 
     def __init__(
         self,
         architecture: Architecture,
         *,
-        backprop: Backprop | Sequence[Backprop] = "reverse",
+        backprop: Backprop | tuple[Backprop, ...] = "reverse",
         stored_layers: int = 0,
         unroll: int = 1,
         compute_dtype: Any = jnp.float32,
@@ -216,7 +215,7 @@ class Network:
                     stored_layers=strategy.stored_layers,
                     unroll=self._unroll,
                     update=lockstep and lockstep.update,
-                    probe=probes and probes.get(name),
+                    probe=None if probes is None else probes.get(name),
                 )
                 new_stats |= {
                     group.name: aux_L
@@ -307,8 +306,8 @@ class Network:
                 y.append(shortcut.astype(x[i].dtype) + u.astype(x[i].dtype))
             return tuple(y), tuple(new_stats)
 
-        run = run if self.strategies[name].stores else jax.checkpoint(run)
-        return run(params, stats, x)
+        unit = run if self.strategies[name].stores else jax.checkpoint(run)
+        return unit(params, stats, x)
 
 
 def _pure(make: Any, *args: Any, **kwargs: Any) -> PureModule:

@@ -12,12 +12,12 @@ from revnet_jax.models.model import Strategy
 def assign_strategies(
     architecture: Architecture,
     groups: Sequence[Group],
-    backprop: Backprop | Sequence[Backprop],
+    backprop: Backprop | tuple[Backprop, ...],
     stored_layers: int,
 ) -> dict[str, Strategy]:
     """The strategy of each chain and each transition, by name.
 
-    backprop: one for all chains, or a sequence with one per chain.
+    backprop: one for all chains, or a tuple with one per chain.
     stored_layers: in all chains together, counted from the last; chains that store anyway are not
       counted.
 

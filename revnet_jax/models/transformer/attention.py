@@ -198,7 +198,7 @@ def scores_times_values(
 
 
 def padded_to_even(
-    kernel: Callable[..., jax.Array],
+    kernel: Callable[..., Any],
     q_BTNK: jax.Array,
     k_BTGK: jax.Array,
     v_BTGK: jax.Array,

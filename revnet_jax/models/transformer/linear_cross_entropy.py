@@ -96,7 +96,7 @@ def _sums(kernel_DV, x_MD, weight_M, target_M, *, compute_dtype, chunk, derivati
     dkernel_DV = jnp.zeros(kernel_DV.shape, wide) if derivative else None
     start = jnp.zeros((), wide), dkernel_DV
     (total, dkernel_DV), of_tokens = lax.scan(of_chunk, start, parts)
-    if not derivative:
+    if dkernel_DV is None:
         return total, None
     dx, nll = of_tokens
     return total, (dkernel_DV[:, :V], dx.reshape(-1, D)[:M], nll.reshape(-1)[:M])

@@ -20,7 +20,7 @@ from revnet_jax.core import Backprop, Exactness, Grid
 from revnet_jax.models.bridge import PureModule
 from revnet_jax.models.dtypes import at_least_float32, narrowed
 from revnet_jax.models.model import Lockstep, Variables
-from revnet_jax.models.partition import gather, on_batch
+from revnet_jax.models.partition import Rules, gather, on_batch
 from revnet_jax.models.transformer.attention import Kernel, attend
 from revnet_jax.models.transformer.base import Transformer, check_positive, drop, init_layers_of
 
@@ -80,7 +80,7 @@ class RevViT(Transformer):
     attention: the kernel, see `attend`.
     """
 
-    rules = RULES
+    rules: Rules = RULES
 
     def __init__(
         self,
