@@ -8,12 +8,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from ml_collections import ConfigDict
 
 from revnet_jax.core import STRATEGIES, Block, Exactness, chain, reversible_block
 from revnet_jax.errors import UserError
-from revnet_jax.optimizers.lockstep import LockstepState
 from revnet_jax.training.build import build_recipe
 from revnet_jax.training.compiler import jit
 from revnet_jax.training.step import init_state, make_train_step
@@ -274,7 +272,11 @@ class ConfigModel:
             }
             return init_state(task.network, optimizer, config.seed), data
 
-        gradient = lambda state: _momenta(state.opt_state)
+        def gradient(state):
+            # After one step the first moments equal the gradient, Adam's up to a factor.
+            groups = optimizer.moments(state.opt_state).items()
+            return {name: jax.tree.leaves(trees) for name, trees in groups}
+
         return Program(jit(step, donate_argnums=0), jax.jit(init), gradient)
 
     def _random(self, key, shape):
@@ -308,19 +310,3 @@ def _sgd(gradient, momentum, params):
     """(params, momentum) after a step, for one layer or for the whole stack."""
     momentum = jax.tree.map(lambda m, d: MOMENTUM * m + d, momentum, gradient)
     return jax.tree.map(lambda p, m: p - LEARNING_RATE * m, params, momentum), momentum
-
-
-def _momenta(opt_state: Any) -> dict[str, list[jax.Array]]:
-    """The first moments of each group of a network, with or without lockstep updates.
-
-    After one step they equal the gradient: SGD's `trace` exactly, Adam's `mu` up to a factor.
-    """
-
-    def moments(state):
-        return optax.tree.get(state, "trace", default=None) or optax.tree.get(state, "mu")
-
-    in_lockstep = isinstance(opt_state, LockstepState)
-    groups = dict(moments(opt_state.outside if in_lockstep else opt_state))
-    if in_lockstep:
-        groups |= {name: moments(state.floats_L) for name, state in opt_state.layers.items()}
-    return {name: jax.tree.leaves(trees) for name, trees in groups.items()}

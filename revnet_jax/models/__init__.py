@@ -12,7 +12,7 @@ from revnet_jax.models.bridge import (
 from revnet_jax.models.chain_model import ChainModel
 from revnet_jax.models.convolutional.architecture import Architecture
 from revnet_jax.models.convolutional.network import Network
-from revnet_jax.models.model import Lockstep, Model, Variables, num_params
+from revnet_jax.models.model import Model, Sweep, Variables, num_params
 from revnet_jax.models.transformer.lm import Decoder, LanguageModel
 from revnet_jax.models.transformer.vit import RevViT, VisionTransformer
 
@@ -23,10 +23,10 @@ __all__ = [
     "ChainModel",
     "Decoder",
     "LanguageModel",
-    "Lockstep",
     "Model",
     "Network",
     "RevViT",
+    "Sweep",
     "Variables",
     "VisionTransformer",
     "init_layers",

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from revnet_jax.core import STRATEGIES, Backprop, Exactness, Grid, Layer, chain
-from revnet_jax.models.model import Lockstep, Strategy, Variables
+from revnet_jax.models.model import Strategy, Sweep, Variables
 from revnet_jax.models.partition import Rules, on_batch
 
 
@@ -91,14 +91,13 @@ class ChainModel(ABC):
         params_L: Any,
         x: tuple[jax.Array, ...],
         *,
-        probes: dict[str, Exactness] | None = None,
-        lockstep: Lockstep | None = None,
+        sweep: Sweep = Sweep(),
         **data: Any,
     ) -> tuple[tuple[jax.Array, ...], Any]:
         """Runs the chain: (the streams after all layers, stacked auxiliary outputs).
 
         x: the streams, with the batch as their first axis.
-        probes, lockstep: as passed to the task's `loss`.
+        sweep: as passed to the task's `loss`.
         data: `shared` and `data_L` of `chain`.
         """
         return chain(
@@ -108,8 +107,8 @@ class ChainModel(ABC):
             backprop=self._strategy.backprop,
             stored_layers=self._strategy.stored_layers,
             unroll=self._unroll,
-            update=lockstep and lockstep.update,
-            state_L=lockstep and lockstep.states["layers"],
-            probe=None if probes is None else probes["layers"],
+            update=sweep.update,
+            state_L=sweep.state_L("layers"),
+            probe=sweep.probe("layers"),
             **data,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -36,15 +36,30 @@ class Variables(NamedTuple):
     stats: Any
 
 
-class Lockstep(NamedTuple):
-    """The optimizer's update of every chain's layers inside the backward sweep: see `chain`.
+class Sweep(NamedTuple):
+    """What the backward sweep of a network's chains does beside computing gradients.
 
-    update: `(dparams, state, params) -> (params, state)` of one layer.
-    states: the optimizer's state of each group, stacked over layers.
+    It goes from the optimizer through `Task.loss` and the network to `chain`. The sweep returns
+    what it found as the cotangents of `probes`, new parameters as those of the parameters of
+    chains, and new states as those of `states` (see `LockstepOptimizer.step`).
+
+    probes: as `Model.probes` returns them, for the exactness check; None for no check.
+    update: `(dparams, state, params) -> (params, state)`, the optimizer's update of one layer; None
+      for gradients.
+    states: with `update`: the optimizer's state of each group of a chain, stacked over layers.
     """
 
-    update: Any
-    states: Mapping[str, Any]
+    probes: Mapping[str, Exactness] | None = None
+    update: Callable[..., tuple[Any, Any]] | None = None
+    states: Mapping[str, Any] | None = None
+
+    def probe(self, chain: str) -> Exactness | None:
+        """The probe of a chain; None if it is not checked."""
+        return None if self.probes is None else self.probes.get(chain)
+
+    def state_L(self, group: str) -> Any:
+        """The optimizer's state of a group, stacked over layers; None without `update`."""
+        return None if self.states is None else self.states[group]
 
 
 class Model(Protocol):

@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from revnet_jax.core import Exactness
-from revnet_jax.models import LanguageModel, Lockstep, Model, Network, RevViT, Variables
+from revnet_jax.models import LanguageModel, Model, Network, RevViT, Sweep, Variables
 
 Batch = dict[str, jax.Array]
 Sums = dict[str, jax.Array]
@@ -39,13 +38,12 @@ class Task(ABC):
         batch: Batch,
         key: jax.Array,
         *,
-        probes: dict[str, Exactness] | None,
-        lockstep: Lockstep | None,
+        sweep: Sweep = Sweep(),
     ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
         """Returns (mean loss over the batch, (new running averages, other means over the batch)).
 
         key: PRNG key of everything random in training.
-        probes, lockstep: passed on to `chain` by the network.
+        sweep: what the backward sweep does beside gradients; passed on to the network.
 
         A task without running averages returns `variables.stats`.
         """
@@ -92,8 +90,7 @@ class Classification(Task):
         batch: Batch,
         key: jax.Array,
         *,
-        probes: dict[str, Exactness] | None,
-        lockstep: Lockstep | None,
+        sweep: Sweep = Sweep(),
     ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
         """Cross entropy in nats and the batch's accuracy: see `Task.loss`."""
         mix_key, model_key = jax.random.split(key)
@@ -102,7 +99,7 @@ class Classification(Task):
             share = jax.random.beta(mix_key, self.mixup, self.mixup)
             image_BHWC = share * image_BHWC + (1 - share) * image_BHWC[::-1]
         logits_BV, stats = self.network.apply(
-            variables, image_BHWC, train=True, key=model_key, probes=probes, lockstep=lockstep
+            variables, image_BHWC, train=True, key=model_key, sweep=sweep
         )
         nll = lambda label_B: jnp.mean(cross_entropy(logits_BV, label_B, self.label_smoothing))
         loss = nll(label_B)
@@ -154,8 +151,7 @@ class NextToken(Task):
         batch: Batch,
         key: jax.Array,
         *,
-        probes: dict[str, Exactness] | None,
-        lockstep: Lockstep | None,
+        sweep: Sweep = Sweep(),
     ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
         """Negative log-likelihood in nats per token, plus the balance loss: see `Task.loss`."""
         nll, aux = self.network.loss(
@@ -163,8 +159,7 @@ class NextToken(Task):
             batch["token"],
             batch["target"],
             key=key if self.network.architecture.dropout else None,
-            probes=probes,
-            lockstep=lockstep,
+            sweep=sweep,
         )
         if not self.network.architecture.experts:
             return nll, (variables.stats, {})

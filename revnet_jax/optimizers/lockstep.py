@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from revnet_jax.core import trees
+from revnet_jax.core import Exactness, trees
+from revnet_jax.models.model import Sweep, Variables
+from revnet_jax.optimizers.optimizer import Loss, Update, first_moments
 from revnet_jax.optimizers.rounding import apply_updates, widened
 
 
@@ -49,7 +51,7 @@ class Carried(NamedTuple):
 
 
 class LockstepOptimizer(NamedTuple):
-    """An optimizer for networks whose chains are updated in the backward sweep.
+    """An optimizer for networks whose chains are updated in the backward sweep. See `Optimizer`.
 
     outside: the optimizer of the groups outside chains.
     layer: the optimizer of the tree of one layer.
@@ -69,14 +71,43 @@ class LockstepOptimizer(NamedTuple):
         state = {name: self._init_layers(params_L) for name, params_L in layers.items()}
         return LockstepState(self.outside.init(outside), state)
 
-    def start(
+    def step(
+        self,
+        loss: Loss,
+        variables: Variables,
+        state: LockstepState,
+        batch: dict[str, jax.Array],
+        key: jax.Array,
+        probes: dict[str, Exactness] | None,
+    ) -> Update:
+        """Makes one step; see `Optimizer`. Needs the whole batch at once: it keeps no gradients."""
+        params, stats = variables
+        update, carried = self._start(params, state)
+
+        def of_params(params, probes, carried):
+            sweep = Sweep(probes, update, carried)
+            return loss(Variables(params, stats), batch, key, sweep=sweep)
+
+        # A backward pass can return nothing but cotangents. So the sweep, which has updated the
+        # layers of chains by the time it ends, returns their new parameters as the cotangents of
+        # the old ones, their new optimizer state as that of `carried`, and what the exactness check
+        # found as that of `probes`. JAX does not ask what a cotangent stands for, only that it has
+        # the shape and dtype of its argument. Outside of chains cotangents are gradients.
+        grad = jax.value_and_grad(of_params, argnums=(0, 1, 2), has_aux=True)
+        (value, (stats, others)), (cotangents, exactness, carried) = grad(params, probes, carried)
+        with jax.named_scope("update"):
+            params, state, norm = self._finish(params, state, cotangents, carried)
+        return Update(value, others, Variables(params, stats), state, exactness, norm)
+
+    def moments(self, state: LockstepState) -> dict[str, Any]:
+        """First moments by group of parameters."""
+        layers = {name: first_moments(group.floats_L) for name, group in state.layers.items()}
+        return {**first_moments(state.outside), **layers}
+
+    def _start(
         self, params: Mapping[str, Any], state: LockstepState
     ) -> tuple[Callable[..., tuple[Any, Carried]], dict[str, Carried]]:
-        """Returns the two fields of a `Lockstep`: the update of one layer, and what it carries.
-
-        The update is `(dparams, carried, params) -> (new params, new carried)`; what is carried is
-        given by group.
-        """
+        """Returns two fields of a `Sweep`: the update of one layer, and its states by group."""
         # The new optimizer state leaves the backward pass as a cotangent, which cannot be an
         # integer, so step counters are kept outside. All groups have made the same number of steps.
         counters = next(iter(state.layers.values())).counters
@@ -94,7 +125,7 @@ class LockstepOptimizer(NamedTuple):
         }
         return update, carried
 
-    def finish(
+    def _finish(
         self,
         params: Mapping[str, Any],
         state: LockstepState,

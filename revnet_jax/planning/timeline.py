@@ -13,7 +13,7 @@ from revnet_jax.config import flatten
 from revnet_jax.core import STRATEGIES
 from revnet_jax.errors import UserError
 from revnet_jax.families import build_task, family_of
-from revnet_jax.models import Variables
+from revnet_jax.models import Sweep, Variables
 from revnet_jax.models.task import Task
 from revnet_jax.planning.variants import variants
 from revnet_jax.programs.buffers import assignment, compiled_for_gpu
@@ -110,7 +110,7 @@ def lowered_gradient(task: Task, batch_size: int, device: jax.Device) -> jax.sta
     )
 
     def loss_fn(params, probes, stats, batch, key):
-        return task.loss(Variables(params, stats), batch, key, probes=probes, lockstep=None)
+        return task.loss(Variables(params, stats), batch, key, sweep=Sweep(probes))
 
     key = shapes(lambda: jax.random.key(0))
     variables = shapes(task.network.init, key)

@@ -17,9 +17,9 @@ from revnet_jax.models import Model
 from revnet_jax.models.task import Task
 from revnet_jax.optimizers.build import completed, make_optimizer, make_schedule
 from revnet_jax.optimizers.lockstep import LockstepOptimizer, check_layerwise
+from revnet_jax.optimizers.optimizer import Optimizer, OrdinaryOptimizer
 from revnet_jax.training.mismatch import ACTIONS
 from revnet_jax.training.sharding import batch_parts
-from revnet_jax.training.step import Optimizer
 
 
 class Recipe(NamedTuple):
@@ -82,7 +82,7 @@ def build_optimizer(config: ConfigDict, network: Model, schedule: optax.Schedule
             f"{config.batch_size}"
         )
     if not lockstep:
-        return ordinary
+        return OrdinaryOptimizer(ordinary, config.microbatches)
     if not network.stacked:
         raise ConfigError(
             "config.optimizer.lockstep: got True for a network without chains, expected False: "

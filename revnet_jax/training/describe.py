@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from revnet_jax.core import STRATEGIES
 from revnet_jax.families import build_task
-from revnet_jax.models import Variables, num_params
+from revnet_jax.models import Sweep, Variables, num_params
 from revnet_jax.models.task import Task
 
 
@@ -61,7 +61,7 @@ def _kept_bytes(task, batch_size):
     def kept(params, stats, batch, key):
         def loss(params, probes):
             variables = Variables(params, stats)
-            return task.loss(variables, batch, key, probes=probes, lockstep=None)[0]
+            return task.loss(variables, batch, key, sweep=Sweep(probes))[0]
 
         _, pullback = jax.vjp(loss, params, task.network.probes())
         # A pullback is a pytree of its residuals. One array needed by two operations counts once.

@@ -46,7 +46,7 @@ def dry_run(
         task, schedule, optimizer = build_recipe(traced)
     with settings("profile"):
         Trace(Path(), **config.profile, last_step=config.num_steps)
-    step = make_train_step(task, optimizer, schedule, microbatches=config.microbatches)
+    step = make_train_step(task, optimizer, schedule)
     if num_devices is not None:
         sizes = mesh_sizes(num_devices, slices=num_slices, **config.mesh)
         mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))

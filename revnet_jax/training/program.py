@@ -46,7 +46,7 @@ def step_program(
     """
     (task, schedule, optimizer), mesh = recipe_on(config, devices, stored_layers)
     init = functools.partial(init_state, task.network, optimizer, config.seed)
-    step = make_train_step(task, optimizer, schedule, microbatches=config.microbatches)
+    step = make_train_step(task, optimizer, schedule)
     state = placed(init, task.network.rules, mesh)
     # `jit` passes compiler options by the default backend, which may be a CPU while the devices
     # are those of a topology. Other compilers reject the options of the CPU compiler.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from revnet_jax.core import STRATEGIES
-from revnet_jax.models import Architecture, Network
+from revnet_jax.models import Architecture, Network, Sweep
 from revnet_jax.models.convolutional.invertible import depth_to_space, space_to_depth
 from revnet_jax.training.compiler import jit
 
@@ -72,7 +72,7 @@ def test_one_gradient_whatever_the_strategy(network, variables, image_BHWC):
 
         def loss(params, probes, net=net):
             logits_BV, _ = net.apply(
-                variables._replace(params=params), image_BHWC, train=True, probes=probes
+                variables._replace(params=params), image_BHWC, train=True, sweep=Sweep(probes)
             )
             return jnp.mean(jnp.sin(logits_BV))
 
@@ -142,7 +142,7 @@ def test_single_layers_between_changes_of_resolution_are_rebuilt_exactly():
 
     def loss(params, probes):
         logits_BV, _ = network.apply(
-            variables._replace(params=params), image_BHWC, train=True, probes=probes
+            variables._replace(params=params), image_BHWC, train=True, sweep=Sweep(probes)
         )
         return jnp.mean(jnp.sin(logits_BV))
 

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from revnet_jax.core import Grid
-from revnet_jax.models import Decoder, LanguageModel, Variables
+from revnet_jax.models import Decoder, LanguageModel, Sweep, Variables
 from revnet_jax.models.transformer.attention import (
     attend,
     rotary_angles,
@@ -46,7 +46,7 @@ def gradient(lm, variables, *, key=None, balance=0.1):
 
     def loss(params, probes):
         nll, aux = lm.loss(
-            Variables(params, {}), token_BT[:, :-1], token_BT[:, 1:], key=key, probes=probes
+            Variables(params, {}), token_BT[:, :-1], token_BT[:, 1:], key=key, sweep=Sweep(probes)
         )
         return nll + (balance * jnp.mean(aux[0]) if aux else 0.0), aux
 

@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 
 from revnet_jax.core import STRATEGIES, Exactness, Grid
-from revnet_jax.models import Network, Variables, num_params
+from revnet_jax.models import Network, Sweep, Variables, num_params
 from revnet_jax.models.convolutional import network as network_module
 from revnet_jax.models.convolutional import residual
 from revnet_jax.models.convolutional.architecture import Architecture, groups
@@ -269,7 +269,7 @@ def loss_and_gradient(apply, compiler_options=None):
 
 def train_step(network):
     return lambda variables, image, probes: network.apply(
-        variables, image, train=True, probes=probes
+        variables, image, train=True, sweep=Sweep(probes)
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from revnet_jax.config import VIT_SIZES
-from revnet_jax.models import RevViT, Variables, VisionTransformer, num_params
+from revnet_jax.models import RevViT, Sweep, Variables, VisionTransformer, num_params
 from tests import thorough
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -32,7 +32,7 @@ def gradient(vit, variables, key=None):
     image = jax.random.normal(jax.random.key(1), (2, 8, 12, 3))
 
     def loss(params, probes):
-        options = {"train": key is not None, "key": key, "probes": probes}
+        options = {"train": key is not None, "key": key, "sweep": Sweep(probes)}
         logits_BV, _ = vit.apply(Variables(params, {}), image, **options)
         return jnp.sum(jnp.sin(logits_BV))
 

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from revnet_jax.core import Grid
-from revnet_jax.models import Variables
+from revnet_jax.models import Sweep, Variables
 from revnet_jax.models.transformer import attention
 from revnet_jax.training.sharding import make_mesh, on_mesh, put_batch
 from tests.models.test_lm import T, jit, model, tokens
@@ -37,7 +37,7 @@ def step_of(lm):
 
     def step(params, token_BT, target_BT):
         def loss(params, probes):
-            return lm.loss(Variables(params, {}), token_BT, target_BT, probes=probes)[0]
+            return lm.loss(Variables(params, {}), token_BT, target_BT, sweep=Sweep(probes))[0]
 
         return jax.value_and_grad(loss, argnums=(0, 1))(params, lm.probes())
 

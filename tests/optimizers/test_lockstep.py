@@ -8,9 +8,11 @@ import pytest
 
 from revnet_jax.config import ConfigError
 from revnet_jax.core import chain, reversible_block
+from revnet_jax.models import Variables
 from revnet_jax.optimizers.build import is_kernel
 from revnet_jax.optimizers.lockstep import LockstepOptimizer, check_layerwise
 from revnet_jax.optimizers.muon import scale_by_muon
+from revnet_jax.optimizers.optimizer import OrdinaryOptimizer
 from revnet_jax.optimizers.rounding import rounded
 from revnet_jax.training.build import build_recipe
 from revnet_jax.training.step import init_state, make_train_step
@@ -53,8 +55,8 @@ def init(dtype):
     return {"layers": layers, "head": {"kernel": jnp.ones((WIDTH, 3), dtype)}}
 
 
-def loss_fn(params, key, lockstep=None):
-    update, carried = lockstep or (None, {"layers": None})
+def loss_fn(variables, batch, key, *, sweep):
+    params = variables.params
     head = params["head"]["kernel"]
     x = tuple(jax.random.normal(jax.random.key(1), (2, ROWS, WIDTH), head.dtype))
     (y1, y2), _ = chain(
@@ -62,28 +64,23 @@ def loss_fn(params, key, lockstep=None):
         params["layers"],
         x,
         data_L=jax.random.split(key, DEPTH),
-        update=update,
-        state_L=carried["layers"],
+        update=sweep.update,
+        state_L=sweep.state_L("layers"),
     )
-    return jnp.mean(jnp.sin((y1 + y2) @ head))
+    return jnp.mean(jnp.sin((y1 + y2) @ head)), ((), {})
 
 
 def steps(name, wrap, dtype, lockstep):
     """Ten of them: the parameters after, and the norm of the last gradient."""
     params = init(dtype)
-    optimizer = wrap(make(name))
+    optimizer = OrdinaryOptimizer(wrap(make(name)))
     if lockstep:
         outside, layer = wrap(make(name, stacked=())), wrap(make(name, stacked=None))
         optimizer = LockstepOptimizer(outside, layer, ("layers",))
 
     def step(params, state, key):
-        if not lockstep:
-            grads = jax.grad(loss_fn)(params, key)
-            updates, state = optimizer.update(grads, state, params)
-            return optax.apply_updates(params, updates), state, optax.tree.norm(grads)
-        update, carried = optimizer.start(params, state)
-        loss = lambda params, carried: loss_fn(params, key, (update, carried))
-        return optimizer.finish(params, state, *jax.grad(loss, (0, 1))(params, carried))
+        new = optimizer.step(loss_fn, Variables(params, ()), state, None, key, None)
+        return new.variables.params, new.state, new.gradient_norm
 
     step, state = jax.jit(step, compiler_options=FAST), optimizer.init(params)
     for key in jax.random.split(jax.random.key(2), 10):
@@ -155,13 +152,6 @@ def test_the_config_refuses_what_does_not_go_together(tiny_config):
         build_recipe(tiny_config)
 
 
-def test_a_step_in_lockstep_has_no_parts(tiny_config):
-    tiny_config.optimizer.lockstep = True
-    task, schedule, optimizer = build_recipe(tiny_config)
-    with pytest.raises(ValueError, match="got microbatches=2 for an update in lockstep"):
-        make_train_step(task, optimizer, schedule, microbatches=2)
-
-
 def one_step(config):
     """On a batch whose halves, every other image, are equal."""
     task, schedule, optimizer = build_recipe(config)
@@ -171,7 +161,7 @@ def one_step(config):
         "image": rng.normal(size=(8, 8, 8, 1)).astype(np.float32).repeat(2, axis=0),
         "label": rng.integers(0, 10, 8).astype(np.int32).repeat(2),
     }
-    step = make_train_step(task, optimizer, schedule, microbatches=config.microbatches)
+    step = make_train_step(task, optimizer, schedule)
     return jax.jit(step, compiler_options=FAST)(state, batch)
 
 

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from revnet_jax.config import ConfigError, image_classification, language_model, vision_transformer
+from revnet_jax.optimizers.optimizer import accumulate
 from revnet_jax.optimizers.rounding import (
     MOMENTS,
     RoundedState,
@@ -17,7 +18,7 @@ from revnet_jax.optimizers.rounding import (
 )
 from revnet_jax.optimizers.stochastic import FLOAT8, round_to_bfloat16
 from revnet_jax.training.build import build_recipe
-from revnet_jax.training.step import accumulate, init_state, make_train_step
+from revnet_jax.training.step import init_state, make_train_step
 
 STEPS = 4096
 

@@ -52,7 +52,7 @@ def train(config, dtype, devices):
     there = placed(init, task.network.rules, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, there)
     state = jax.device_put(jit(init, quickly=True)(), shardings)  # the same on any mesh
-    step = make_train_step(task, optimizer, schedule, microbatches=config.microbatches)
+    step = make_train_step(task, optimizer, schedule)
     step = jit_step(step, mesh, there, functools.partial(jit, quickly=True))
     rng, batch, losses = np.random.default_rng(0), {}, []
     for name, leaf in task.batch_shapes(config.batch_size).items():

@@ -19,9 +19,7 @@ def test_mixup(tiny_config):
     image, label = np.random.default_rng(0).normal(size=(4, 8, 8, 1)), np.asarray([1, 2, 3, 4])
     image = image.astype(np.float32)
     key = jax.random.key(5)
-    loss, _ = jax.jit(
-        lambda v: task.loss(v, {"image": image, "label": label}, key, probes=None, lockstep=None)
-    )(variables)
+    loss, _ = jax.jit(lambda v: task.loss(v, {"image": image, "label": label}, key))(variables)
     share = float(jax.random.beta(jax.random.split(key)[0], 0.4, 0.4))
     mixed = np.float32(share) * image + np.float32(1 - share) * image[::-1]
     logits, _ = jax.jit(lambda v: task.network.apply(v, mixed, train=True))(variables)

@@ -86,9 +86,8 @@ class Hold(Task):
     network: Recurrence
     tokens: int
 
-    def loss(self, variables, batch, key, *, probes, lockstep):
-        options = {"probes": probes, "lockstep": lockstep}
-        y_BT = self.network.apply(variables.params, batch["input"], **options)
+    def loss(self, variables, batch, key, *, sweep):
+        y_BT = self.network.apply(variables.params, batch["input"], sweep=sweep)
         return jnp.mean(jnp.square(y_BT - batch["target"])), (variables.stats, {})
 
     def sums(self, variables, batch):

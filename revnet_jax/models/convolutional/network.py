@@ -37,7 +37,7 @@ from revnet_jax.models.convolutional.residual import (
 )
 from revnet_jax.models.convolutional.strategies import assign_strategies
 from revnet_jax.models.dtypes import narrowed
-from revnet_jax.models.model import Lockstep, Variables
+from revnet_jax.models.model import Sweep, Variables
 from revnet_jax.models.partition import Rules, gather, on_batch
 
 
@@ -164,21 +164,16 @@ class Network:
         *,
         train: bool,
         key: jax.Array | None = None,
-        probes: dict[str, Exactness] | None = None,
-        lockstep: Lockstep | None = None,
+        sweep: Sweep = Sweep(),
     ) -> tuple[jax.Array, Any]:
         """(logits [B, num_classes] float32, running averages after this batch).
 
         train: normalise by the batch's statistics and update the running averages (exactly once,
           under every strategy); otherwise normalise by the running averages.
         key: unused; other models draw random numbers.
-        probes: as returned by `probes()`; their cotangents are the exactness check.
-        lockstep: updates the chains' parameters inside the backward sweep. The cotangents of those
-          parameters are then their new values, because a backward pass can return nothing else.
+        sweep: checks for exactness and updates in the backward sweep; by default neither.
         """
-        x_BHWC, new_stats = self.features(
-            variables, image_BHWC, train=train, probes=probes, lockstep=lockstep
-        )
+        x_BHWC, new_stats = self.features(variables, image_BHWC, train=train, sweep=sweep)
         with jax.named_scope("head"):
             # The head computes in the dtype of the features, so its weights are gathered in it.
             head = gather(RULES, "head", variables.params["head"], x_BHWC.dtype)
@@ -193,8 +188,7 @@ class Network:
         image_BHWC: jax.Array,
         *,
         train: bool,
-        probes: dict[str, Exactness] | None = None,
-        lockstep: Lockstep | None = None,
+        sweep: Sweep = Sweep(),
     ) -> tuple[jax.Array, Any]:
         """(concatenated streams [B, H', W', channels[-1]], running averages after this batch)."""
         params, stats = variables
@@ -209,13 +203,13 @@ class Network:
             if name in self.chains:
                 chain, strategy = self.chains[name], self.strategies[name]
                 x, auxes = sequence(
-                    self._sections(chain, variables, train, lockstep),
+                    self._sections(chain, variables, train, sweep),
                     x,
                     backprop=strategy.backprop,
                     stored_layers=strategy.stored_layers,
                     unroll=self._unroll,
-                    update=lockstep and lockstep.update,
-                    probe=None if probes is None else probes.get(name),
+                    update=sweep.update,
+                    probe=sweep.probe(name),
                 )
                 new_stats |= {
                     group.name: aux_L
@@ -247,7 +241,7 @@ class Network:
     def _gather(self, group, params):
         return gather(RULES, group, params, self.compute_dtype)
 
-    def _sections(self, chain, variables, train, lockstep=None):
+    def _sections(self, chain, variables, train, sweep=Sweep()):
         def section(group):
             if group.unit is None:
                 return Section(squeeze(), length=1)
@@ -255,7 +249,7 @@ class Network:
                 self._layer(group.name, train),
                 variables.params[group.name],
                 variables.stats[group.name],
-                state_L=lockstep and lockstep.states[group.name],
+                state_L=sweep.state_L(group.name),
             )
 
         return [section(group) for group in chain]

@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from revnet_jax.core import Exactness, Layer, PlainLayer, reversible_block
+from revnet_jax.core import Layer, PlainLayer, reversible_block
 from revnet_jax.models.chain_model import ChainModel
-from revnet_jax.models.model import Lockstep
+from revnet_jax.models.model import Sweep
 
 
 class Transformer(ChainModel):
@@ -41,8 +41,7 @@ class Transformer(ChainModel):
         params_L: Any,
         x: jax.Array,
         *,
-        probes: dict[str, Exactness] | None,
-        lockstep: Lockstep | None,
+        sweep: Sweep = Sweep(),
         **data: Any,
     ) -> tuple[jax.Array, Any]:
         """Runs the chain on embeddings x: (the sum of the streams, stacked auxiliary outputs).
@@ -50,8 +49,7 @@ class Transformer(ChainModel):
         data: `shared` and `data_L` of `chain`.
         """
         streams = (x, x) if self.invertible else (x,)
-        options = {"probes": probes, "lockstep": lockstep, **data}
-        y, aux_L = self.run_chain(layer, params_L, streams, **options)
+        y, aux_L = self.run_chain(layer, params_L, streams, sweep=sweep, **data)
         return sum(y[1:], y[0]), aux_L
 
 

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from revnet_jax.core import Backprop, Exactness, Grid
+from revnet_jax.core import Backprop, Grid
 from revnet_jax.models.bridge import PureModule
 from revnet_jax.models.dtypes import at_least_float32, narrowed
-from revnet_jax.models.model import Lockstep, Variables
+from revnet_jax.models.model import Sweep, Variables
 from revnet_jax.models.partition import by_batch, gather, on_batch, on_sequence, whole_sequences
 from revnet_jax.models.transformer.attention import Kernel, rotary_angles
 from revnet_jax.models.transformer.base import Transformer, check_positive, drop, init_layers_of
@@ -191,8 +191,7 @@ class LanguageModel(Transformer):
         token_BT: jax.Array,
         *,
         key: jax.Array | None = None,
-        probes: dict[str, Exactness] | None = None,
-        lockstep: Lockstep | None = None,
+        sweep: Sweep = Sweep(),
     ) -> tuple[jax.Array, Any]:
         """(x_BTD, the input of the head; auxiliary outputs of the feed-forward networks).
 
@@ -205,8 +204,7 @@ class LanguageModel(Transformer):
             self._embed(variables, token_BT, None if keys is None else keys[-1, :1]),
             shared=self._positions(0, token_BT)[0],
             data_L=None if keys is None else (None, keys[:-1]),
-            probes=probes,
-            lockstep=lockstep,
+            sweep=sweep,
         )
         return self._normalise(variables, x_BTD), aux_L
 
@@ -273,8 +271,6 @@ class LanguageModel(Transformer):
             x_BTD,
             shared=positions,
             data_L=(cache._replace(document_B=None), None),
-            probes=None,
-            lockstep=None,
         )
         x_BD = self._normalise(variables, x_BTD)[:, -1]
         logits_BV = self._logits(self._head_kernel(variables)[1], x_BD)

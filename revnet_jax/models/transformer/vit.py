@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from revnet_jax.core import Backprop, Exactness, Grid
+from revnet_jax.core import Backprop, Grid
 from revnet_jax.models.bridge import PureModule
 from revnet_jax.models.dtypes import at_least_float32, narrowed
-from revnet_jax.models.model import Lockstep, Variables
+from revnet_jax.models.model import Sweep, Variables
 from revnet_jax.models.partition import Rules, gather, on_batch
 from revnet_jax.models.transformer.attention import Kernel, attend
 from revnet_jax.models.transformer.base import Transformer, check_positive, drop, init_layers_of
@@ -131,14 +131,13 @@ class RevViT(Transformer):
         *,
         train: bool,
         key: jax.Array | None = None,
-        probes: dict[str, Exactness] | None = None,
-        lockstep: Lockstep | None = None,
+        sweep: Sweep = Sweep(),
     ) -> tuple[jax.Array, Any]:
         """(logits [B, num_classes] float32, an empty dictionary: there are no running averages).
 
         train: whether to apply dropout.
         key: for dropout; None for no dropout.
-        probes, lockstep: see `Network.apply`.
+        sweep: see `Network.apply`.
         """
         rate = self.architecture.dropout
         keys = None
@@ -161,8 +160,7 @@ class RevViT(Transformer):
             variables.params["layers"],
             drop(x_BTD, rate, None if keys is None else keys[-1], 0),
             data_L=None if keys is None else keys[:-1],
-            probes=probes,
-            lockstep=lockstep,
+            sweep=sweep,
         )
         by_token = self.architecture.pool == "token"
         with jax.named_scope("head"):

@@ -1,0 +1,152 @@
+"""What a training step asks of an optimizer, and the optimizer that updates after the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from revnet_jax.core import Exactness
+from revnet_jax.models.model import Sweep, Variables
+from revnet_jax.optimizers.rounding import apply_updates, widened
+
+
+class Loss(Protocol):
+    """The loss of a batch: `Task.loss` of `revnet_jax/models/task.py`."""
+
+    def __call__(
+        self, variables: Variables, batch: Any, key: jax.Array, *, sweep: Sweep
+    ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]: ...
+
+
+class Update(NamedTuple):
+    """What one step of an optimizer returns.
+
+    loss: of the batch, before the update.
+    others: the other means over the batch that the loss returned.
+    variables: new parameters and running averages.
+    state: the new state of the optimizer.
+    exactness: of every chain that was checked, by name; None if none was.
+    gradient_norm: L2 norm of the gradient of all parameters.
+    """
+
+    loss: jax.Array
+    others: dict[str, jax.Array]
+    variables: Variables
+    state: Any
+    exactness: dict[str, Exactness] | None
+    gradient_norm: jax.Array
+
+
+class Optimizer(Protocol):
+    """Computes the gradient and applies it, after the backward pass or inside of it."""
+
+    def init(self, params: Any) -> Any:
+        """The state before the first step."""
+        ...
+
+    def step(
+        self,
+        loss: Loss,
+        variables: Variables,
+        state: Any,
+        batch: dict[str, jax.Array],
+        key: jax.Array,
+        probes: dict[str, Exactness] | None,
+    ) -> Update:
+        """Makes one step. probes: of the network, for the exactness check."""
+        ...
+
+    def moments(self, state: Any) -> dict[str, Any]:
+        """First moments by group of parameters: SGD's momentum, Adam's average of gradients."""
+        ...
+
+
+class OrdinaryOptimizer(NamedTuple):
+    """Computes the gradient of all parameters, then updates them. See `Optimizer`.
+
+    transformation: the optimizer as one of optax.
+    microbatches: gradient accumulation: the number of parts that a batch is split into. Only the
+      activations of one part are in memory at a time, and batch statistics are taken over one part.
+    """
+
+    transformation: optax.GradientTransformation
+    microbatches: int = 1
+
+    def init(self, params: Any) -> Any:
+        """The state before the first step: that of the transformation."""
+        return self.transformation.init(params)
+
+    def step(
+        self,
+        loss: Loss,
+        variables: Variables,
+        state: Any,
+        batch: dict[str, jax.Array],
+        key: jax.Array,
+        probes: dict[str, Exactness] | None,
+    ) -> Update:
+        """Makes one step; see `Optimizer`."""
+
+        def gradient(params, stats, batch, key):
+            def of_params(params, probes):
+                return loss(Variables(params, stats), batch, key, sweep=Sweep(probes))
+
+            grad = jax.value_and_grad(of_params, argnums=(0, 1), has_aux=True)
+            return grad(params, probes)
+
+        params, stats = variables
+        (value, (stats, others)), (grads, exactness) = accumulate(
+            gradient, params, stats, batch, key, self.microbatches
+        )
+        with jax.named_scope("update"):
+            updates, state = self.transformation.update(grads, state, params)
+            params = apply_updates(params, updates)
+        norm = optax.tree.norm(widened(grads))
+        return Update(value, others, Variables(params, stats), state, exactness, norm)
+
+    def moments(self, state: Any) -> dict[str, Any]:
+        """First moments by group of parameters."""
+        return dict(first_moments(state))
+
+
+def first_moments(state: Any) -> Any:
+    """The tree of first moments in a state of optax: `trace` of SGD, or `mu` of Adam and others."""
+    return optax.tree.get(state, "trace", default=None) or optax.tree.get(state, "mu")
+
+
+def accumulate(
+    gradient: Callable[..., Any],
+    params: Any,
+    stats: Any,
+    batch: Any,
+    key: jax.Array,
+    microbatches: int,
+) -> Any:
+    """Gradient accumulation: what `gradient(params, stats, batch, key)` returns, part by part.
+
+    gradient: `-> ((loss, (stats, others)), (grads, exactness))`, where loss, others and grads are
+      means over examples.
+    """
+    if microbatches == 1:
+        return gradient(params, stats, batch, key)
+
+    def parts(array):
+        # Strided, not contiguous: every device keeps a share of each part, without communication.
+        split = array.reshape(-1, microbatches, *array.shape[1:])
+        return jnp.swapaxes(split, 0, 1)
+
+    def body(carry, part):
+        stats, total = carry
+        (loss, (stats, others)), (grads, exactness) = gradient(params, stats, *part)
+        return (stats, jax.tree.map(jnp.add, total, widened(grads))), (loss, others, exactness)
+
+    start = stats, jax.tree.map(jnp.zeros_like, widened(params))
+    inputs = jax.tree.map(parts, batch), jax.random.split(key, microbatches)
+    (stats, total), (losses, others, exactness) = jax.lax.scan(body, start, inputs)
+    exactness = jax.tree.map(lambda counts: jnp.sum(counts, axis=0), exactness)
+    grads = jax.tree.map(lambda leaf: leaf / microbatches, total)
+    return (jnp.mean(losses), (stats, jax.tree.map(jnp.mean, others))), (grads, exactness)
