@@ -16,6 +16,7 @@ from absl import flags
 from revnet_jax.config import cli
 from revnet_jax.config.ranges import whole
 from revnet_jax.figures import load_figure_class, save
+from revnet_jax.tables import markdown
 
 SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each, with seeds 0, 1, ...")
 cli.limit(SEEDS, whole(1, 10_000))
@@ -69,11 +70,7 @@ def as_table(report):
     ]
     header = ["coupling", "parameters", "test accuracy, %", "ms / step", "reverse, MiB"]
     header += ["store, MiB", "residue, bits", "mismatches"]
-    cells = [header, ["---", *["---:"] * (len(header) - 1)], *map(_cells, rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    for first, *rest in cells:
-        padded = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
-        lines.append(f"| {' | '.join([first.ljust(widths[0]), *padded])} |")
+    lines += markdown([header, *map(_cells, rows)])
     lines += [
         "",
         "accuracy: mean +- standard deviation over seeds; ms / step: median, rows taking turns;",
@@ -81,9 +78,10 @@ def as_table(report):
         "layer",
         "",
     ]
+    width = max(len(row["coupling"]) for row in rows)
     for row in rows:
         shape = f"{row['layers']} layers, hidden width {row['hidden']}"
-        lines.append(f"{row['coupling']:{widths[0]}}  {shape}: {row['note']}")
+        lines.append(f"{row['coupling']:{width}}  {shape}: {row['note']}")
     return "\n".join(lines)
 
 

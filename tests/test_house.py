@@ -18,17 +18,18 @@ FORBIDDEN = {
     "programs": {"flax", "optax", "orbax", "absl", "ml_collections", "grain"},
 }
 LIBRARY = {"core", "models", "optimizers", "data"}
-SETTINGS = {"config", "errors", "families"}
+TOOLS = {"errors", "files", "tables"}
+SETTINGS = {"config", "families"} | TOOLS
 MAY_IMPORT = {
     "core": {"core"},
-    "data": {"data", "errors"},
+    "data": {"data"} | TOOLS,
     "models": {"core", "models"},
     "optimizers": {"core", "models", "optimizers"},
     "programs": {"core", "programs"},
-    "config": {"config", "errors"},
+    "config": {"config"} | TOOLS,
     "runs": {"data", "devices", "optimizers", "runs"} | SETTINGS,
     "training": {"devices", "runs", "training"} | LIBRARY | SETTINGS,
-    "couplings": {"couplings", "runs", "training", "errors"} | LIBRARY,
+    "couplings": {"couplings", "runs", "training"} | LIBRARY | TOOLS,
     "planning": {"devices", "planning", "programs", "training"} | LIBRARY | SETTINGS,
     "benchmark": {"benchmark", "devices", "planning", "programs", "training"} | LIBRARY | SETTINGS,
 }

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from revnet_jax.core import STRATEGIES, Block, Exactness, chain, reversible_block
+from revnet_jax.core import Block, Exactness, chain, reversible_block
 from revnet_jax.errors import UserError
+from revnet_jax.planning.variants import parse_variant
 from revnet_jax.training.build import build_recipe
 from revnet_jax.training.compiler import jit
 from revnet_jax.training.step import init_state, make_train_step
@@ -34,44 +35,6 @@ class Program(NamedTuple):
     step: Any
     init: Callable[[], tuple[Any, Any]]
     gradient: Callable[[Any], Any]
-
-
-class Strategy(NamedTuple):
-    """How a chain is trained. unroll: layers per loop iteration."""
-
-    backprop: Any
-    stored_layers: int
-    lockstep: bool
-    unroll: int
-
-
-def parse_strategy(name: str, layers: int) -> Strategy:
-    """Parses a name: "reverse", "reverse+8" (the last 8 layers store), "reverse/lockstep".
-
-    "twin" stores all layers. "/unroll" unrolls the loop over layers completely.
-
-    layers: of the model. Raises UserError for an unknown strategy, or one that stores more layers
-    than the model has.
-    """
-    mixture, slash, suffix = name.partition("/")
-    backprop, plus, stored = ("store" if is_twin(name) else mixture).partition("+")
-    known = backprop in STRATEGIES and bool(plus) == stored.isdecimal()
-    suffixes = ("unroll",) if is_twin(name) else ("lockstep", "unroll")
-    if not known or suffix not in (suffixes if slash else ("",)):
-        known = ", ".join(STRATEGIES)
-        raise UserError(
-            f"got strategy {name!r}, expected one of {known}, with or without +m, and "
-            "/lockstep or /unroll"
-        )
-    if int(stored or 0) > layers:
-        raise UserError(f"got strategy {name!r} for {layers} layers, expected +0 to +{layers}")
-    unroll = layers if suffix == "unroll" else 1
-    return Strategy(backprop, int(stored or 0), suffix == "lockstep", unroll)
-
-
-def is_twin(strategy: str) -> bool:
-    """Whether the strategy trains the irreversible model in place of the reversible one."""
-    return strategy.partition("/")[0] == "twin"
 
 
 @dataclass(frozen=True)
@@ -103,17 +66,17 @@ class Chain:
 
     def program(self, strategy: str, layers: int, batch: int) -> Program:
         """The training step: value and gradient, SGD with momentum, and the exactness check."""
-        backprop, stored_layers, lockstep, unroll = parse_strategy(strategy, layers)
-        rebuilds = backprop == "reverse" and stored_layers < layers
+        variant = parse_variant(strategy, layers)
+        rebuilds = variant.backprop == "reverse" and variant.stored_layers < layers
         settings: dict[str, Any] = {
-            "backprop": backprop,
-            "stored_layers": stored_layers,
-            "unroll": unroll,
+            "backprop": variant.backprop,
+            "stored_layers": variant.stored_layers,
+            "unroll": layers if variant.unrolled else 1,
         }
         block = self.block()
 
         def loss_fn(params_L, momentum_L, probe, x):
-            if lockstep:
+            if variant.lockstep:
                 settings.update(update=_sgd, state_L=momentum_L)
             y, _ = chain(block, params_L, x, probe=probe, **settings)
             return sum(jnp.mean(jnp.square(stream)) for stream in y)
@@ -125,7 +88,7 @@ class Chain:
             # the backward sweep applies the update, and can return it only as cotangents. The
             # exactness check leaves the sweep in the same way, as the cotangent of its probe.
             loss, (*new, exactness) = value_and_grad(params_L, momentum_L, Exactness.probe(), x)
-            if not lockstep:
+            if not variant.lockstep:
                 new = _sgd(new[0], momentum_L, params_L)
             mismatches += exactness.mismatches
             metrics = {"exact_mismatches": mismatches} if rebuilds else {}
@@ -247,12 +210,11 @@ class ConfigModel:
             config.model.units = (layers // stages,) * stages
         else:
             config.model.layers = layers
-        backprop, stored_layers, lockstep, unroll = parse_strategy(strategy, layers)
-        config.model.update({"backprop": backprop, "stored_layers": str(stored_layers)})
-        config.model.unroll = unroll
-        if is_twin(strategy):
+        variant = parse_variant(strategy, layers)
+        config.update_from_flattened_dict(variant.settings())
+        config.model.unroll = layers if variant.unrolled else 1
+        if variant.is_twin:
             config.model.reversible = False
-        config.optimizer.lockstep = lockstep
         task, schedule, optimizer = build_recipe(config)
         train_step = make_train_step(task, optimizer, schedule)
 

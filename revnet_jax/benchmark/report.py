@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from revnet_jax.tables import markdown
+
 MIB, GIB = 2**20, 2**30
 Row = dict[str, Any]
 NOTES = """\
@@ -127,15 +129,11 @@ LIMIT_COLUMNS = {
 
 
 def _table(columns, rows, baselines):
-    lines = [[name for name in columns]]
-    lines.append(
-        ["---" if name in ("model", "dtype", "strategy", "axis") else "---:" for name in columns]
-    )
-    lines += [[cell(row, baselines.get(_size(row))) for cell in columns.values()] for row in rows]
+    lines = [[cell(row, baselines.get(_size(row))) for cell in columns.values()] for row in rows]
     # Leave out columns in which nothing was measured.
-    kept = [i for i in range(len(columns)) if any(line[i] != "-" for line in lines[2:])]
-    widths = {i: max(len(line[i]) for line in lines) for i in kept}
-    return "\n".join(f"| {' | '.join(line[i].ljust(widths[i]) for i in kept)} |" for line in lines)
+    kept = [i for i in range(len(columns)) if any(line[i] != "-" for line in lines)]
+    cells = [[line[i] for i in kept] for line in [list(columns), *lines]]
+    return "\n".join(markdown(cells, text_columns=("model", "dtype", "strategy", "axis")))
 
 
 def as_sentence(row: dict[str, Any]) -> str:

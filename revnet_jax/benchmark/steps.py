@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from revnet_jax.benchmark.models import Model, Program, is_twin, parse_strategy
+from revnet_jax.benchmark.models import Model, Program
 from revnet_jax.devices import peak_memory_bytes, program_bytes
+from revnet_jax.planning.variants import parse_variant
 from revnet_jax.programs.counts import arithmetic
 from revnet_jax.training.compiler import jit_initialization
 
@@ -36,7 +37,7 @@ STEPS = 4
 class Setting(NamedTuple):
     """One model at one size, and the strategies to compare on it.
 
-    strategies: see `parse_strategy`.
+    strategies: see `Variant`.
     seconds: how long the strategies take turns, three turns at least; 0 only compiles them.
     """
 
@@ -117,7 +118,7 @@ def compare(setting: Setting) -> Iterator[dict[str, Any]]:
     """
     model, layers, batch, strategies, seconds = setting
     for name in strategies:
-        parse_strategy(name, layers)
+        parse_variant(name, layers)
     entrants = [Entrant(name, model.program(name, layers, batch)) for name in strategies]
     if jax.default_backend() == "gpu":
         # Compile one after the other: XLA's autotuner times the kernels for a matrix product and
@@ -142,7 +143,8 @@ def compare_gradients(entrants: Sequence[Entrant]) -> None:
     """Sets each entrant's gradient error against `store`, if it takes part; drops the gradients."""
     stored = [entrant.gradient for entrant in entrants if entrant.strategy == "store"]
     for entrant in entrants:
-        if stored and not is_twin(entrant.strategy):  # the twin computes a different function
+        # The twin computes a different function.
+        if stored and not parse_variant(entrant.strategy).is_twin:
             entrant.gradient_error = float(relative_l2(entrant.gradient, stored[0]))
     for entrant in entrants:
         entrant.gradient = None

@@ -20,12 +20,11 @@ from revnet_jax.benchmark.models import (
     ConfigModel,
     Mlp,
     Transformer,
-    is_twin,
-    parse_strategy,
 )
 from revnet_jax.benchmark.steps import Setting, compare
 from revnet_jax.config import language_model
 from revnet_jax.errors import UserError
+from revnet_jax.planning.variants import parse_variant
 
 BASIC = ("store", "remat", "reverse")
 SEARCH_SECONDS = 60  # expected for one limit under one strategy, which compiles up to six programs
@@ -193,8 +192,8 @@ def select(
         searches = tuple(search._replace(strategies=tuple(strategies)) for search in searches)
     for each in (*settings, *searches):  # fail now, not after the first measurements
         for strategy in each.strategies:
-            parse_strategy(strategy, each.layers)
-            if is_twin(strategy) and not each.model.has_twin:
+            is_twin = parse_variant(strategy, each.layers).is_twin
+            if is_twin and not each.model.has_twin:
                 raise UserError(
                     f"got strategy {strategy!r} for {each.model.name}, which does not have it"
                 )

@@ -14,6 +14,7 @@ import numpy as np
 from revnet_jax.data.dataset import DataError, file_errors, read_file
 from revnet_jax.data.vocabulary import Vocabulary, largest_id, load_tokenizer
 from revnet_jax.errors import writing
+from revnet_jax.files import write_atomically
 
 WRITTEN = "what tokenize_text.py wrote"
 _PIECE_BYTES = 2**20
@@ -166,10 +167,8 @@ def tokenize_files(
         "splits": splits,
         "test_bytes_per_token": test_bytes / sum(splits["test"].values()),
     }
-    partial = out / "tokens.json.tmp"
     with writing(out / "tokens.json"):
-        partial.write_text(json.dumps(description, indent=2) + "\n")
-        partial.replace(out / "tokens.json")  # atomic: readers never see a partial file
+        write_atomically(out / "tokens.json", json.dumps(description, indent=2) + "\n")
     return description
 
 

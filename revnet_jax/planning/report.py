@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from revnet_jax.planning.largest import SIZES
 from revnet_jax.planning.units import size
+from revnet_jax.tables import markdown
 
 GIB = 2**30
 PARTS = {
@@ -17,19 +18,6 @@ PARTS = {
 }
 
 _GPU_MEMORY = "memory of a GPU: the share that JAX takes; XLA_CLIENT_MEM_FRACTION=0.9 takes more"
-
-
-def markdown(cells: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table. cells: the header, then the rows; the first column is text."""
-    header, *rows = cells
-    cells = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    padded = (
-        [first.ljust(widths[0])]
-        + [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
-        for first, *rest in cells
-    )
-    return [f"| {' | '.join(row)} |" for row in padded]
 
 
 def either(value: Any, text: Any) -> str:

@@ -18,6 +18,7 @@ from revnet_jax.models.task import Task
 from revnet_jax.planning.variants import variants
 from revnet_jax.programs.buffers import assignment, compiled_for_gpu
 from revnet_jax.programs.liveness import liveness
+from revnet_jax.tables import markdown
 from revnet_jax.training.compiler import jit
 
 MIB = 2**20
@@ -125,14 +126,11 @@ def lowered_gradient(task: Task, batch_size: int, device: jax.Device) -> jax.sta
 
 def as_table(lines: Sequence[Timeline]) -> str:
     """A Markdown table of each timeline's peak beside the compiler's figure."""
-    rows = [
-        "| backprop | peak drawn, MiB | compiler, MiB | drawn / compiler |",
-        "| --- | ---: | ---: | ---: |",
-    ]
+    cells = [["backprop", "peak drawn, MiB", "compiler, MiB", "drawn / compiler"]]
     for line in lines:
         peak, compiled = line.peak_bytes / MIB, line.compiled_bytes / MIB
-        rows.append(f"| {line.backprop} | {peak:,.2f} | {compiled:,.2f} | {peak / compiled:.3f} |")
-    return "\n".join(rows)
+        cells.append([line.backprop, f"{peak:,.2f}", f"{compiled:,.2f}", f"{peak / compiled:.3f}"])
+    return "\n".join(markdown(cells))
 
 
 def as_report(lines: Sequence[Timeline]) -> list[dict[str, Any]]:

@@ -3,39 +3,84 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from revnet_jax.core import STRATEGIES, Backprop
 from revnet_jax.errors import UserError
 from revnet_jax.families import build_task, family_of
 from revnet_jax.models import Model
+
+
+class Variant(NamedTuple):
+    """One way to train a model, written as BACKPROP[+STORED][/lockstep or /unroll].
+
+    `reverse+3` stores the last 3 layers of the chains and reverses the others; `remat/lockstep`
+    updates each layer's parameters in the backward sweep; `store/unroll` unrolls the loop over
+    layers completely; `twin` is `store` for the irreversible model in place of the reversible one.
+    """
+
+    backprop: Backprop
+    stored_layers: int = 0
+    lockstep: bool = False
+    unrolled: bool = False
+    is_twin: bool = False
+
+    @property
+    def name(self) -> str:
+        """The notation that `parse_variant` reads."""
+        mixture = f"+{self.stored_layers}" if self.stored_layers else ""
+        suffix = "/lockstep" * self.lockstep + "/unroll" * self.unrolled
+        return ("twin" if self.is_twin else self.backprop + mixture) + suffix
+
+    def settings(self) -> dict[str, Any]:
+        """Settings by dotted key that override those of a config of the same layers and streams."""
+        return {
+            "model.backprop": self.backprop,
+            "model.stored_layers": str(self.stored_layers),
+            "optimizer.lockstep": self.lockstep,
+        }
+
+
+def parse_variant(name: str, layers: int | None = None) -> Variant:
+    """Parses the name of a `Variant`.
+
+    layers: of the model, if known. Raises UserError for an unknown variant, or one that stores more
+    layers than the model has.
+    """
+    mixture, slash, suffix = name.partition("/")
+    is_twin = mixture == "twin"
+    backprop, plus, stored = ("store" if is_twin else mixture).partition("+")
+    known = backprop in STRATEGIES and bool(plus) == stored.isdecimal()
+    suffixes = ("unroll",) if is_twin else ("lockstep", "unroll")
+    if not known or suffix not in (suffixes if slash else ("",)):
+        known = ", ".join(STRATEGIES)
+        raise UserError(
+            f"got strategy {name!r}, expected one of {known}, with or without +m, and "
+            "/lockstep or /unroll"
+        )
+    if layers is not None and int(stored or 0) > layers:
+        raise UserError(f"got strategy {name!r} for {layers} layers, expected +0 to +{layers}")
+    (strategy,) = (known for known in STRATEGIES if known == backprop)
+    return Variant(
+        strategy, int(stored or 0), suffix == "lockstep", suffix == "unroll", is_twin=is_twin
+    )
 
 
 def variants(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The variants that the model can be trained in, by name, as settings that override the config.
 
     config: settings by dotted key.
-
-    `reverse+3` stores the last 3 layers of the chains and reverses the others; `remat/lockstep`
-    updates each layer's parameters in the backward sweep.
     """
-    found = {name: (name, 0) for name in ("store", "remat_dots", "remat", "offload")}
+    mixtures: list[tuple[Backprop, int]] = [(name, 0) for name in STRATEGIES if name != "reverse"]
     model = model_of(config)
     if model.invertible:
-        found["reverse"] = ("reverse", 0)
         layers = model.most_stored_layers
-        for stored in sorted({layers // 4, layers // 2, 3 * layers // 4} - {0, layers}):
-            found[f"reverse+{stored}"] = ("reverse", stored)
-    return {
-        name + suffix: {
-            "model.backprop": backprop,
-            "model.stored_layers": str(stored),
-            "optimizer.lockstep": lockstep,
-        }
-        for suffix, lockstep in (("", False), ("/lockstep", True))
-        for name, (backprop, stored) in found.items()
-    }
+        stored = {0, layers // 4, layers // 2, 3 * layers // 4} - ({layers} if layers else set())
+        mixtures += [("reverse", number) for number in sorted(stored)]
+    found = [Variant(*mixture, lockstep) for lockstep in (False, True) for mixture in mixtures]
+    return {variant.name: variant.settings() for variant in found}
 
 
 def model_of(config: Mapping[str, Any]) -> Model:

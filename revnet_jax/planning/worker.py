@@ -27,6 +27,7 @@ from revnet_jax import devices as memory
 from revnet_jax.config import ConfigError
 from revnet_jax.devices import memory_bytes, out_of_memory, program_bytes
 from revnet_jax.errors import StorageError, UserError, writing
+from revnet_jax.files import write_atomically
 from revnet_jax.planning import by_part, chips, gpus, units
 from revnet_jax.planning.chips import chip_of, fillable_bytes
 from revnet_jax.planning.topology import Topology, devices, parse_topology
@@ -92,9 +93,7 @@ def _keep(path: Path, compiled: str) -> None:
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(f".{os.getpid()}")
-            temporary.write_text(compiled)
-            temporary.replace(path)  # atomic, because another process may read it
+            write_atomically(path, compiled)  # another process may read it
     except StorageError as error:
         print(f"note: {error}", file=sys.stderr)
 

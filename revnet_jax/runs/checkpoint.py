@@ -27,6 +27,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from revnet_jax.errors import file_system, writing
+from revnet_jax.files import write_atomically
 from revnet_jax.runs import manifest
 from revnet_jax.runs.manifest import CheckpointError, Damaged, PyTree
 
@@ -147,10 +148,8 @@ class Checkpoints:
         self._note_score(step, sealed["metrics"])
         if jax.process_index() == 0:
             path = self.directory / str(step) / "manifest" / "metadata"  # orbax's file name
-            partial = path.with_name("metadata.tmp")
             with self._explained():
-                partial.write_text(json.dumps(sealed))
-                partial.replace(path)  # atomic: a reader finds the old or the new file
+                write_atomically(path, json.dumps(sealed))
 
     @contextlib.contextmanager
     def _explained(self) -> Generator[None, None, None]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from revnet_jax.errors import UserError
+from revnet_jax.tables import markdown
 
 # Settings by which runs of one experiment may differ: seed, data loading, logging and profiling.
 SAME = ("seed", "data.dir", "data.verify_images", "data.num_threads", "data.prefetch")
@@ -199,13 +200,13 @@ def _finite(values):
 def as_table(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> str:
     """Formats rows as a Markdown table."""
     keys = list(rows[0]["settings"])
-    lines = [[*keys, "runs", "steps", *metrics], ["---"] * (len(keys) + 2 + len(metrics))]
+    cells = [[*keys, "runs", "steps", *metrics]]
     for row in rows:
         first, last = row["steps"]
         steps = f"{last:,}" if first == last else f"{first:,} to {last:,}"
         settings = [str(row["settings"][key]) for key in keys]
-        lines.append([*settings, str(row["runs"]), steps, *(_cell(row[name]) for name in metrics)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        cells.append([*settings, str(row["runs"]), steps, *(_cell(row[name]) for name in metrics)])
+    return "\n".join(markdown(cells, text_columns=len(cells[0])))
 
 
 def _cell(value):

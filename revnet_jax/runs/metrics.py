@@ -24,6 +24,7 @@ import numpy as np
 
 from revnet_jax.devices import peak_memory_bytes
 from revnet_jax.errors import StorageError, write_all, writing
+from revnet_jax.files import write_atomically
 
 Scalar = Any  # a Python number, or a numpy or JAX array of shape ()
 
@@ -117,9 +118,7 @@ def _trim(path: Path, resume_step: int | None) -> None:
         lines = old.splitlines(keepends=True)
         kept = b"".join(line for line in lines if _step_of(line) <= resume_step)
     if kept != old:
-        partial = path.with_name(path.name + ".tmp")
-        partial.write_bytes(kept)
-        os.replace(partial, path)
+        write_atomically(path, kept)
 
 
 def _step_of(line: bytes) -> float:

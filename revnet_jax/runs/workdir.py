@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from ml_collections import ConfigDict
 from revnet_jax.config import ConfigError, flatten, references
 from revnet_jax.errors import UserError, writing
 from revnet_jax.families import CONVOLUTIONAL, FAMILIES
+from revnet_jax.files import write_atomically
 from revnet_jax.runs import data_record, lock
 from revnet_jax.runs.provenance import git_commit, versions
 from revnet_jax.runs.resume import Change, changed_settings
@@ -182,14 +182,9 @@ def _is_change(settings: Any) -> bool:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Replaces a file atomically: a reader sees the whole old file or the whole new one."""
-    partial = path.with_name(path.name + ".tmp")
+    """Replaces a file atomically. Raises StorageError if it cannot be written."""
     with writing(path):
-        with open(partial, "w") as file:
-            file.write(json.dumps(content, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())  # or a crash may leave an empty file of the new name
-        os.replace(partial, path)
+        write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_json(path: Path, *numbers: str) -> dict[str, Any]:

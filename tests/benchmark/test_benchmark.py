@@ -12,7 +12,7 @@ import pytest
 
 from revnet_jax.benchmark import suites as benchmark_suites
 from revnet_jax.benchmark.limits import find_limit
-from revnet_jax.benchmark.models import ConfigModel, Mlp, Transformer, parse_strategy
+from revnet_jax.benchmark.models import ConfigModel, Mlp, Transformer
 from revnet_jax.benchmark.report import as_tables, draw
 from revnet_jax.benchmark.steps import Setting, compare
 from revnet_jax.benchmark.suites import Suite, select, suites
@@ -20,6 +20,7 @@ from revnet_jax.config import language_model
 from revnet_jax.errors import UserError
 from revnet_jax.planning import gpus
 from revnet_jax.planning.topology import parse_topology
+from revnet_jax.planning.variants import Variant, parse_variant
 from revnet_jax.training import compiler
 from tests.nvidia import needs_compiler
 
@@ -343,15 +344,17 @@ def test_all_of_the_gpu_suite_compiles_for_a_gpu(first, last, num_programs):
 )
 def test_strategies_that_there_are_not(name):
     with pytest.raises(UserError, match="expected one of store, "):
-        parse_strategy(name, 8)
+        parse_variant(name, 8)
 
 
 def test_no_more_layers_can_be_stored_than_there_are():
-    assert parse_strategy("reverse+8/lockstep", 8) == ("reverse", 8, True, 1)
-    assert parse_strategy("reverse+2/unroll", 8) == ("reverse", 2, False, 8)
-    assert parse_strategy("twin/unroll", 8) == ("store", 0, False, 8)
+    assert parse_variant("reverse+8/lockstep", 8) == Variant("reverse", 8, lockstep=True)
+    assert parse_variant("reverse+2/unroll", 8) == Variant("reverse", 2, unrolled=True)
+    assert parse_variant("twin/unroll", 8) == Variant("store", unrolled=True, is_twin=True)
+    for name in ("reverse", "remat/lockstep", "reverse+3/unroll", "twin"):
+        assert parse_variant(name).name == name
     with pytest.raises(UserError, match=r"got strategy 'reverse\+9' for 8 layers, expected \+0"):
-        parse_strategy("reverse+9", 8)
+        parse_variant("reverse+9", 8)
 
 
 @pytest.mark.thorough
