@@ -31,13 +31,13 @@ from revnet_jax.config import (
 from revnet_jax.config.ranges import check_ranges
 from revnet_jax.core import Grid
 from revnet_jax.models import (
-    Architecture,
-    Decoder,
+    ConvNet,
+    ConvNetShape,
     LanguageModel,
-    Network,
-    RevViT,
+    LanguageModelShape,
     Variables,
     VisionTransformer,
+    VisionTransformerShape,
 )
 from revnet_jax.models.task import Classification, NextToken, Task
 from revnet_jax.models.transformer.attention import kernel_for
@@ -161,8 +161,8 @@ def _own(config: ConfigDict) -> dict[str, Any]:
 def _convolutional(config, options, platform):
     shapes = {"image_shape": config.data.image_shape, "num_classes": config.data.num_classes}
     with settings("model"):
-        architecture = Architecture(family=config.model.family, **shapes, **_own(config))
-        network = Network(architecture, **options)
+        shape = ConvNetShape(family=config.model.family, **shapes, **_own(config))
+        network = ConvNet(shape, **options)
     return _classification(config, network)
 
 
@@ -171,7 +171,9 @@ def _vision_transformer(config, options, platform):
     attention = _kernel(model.pop("attention"), platform)
     shapes = {"image_shape": config.data.image_shape, "num_classes": config.data.num_classes}
     with settings("model"):
-        network = RevViT(VisionTransformer(**shapes, **model), **options, attention=attention)
+        network = VisionTransformer(
+            VisionTransformerShape(**shapes, **model), **options, attention=attention
+        )
     return _classification(config, network)
 
 
@@ -185,13 +187,13 @@ def _decoder(config, options, platform):
     chunks = {name: model.pop(name) for name in ("feed_forward_chunks", "loss_chunk")}
     end_token = _end_token(config) if model.pop("separate_documents") else None
     with settings("model"):
-        architecture = Decoder(vocab_size=config.data.vocab_size, end_token=end_token, **model)
+        shape = LanguageModelShape(vocab_size=config.data.vocab_size, end_token=end_token, **model)
         if config.data.context % chunks["feed_forward_chunks"]:
             raise ValueError(
                 f"got feed_forward_chunks={chunks['feed_forward_chunks']}, expected a divisor of "
                 f"data.context={config.data.context}"
             )
-        network = LanguageModel(architecture, **options, **chunks, attention=attention)
+        network = LanguageModel(shape, **options, **chunks, attention=attention)
     return NextToken(network, config.data.context, config.balance)
 
 
@@ -210,7 +212,7 @@ def _ones_own(config, options, platform):
     """Builds the task of a user's function, and checks that it has what a task and model need."""
     name, model = config.model.family, _own(config)
     optional = {"data": config.data, "platform": platform}
-    task = references.call("model.family", name, model, given=options, optional=optional)
+    task = references.call_reference("model.family", name, model, given=options, optional=optional)
     check = functools.partial(references.check_members, "model.family", name)
     members = ("network", "loss", "sums", "batch_shapes", "scores", "units", "of_data")
     check(task, members, "a Task (revnet_jax/models/task.py)")

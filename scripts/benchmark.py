@@ -60,7 +60,7 @@ def main(argv):
 
     from revnet_jax.benchmark import report
     from revnet_jax.benchmark.pipeline import feed
-    from revnet_jax.benchmark.suites import run, select, suites
+    from revnet_jax.benchmark.suites import run_suite, select, suites
 
     if CONFIG.value is not None:
         for_suites = (SUITE, MODELS, STRATEGIES, LAYERS, BATCH, LIMIT_GIB, MINUTES, JSONL, PLOT)
@@ -89,7 +89,7 @@ def main(argv):
     rows = []
     if JSONL.value:
         append(JSONL.value, "")  # fails before anything is measured
-    for row in run(suite, limit_bytes=limit_bytes, minutes=MINUTES.value):
+    for row in run_suite(suite, limit_bytes=limit_bytes, minutes=MINUTES.value):
         rows.append(row)
         line = json.dumps(row | common)
         if JSONL.value:
@@ -100,7 +100,7 @@ def main(argv):
     if not JSON.value:
         print(report.as_tables(measured))
     if figure_class:
-        save(report.draw(measured, figure_class), PLOT.value)
+        save(report.draw_benchmark(measured, figure_class), PLOT.value)
     if len(measured) < len(rows):
         raise UserError(f"{len(rows) - len(measured)} of {len(rows)} rows failed, as told above")
 

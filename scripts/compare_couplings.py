@@ -37,14 +37,14 @@ def main(argv):
     figure_class = load_figure_class("plot", PLOT.value) if PLOT.value else None
     import jax
 
-    from revnet_jax.couplings.comparison import compare
+    from revnet_jax.couplings.comparison import compare_couplings
     from revnet_jax.couplings.rows import ROWS
 
     report = {
         "command": " ".join(["scripts/compare_couplings.py", *sys.argv[1:]]),
         "jax": jax.__version__,
         "device": describe_device(jax.devices()[0]),
-        **compare(
+        **compare_couplings(
             tuple(ROWS) if COUPLINGS.value is None else COUPLINGS.value,
             data=DATA.value,
             dir=DIR.value,

@@ -33,10 +33,10 @@ def main(argv):
     figure_class = load_figure_class("out", OUT.value) if OUT.value else None
     found = runs.find_runs(argv[1:], lambda line: print(line, file=sys.stderr))
     metrics, groups = runs.chosen_metrics(found, METRICS.value), runs.grouped(found)
-    rows = runs.compare(groups, metrics)
-    print(json.dumps(rows, indent=2) if JSON.value else runs.as_table(rows, metrics))
+    rows = runs.compare_runs(groups, metrics)
+    print(json.dumps(rows, indent=2) if JSON.value else runs.runs_table(rows, metrics))
     if figure_class:
-        runs.draw(groups, metrics, figure_class).savefig(OUT.value, dpi=100)
+        runs.draw_runs(groups, metrics, figure_class).savefig(OUT.value, dpi=100)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ JSON = flags.DEFINE_bool("json", False, "Print JSON rather than a table.")
 
 def main(argv):
     del argv
-    from revnet_jax.training.describe import describe
+    from revnet_jax.training.describe import describe_model
 
-    report = describe(CONFIG.value)
+    report = describe_model(CONFIG.value)
     print(json.dumps(report, indent=2) if JSON.value else as_text(report))
 
 

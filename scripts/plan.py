@@ -56,15 +56,15 @@ def main(argv):
     figure_class = load_figure_class("plot", PLOT.value) if PLOT.value else None
     config, strategies = flatten(CONFIG.value), STRATEGIES.value
     if SCALING.value:
-        shown = scaling
+        table, draw = scaling.scaling_table, scaling.draw_scaling
         found = scaling.scaling(config, compilers, strategies=strategies)
     else:
-        shown = plan_report
+        table, draw = plan_report.plan_table, plan_report.draw_plan
         options = {"largest": LARGEST.value, "by_part": BY_PART.value}
         found = plan(config, compilers[0], strategies=strategies, **options)
-    print(json.dumps(found, indent=2) if JSON.value else shown.as_table(found))
+    print(json.dumps(found, indent=2) if JSON.value else table(found))
     if figure_class:
-        save(shown.draw(found, figure_class), PLOT.value)
+        save(draw(found, figure_class), PLOT.value)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,13 @@ from absl import flags
 from revnet_jax.config import cli
 from revnet_jax.config.ranges import whole
 from revnet_jax.figures import load_figure_class, save
-from revnet_jax.planning.topology import LOCAL, Topology, TopologyError, devices, parse_topology
+from revnet_jax.planning.topology import (
+    LOCAL,
+    Topology,
+    TopologyError,
+    parse_topology,
+    topology_devices,
+)
 
 CONFIG = cli.define_config_flag()
 LAYERS = flags.DEFINE_integer("layers", 4, "In each chain.")
@@ -49,15 +55,15 @@ def main(argv):
     from revnet_jax.planning import timeline
 
     config = CONFIG.value
-    device = devices(topology)[0]
+    device = topology_devices(topology)[0]
     lines = timeline.timelines(config, LAYERS.value, STRATEGIES.value, device)
     shapes = build_task(config).batch_shapes(config.batch_size).values()
     shape = "x".join(map(str, next(iter(shapes)).shape))
     title = f"{config.model.family}, {LAYERS.value} layers a chain, batch {shape}"
     title += f", {device.device_kind}" if topology.is_gpu else ""
-    report = {"title": title, "timelines": timeline.as_report(lines)}
-    print(json.dumps(report, indent=2) if JSON.value else timeline.as_table(lines))
-    save(timeline.draw(lines, title, figure_class), OUT.value, dpi=120)
+    report = {"title": title, "timelines": timeline.timeline_report(lines)}
+    print(json.dumps(report, indent=2) if JSON.value else timeline.timeline_table(lines))
+    save(timeline.draw_timelines(lines, title, figure_class), OUT.value, dpi=120)
 
 
 if __name__ == "__main__":

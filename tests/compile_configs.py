@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from revnet_jax.planning.topology import devices, parse_topology
+from revnet_jax.planning.topology import parse_topology, topology_devices
 from revnet_jax.training.program import step_program
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -38,7 +38,7 @@ def lower(name, targets):
 
 
 def main(topology, names):
-    targets = devices(parse_topology(topology))
+    targets = topology_devices(parse_topology(topology))
     compiled = set()
     for name in names:
         started, error = time.monotonic(), None

@@ -13,7 +13,7 @@ from revnet_jax.config import ConfigError, flatten
 from revnet_jax.families import FAMILIES, build_task
 from revnet_jax.models import num_params
 from revnet_jax.training.build import build_recipe
-from revnet_jax.training.describe import describe
+from revnet_jax.training.describe import describe_model
 from revnet_jax.training.dry_run import dry_run
 from tests import by_default
 
@@ -123,7 +123,7 @@ def test_the_twin_has_as_many_parameters(name, expected):
 
 @pytest.mark.thorough
 def test_describe():
-    report = describe(load("cifar10_revnet38"))
+    report = describe_model(load("cifar10_revnet38"))
     assert report["num_params"] == 464_890
     assert report["example"] == {"image": (32, 32, 3), "label": ()}
     assert [chain["layers"] for chain in report["chains"]] == [3, 2, 2]
@@ -132,7 +132,7 @@ def test_describe():
     assert checked["reverse"] < checked["remat"] < checked["store"]
     unchecked = load("cifar10_revnet38")
     unchecked.model.check_exactness = False
-    kept = describe(unchecked)["activation_bytes_per_example"]
+    kept = describe_model(unchecked)["activation_bytes_per_example"]
     # Under reverse a chain keeps its output, under remat every layer's input; the outputs of
     # stages 1 and 2 are kept by the units after them anyway.
     stage_bytes = [4 * h * h * c for h, c in ((32, 32), (16, 64), (8, 112))]
@@ -145,7 +145,7 @@ def test_describe():
 
 @pytest.mark.thorough
 def test_describe_of_a_resnet_has_no_reverse():
-    report = describe(load("cifar10_resnet32", "cifar100,laptop"))
+    report = describe_model(load("cifar10_resnet32", "cifar100,laptop"))
     assert report["num_params"] == NUM_PARAMS["cifar10_resnet32"][1]
     assert report["activation_bytes_per_example"]["reverse"] is None
 
@@ -184,5 +184,5 @@ def test_a_mistake_in_the_flags_is_one_line_before_jax_is_imported(flags, messag
 @pytest.mark.thorough
 def test_what_is_kept_of_a_convolutional_network():
     """Products between nothing but the streams and everything."""
-    kept = describe(load("digits"))["activation_bytes_per_example"]
+    kept = describe_model(load("digits"))["activation_bytes_per_example"]
     assert kept["reverse"] < kept["remat"] < kept["remat_dots"] < kept["store"]

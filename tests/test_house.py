@@ -66,3 +66,25 @@ def test_core_loads_nothing_but_jax():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == ""
+
+
+def public_names(path):
+    """Classes, functions and type aliases that a module defines."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            names = [node.name]
+        elif isinstance(node, ast.Assign):
+            names = [t.id for t in node.targets if isinstance(t, ast.Name) and not t.id.isupper()]
+        else:
+            continue
+        yield from (name for name in names if not name.startswith("_"))
+
+
+def test_a_public_name_is_defined_once():
+    """So that a name says what it is, wherever it is imported. A program's `main` is no name."""
+    homes = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for name in public_names(path):
+            homes.setdefault(name, set()).add(str(path.relative_to(PACKAGE)))
+    del homes["main"]
+    assert {name: found for name, found in homes.items() if len(found) > 1} == {}

@@ -21,7 +21,7 @@ from revnet_jax.planning.compile import Compiler
 from revnet_jax.planning.plan import plan
 from revnet_jax.planning.timeline import timelines, with_layers
 from revnet_jax.planning.topology import parse_topology
-from revnet_jax.planning.variants import deeper, depth, variants
+from revnet_jax.planning.variants import deeper, model_depth, variants
 from revnet_jax.training.build import build_recipe
 from revnet_jax.training.inputs import build_data
 from revnet_jax.training.loop import train
@@ -87,7 +87,7 @@ def test_the_example_is_planned_by_processes_that_find_its_module(config, tmp_pa
     config.model.layers = 2
     settings = flatten(config)
     assert {"reverse", "reverse+1", "reverse/lockstep"} < variants(settings).keys()
-    assert depth(settings) == 2
+    assert model_depth(settings) == 2
     assert deeper(settings, 3) == {"model.layers": 6}
     compiler = Compiler(parse_topology("local"), tmp_path, lambda line: None)
     report = plan(settings, compiler, strategies=["reverse"])
@@ -243,7 +243,7 @@ def test_modules_are_found_again_without_the_config_file(tmp_path, monkeypatch):
     (folder / "__init__.py").write_text("")
     (folder / "deep.py").write_text("def build(): return 3")
     references.look_in([tmp_path / "models"])
-    assert references.load("model.family", "mine_in.deep:build")() == 3
+    assert references.load_reference("model.family", "mine_in.deep:build")() == 3
     settings = {"model.family": "mine_in.deep:build", "data.name": "digits"}
     assert references.folders_of(settings) == [str(tmp_path / "models")]
     assert str(tmp_path / "models") in references.search_path()

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import jax
 
-from revnet_jax.benchmark.models import Model
+from revnet_jax.benchmark.models import BenchmarkModel
 from revnet_jax.benchmark.steps import Entrant
 from revnet_jax.devices import out_of_memory
 from revnet_jax.errors import UserError
@@ -28,7 +28,7 @@ def device_limit_bytes() -> int:
 
 
 def find_limit(
-    model: Model,
+    model: BenchmarkModel,
     strategy: str,
     axis: Axis,
     *,

@@ -12,12 +12,12 @@ from ml_collections import ConfigDict
 
 from revnet_jax.core import Block, Exactness, chain, reversible_block
 from revnet_jax.errors import UserError
+from revnet_jax.families import DTYPES
 from revnet_jax.planning.variants import parse_variant
 from revnet_jax.training.build import build_recipe
-from revnet_jax.training.compiler import jit
+from revnet_jax.training.compiler import exact_jit
 from revnet_jax.training.step import init_state, make_train_step
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 LEARNING_RATE = 1e-3  # small, so that nothing overflows; no measurement depends on it
 MOMENTUM = 0.9
 
@@ -101,11 +101,11 @@ class Chain:
             return (params_L, jax.tree.map(jnp.zeros_like, params_L), jnp.zeros(())), x
 
         # The state is donated, as in training: the new one takes its memory.
-        return Program(jit(step, donate_argnums=0), jax.jit(init), lambda state: state[1])
+        return Program(exact_jit(step, donate_argnums=0), jax.jit(init), lambda state: state[1])
 
 
 @dataclass(frozen=True)
-class Mlp(Chain):
+class MlpChain(Chain):
     """f and g: normalise, Linear, ReLU (f) or GELU (g), Linear; all layers as wide as a stream."""
 
     width: int = 512
@@ -115,7 +115,7 @@ class Mlp(Chain):
     def block(self) -> Block:
         def branch(activation):
             def run(params, x, context):
-                hidden = activation(linear(params[0], normalise(x).astype(DTYPES[self.dtype])))
+                hidden = activation(linear(params[0], standardise(x).astype(DTYPES[self.dtype])))
                 return linear(params[1], hidden)
 
             return run
@@ -132,7 +132,7 @@ class Mlp(Chain):
 
 
 @dataclass(frozen=True)
-class Transformer(Chain):
+class TransformerChain(Chain):
     """f: causal attention with several heads; g: Linear to four times the width, GELU, Linear.
 
     Both normalise their input. tokens: in each sequence. head_size: of each of the
@@ -147,14 +147,14 @@ class Transformer(Chain):
 
     def block(self) -> Block:
         def attention(params, x_BTD, context):
-            qkv = linear(params[0], normalise(x_BTD).astype(DTYPES[self.dtype]))
+            qkv = linear(params[0], standardise(x_BTD).astype(DTYPES[self.dtype]))
             heads = self.width // self.head_size
             q, k, v = jnp.split(qkv.reshape(*qkv.shape[:2], 3 * heads, self.head_size), 3, axis=2)
             mixed_BTNK = jax.nn.dot_product_attention(q, k, v, is_causal=True)
             return linear(params[1], mixed_BTNK.reshape(x_BTD.shape))
 
         def feed_forward(params, x_BTD, context):
-            x_BTD = normalise(x_BTD).astype(DTYPES[self.dtype])
+            x_BTD = standardise(x_BTD).astype(DTYPES[self.dtype])
             return linear(params[1], jax.nn.gelu(linear(params[0], x_BTD)))
 
         return reversible_block(attention, feed_forward)
@@ -239,7 +239,7 @@ class ConfigModel:
             groups = optimizer.moments(state.opt_state).items()
             return {name: jax.tree.leaves(trees) for name, trees in groups}
 
-        return Program(jit(step, donate_argnums=0), jax.jit(init), gradient)
+        return Program(exact_jit(step, donate_argnums=0), jax.jit(init), gradient)
 
     def _random(self, key, shape):
         if shape.dtype != jnp.int32:
@@ -249,7 +249,7 @@ class ConfigModel:
         return jax.random.randint(key, shape.shape, 0, values)
 
 
-Model = Chain | ConfigModel
+BenchmarkModel = Chain | ConfigModel
 
 
 def linear(params: Any, x: jax.Array) -> jax.Array:
@@ -263,7 +263,7 @@ def init_linear(key: jax.Array, inputs: int, outputs: int) -> tuple[jax.Array, j
     return jax.random.normal(key, (inputs, outputs)) / inputs**0.5, jnp.zeros(outputs)
 
 
-def normalise(x: jax.Array) -> jax.Array:
+def standardise(x: jax.Array) -> jax.Array:
     """Mean 0 and variance 1 along the last axis."""
     return jax.nn.standardize(x, epsilon=1e-5)
 

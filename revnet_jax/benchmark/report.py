@@ -8,7 +8,7 @@ from typing import Any
 from revnet_jax.tables import markdown
 
 MIB, GIB = 2**20, 2**30
-Row = dict[str, Any]
+BenchmarkRow = dict[str, Any]
 NOTES = """\
 time, cpu: wall and processor time of a step, medians of ratios within a turn; flops: of matrix
 products and convolutions; step: arguments, results and temporaries as compiled; temporaries: of \
@@ -18,7 +18,7 @@ L2,
 first step; mismatches: elements of the rebuilt input that differ, all steps"""
 
 
-def as_tables(rows: Sequence[Row]) -> str:
+def as_tables(rows: Sequence[BenchmarkRow]) -> str:
     """Markdown tables: the comparison, then the limits; either is left out if it has no rows."""
     compared = [row for row in rows if "axis" not in row]
     limits = [row for row in rows if "axis" in row]
@@ -30,7 +30,7 @@ def as_tables(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts)
 
 
-def draw(rows: Sequence[Row], figure_class: Any) -> Any:
+def draw_benchmark(rows: Sequence[BenchmarkRow], figure_class: Any) -> Any:
     """Plots time beside memory, a group of bars per model and size; limits below, in log scale."""
     compared = [row for row in rows if "axis" not in row]
     limits = [row for row in rows if "axis" in row]

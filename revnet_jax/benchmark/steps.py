@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from revnet_jax.benchmark.models import Model, Program
+from revnet_jax.benchmark.models import BenchmarkModel, Program
 from revnet_jax.devices import peak_memory_bytes, program_bytes
 from revnet_jax.planning.variants import parse_variant
 from revnet_jax.programs.counts import arithmetic
@@ -41,7 +41,7 @@ class Setting(NamedTuple):
     seconds: how long the strategies take turns, three turns at least; 0 only compiles them.
     """
 
-    model: Model
+    model: BenchmarkModel
     layers: int
     batch: int
     strategies: tuple[str, ...]
@@ -111,7 +111,7 @@ class Entrant:
         jax.block_until_ready((self.state, self.metrics))
 
 
-def compare(setting: Setting) -> Iterator[dict[str, Any]]:
+def compare_strategies(setting: Setting) -> Iterator[dict[str, Any]]:
     """Yields a row for each strategy. Cost: one compilation each, then `setting.seconds`.
 
     Raises UserError for an unknown strategy, or one that stores more layers than the model has.
@@ -136,7 +136,7 @@ def compare(setting: Setting) -> Iterator[dict[str, Any]]:
         compare_gradients(entrants)
         take_turns(entrants, seconds)
     for entrant in entrants:
-        yield describe(setting, entrant, {e.strategy: e for e in entrants})
+        yield describe_entrant(setting, entrant, {e.strategy: e for e in entrants})
 
 
 def compare_gradients(entrants: Sequence[Entrant]) -> None:
@@ -163,7 +163,9 @@ def take_turns(entrants: Sequence[Entrant], seconds: float, least: int = 3) -> N
         turn += 1
 
 
-def describe(setting: Setting, entrant: Entrant, others: dict[str, Entrant]) -> dict[str, Any]:
+def describe_entrant(
+    setting: Setting, entrant: Entrant, others: dict[str, Entrant]
+) -> dict[str, Any]:
     """A row of results: milliseconds, ratios, bytes, gradient error. Unmeasured ones are None.
 
     flops: of matrix products and convolutions, counted before compilation.

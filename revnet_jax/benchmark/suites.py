@@ -18,10 +18,10 @@ from revnet_jax.benchmark.limits import Axis, device_limit_bytes, find_limit
 from revnet_jax.benchmark.models import (
     LEARNING_RATE,
     ConfigModel,
-    Mlp,
-    Transformer,
+    MlpChain,
+    TransformerChain,
 )
-from revnet_jax.benchmark.steps import Setting, compare
+from revnet_jax.benchmark.steps import Setting, compare_strategies
 from revnet_jax.config import language_model
 from revnet_jax.errors import UserError
 from revnet_jax.planning.variants import parse_variant
@@ -74,10 +74,13 @@ def decoder(*, width: int, context: int, dtype: str = "float32") -> ConfigModel:
 
 def laptop(revnet: ConfigModel, lm: ConfigModel) -> Suite:
     """For two cores, under ten minutes; settings of 0 seconds are only compiled, for memory."""
-    mlp, transformer = Mlp(), Transformer()
+    mlp, transformer = MlpChain(), TransformerChain()
     some = (*BASIC, "remat_dots")
     # At this width arithmetic outweighs the cost of storing, so that the price of a mixture shows.
-    wide, mixed = Mlp(width=2048, name="wide_mlp"), ("store", "reverse+3", "reverse+2", "reverse+1")
+    wide, mixed = (
+        MlpChain(width=2048, name="wide_mlp"),
+        ("store", "reverse+3", "reverse+2", "reverse+1"),
+    )
     return Suite(
         (
             Setting(mlp, layers=32, batch=1024, strategies=(*some, "reverse/lockstep"), seconds=70),
@@ -147,8 +150,8 @@ def _gpu_models(config, dtype):
     revnet = config.copy_and_resolve_references()
     revnet.model.compute_dtype = dtype
     return {
-        "mlp": Mlp(width=2048, dtype=dtype),
-        "transformer": Transformer(width=1024, tokens=1024, head_size=128, dtype=dtype),
+        "mlp": MlpChain(width=2048, dtype=dtype),
+        "transformer": TransformerChain(width=1024, tokens=1024, head_size=128, dtype=dtype),
         "decoder": decoder(width=1024, context=2048, dtype=dtype),
         "revnet": ConfigModel(revnet),
     }
@@ -242,7 +245,7 @@ class Budget:
             self._expected += may_take_seconds
 
 
-def run(
+def run_suite(
     suite: Suite, *, limit_bytes: int | None = None, minutes: float | None = None
 ) -> Iterator[dict[str, Any]]:
     """Yields the rows of a suite as they are measured; prints progress to stderr.
@@ -281,7 +284,12 @@ def _parts(suite: Suite, limit_bytes: int | None) -> Iterator[tuple[str, Any, fl
     for setting in suite.settings:
         model, layers, batch, *_ = setting
         sizes = {"model": model.name, "dtype": model.dtype, "layers": layers, "batch": batch}
-        yield str(setting), sizes, setting.may_take_seconds, functools.partial(compare, setting)
+        yield (
+            str(setting),
+            sizes,
+            setting.may_take_seconds,
+            functools.partial(compare_strategies, setting),
+        )
     for model, axis, layers, batch, strategies in suite.searches:
         sizes = {"layers": layers, "batch": batch}
         for strategy in strategies:

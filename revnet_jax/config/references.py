@@ -63,7 +63,7 @@ def folders_of(config: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def load(key: str, name: str) -> Callable[..., Any]:
+def load_reference(key: str, name: str) -> Callable[..., Any]:
     """Imports the function that the setting `config.<key>` names.
 
     Raises ConfigError if the module or the function is missing. Other errors while importing are
@@ -96,7 +96,7 @@ def load(key: str, name: str) -> Callable[..., Any]:
     return function
 
 
-def call(
+def call_reference(
     key: str,
     name: str,
     settings: Mapping[str, Any],
@@ -113,7 +113,7 @@ def call(
     Raises ConfigError if signature and settings do not match, and in place of a ValueError or
     TypeError that the function raises.
     """
-    function, section = load(key, name), key.partition(".")[0]
+    function, section = load_reference(key, name), key.partition(".")[0]
     parameters = inspect.signature(function).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     named = {

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from revnet_jax.core import trees
 from revnet_jax.core.constants import is_whole
 from revnet_jax.core.couplings import Coupling
-from revnet_jax.core.evaluate import evaluate, isolated_derivative
+from revnet_jax.core.evaluate import evaluate_branch, isolated_derivative
 from revnet_jax.core.grid import Grid
 
 Streams = tuple[Any, ...]  # one tree of arrays per stream
@@ -47,7 +47,7 @@ class Layer(Protocol):
 class Forward(NamedTuple):
     """The result of `forward`. A custom layer may return a tuple of the first three fields.
 
-    checksum: int32, over everything that the layer's branches computed (see `evaluate`).
+    checksum: int32, over everything that the layer's branches computed (see `evaluate_branch`).
     """
 
     y: Streams
@@ -150,7 +150,8 @@ class HalfStep:
         """Evaluates the branch: (u, aux, streams, checksum).
 
         The returned streams have the values of the given ones. Later code must use the returned
-        ones, so that their cotangents are summed inside the branch's derivative: see `evaluate`.
+        ones, so that their cotangents are summed inside the branch's derivative: see
+        `evaluate_branch`.
         """
 
         def branch(params, reads, context):
@@ -160,7 +161,7 @@ class HalfStep:
             return pair
 
         reads = tuple(streams[i] for i in self.reads)
-        (u, aux), reads, checksum = evaluate(branch, params, reads, context)
+        (u, aux), reads, checksum = evaluate_branch(branch, params, reads, context)
         streams = list(streams)
         for i, stream in zip(self.reads, reads, strict=True):
             streams[i] = stream
@@ -308,7 +309,7 @@ class Invertible:
             y = self.apply(params, x, context)
             return y if self.has_aux else (y, None)
 
-        (y, aux), _, checksum = evaluate(apply, params, x, context)
+        (y, aux), _, checksum = evaluate_branch(apply, params, x, context)
         return Forward(y, aux, None, checksum)
 
     def inverse(self, params: Any, y: Streams, residue: Any, context: Context) -> Streams:

@@ -11,7 +11,7 @@ from jax import lax
 
 from revnet_jax.core import trees, validate
 from revnet_jax.core.block import Context, Layer, ReversibleLayer, Streams
-from revnet_jax.core.exactness import Exactness, compare, vary_over, varying_axes
+from revnet_jax.core.exactness import Exactness, compare_inputs, vary_over, varying_axes
 from revnet_jax.core.grid import snap
 from revnet_jax.core.strategies import STRATEGIES, Backprop, per_iteration, plan_runs, remembering
 from revnet_jax.core.sweep import (
@@ -136,7 +136,7 @@ def sequence(
     if update is not None:
         unroll = 1  # without a loop, compilers hold old and new weights of all layers at once
     runs = plan_runs(depths, backprop, stored_layers)
-    validate.check_reversible([sections[r.section] for r in runs if r.backprop == "reverse"])
+    validate.check_invertible([sections[r.section] for r in runs if r.backprop == "reverse"])
     x = _on_grid(sections, x)
     sections = tuple(
         section._replace(data_L=lax.stop_gradient(section.data_L), length=depth)
@@ -159,7 +159,7 @@ def sequence_forward(
     Returns `(y, aux_L of each section, residue_L of each section)`.
     """
     sections = validate.checked_sections(sections)
-    validate.check_reversible(sections)
+    validate.check_invertible(sections)
     x, shared = validate.arrays("x", x), validate.arrays("shared", shared)
     depths = validate.check_sections(sections, x, shared, "reverse", STRATEGIES)
     sections = [s._replace(length=n) for s, n in zip(sections, depths, strict=True)]
@@ -184,7 +184,7 @@ def sequence_inverse(
     Cost: one evaluation of each branch; memory independent of depth.
     """
     sections = validate.checked_sections(sections)
-    layers = validate.check_reversible(sections)
+    layers = validate.check_invertible(sections)
     y, shared = validate.arrays("y", y), validate.arrays("shared", shared)
     validate.common_grid(sections)
     validate.check_streams(y)
@@ -198,7 +198,7 @@ def sequence_inverse(
     for layer, section, residue_L in reversed(list(steps)):
         validate.check_block(section, y)
 
-        length = validate.depth(section)
+        length = validate.section_depth(section)
 
         def body(y, layer_slice, layer=layer):
             params, data, residue = layer_slice
@@ -297,7 +297,9 @@ def _swept(runs, sections, x, shared, unroll, update, probe):
             )
         dprobe = probe and Exactness.probe()
         if true_x is not None:
-            dprobe = compare(swept.x, true_x, swept.max_abs, (kepts.checksum, swept.checksum))
+            dprobe = compare_inputs(
+                swept.x, true_x, swept.max_abs, (kepts.checksum, swept.checksum)
+            )
         dprobe = vary_over(axes, dprobe)
         dparams = swept.written if update is None else [new[0] for new in swept.written]
         dstates = states if update is None else [new[1] for new in swept.written]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from revnet_jax.core import trees, validate
 from revnet_jax.core.block import Block, Context, ReversibleLayer, Streams
 from revnet_jax.core.chain import Section, chain, sequence_forward, sequence_inverse
-from revnet_jax.core.exactness import Exactness, compare, largest
+from revnet_jax.core.exactness import Exactness, compare_inputs, largest
 from revnet_jax.core.grid import snap
 from revnet_jax.core.strategies import STRATEGIES
 
@@ -87,7 +87,7 @@ def check_reversible(
         section = Section(layer, *_repeat(one, depth), length=depth)
         (section,) = validate.checked_sections([section])
         x, shared = validate.arrays("x", x), validate.arrays("shared", shared)
-        validate.check_reversible([section])
+        validate.check_invertible([section])
         validate.check_sections([section], x, shared, "reverse", STRATEGIES)
     except Exception as error:
         return Report((Finding("maps streams to streams", False, _line(error), "as it says"),))
@@ -122,7 +122,7 @@ def _line(error: Exception) -> str:
 def _closed_over(layer, params, x, shared, data) -> Finding:
     forward = lambda *args: layer.forward(*args[:2], Context(*args[2:]))[0]
     consts = jax.make_jaxpr(forward)(params, x, shared, data).consts
-    arrays = [trees.describe(c) for c in consts if trees.is_inexact(c) and jnp.ndim(c)]
+    arrays = [trees.describe_array(c) for c in consts if trees.is_inexact(c) and jnp.ndim(c)]
     law = "closes over no arrays"
     return Finding(
         law,
@@ -140,7 +140,7 @@ def _randomness(layer, params, x, shared, data) -> Finding:
             params, x, shared, data
         )
 
-    differ = int(compare(trace_and_run(), trace_and_run(), jnp.float32(0)).mismatches)
+    differ = int(compare_inputs(trace_and_run(), trace_and_run(), jnp.float32(0)).mismatches)
     return Finding(
         "same bits when asked again",
         not differ,
@@ -215,7 +215,7 @@ def _round_trips(section, x, shared, *, is_in_range) -> Iterator[Finding]:
             before, true_y = sequence_inverse([section], x, shared=shared), x
         rebuilt_y = sequence_forward([section], before, shared=shared)[0]
         zero = jnp.float32(0)
-        return compare(rebuilt_x, x, zero), compare(rebuilt_y, true_y, zero)
+        return compare_inputs(rebuilt_x, x, zero), compare_inputs(rebuilt_y, true_y, zero)
 
     for name, found in zip(("inverse of forward", "forward of inverse"), both_ways(x), strict=True):
         yield Finding(

@@ -23,9 +23,9 @@ def constant(name: str, value: Any) -> float:
     """
     if isinstance(value, Tracer):
         raise TypeError(
-            f"got {name}=a traced {trees.describe(value)}, expected a constant, which is compiled "
-            "into the layer. Let a branch multiply by what is learnt (in its params), or by what "
-            "differs from layer to layer (in `data_L`)"
+            f"got {name}=a traced {trees.describe_array(value)}, expected a constant, which is "
+            "compiled into the layer. Let a branch multiply by what is learnt (in its params), or "
+            "by what differs from layer to layer (in `data_L`)"
         )
     try:
         number = math.nan if isinstance(value, str) else float(value)

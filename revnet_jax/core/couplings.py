@@ -182,8 +182,8 @@ def check_gamma(gamma: Any, x: Any) -> None:
         pairs = zip(reversed(jnp.shape(gamma)), reversed(leaf.shape), strict=False)
         if jnp.ndim(gamma) > leaf.ndim or any(a not in (1, b) for a, b in pairs):
             raise ValueError(
-                f"got gamma {trees.describe(gamma)}, expected a shape that broadcasts to a stream "
-                f"{trees.describe(leaf)}: one for each example, [B, 1, ...]"
+                f"got gamma {trees.describe_array(gamma)}, expected a shape that broadcasts to a "
+                f"stream {trees.describe_array(leaf)}: one for each example, [B, 1, ...]"
             )
 
 
@@ -213,8 +213,8 @@ def _full(x: Any, value: Any) -> Any:
 
 def like_stream(u: Any, x: Any) -> Any:
     """Casts `u` to the stream's dtypes; raises ValueError if its structure or shapes differ."""
-    got = [trees.describe(leaf) for leaf in jax.tree.leaves(u)]
-    expected = [trees.describe(leaf) for leaf in jax.tree.leaves(x)]
+    got = [trees.describe_array(leaf) for leaf in jax.tree.leaves(u)]
+    expected = [trees.describe_array(leaf) for leaf in jax.tree.leaves(x)]
     same_shapes = [jnp.shape(a) for a in jax.tree.leaves(u)] == [
         jnp.shape(b) for b in jax.tree.leaves(x)
     ]

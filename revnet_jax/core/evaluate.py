@@ -29,7 +29,7 @@ _in_the_open = contextvars.ContextVar("in_the_open", default=False)
 
 
 @contextlib.contextmanager
-def in_the_open() -> Generator[None]:
+def without_isolation() -> Generator[None]:
     """Switches isolation off for branches traced inside this context.
 
     Checkpoint policies such as that of `remat_dots` must see the operations inside a branch.
@@ -41,7 +41,7 @@ def in_the_open() -> Generator[None]:
         _in_the_open.reset(token)
 
 
-def evaluate(
+def evaluate_branch(
     function: Callable[..., Any], params: Any, reads: Any, context: Any
 ) -> tuple[Any, Any, jax.Array]:
     """Evaluates a branch as an isolated program: `(outputs, reads, checksum)`.

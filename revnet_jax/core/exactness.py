@@ -62,7 +62,7 @@ class Exactness(NamedTuple):
         return cls(*(jnp.zeros(shape, jnp.float32) for shape in ((), _BINS, _BINS)))
 
 
-def compare(
+def compare_inputs(
     rebuilt: Any, true: Any, max_abs: jax.Array, checksums: tuple[Any, Any] = (0, 0)
 ) -> Exactness:
     """Compares a reconstructed chain input with the true one.

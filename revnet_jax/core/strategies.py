@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from revnet_jax.core.evaluate import GATHERED, in_the_open
+from revnet_jax.core.evaluate import GATHERED, without_isolation
 
 Backprop = Literal["store", "remat_dots", "remat", "offload", "reverse"]
 STRATEGIES: tuple[Backprop, ...] = get_args(Backprop)
@@ -31,7 +31,7 @@ STRATEGIES: tuple[Backprop, ...] = get_args(Backprop)
 _LAYER_INPUT = "layer_input"
 
 
-class Run(NamedTuple):
+class LayerRun(NamedTuple):
     """Layers `start` to `stop` of a section, all under one strategy."""
 
     section: int
@@ -44,7 +44,7 @@ class Run(NamedTuple):
         return self.stop - self.start
 
 
-def plan_runs(depths: Sequence[int], backprop: Backprop, stored_layers: int) -> list[Run]:
+def plan_runs(depths: Sequence[int], backprop: Backprop, stored_layers: int) -> list[LayerRun]:
     """Splits sections into runs: the last `stored_layers` layers store, the others use `backprop`.
 
     depths: layers of each section.
@@ -54,7 +54,7 @@ def plan_runs(depths: Sequence[int], backprop: Backprop, stored_layers: int) -> 
     for section, depth in enumerate(depths):
         turn = depth if backprop == "store" else min(depth, max(left, 0))
         left -= depth
-        parts = (Run(section, 0, turn, backprop), Run(section, turn, depth, "store"))
+        parts = (LayerRun(section, 0, turn, backprop), LayerRun(section, turn, depth, "store"))
         runs += [run for run in parts if run.length]
     return runs
 
@@ -92,7 +92,7 @@ def remembering(forward: Callable[..., Any], backprop: Backprop, *, alone: bool)
     def named(params, x, context):
         if backprop == "offload":
             x = jax.tree.map(lambda leaf: checkpoint_name(leaf, _LAYER_INPUT), x)
-        with in_the_open() if backprop == "remat_dots" else contextlib.nullcontext():
+        with without_isolation() if backprop == "remat_dots" else contextlib.nullcontext():
             return forward(params, x, context)
 
     return jax.checkpoint(named, policy=policy, prevent_cse=alone)

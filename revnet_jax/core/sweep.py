@@ -17,7 +17,7 @@ from revnet_jax.core import trees
 from revnet_jax.core.block import Context, Rewound, Streams, differentiate
 from revnet_jax.core.exactness import largest, vary_over, varying_axes
 from revnet_jax.core.isolate import isolate
-from revnet_jax.core.strategies import Kept, Run, per_iteration, remembering
+from revnet_jax.core.strategies import Kept, LayerRun, per_iteration, remembering
 
 Update = Callable[[Any, Any, Any], tuple[Any, Any]]
 
@@ -78,7 +78,7 @@ class Kepts(NamedTuple):
 
 
 def forward_keeping(
-    runs: Sequence[Run], sections: Sequence[Any], x: Streams, shared: Any, unroll: int
+    runs: Sequence[LayerRun], sections: Sequence[Any], x: Streams, shared: Any, unroll: int
 ) -> tuple[Streams, tuple[Any, ...], Kepts]:
     """Runs all layers forward: (y, aux_L of each section, what the sweep needs)."""
     auxes: list[list[Any]] = [[] for _ in sections]
@@ -132,7 +132,7 @@ class Swept(NamedTuple):
 
 
 def sweep(
-    runs: Sequence[Run],
+    runs: Sequence[LayerRun],
     sections: Sequence[Any],
     kepts: Kepts,
     cotangents: tuple[Streams, Sequence[Any]],

@@ -66,6 +66,6 @@ def check_arrays(tree: Any, who: str) -> None:
             )
 
 
-def describe(leaf: Any) -> str:
+def describe_array(leaf: Any) -> str:
     """The dtype and shape of a leaf, as in 'float32[4,3]', for error messages."""
     return f"{dtype_of(leaf)}[{','.join(map(str, jnp.shape(leaf)))}]"

@@ -76,12 +76,12 @@ def check_sections(
     depths = []
     for section in sections:
         check_block(section, x)
-        depths.append(depth(section))
+        depths.append(section_depth(section))
         x = _one_layer(section, x, shared, depths[-1], backprop == "reverse")
     return depths
 
 
-def check_reversible(sections: Sequence[Any]) -> list[ReversibleLayer]:
+def check_invertible(sections: Sequence[Any]) -> list[ReversibleLayer]:
     """Returns the layers of the sections; raises ValueError if one has no inverse."""
     for section in sections:
         if not isinstance(section.layer, ReversibleLayer):
@@ -119,7 +119,7 @@ def check_states(sections: Sequence[Any], depths: Sequence[int], update: Any) ->
     """Raises ValueError unless states are stacked floats, and given only with an update."""
     for section, depth in zip(sections, depths, strict=True):
         for path, leaf in jax.tree_util.tree_leaves_with_path(section.state_L):
-            got = f"state_L{jax.tree_util.keystr(path)} {trees.describe(leaf)}"
+            got = f"state_L{jax.tree_util.keystr(path)} {trees.describe_array(leaf)}"
             if update is None:
                 raise ValueError(f"got {got} but no `update`, expected both or neither")
             if not trees.is_inexact(leaf) or jnp.shape(leaf)[:1] != (depth,):
@@ -148,10 +148,10 @@ def check_streams(x: Any, who: str = "got") -> None:
         )
     for leaf in jax.tree.leaves(x):
         if not trees.is_inexact(leaf):
-            raise TypeError(f"{who} a stream {trees.describe(leaf)}, expected floating point")
+            raise TypeError(f"{who} a stream {trees.describe_array(leaf)}, expected floating point")
 
 
-def depth(section: Any) -> int:
+def section_depth(section: Any) -> int:
     """Returns L, the common leading axis of params_L and data_L, or the section's `length`."""
     length = section.length
     if length is not None and not is_whole(length):
@@ -260,11 +260,12 @@ def _one_update(floats_L, state_L, update):
     for (path, leaf), before in zip(
         jax.tree_util.tree_leaves_with_path(new), jax.tree.leaves(got), strict=True
     ):
-        if trees.describe(leaf) != trees.describe(before):
+        if trees.describe_array(leaf) != trees.describe_array(before):
             where = ("params", "state")[path[0].idx] + jax.tree_util.keystr(path[1:])
             raise ValueError(
-                f"update returned {where} {trees.describe(leaf)}, expected {trees.describe(before)}"
-                ": new values take the place of the old, and keep their shapes and dtypes"
+                f"update returned {where} {trees.describe_array(leaf)}, expected "
+                f"{trees.describe_array(before)}: new values take the place of the old, and keep "
+                "their shapes and dtypes"
             )
     return program
 
@@ -367,4 +368,4 @@ def _alike(a, b):
 
 
 def _described(tree):
-    return ", ".join(map(trees.describe, jax.tree.leaves(tree))) or "nothing"
+    return ", ".join(map(trees.describe_array, jax.tree.leaves(tree))) or "nothing"

@@ -25,7 +25,7 @@ from revnet_jax.errors import UserError
 from revnet_jax.models.task import Batch, cross_entropy, is_correct
 from revnet_jax.optimizers.build import make_optimizer, make_schedule
 from revnet_jax.runs.metrics import Progress
-from revnet_jax.training.compiler import jit, jit_initialization
+from revnet_jax.training.compiler import exact_jit, jit_initialization
 from revnet_jax.training.evaluation import evaluate
 
 # For each data set, its augmentation, and the stride of the stem, which limits the feature size.
@@ -59,8 +59,8 @@ class Trainer:
         init = lambda: (jax.vmap(network.init)(keys[:, 0]), keys[:, 1])
         self._fresh = jit_initialization(init)()  # all seeds by one program
         self._programs: dict[Backprop, jax.stages.Compiled] = {}
-        self._update = jit(self._updated, donate_argnums=0)
-        self._eval_step = jit(self._sums)
+        self._update = exact_jit(self._updated, donate_argnums=0)
+        self._eval_step = exact_jit(self._sums)
         self.start(0)
 
     def start(self, seed: int) -> None:
@@ -72,7 +72,7 @@ class Trainer:
     def gradient(self, batch: Batch, backprop: Backprop) -> jax.stages.Compiled:
         """The compiled program `(params, batch, key, step) -> (loss, (gradient, exactness))`."""
         if backprop not in self._programs:
-            program = jit(lambda *args: self._gradient(*args, backprop))
+            program = exact_jit(lambda *args: self._gradient(*args, backprop))
             args = self.state.params, batch, self.state.key, self.state.step
             self._programs[backprop] = program.lower(*args).compile()
         return self._programs[backprop]
@@ -129,7 +129,7 @@ class Trainer:
         }
 
 
-def compare(
+def compare_couplings(
     names: Sequence[str] = tuple(ROWS),
     *,
     data: str = "digits",
@@ -154,7 +154,7 @@ def compare(
     Raises UserError for an unknown coupling or data set, and for data that cannot be used.
     """
     check_names(names)
-    dataset, settings = load_data(data, dir)
+    dataset, settings = load_images(data, dir)
     schedule, optimizer = make_recipe(learning_rate, weight_decay, num_steps)
     sizes = {"channels": channels, "hidden": hidden, "num_branches": num_branches}
     make = functools.partial(
@@ -182,7 +182,7 @@ def compare(
     progress.close()
     recipe = {"learning_rate": learning_rate, "weight_decay": weight_decay, "data": data}
     run = {"seeds": seeds, "num_steps": num_steps, "batch_size": batch_size}
-    rows = [measure(trainer, batch, num_steps) for trainer in trainers]
+    rows = [measure_coupling(trainer, batch, num_steps) for trainer in trainers]
     return {**recipe, **run, **sizes, "parameter_spread": parameter_spread(rows), "rows": rows}
 
 
@@ -204,7 +204,7 @@ def make_recipe(
     return schedule, make_optimizer(schedule, **rest)
 
 
-def load_data(name: str, dir: str | None) -> tuple[Dataset, dict[str, Any]]:
+def load_images(name: str, dir: str | None) -> tuple[Dataset, dict[str, Any]]:
     """Loads a data set, with its entry of `DATA_SETTINGS`. UserError for an unknown name."""
     if name not in DATA_SETTINGS:
         known = ", ".join(DATA_SETTINGS)
@@ -217,7 +217,7 @@ def load_data(name: str, dir: str | None) -> tuple[Dataset, dict[str, Any]]:
         raise UserError(f"data: {error}") from error
 
 
-def measure(trainer: Trainer, batch: Batch, num_steps: int) -> dict[str, Any]:
+def measure_coupling(trainer: Trainer, batch: Batch, num_steps: int) -> dict[str, Any]:
     """Returns a row of the report. Compiles the gradient once for each strategy; runs nothing.
 
     The first step of each seed is left out of the times, because it compiles or warms caches.

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from revnet_jax.core import Backprop, Block, Context, Exactness, PlainLayer, chain
-from revnet_jax.couplings.rows import ROWS, Row, normalise
+from revnet_jax.couplings.rows import ROWS, CouplingRow, group_normalise
 from revnet_jax.models.convolutional.conv import conv
 
 KERNEL = (3, 3)
@@ -48,7 +48,7 @@ class CouplingNetwork:
             )
 
     @property
-    def row(self) -> Row:
+    def row(self) -> CouplingRow:
         return ROWS[self.name]
 
     @property
@@ -128,7 +128,7 @@ class CouplingNetwork:
         y, _ = chain(layer, chain_L, x, data_L=data_L, backprop=backprop, probe=probe)
         joined = jnp.concatenate(y, axis=-1) if self.row.split > 1 else y[self.row.reads_out]
         head = params["head"]
-        features_BF = pool(jax.nn.relu(normalise(head["norm"], joined)))
+        features_BF = pool(jax.nn.relu(group_normalise(head["norm"], joined)))
         return features_BF @ head["kernel"] + head["bias"]
 
     def streams(self, x_BHWC: jax.Array) -> tuple[jax.Array, ...]:

@@ -26,7 +26,7 @@ from revnet_jax.errors import UserError
 from revnet_jax.models.convolutional.conv import conv
 
 
-class Row(NamedTuple):
+class CouplingRow(NamedTuple):
     """What one coupling changes in the network.
 
     layer: a layer of the core with the branches of this file.
@@ -52,7 +52,7 @@ class Row(NamedTuple):
     energy: bool = False
 
 
-def normalise(params: Any, x_BHWC: jax.Array) -> jax.Array:
+def group_normalise(params: Any, x_BHWC: jax.Array) -> jax.Array:
     """Group normalisation with a single group (Wu & He 2018, arXiv:1803.08494): per example."""
     mean_B111 = jnp.mean(x_BHWC, axis=(1, 2, 3), keepdims=True)
     variance_B111 = jnp.var(x_BHWC, axis=(1, 2, 3), keepdims=True)
@@ -65,7 +65,7 @@ def residual_branch(params: Any, *args: Any) -> jax.Array:
     *streams, _ = args
     x_BHWC = streams[0] if len(streams) == 1 else jnp.concatenate(streams, axis=-1)
     for norm, kernel in (("norm1", "conv1"), ("norm2", "conv2")):
-        x_BHWC = conv(jax.nn.relu(normalise(params[norm], x_BHWC)), params[kernel]["kernel"])
+        x_BHWC = conv(jax.nn.relu(group_normalise(params[norm], x_BHWC)), params[kernel]["kernel"])
     return x_BHWC
 
 
@@ -81,7 +81,7 @@ def energy(params: Any, x_BHWC: jax.Array, context: Context) -> jax.Array:
     That gradient by the normalised x is K^T relu(K x + b). Training differentiates the branch once
     more, so `conv` is differentiated twice.
     """
-    hidden_BHWC = conv(normalise(params["norm1"], x_BHWC), params["conv1"]["kernel"])
+    hidden_BHWC = conv(group_normalise(params["norm1"], x_BHWC), params["conv1"]["kernel"])
     return jnp.sum(jax.nn.relu(hidden_BHWC + params["conv1"]["bias"]) ** 2) / 2
 
 
@@ -89,10 +89,10 @@ def _residual(params, x, context):
     return (x[0] + residual_branch(params[0], x[0], context),), None
 
 
-_halves = functools.partial(Row, branches=2, reads=(1, 2), writes=(1, 2), split=2)
-_twice = functools.partial(Row, reads=(1, 1), writes=(1, 1), split=1)
+_halves = functools.partial(CouplingRow, branches=2, reads=(1, 2), writes=(1, 2), split=2)
+_twice = functools.partial(CouplingRow, reads=(1, 1), writes=(1, 1), split=1)
 _f = residual_branch
-ROWS: dict[str, Row] = {
+ROWS: dict[str, CouplingRow] = {
     "additive": _halves(reversible_block(_f, _f), note="RevNet: halves update each other"),
     "leapfrog": _twice(
         reversible_block(_f, _f, coupling=leapfrog(0.5)),
@@ -123,7 +123,7 @@ ROWS: dict[str, Row] = {
         energy=True,
         note="a branch is an energy's gradient: one kernel, used twice; h = 1/2",
     ),
-    "three_streams": Row(
+    "three_streams": CouplingRow(
         multi_stream_block((_f,) * 3),
         branches=3,
         reads=(2, 3),
@@ -131,7 +131,7 @@ ROWS: dict[str, Row] = {
         split=3,
         note="a third reads the two others",
     ),
-    "round_robin": Row(
+    "round_robin": CouplingRow(
         multi_stream_block((_f,) * 3, reads="next"),
         branches=3,
         reads=(1, 3),
@@ -139,7 +139,7 @@ ROWS: dict[str, Row] = {
         split=3,
         note="a third reads the next",
     ),
-    "residual": Row(
+    "residual": CouplingRow(
         PlainLayer(_residual),
         branches=1,
         reads=(1, 1),

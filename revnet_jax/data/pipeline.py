@@ -13,7 +13,7 @@ import numpy as np
 
 from revnet_jax.data.dataset import Dataset
 
-Batch = dict[str, np.ndarray]
+NumpyBatch = dict[str, np.ndarray]
 
 LAST_STEP = 2**48  # stands for infinity, because grain's ranges must be finite
 
@@ -30,7 +30,7 @@ def train_batches(
     num_threads: int,
     prefetch: int,
     rows: np.ndarray | None = None,
-) -> grain.DatasetIterator[Batch]:
+) -> grain.DatasetIterator[NumpyBatch]:
     """Returns an endless iterator over shuffled, augmented batches; `close()` it after use.
 
     Every epoch is a new permutation of the training split. Epochs follow without a gap, so a batch
@@ -77,7 +77,7 @@ def train_batches(
         )
     order = shuffled(len(split), seed)
 
-    def make_batch(step: int) -> Batch:
+    def make_batch(step: int) -> NumpyBatch:
         indices_B = order(step * batch_size + rows)
         # Every process draws the random numbers of the whole global batch and uses those of its
         # rows, so that no communication is needed.
@@ -128,7 +128,7 @@ def eval_batches(
     num_threads: int = 2,
     prefetch: int = 4,
     rows: np.ndarray | None = None,
-) -> grain.DatasetIterator[Batch]:
+) -> grain.DatasetIterator[NumpyBatch]:
     """Returns an iterator over the test split, in order and not augmented; `close()` it after use.
     All ceil(N / batch_size) batches are full: the last is padded with zero images of weight 0.
 
@@ -147,7 +147,7 @@ def eval_batches(
     rows = rows_of(batch_size, rows)
     split = dataset.test
 
-    def make_batch(step: int) -> Batch:
+    def make_batch(step: int) -> NumpyBatch:
         indices_B = step * batch_size + rows
         indices_R = indices_B[indices_B < len(split)]  # without the padding
         num_real = len(indices_R)

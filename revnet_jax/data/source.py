@@ -10,7 +10,7 @@ import grain
 import numpy as np
 
 from revnet_jax.data.dataset import DataError
-from revnet_jax.data.pipeline import LAST_STEP, Batch, iterate, shuffled
+from revnet_jax.data.pipeline import LAST_STEP, NumpyBatch, iterate, shuffled
 
 
 class Source(Protocol):
@@ -24,11 +24,11 @@ class Source(Protocol):
     The returned functions are called from several threads.
     """
 
-    def train(self, *, batch_size: int, seed: int, rows: np.ndarray) -> Callable[[int], Batch]:
+    def train(self, *, batch_size: int, seed: int, rows: np.ndarray) -> Callable[[int], NumpyBatch]:
         """Returns `step -> batch`, for all steps from 0."""
         ...
 
-    def test(self, *, batch_size: int, rows: np.ndarray) -> tuple[int, Callable[[int], Batch]]:
+    def test(self, *, batch_size: int, rows: np.ndarray) -> tuple[int, Callable[[int], NumpyBatch]]:
         """Returns (the number of batches, `index -> batch`).
 
         Batches have an array "weight", which is 0 for the padding of the last batch.
@@ -64,24 +64,24 @@ class Arrays:
         if kinds[0] != kinds[1]:
             raise DataError(f"got {kinds[0]} to train and {kinds[1]} to test, expected the same")
 
-    def train(self, *, batch_size: int, seed: int, rows: np.ndarray) -> Callable[[int], Batch]:
+    def train(self, *, batch_size: int, seed: int, rows: np.ndarray) -> Callable[[int], NumpyBatch]:
         """See `Source`."""
         size = len(next(iter(self.train_arrays.values())))
         if batch_size > size:
             raise ValueError(f"got batch_size={batch_size}, expected at most the {size} examples")
         order = shuffled(size, seed)
 
-        def batch(step: int) -> Batch:
+        def batch(step: int) -> NumpyBatch:
             indices = order(step * batch_size + rows)
             return {name: array[indices] for name, array in self.train_arrays.items()}
 
         return batch
 
-    def test(self, *, batch_size: int, rows: np.ndarray) -> tuple[int, Callable[[int], Batch]]:
+    def test(self, *, batch_size: int, rows: np.ndarray) -> tuple[int, Callable[[int], NumpyBatch]]:
         """See `Source`. The last batch is padded with copies of the last example."""
         size = len(next(iter(self.test_arrays.values())))
 
-        def batch(index: int) -> Batch:
+        def batch(index: int) -> NumpyBatch:
             places = index * batch_size + rows
             found = {n: x[np.minimum(places, size - 1)] for n, x in self.test_arrays.items()}
             return {**found, "weight": (places < size).astype(np.float32)}
@@ -98,7 +98,7 @@ def iterate_train(
     rows: np.ndarray,
     num_threads: int,
     prefetch: int,
-) -> grain.DatasetIterator[Batch]:
+) -> grain.DatasetIterator[NumpyBatch]:
     """Iterates over training batches from `start_step`, prepared ahead; `close()` it after use."""
     make_batch = source.train(batch_size=batch_size, seed=seed, rows=rows)
     batches = grain.MapDataset.range(start_step, LAST_STEP).map(make_batch)
@@ -107,7 +107,7 @@ def iterate_train(
 
 def iterate_test(
     source: Source, *, batch_size: int, rows: np.ndarray, num_threads: int, prefetch: int
-) -> grain.DatasetIterator[Batch]:
+) -> grain.DatasetIterator[NumpyBatch]:
     """Iterates over the test split once, with batches prepared ahead; `close()` it after use."""
     num_batches, make_batch = source.test(batch_size=batch_size, rows=rows)
     return iterate(grain.MapDataset.range(num_batches).map(make_batch), num_threads, prefetch)

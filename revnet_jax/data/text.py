@@ -11,7 +11,7 @@ import grain
 import numpy as np
 
 from revnet_jax.data.dataset import DataError, file_errors, read_file
-from revnet_jax.data.pipeline import LAST_STEP, Batch, check_threads, iterate, rows_of
+from revnet_jax.data.pipeline import LAST_STEP, NumpyBatch, check_threads, iterate, rows_of
 from revnet_jax.data.shards import WRITTEN, Shards, load_shards
 from revnet_jax.data.vocabulary import Vocabulary
 
@@ -114,7 +114,7 @@ def train_windows(
     num_threads: int,
     prefetch: int,
     rows: np.ndarray | None = None,
-) -> grain.DatasetIterator[Batch]:
+) -> grain.DatasetIterator[NumpyBatch]:
     """Returns an endless iterator over random windows of the training split; `close()` it.
 
     Stateless: a batch is a function of the seed and the step.
@@ -136,7 +136,7 @@ def train_windows(
             f"{max(0, len(text.train) - 1):,}: take a shorter context or a longer text"
         )
 
-    def make_batch(step: int) -> Batch:
+    def make_batch(step: int) -> NumpyBatch:
         starts_B = np.random.default_rng([seed, step]).integers(places, size=batch_size)[rows]
         windows = text.train[starts_B[:, None] + np.arange(context + 1)]
         return _checked(windows, text)
@@ -154,7 +154,7 @@ def eval_windows(
     num_threads: int = 2,
     prefetch: int = 4,
     rows: np.ndarray | None = None,
-) -> grain.DatasetIterator[Batch]:
+) -> grain.DatasetIterator[NumpyBatch]:
     """Returns an iterator over non-overlapping windows of the test split; `close()` it after use.
 
     max_windows: number of windows to stop after; 0 for all, so that every token but the first is a
@@ -171,7 +171,7 @@ def eval_windows(
     num_windows = -(-targets // context)
     num_windows = min(num_windows, max_windows or num_windows)
 
-    def make_batch(step: int) -> Batch:
+    def make_batch(step: int) -> NumpyBatch:
         windows_B = step * batch_size + rows
         places = windows_B[:, None] * context + np.arange(context + 1)
         batch = _checked(text.test[np.minimum(places, targets)], text)
@@ -182,7 +182,7 @@ def eval_windows(
     return iterate(grain.MapDataset.range(num_batches).map(make_batch), num_threads, prefetch)
 
 
-def _checked(windows: np.ndarray, text: Text) -> Batch:
+def _checked(windows: np.ndarray, text: Text) -> NumpyBatch:
     largest, size = int(windows.max()), text.vocabulary.size
     if largest >= size:
         raise DataError(

@@ -1,8 +1,8 @@
 """Networks as pure functions over trees of arrays; flax modules as branches of blocks."""
 
 from revnet_jax.models.bridge import (
-    Branch,
     BranchData,
+    FlaxBranch,
     init_layers,
     linen_branch,
     nnx_branch,
@@ -10,25 +10,25 @@ from revnet_jax.models.bridge import (
     with_stats,
 )
 from revnet_jax.models.chain_model import ChainModel
-from revnet_jax.models.convolutional.architecture import Architecture
-from revnet_jax.models.convolutional.network import Network
+from revnet_jax.models.convolutional.network import ConvNet
+from revnet_jax.models.convolutional.shape import ConvNetShape
 from revnet_jax.models.model import Model, Sweep, Variables, num_params
-from revnet_jax.models.transformer.lm import Decoder, LanguageModel
-from revnet_jax.models.transformer.vit import RevViT, VisionTransformer
+from revnet_jax.models.transformer.lm import LanguageModel, LanguageModelShape
+from revnet_jax.models.transformer.vit import VisionTransformer, VisionTransformerShape
 
 __all__ = [
-    "Architecture",
-    "Branch",
     "BranchData",
     "ChainModel",
-    "Decoder",
+    "ConvNet",
+    "ConvNetShape",
+    "FlaxBranch",
     "LanguageModel",
+    "LanguageModelShape",
     "Model",
-    "Network",
-    "RevViT",
     "Sweep",
     "Variables",
     "VisionTransformer",
+    "VisionTransformerShape",
     "init_layers",
     "linen_branch",
     "nnx_branch",

@@ -88,7 +88,7 @@ class BranchData(NamedTuple):
     key: jax.Array
 
 
-class Branch(PureModule):
+class FlaxBranch(PureModule):
     """A module as a branch of a block with `has_aux=True`: see `nnx_branch` and `linen_branch`.
 
     name: the key of its `BranchData` in `context.data`.
@@ -116,19 +116,19 @@ class Branch(PureModule):
         return u, {self.name: stats}
 
 
-def nnx_branch(make: Callable[[nnx.Rngs], nnx.Module], name: str, /, **kwargs: Any) -> Branch:
+def nnx_branch(make: Callable[[nnx.Rngs], nnx.Module], name: str, /, **kwargs: Any) -> FlaxBranch:
     """Makes a branch of an nnx module: `nnx_branch(lambda rngs: MLP(rngs=rngs), "f")`.
 
-    See `Branch`, and `PureModule` for errors. For a module in another mode make another branch:
+    See `FlaxBranch`, and `PureModule` for errors. For a module in another mode make another branch:
     `lambda rngs: nnx.view(MLP(rngs=rngs), deterministic=True)`.
     """
-    return Branch(make, name, kwargs)
+    return FlaxBranch(make, name, kwargs)
 
 
-def linen_branch(module: linen.Module, name: str, /, *example: Any, **kwargs: Any) -> Branch:
+def linen_branch(module: linen.Module, name: str, /, *example: Any, **kwargs: Any) -> FlaxBranch:
     """Makes a branch of a linen module: `linen_branch(MLP(), "g", x1, train=True)`.
 
-    See `Branch`, and `PureModule` for errors.
+    See `FlaxBranch`, and `PureModule` for errors.
 
     example: arrays like the module's inputs, on which `init` evaluates the module. The parameter
       trees are linen's.
@@ -136,17 +136,17 @@ def linen_branch(module: linen.Module, name: str, /, *example: Any, **kwargs: An
     if not isinstance(module, linen.Module):
         raise ValueError(f"got {module!r}, expected a linen module: build it, or take nnx_branch")
     make = lambda rngs: nnx.bridge.ToNNX(module, rngs=rngs).lazy_init(*example, **kwargs)
-    return Branch(make, name, {"mutable": ["batch_stats"], **kwargs})
+    return FlaxBranch(make, name, {"mutable": ["batch_stats"], **kwargs})
 
 
-def init_layers(branches: Sequence[Branch], key: jax.Array, depth: int) -> tuple[Any, Any]:
+def init_layers(branches: Sequence[FlaxBranch], key: jax.Array, depth: int) -> tuple[Any, Any]:
     """Initialises (params_L, data_L) of `depth` layers for a block of these branches.
 
     params_L is a tuple with one tree per branch; data_L is `{name: BranchData}`.
 
     Raises ValueError for branches of the same name, or not made by `nnx_branch` or `linen_branch`.
     """
-    if not isinstance(branches, Sequence) or not all(isinstance(b, Branch) for b in branches):
+    if not isinstance(branches, Sequence) or not all(isinstance(b, FlaxBranch) for b in branches):
         raise ValueError(f"got {branches!r}, expected branches of nnx_branch and linen_branch")
     names = [branch.name for branch in branches]
     if len(set(names)) < len(names):

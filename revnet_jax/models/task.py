@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from revnet_jax.models import LanguageModel, Model, Network, RevViT, Sweep, Variables
+from revnet_jax.models import ConvNet, LanguageModel, Model, Sweep, Variables, VisionTransformer
 
 Batch = dict[str, jax.Array]
 Sums = dict[str, jax.Array]
@@ -79,7 +79,7 @@ class Classification(Task):
       al. 2017, arXiv:1710.09412). 0 turns it off.
     """
 
-    network: Network | RevViT  # ty: ignore[incompatible-attribute-override]
+    network: ConvNet | VisionTransformer  # ty: ignore[incompatible-attribute-override]
     label_smoothing: float = 0.0
     mixup: float = 0.0
     best: ClassVar = ("eval_accuracy", "max")
@@ -119,7 +119,7 @@ class Classification(Task):
 
     def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of a training batch."""
-        images = (batch_size, *self.network.architecture.image_shape)
+        images = (batch_size, *self.network.shape.image_shape)
         return {
             "image": jax.ShapeDtypeStruct(images, jnp.float32),
             "label": jax.ShapeDtypeStruct(images[:1], jnp.int32),
@@ -158,10 +158,10 @@ class NextToken(Task):
             variables,
             batch["token"],
             batch["target"],
-            key=key if self.network.architecture.dropout else None,
+            key=key if self.network.shape.dropout else None,
             sweep=sweep,
         )
-        if not self.network.architecture.experts:
+        if not self.network.shape.experts:
             return nll, (variables.stats, {})
         balance = jnp.mean(aux[0])
         metrics = {"train_nll": nll, "train_balance": balance}

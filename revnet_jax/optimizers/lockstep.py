@@ -16,7 +16,7 @@ import optax
 
 from revnet_jax.core import Exactness, trees
 from revnet_jax.models.model import Sweep, Variables
-from revnet_jax.optimizers.optimizer import Loss, Update, first_moments
+from revnet_jax.optimizers.optimizer import Loss, StepResult, first_moments
 from revnet_jax.optimizers.rounding import apply_updates, widened
 
 
@@ -79,7 +79,7 @@ class LockstepOptimizer(NamedTuple):
         batch: dict[str, jax.Array],
         key: jax.Array,
         probes: dict[str, Exactness] | None,
-    ) -> Update:
+    ) -> StepResult:
         """Makes one step; see `Optimizer`. Needs the whole batch at once: it keeps no gradients."""
         params, stats = variables
         update, carried = self._start(params, state)
@@ -97,7 +97,7 @@ class LockstepOptimizer(NamedTuple):
         (value, (stats, others)), (cotangents, exactness, carried) = grad(params, probes, carried)
         with jax.named_scope("update"):
             params, state, norm = self._finish(params, state, cotangents, carried)
-        return Update(value, others, Variables(params, stats), state, exactness, norm)
+        return StepResult(value, others, Variables(params, stats), state, exactness, norm)
 
     def moments(self, state: LockstepState) -> dict[str, Any]:
         """First moments by group of parameters."""

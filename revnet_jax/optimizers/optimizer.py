@@ -22,7 +22,7 @@ class Loss(Protocol):
     ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]: ...
 
 
-class Update(NamedTuple):
+class StepResult(NamedTuple):
     """What one step of an optimizer returns.
 
     loss: of the batch, before the update.
@@ -56,7 +56,7 @@ class Optimizer(Protocol):
         batch: dict[str, jax.Array],
         key: jax.Array,
         probes: dict[str, Exactness] | None,
-    ) -> Update:
+    ) -> StepResult:
         """Makes one step. probes: of the network, for the exactness check."""
         ...
 
@@ -88,7 +88,7 @@ class OrdinaryOptimizer(NamedTuple):
         batch: dict[str, jax.Array],
         key: jax.Array,
         probes: dict[str, Exactness] | None,
-    ) -> Update:
+    ) -> StepResult:
         """Makes one step; see `Optimizer`."""
 
         def gradient(params, stats, batch, key):
@@ -106,7 +106,7 @@ class OrdinaryOptimizer(NamedTuple):
             updates, state = self.transformation.update(grads, state, params)
             params = apply_updates(params, updates)
         norm = optax.tree.norm(widened(grads))
-        return Update(value, others, Variables(params, stats), state, exactness, norm)
+        return StepResult(value, others, Variables(params, stats), state, exactness, norm)
 
     def moments(self, state: Any) -> dict[str, Any]:
         """First moments by group of parameters."""

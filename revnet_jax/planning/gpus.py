@@ -74,7 +74,7 @@ def environment() -> dict[str, str]:
     }
 
 
-def devices(chip: str, *, hosts: int, gpus_per_host: int) -> list[Any]:
+def gpu_devices(chip: str, *, hosts: int, gpus_per_host: int) -> list[Any]:
     """GPUs to compile for, ordered by host; `process_index` is the number of the host.
 
     chip: a name in `GPUS`. Imports JAX: the process must have the variables of `environment`.

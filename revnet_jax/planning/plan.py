@@ -11,12 +11,12 @@ from revnet_jax.planning.compile import CompiledStep, Compiler, NotCompiled
 from revnet_jax.planning.largest import SIZES, largest_that_fits
 from revnet_jax.planning.topology import LOCAL
 from revnet_jax.planning.units import size
-from revnet_jax.planning.variants import chosen, deeper, depth, variants
+from revnet_jax.planning.variants import chosen, deeper, model_depth, variants
 from revnet_jax.programs.traffic import Traffic
 
 MOST_TIMES = 4096  # searches for the largest size stop at this many times the config's
 
-Row = dict[str, Any]
+PlanRow = dict[str, Any]
 
 
 def plan(
@@ -86,7 +86,7 @@ def plan(
         "device_kind": any_step.device_kind,
         "limit_bytes": any_step.limit_bytes,
         "batch_size": config["batch_size"],
-        "layers": depth(config),
+        "layers": model_depth(config),
         "rows": rows,
         "left_out": left_out,
         "recommendation": recommend(rows, any_step.limit_bytes),
@@ -113,7 +113,7 @@ def _no_parts(got):
     )
 
 
-def recommend(rows: Sequence[Row], limit_bytes: int | None) -> dict[str, str | None]:
+def recommend(rows: Sequence[PlanRow], limit_bytes: int | None) -> dict[str, str | None]:
     """The cheapest strategy that fits, and why, in one sentence."""
     room = "an unknown memory" if limit_bytes is None else size(limit_bytes)
     known = [row for row in rows if row["error"] is None]
@@ -139,7 +139,9 @@ def _failed(name, step):
     return {"strategy": name, "error": step.error, "fits": None}
 
 
-def row_of(name: str, step: CompiledStep, chip: Chip | None, model_flops: int | None = None) -> Row:
+def row_of(
+    name: str, step: CompiledStep, chip: Chip | None, model_flops: int | None = None
+) -> PlanRow:
     """The row of a compiled strategy.
 
     model_flops: FLOPs of `store`, without any recomputation, for the utilization (MFU).
@@ -219,4 +221,4 @@ def _largest(searched, strategy, settings, compiler, step):
         changes = lambda n: {"data.context": n}
         return search(changes, settings["data.context"], settings["data.context"])
     times = search(lambda n: deeper(settings, n), 1, 1)
-    return times._replace(size=times.size and times.size * depth(settings))
+    return times._replace(size=times.size and times.size * model_depth(settings))

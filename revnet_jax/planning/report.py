@@ -29,7 +29,7 @@ def milliseconds(value: float | None) -> str:
     return either(value, lambda ms: f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}")
 
 
-def as_table(report: Mapping[str, Any]) -> str:
+def plan_table(report: Mapping[str, Any]) -> str:
     """A Markdown table with the plan's settings above it and the recommendation below."""
     limit = report["limit_bytes"]
     room = f"{size(limit)} each" if limit else "of unknown memory"
@@ -108,7 +108,7 @@ def _largest_cell(found):
     return f"{found['size']:,}" if found["exact"] else f"{found['size']:,} or more"
 
 
-def draw(report: Mapping[str, Any], figure_class: Any) -> Any:
+def draw_plan(report: Mapping[str, Any], figure_class: Any) -> Any:
     """Plots a stacked bar of memory per strategy, and a line at the device's limit."""
     rows = [row for row in report["rows"] if row["error"] is None][::-1]  # the first on top
     rows = [row for row in rows if row["needed_bytes"] is not None]

@@ -9,7 +9,7 @@ from revnet_jax.errors import UserError
 from revnet_jax.planning.chips import chip_of
 from revnet_jax.planning.compile import Compiler, NotCompiled
 from revnet_jax.planning.gpus import GPUS
-from revnet_jax.planning.plan import Row, refused, row_of
+from revnet_jax.planning.plan import PlanRow, refused, row_of
 from revnet_jax.planning.report import GIB, either, milliseconds
 from revnet_jax.planning.topology import Topology
 from revnet_jax.planning.units import size
@@ -83,7 +83,7 @@ def _strategy(config, names):
     return next(iter(chosen(list(names or [default]), variants(config)).items()))
 
 
-def _row(name, step, topology, batch_size) -> Row:
+def _row(name, step, topology, batch_size) -> PlanRow:
     if isinstance(step, NotCompiled):
         row = {"strategy": name, "error": step.error, "fits": None}
     else:
@@ -97,7 +97,7 @@ def _row(name, step, topology, batch_size) -> Row:
     }
 
 
-def as_table(report: Mapping[str, Any]) -> str:
+def scaling_table(report: Mapping[str, Any]) -> str:
     """A Markdown table: a row per topology, a column per kind of collective on each network."""
     rows = report["rows"]
     sent = [
@@ -134,7 +134,7 @@ def _cells(row, sent, length):
     return cells + [either(row[name], percent) for name in ("efficiency", "in_turn_efficiency")]
 
 
-def draw(report: Mapping[str, Any], figure_class: Any) -> Any:
+def draw_scaling(report: Mapping[str, Any], figure_class: Any) -> Any:
     """Plots memory, and the time of a step, over the number of devices."""
     rows = [row for row in report["rows"] if row["error"] is None]
     figure = figure_class(figsize=(9, 3.5), layout="constrained")

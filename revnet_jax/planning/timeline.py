@@ -19,7 +19,7 @@ from revnet_jax.planning.variants import variants
 from revnet_jax.programs.buffers import assignment, compiled_for_gpu
 from revnet_jax.programs.liveness import liveness
 from revnet_jax.tables import markdown
-from revnet_jax.training.compiler import jit
+from revnet_jax.training.compiler import exact_jit
 
 MIB = 2**20
 
@@ -118,13 +118,13 @@ def lowered_gradient(task: Task, batch_size: int, device: jax.Device) -> jax.sta
     gradient = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
     # The CPU program never runs: compile it with little optimization of machine code.
     on_cpu = device.platform == "cpu"
-    program = jit(gradient, quickly=True) if on_cpu else jax.jit(gradient)
+    program = exact_jit(gradient, quickly=True) if on_cpu else jax.jit(gradient)
     probes = shapes(task.network.probes)
     batch = shapes(lambda: task.batch_shapes(batch_size))
     return program.lower(variables.params, probes, variables.stats, batch, key)
 
 
-def as_table(lines: Sequence[Timeline]) -> str:
+def timeline_table(lines: Sequence[Timeline]) -> str:
     """A Markdown table of each timeline's peak beside the compiler's figure."""
     cells = [["backprop", "peak drawn, MiB", "compiler, MiB", "drawn / compiler"]]
     for line in lines:
@@ -133,8 +133,8 @@ def as_table(lines: Sequence[Timeline]) -> str:
     return "\n".join(markdown(cells))
 
 
-def as_report(lines: Sequence[Timeline]) -> list[dict[str, Any]]:
-    """The figures of `as_table` for JSON, with the number of instructions."""
+def timeline_report(lines: Sequence[Timeline]) -> list[dict[str, Any]]:
+    """The figures of `timeline_table` for JSON, with the number of instructions."""
     return [
         {
             "backprop": line.backprop,
@@ -147,7 +147,7 @@ def as_report(lines: Sequence[Timeline]) -> list[dict[str, Any]]:
     ]
 
 
-def draw(lines: Sequence[Timeline], title: str, figure_class: Any) -> Any:
+def draw_timelines(lines: Sequence[Timeline], title: str, figure_class: Any) -> Any:
     """Plots a panel for each strategy, all with the same scale of bytes."""
     figure = figure_class(figsize=(3.1 * len(lines), 3.2), layout="constrained")
     axes = figure.subplots(1, len(lines), sharey=True, squeeze=False)[0]

@@ -54,7 +54,7 @@ class Topology(NamedTuple):
     def num_devices(self) -> int:
         """The number of devices as JAX counts them; for this machine, imports JAX and asks it."""
         if self.chip is None:
-            return len(devices(self))
+            return len(topology_devices(self))
         chips = self.slices * math.prod(map(int, self.shape.split("x")))
         return chips * (2 if self.chip == "tpu7x" else 1)  # a tpu7x chip is two devices
 
@@ -99,7 +99,7 @@ def parse_topology(name: str) -> Topology:
     return topology
 
 
-def devices(topology: Topology) -> list[Any]:
+def topology_devices(topology: Topology) -> list[Any]:
     """The devices of a topology, which need not be present.
 
     Imports JAX: the process must have the variables of `Topology.environment`.
@@ -110,7 +110,9 @@ def devices(topology: Topology) -> list[Any]:
     if topology.chip is None:
         return jax.devices()
     if topology.is_gpu:
-        return gpus.devices(topology.chip, hosts=topology.slices, gpus_per_host=int(topology.shape))
+        return gpus.gpu_devices(
+            topology.chip, hosts=topology.slices, gpus_per_host=int(topology.shape)
+        )
     settings: dict[str, Any] = {}
     if set(topology.shape) <= set("1x"):
         settings["chips_per_host_bounds"] = (1, 1, 1)

@@ -96,7 +96,7 @@ def model_of(config: Mapping[str, Any]) -> Model:
     return build_task(known, platform="cpu").network
 
 
-def depth(config: Mapping[str, Any]) -> int:
+def model_depth(config: Mapping[str, Any]) -> int:
     """Number of layers of a decoder, or of residual units of other networks."""
     known = as_config(config)
     return family_of(known).depth.of(known.model)

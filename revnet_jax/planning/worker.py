@@ -30,7 +30,7 @@ from revnet_jax.errors import StorageError, UserError, writing
 from revnet_jax.files import write_atomically
 from revnet_jax.planning import by_part, chips, gpus, units
 from revnet_jax.planning.chips import chip_of, fillable_bytes
-from revnet_jax.planning.topology import Topology, devices, parse_topology
+from revnet_jax.planning.topology import Topology, parse_topology, topology_devices
 from revnet_jax.planning.variants import as_config
 from revnet_jax.programs import collectives, hlo, traffic
 from revnet_jax.programs.counts import arithmetic
@@ -45,7 +45,7 @@ def main() -> None:
         if "configs" in request:
             print(json.dumps({"refusals": refusals(request["configs"], topology)}))
             return
-        step = measure(as_config(request["config"]), topology, Path(request["cache_dir"]))
+        step = measure_step(as_config(request["config"]), topology, Path(request["cache_dir"]))
         print(json.dumps({"step": step}))
     except UserError as error:
         print(json.dumps({"error": str(error)}))
@@ -53,7 +53,7 @@ def main() -> None:
 
 def refusals(configs: Mapping[str, Mapping[str, Any]], topology: Topology) -> dict[str, str]:
     """The configs that cannot be trained on a topology, by name, each with the reason."""
-    found, targets = {}, devices(topology)
+    found, targets = {}, topology_devices(topology)
     for name, settings in configs.items():
         try:
             _check_offload(config := as_config(settings), targets)
@@ -63,9 +63,9 @@ def refusals(configs: Mapping[str, Mapping[str, Any]], topology: Topology) -> di
     return found
 
 
-def measure(config: ConfigDict, topology: Topology, cache_dir: Path) -> dict[str, Any]:
+def measure_step(config: ConfigDict, topology: Topology, cache_dir: Path) -> dict[str, Any]:
     """The fields of `CompiledStep`; the compiler's figures are read from the cache if there."""
-    targets = devices(topology)
+    targets = topology_devices(topology)
     _check_offload(config, targets)
     program = step_program(config, targets)
     traced = program.step.trace(program.state, program.batch)

@@ -18,7 +18,7 @@ import jax
 Place = tuple[int, tuple[int, ...]]  # an instruction, and the path into its result's tuples
 
 
-class Instruction(NamedTuple):
+class AssignedInstruction(NamedTuple):
     """One instruction of a computation; operands and callees are ids.
 
     index: the element that a get-tuple-element takes. dims: the shape of a result that is one
@@ -35,10 +35,10 @@ class Instruction(NamedTuple):
     name: str
 
 
-class Computation(NamedTuple):
+class AssignedComputation(NamedTuple):
     """Instructions in the order in which they run. root: id of the instruction that is returned."""
 
-    instructions: tuple[Instruction, ...]
+    instructions: tuple[AssignedInstruction, ...]
     root: int
 
 
@@ -58,7 +58,7 @@ class Buffer(NamedTuple):
 class Assignment(NamedTuple):
     """The computations of a program by id, the entry's id, and the temporary buffers."""
 
-    computations: dict[int, Computation]
+    computations: dict[int, AssignedComputation]
     entry: int
     buffers: list[Buffer]
 
@@ -108,7 +108,7 @@ def _computations(module):
         # Computations inside a fusion are not in the schedule: they run as one instruction.
         order = orders.get(fields[5], found)
         instructions = tuple(found[i] for i in order)
-        computations[fields[5]] = Computation(instructions, fields[6])
+        computations[fields[5]] = AssignedComputation(instructions, fields[6])
     return computations, dict(_fields(module))[6]  # entry_computation_id
 
 
@@ -122,7 +122,7 @@ def _instruction(message):
     opcode = fields[2].decode()
     config = fields.get(43, b"") if opcode == "while" else b""
     trips = json.loads(config).get("known_trip_count", {}).get("n", 1) if config else 1
-    return Instruction(
+    return AssignedInstruction(
         id=fields[35],
         opcode=opcode,
         operands=tuple(_numbers(message, 36)),

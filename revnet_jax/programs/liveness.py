@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from revnet_jax.programs.buffers import Assignment, Buffer, Instruction
+from revnet_jax.programs.buffers import AssignedInstruction, Assignment, Buffer
 
 # Instructions that compute nothing: they take no time step.
 _FORWARDING = {"get-tuple-element", "tuple", "bitcast", "parameter", "constant"}
@@ -191,7 +191,7 @@ def _flat(held):
     return (buffer for buffers in held.values() for buffer in buffers)
 
 
-def _stacked(program: Assignment, loop: Instruction) -> list[tuple[int, bool]]:
+def _stacked(program: Assignment, loop: AssignedInstruction) -> list[tuple[int, bool]]:
     """The stacked arrays in a loop's carry: (index, True if written and False if only read)."""
     body = program.computations[loop.callees[0]]
     by_id = {i.id: i for i in body.instructions}

@@ -257,7 +257,7 @@ class Checkpoints:
         )
         # jnp.array copies, because a buffer shared with numpy must not be donated.
         arrays = {p: a if isinstance(a, jax.Array) else jnp.array(a) for p, a in arrays.items()}
-        manifest.check_arrays(arrays, records)
+        manifest.check_saved_arrays(arrays, records)
         restored = manifest.from_storable(arrays, wanted, records)
         return jax.tree.unflatten(jax.tree.structure(abstract_state), restored)
 

@@ -46,7 +46,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Group:
+class RunGroup:
     """Runs that differ only in settings of `SAME`, such as their seeds.
 
     settings: those that differ between groups.
@@ -143,15 +143,15 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield f"{prefix}{key}", value
 
 
-def grouped(runs: Sequence[Run]) -> list[Group]:
+def grouped(runs: Sequence[Run]) -> list[RunGroup]:
     """Groups runs by their settings (except `SAME`), sorted by the settings that differ."""
     keys = dict.fromkeys(key for run in runs for key in run.settings if key not in SAME)
     values = lambda key: {json.dumps(run.settings.get(key)) for run in runs}
     differing = [key for key in keys if len(values(key)) > 1]
-    groups: dict[str, Group] = {}
+    groups: dict[str, RunGroup] = {}
     for run in runs:
         settings = {key: run.settings.get(key) for key in differing}
-        groups.setdefault(json.dumps(settings), Group(settings, [])).runs.append(run)
+        groups.setdefault(json.dumps(settings), RunGroup(settings, [])).runs.append(run)
     number = lambda x: isinstance(x, int | float)
     order = lambda x: (0, x, "") if number(x) else (1, 0, str(x))
     return sorted(groups.values(), key=lambda g: [order(x) for x in g.settings.values()])
@@ -169,7 +169,7 @@ def chosen_metrics(runs: Sequence[Run], names: Sequence[str] | None) -> list[str
     return list(names or default)
 
 
-def compare(groups: Sequence[Group], metrics: Sequence[str]) -> list[dict[str, Any]]:
+def compare_runs(groups: Sequence[RunGroup], metrics: Sequence[str]) -> list[dict[str, Any]]:
     """Returns a row for each group: settings, number of runs, fewest and most steps, metrics.
 
     A metric has its mean and its spread, the sample standard deviation. The spread is null for a
@@ -197,7 +197,7 @@ def _finite(values):
     return all(map(math.isfinite, values))
 
 
-def as_table(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> str:
+def runs_table(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> str:
     """Formats rows as a Markdown table."""
     keys = list(rows[0]["settings"])
     cells = [[*keys, "runs", "steps", *metrics]]
@@ -216,7 +216,7 @@ def _cell(value):
     return f"{value['mean']:.5g}{spread}"
 
 
-def draw(groups: Sequence[Group], metrics: Sequence[str], figure_class: Any) -> Any:
+def draw_runs(groups: Sequence[RunGroup], metrics: Sequence[str], figure_class: Any) -> Any:
     """Draws a panel for each metric, with a curve for each run in the colour of its group."""
     logged = {name for group in groups for run in group.runs for row in run.rows for name in row}
     shown = [name for name in metrics if name in logged]

@@ -8,7 +8,7 @@ from typing import Any
 from revnet_jax.data import Dataset
 from revnet_jax.data.text import Text
 
-Record = Mapping[str, Any]  # JSON
+DataRecord = Mapping[str, Any]  # JSON
 
 
 def of_text(text: Text) -> dict[str, Any]:
@@ -29,12 +29,12 @@ def of_dataset(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def is_same(found: Record, recorded: Record) -> bool:
+def is_same(found: DataRecord, recorded: DataRecord) -> bool:
     """Whether the sha256 agree; True if an older version of the package recorded none."""
     return not recorded.get("sha256") or found.get("sha256") == recorded["sha256"]
 
 
-def summary(record: Record) -> str:
+def summary(record: DataRecord) -> str:
     """A phrase for messages, such as "50 training and 10 test images of sha256 ..."."""
     if "train_images" in record:
         what = f"{record['train_images']:,} training and {record['test_images']:,} test images"

@@ -21,7 +21,7 @@ def _to_stderr(line: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, say: Callable[[str], None] = _to_stderr) -> Generator[None]:
+def file_lock(path: Path, say: Callable[[str], None] = _to_stderr) -> Generator[None]:
     """Holds the lock file `path`, created if missing, while the context is open.
 
     It uses `flock`, which the kernel releases when the process ends, even if it is killed, so there

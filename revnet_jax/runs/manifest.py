@@ -22,7 +22,7 @@ from revnet_jax.errors import UserError
 
 PyTree = Any
 ABSTRACT = jax.ShapeDtypeStruct
-Record = dict[str, Any]  # shape, dtype, checksum and, for a PRNG key, key_impl
+ArrayRecord = dict[str, Any]  # shape, dtype, checksum and, for a PRNG key, key_impl
 
 
 class CheckpointError(UserError, RuntimeError):
@@ -68,7 +68,7 @@ def storable(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_storable(
-    arrays: Mapping[str, jax.Array], wanted: dict[str, ABSTRACT], records: dict[str, Record]
+    arrays: Mapping[str, jax.Array], wanted: dict[str, ABSTRACT], records: dict[str, ArrayRecord]
 ) -> list[jax.Array]:
     """The inverse of `storable`: the leaves of `wanted`, in its order, from stored arrays."""
     leaves = []
@@ -99,7 +99,7 @@ def _words(leaf: Any) -> Any:
 def make(leaves: Mapping[str, jax.Array], metrics: Mapping[str, float]) -> dict[str, Any]:
     """The sealed manifest of a checkpoint of these leaves, as JSON, with finite metrics only."""
     sums = checksums(storable(leaves))
-    records: dict[str, Record] = {}
+    records: dict[str, ArrayRecord] = {}
     for path, x in leaves.items():
         records[path] = {"shape": list(x.shape), "dtype": str(x.dtype), "checksum": sums.get(path)}
         if _is_key(x):
@@ -131,7 +131,9 @@ def check_seal(sealed: Any) -> dict[str, Any]:
     return manifest
 
 
-def check_same_tree(where: Any, records: dict[str, Record], wanted: dict[str, ABSTRACT]) -> None:
+def check_same_tree(
+    where: Any, records: dict[str, ArrayRecord], wanted: dict[str, ABSTRACT]
+) -> None:
     """Raises OtherTree (a CheckpointError) unless a checkpoint has exactly the wanted leaves."""
     saved = {path: "{dtype}{shape}".format(**record) for path, record in records.items()}
     expected = {path: _describe(leaf) for path, leaf in wanted.items()}
@@ -153,7 +155,7 @@ def _describe(leaf: Any) -> str:
     return f"{leaf.dtype}{list(leaf.shape)}"
 
 
-def check_arrays(arrays: Mapping[str, jax.Array], records: dict[str, Record]) -> None:
+def check_saved_arrays(arrays: Mapping[str, jax.Array], records: dict[str, ArrayRecord]) -> None:
     """Raises Damaged if the arrays differ from what was recorded when they were saved."""
     for path, got in checksums(arrays).items():
         if got != records[path]["checksum"]:

@@ -20,13 +20,13 @@ from revnet_jax.runs.resume import Change, changed_settings
 
 
 @contextlib.contextmanager
-def locked(workdir: Path) -> Generator[None]:
+def workdir_lock(workdir: Path) -> Generator[None]:
     """Locks `workdir`, created if missing, against other runs while the context is open."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--workdir {workdir} cannot be made: {error}") from error
-    with lock.locked(workdir / "lock"):
+    with lock.file_lock(workdir / "lock"):
         yield
 
 

@@ -109,7 +109,7 @@ def ones_own(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTran
     own = {knob: x for knob, x in config.optimizer.items() if knob not in known}
     optional = {knob: x for knob, x in config.optimizer.items() if knob in known and knob != "name"}
     given = {"learning_rate": schedule}
-    found = references.call("optimizer.name", name, own, given=given, optional=optional)
+    found = references.call_reference("optimizer.name", name, own, given=given, optional=optional)
     expected = "an optax.GradientTransformation"
     references.check_members("optimizer.name", name, found, ("init", "update"), expected)
     return found

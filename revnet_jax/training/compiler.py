@@ -10,7 +10,7 @@ import jax
 _QUICKLY = {"xla_backend_optimization_level": 0}
 
 
-def jit(function: Callable, *, quickly: bool = False, **kwargs: Any) -> jax.stages.Wrapped:
+def exact_jit(function: Callable, *, quickly: bool = False, **kwargs: Any) -> jax.stages.Wrapped:
     """`jax.jit`, with options that make a branch give the same bits wherever it is evaluated.
 
     On CPU, XLA may hand a convolution together with the arithmetic around it to a library (YNNPACK)

@@ -13,7 +13,7 @@ from revnet_jax.models import Sweep, Variables, num_params
 from revnet_jax.models.task import Task
 
 
-def describe(config: ConfigDict) -> dict[str, Any]:
+def describe_model(config: ConfigDict) -> dict[str, Any]:
     """Returns the parameters, the chains, and the activation bytes per example of each strategy.
 
     example: shapes of one example of a batch.

@@ -145,7 +145,7 @@ def wait_for_all(what: str) -> None:
     multihost_utils.sync_global_devices(what)
 
 
-def of_first(value: int) -> int:
+def value_of_first(value: int) -> int:
     """Returns the value that process 0 passed, in every process (a broadcast)."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 

@@ -6,23 +6,27 @@ import contextlib
 from collections.abc import Callable
 from typing import Any, overload
 
-import jax
 from jax.sharding import Mesh
 
+from revnet_jax.models.task import Sums
 from revnet_jax.runs.metrics import DelayedFetch
 from revnet_jax.training.sharding import put_batch
 
-Sums = Callable[[Any, Any], dict[str, jax.Array]]
+Step = Callable[[Any, Any], Sums]
 
 
 @overload
-def evaluate(sums: Sums, variables: Any, batches: Any, mesh: Mesh) -> dict[str, float]: ...
+def evaluate(sums: Step, variables: Any, batches: Any, mesh: Mesh) -> dict[str, float]: ...
 @overload
 def evaluate(
-    sums: Sums, variables: Any, batches: Any, mesh: Mesh, stop: Callable[[], bool]
+    sums: Step,
+    variables: Any,
+    batches: Any,
+    mesh: Mesh,
+    stop: Callable[[], bool],
 ) -> dict[str, float] | None: ...
 def evaluate(
-    sums: Sums,
+    sums: Step,
     variables: Any,
     batches: Any,
     mesh: Mesh,

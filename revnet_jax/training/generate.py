@@ -17,7 +17,7 @@ from revnet_jax.families import family_of
 from revnet_jax.models import LanguageModel, Variables
 from revnet_jax.models.task import NextToken
 from revnet_jax.runs.workdir import load_config, load_record
-from revnet_jax.training.compiler import jit
+from revnet_jax.training.compiler import exact_jit
 from revnet_jax.training.restore import Which, restore_run
 
 _PIECE = 256  # tokens of a prompt per call of the model (chunked prefill)
@@ -103,7 +103,7 @@ def generate(
         logits_BV, cache = model.extend(variables, cache, token_BT, position)
         return sample(logits_BV[0], key, temperature=temperature, top_p=top_p), cache
 
-    advance = jit(next_token, donate_argnums=1)  # donates the cache, to update it in place
+    advance = exact_jit(next_token, donate_argnums=1)  # donates the cache, to update it in place
     empty_cache = functools.partial(model.empty_cache, 1, context)
     keys = functools.partial(jax.random.fold_in, jax.random.key(seed))
     seen = list(token_T)[-context:]

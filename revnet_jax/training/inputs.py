@@ -53,7 +53,7 @@ def build_data(config: ConfigDict, mesh: Mesh, eval_batch_size: int | None = Non
         return {"batch_size": size, "rows": local_rows(mesh, size), **reading}
 
     with settings("data"):
-        loaded = load(config)
+        loaded = load_data(config)
     train, test = batches_of(config.batch_size), batches_of(eval_batch_size)
     if isinstance(loaded, Text):
         found = _text(config, loaded, train, test)
@@ -67,7 +67,7 @@ def build_data(config: ConfigDict, mesh: Mesh, eval_batch_size: int | None = Non
     return found
 
 
-def load(config: ConfigDict) -> Dataset | Text | Source:
+def load_data(config: ConfigDict) -> Dataset | Text | Source:
     """Loads the data set of a config. A user's function may return any of the three types.
 
     It gets all settings of `config.data` that the package does not define, and those of the package
@@ -77,7 +77,7 @@ def load(config: ConfigDict) -> Dataset | Text | Source:
     if references.is_reference(name):
         known = {knob: x for knob, x in data.items() if knob in PACKAGE_KNOBS and knob != "name"}
         own = {knob: x for knob, x in data.items() if knob not in PACKAGE_KNOBS}
-        loaded = references.call("data.name", name, own, given={}, optional=known)
+        loaded = references.call_reference("data.name", name, own, given={}, optional=known)
         if not isinstance(loaded, Dataset | Text):
             expected = "a Source, such as Arrays (revnet_jax/data/source.py), a Dataset or a Text"
             references.check_members("data.name", name, loaded, ("train", "test"), expected)

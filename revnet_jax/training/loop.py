@@ -25,13 +25,13 @@ from revnet_jax.runs.checkpoint import Checkpoints
 from revnet_jax.runs.metrics import DelayedFetch, MetricsWriter, Progress
 from revnet_jax.runs.resume import PER_HOST, Change
 from revnet_jax.training.auto import largest_stored_layers, memory_settings
-from revnet_jax.training.compiler import jit
+from revnet_jax.training.compiler import exact_jit
 from revnet_jax.training.distributed import (
     Stop,
     check_agreement,
     is_first,
-    of_first,
     smallest,
+    value_of_first,
     wait_for_all,
 )
 from revnet_jax.training.evaluation import evaluate
@@ -87,13 +87,13 @@ def _train(
     if config.model.stored_layers == "auto":
         program = step_program(config, jax.devices(), resolve_auto(config, workdir))
     task, mesh = program.task.of_data(data.record), program.mesh
-    sums = jit(on_mesh(task.sums, mesh))
+    sums = exact_jit(on_mesh(task.sums, mesh))
     with Stop() as stop, open_checkpoints(workdir, task) as checkpoints:
         restored = checkpoints.restore(program.state)
         start = restored[0] if restored else 0
         workdirs.check_can_go_on(workdir, config, start)
         summary = workdirs.finished_summary(workdir, start) if start == config.num_steps else None
-        if of_first(summary is not None):
+        if value_of_first(summary is not None):
             return summary if summary and is_first() else {}
         state, init_from = (
             (restored[1], None) if restored else first_state(config, program, data, checkpoints)
@@ -149,7 +149,7 @@ def claimed(
     with contextlib.ExitStack() as held:
         changes = {}
         if is_first():
-            held.enter_context(workdirs.locked(workdir))
+            held.enter_context(workdirs.workdir_lock(workdir))
             changes = workdirs.claim(workdir, config, data)
         wait_for_all("workdir claimed")
         if not is_first():
@@ -175,7 +175,7 @@ def resolve_auto(config: ConfigDict, workdir: Path) -> int:
     setting changed that memory depends on.
     """
     path, found_for = workdir / "auto.json", memory_settings(config)
-    known = of_first(workdirs.known_stored_layers(path, found_for))
+    known = value_of_first(workdirs.known_stored_layers(path, found_for))
     if known >= 0:
         return known
     # All processes must compile the same programs, because on GPUs they share the autotuning of

@@ -38,7 +38,7 @@ class MismatchAlarm:
         total = values.get("exact_mismatches", 0.0)
         if self._silent or total <= self._seen:
             return
-        line = describe(step, total - self._seen, values)
+        line = describe_mismatch(step, total - self._seen, values)
         if self._action == "stop":
             raise MismatchError(
                 f"{line}. config.on_mismatch=stop ended the run; the last checkpoint before, if "
@@ -51,7 +51,7 @@ class MismatchAlarm:
         )
 
 
-def describe(step: int, mismatches: float, values: Mapping[str, float]) -> str:
+def describe_mismatch(step: int, mismatches: float, values: Mapping[str, float]) -> str:
     """One line: what differed, by how much, and what to try."""
     largest = values["exact_max_difference"]
     # Measured on the rebuilt chain input: 0 if only intermediates of a branch differed.

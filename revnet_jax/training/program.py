@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 
 from revnet_jax.models.task import Task
 from revnet_jax.training.build import Recipe, build_recipe, check_split
-from revnet_jax.training.compiler import jit
-from revnet_jax.training.sharding import batch_sharding, make_mesh, on_mesh, placed
+from revnet_jax.training.compiler import exact_jit
+from revnet_jax.training.sharding import batch_sharding, make_mesh, on_mesh, shapes_on_mesh
 from revnet_jax.training.step import TrainState, init_state, make_train_step
 
 
@@ -47,10 +47,10 @@ def step_program(
     (task, schedule, optimizer), mesh = recipe_on(config, devices, stored_layers)
     init = functools.partial(init_state, task.network, optimizer, config.seed)
     step = make_train_step(task, optimizer, schedule)
-    state = placed(init, task.network.rules, mesh)
-    # `jit` passes compiler options by the default backend, which may be a CPU while the devices
-    # are those of a topology. Other compilers reject the options of the CPU compiler.
-    step = jit_step(step, mesh, state, jit if devices[0].platform == "cpu" else jax.jit)
+    state = shapes_on_mesh(init, task.network.rules, mesh)
+    # `exact_jit` passes compiler options by the default backend, which may be a CPU while the
+    # devices are those of a topology. Other compilers reject the options of the CPU compiler.
+    step = jit_step(step, mesh, state, exact_jit if devices[0].platform == "cpu" else jax.jit)
     batch = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=batch_sharding(mesh))
         for name, leaf in task.batch_shapes(config.batch_size).items()
@@ -76,8 +76,8 @@ def jit_step(
 ) -> Callable[..., Any]:
     """Jits a step on a mesh. Its state is donated, and returned with the same shardings.
 
-    state: shapes and shardings, from `placed`. Without fixed output shardings the compiler may
-      choose others, and the next step would be compiled again.
+    state: shapes and shardings, from `shapes_on_mesh`. Without fixed output shardings the
+      compiler may choose others, and the next step would be compiled again.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jit(on_mesh(step, mesh), donate_argnums=0, out_shardings=(shardings, None))

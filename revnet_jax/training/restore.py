@@ -17,12 +17,12 @@ from revnet_jax.runs import data_record
 from revnet_jax.runs.checkpoint import CheckpointError
 from revnet_jax.runs.workdir import load_config, load_record
 from revnet_jax.training.build import build_recipe
-from revnet_jax.training.compiler import jit
+from revnet_jax.training.compiler import exact_jit
 from revnet_jax.training.distributed import is_first
 from revnet_jax.training.evaluation import evaluate
 from revnet_jax.training.inputs import build_data
 from revnet_jax.training.loop import open_checkpoints
-from revnet_jax.training.sharding import batch_parts, make_mesh, on_mesh, placed
+from revnet_jax.training.sharding import batch_parts, make_mesh, on_mesh, shapes_on_mesh
 from revnet_jax.training.step import TrainState
 
 Which = Literal["newest", "best"]
@@ -55,7 +55,7 @@ def restore_run(workdir: Path, which: Which = "newest") -> Restored:
             f"{workdir} holds no checkpoints: has its run saved any, and were they fetched?"
         )
     with open_checkpoints(workdir, task, read_only=True) as checkpoints:
-        state = placed(init, task.network.rules, all_fsdp())
+        state = shapes_on_mesh(init, task.network.rules, all_fsdp())
         restored = checkpoints.restore(state, which=which, partial=True)
     if restored is None:
         raise CheckpointError(f"{workdir / 'checkpoints'} is empty: has its run saved any yet?")
@@ -94,7 +94,7 @@ def evaluate_run(
             file=sys.stderr,
         )
     task = run.task.of_data(data.record)
-    means = evaluate(jit(on_mesh(task.sums, mesh)), run.variables, data.test(), mesh)
+    means = evaluate(exact_jit(on_mesh(task.sums, mesh)), run.variables, data.test(), mesh)
     return {"step": run.step, "checkpoint": which, **task.scores(means)}
 
 

@@ -97,7 +97,7 @@ def on_mesh(function: Callable[..., Any], mesh: Mesh | AbstractMesh) -> Callable
     return traced
 
 
-def placed(init: Callable[[], Any], rules: Rules, mesh: Mesh) -> Any:
+def shapes_on_mesh(init: Callable[[], Any], rules: Rules, mesh: Mesh) -> Any:
     """The shapes and shardings of what `init` returns, as a checkpoint is restored to them.
 
     rules: the model's sharding rules, by the path of a parameter. Paths in an optimizer's state end

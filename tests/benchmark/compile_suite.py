@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from revnet_jax.benchmark import models as benchmark_models
 from revnet_jax.benchmark.suites import suites
-from revnet_jax.planning.topology import devices, parse_topology
+from revnet_jax.planning.topology import parse_topology, topology_devices
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -29,7 +29,7 @@ def small(setting):
 
 
 def main(first, last):
-    targets = devices(parse_topology("h100:1"))
+    targets = topology_devices(parse_topology("h100:1"))
     mesh = Mesh(np.array(targets), ("data",))
     place = lambda tree: jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(

@@ -12,9 +12,9 @@ import pytest
 
 from revnet_jax.benchmark import suites as benchmark_suites
 from revnet_jax.benchmark.limits import find_limit
-from revnet_jax.benchmark.models import ConfigModel, Mlp, Transformer
-from revnet_jax.benchmark.report import as_tables, draw
-from revnet_jax.benchmark.steps import Setting, compare
+from revnet_jax.benchmark.models import ConfigModel, MlpChain, TransformerChain
+from revnet_jax.benchmark.report import as_tables, draw_benchmark
+from revnet_jax.benchmark.steps import Setting, compare_strategies
 from revnet_jax.benchmark.suites import Suite, select, suites
 from revnet_jax.config import language_model
 from revnet_jax.errors import UserError
@@ -24,21 +24,21 @@ from revnet_jax.planning.variants import Variant, parse_variant
 from revnet_jax.training import compiler
 from tests.nvidia import needs_compiler
 
-MLP = Mlp(width=16)
+MLP = MlpChain(width=16)
 BASIC = ("store", "remat", "reverse")
 MEASURED = (*BASIC, "reverse/lockstep")
 ROOT = pathlib.Path(__file__).parents[2]
 
 
 def quick_jit(function, **kwargs):
-    """The package's `jit`, but compiled quickly rather than well."""
-    return compiler.jit(function, quickly=True, **kwargs)
+    """The package's `exact_jit`, but compiled quickly rather than well."""
+    return compiler.exact_jit(function, quickly=True, **kwargs)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _compile_quickly():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("revnet_jax.benchmark.models.jit", quick_jit)
+        patch.setattr("revnet_jax.benchmark.models.exact_jit", quick_jit)
         yield
 
 
@@ -51,7 +51,9 @@ def run_benchmark(*flags):
 
 @pytest.fixture(scope="module")
 def rows():
-    return list(compare(Setting(MLP, layers=4, batch=32, strategies=MEASURED, seconds=0.01)))
+    return list(
+        compare_strategies(Setting(MLP, layers=4, batch=32, strategies=MEASURED, seconds=0.01))
+    )
 
 
 @pytest.mark.thorough
@@ -78,7 +80,7 @@ def test_operations_are_those_of_the_products(rows):
 def test_operations_fall_and_memory_rises_with_stored_layers():
     strategies = ("reverse", "reverse+2", "reverse+5")
     sizes = {"layers": 8, "batch": 64, "strategies": strategies}
-    rows = list(compare(Setting(MLP, **sizes, seconds=0)))
+    rows = list(compare_strategies(Setting(MLP, **sizes, seconds=0)))
     flops = [row["flops"] for row in rows]
     temporary = [row["temporary_bytes"] for row in rows]
     assert flops == sorted(flops, reverse=True)
@@ -86,7 +88,7 @@ def test_operations_fall_and_memory_rises_with_stored_layers():
     assert len(set(flops)) == len(set(temporary)) == len(rows)
 
 
-@pytest.mark.parametrize("model", [Mlp(), Transformer()])
+@pytest.mark.parametrize("model", [MlpChain(), TransformerChain()])
 def test_the_chains_are_those_that_are_described(model):
     """Abstractly: the sizes that the suite measures."""
     program = model.program("reverse", 2, 8)
@@ -101,7 +103,7 @@ def test_the_chains_are_those_that_are_described(model):
 
 
 def test_attention_is_causal():
-    model = Transformer(width=16, tokens=8, head_size=8)
+    model = TransformerChain(width=16, tokens=8, head_size=8)
     f = model.block().half_steps[0].branch
     params = model.init_layer(jax.random.key(0))[0]
     x_BTD = jax.random.normal(jax.random.key(1), model.stream_shape(1))
@@ -164,7 +166,7 @@ def test_the_plot_is_small(rows, tmp_path):
     limit = {"model": "mlp", "dtype": "float32", "axis": "batch", "largest": 8}
     limit["examples_per_second"] = 3.5
     limits = [{**limit, "strategy": name} for name in BASIC]
-    draw(rows + limits, figure).savefig(tmp_path / "plot.png", dpi=100)
+    draw_benchmark(rows + limits, figure).savefig(tmp_path / "plot.png", dpi=100)
     assert 5_000 < (tmp_path / "plot.png").stat().st_size < 150_000
 
 
@@ -220,7 +222,7 @@ def test_gradients_of_a_language_model_are_compared(optimizer):
     config.update_from_flattened_dict({**sizes, "model.hidden": 16, "optimizer.name": optimizer})
     model = ConfigModel(config, "lm", "tokens")
     strategies = ("store", "reverse/unroll", "reverse/lockstep", "twin")
-    rows = list(compare(Setting(model, 3, 2, strategies, seconds=0.01)))
+    rows = list(compare_strategies(Setting(model, 3, 2, strategies, seconds=0.01)))
     errors = [row.get("gradient_error") for row in rows]
     assert errors[0] == 0
     assert errors[3] is None
@@ -236,13 +238,13 @@ def test_what_no_longer_fits_is_skipped(capsys, monkeypatch):
         now[0] += taken[setting.layers]
         yield {"layers": setting.layers}
 
-    monkeypatch.setattr(benchmark_suites, "compare", measure)
+    monkeypatch.setattr(benchmark_suites, "compare_strategies", measure)
     monkeypatch.setattr(benchmark_suites.time, "monotonic", lambda: now[0])
     settings = [Setting(MLP, n, 8, ("store",), seconds=2) for n in (2, 3)]
     long = Setting(MLP, 4, 8, BASIC, seconds=2)
     last = Setting(MLP, 3, 8, ("store",), seconds=2)
     suite = Suite((settings[0], long, settings[1], last), minutes=1.5)
-    measured = lambda **given: [row["layers"] for row in benchmark_suites.run(suite, **given)]
+    measured = lambda **given: [row["layers"] for row in benchmark_suites.run_suite(suite, **given)]
     assert measured() == [2, 3, 3]
     assert capsys.readouterr().err.splitlines() == [
         "mlp in float32, 2 layers, batch 8: store (may take 12 s)",
@@ -261,9 +263,9 @@ def test_a_setting_that_fails_is_a_row_and_the_next_is_measured(capsys, monkeypa
             raise NotImplementedError("Unsupported sequence length Q 65, KV 65.\nand more")
         yield {"layers": setting.layers}
 
-    monkeypatch.setattr(benchmark_suites, "compare", measure)
+    monkeypatch.setattr(benchmark_suites, "compare_strategies", measure)
     suite = Suite(tuple(Setting(MLP, n, 8, ("store",), seconds=0) for n in (2, 4)))
-    failed, row = benchmark_suites.run(suite)
+    failed, row = benchmark_suites.run_suite(suite)
     error = "NotImplementedError: Unsupported sequence length Q 65, KV 65."
     sizes = {"model": "mlp", "dtype": "float32", "layers": 2, "batch": 8}
     assert failed == sizes | {"error": error}
@@ -280,12 +282,12 @@ def test_the_gpu_suite_on_a_cpu(step_config):
         assert setting.strategies[:2] == ("store", "reverse")
     small = [
         s._replace(
-            model=Mlp(width=16, dtype=s.model.dtype),
+            model=MlpChain(width=16, dtype=s.model.dtype),
             strategies=[name for name in s.strategies if name != "offload"],  # no CPU has it
         )
         for s in suite.settings
     ]
-    rows = list(benchmark_suites.run(Suite(tuple(small))))
+    rows = list(benchmark_suites.run_suite(Suite(tuple(small))))
     assert [(row["dtype"], row["strategy"]) for row in rows][:3] == [
         ("bfloat16", "store"),
         ("bfloat16", "reverse"),

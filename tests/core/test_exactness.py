@@ -17,7 +17,7 @@ from revnet_jax.core import (
     reversible_block,
     sequence_inverse,
 )
-from revnet_jax.core.exactness import compare
+from revnet_jax.core.exactness import compare_inputs
 from tests.core import toy
 
 DEPTH, CHANNELS, BATCH, SIZE = 50, 16, 8, 8
@@ -169,7 +169,7 @@ def test_a_gradient_within_shard_map_checks_all_devices():
 @pytest.mark.parametrize("value", [0.0, 1e-20, 0.3, 1.0, 4095.99, 4096.0, 1e30, np.inf, np.nan])
 def test_the_largest_value_is_cut_to_an_eighth(value):
     """So it is below a power of two if and only if the value is."""
-    found = compare((jnp.float32(value),), (jnp.float32(0),), jnp.float32(0))
+    found = compare_inputs((jnp.float32(value),), (jnp.float32(0),), jnp.float32(0))
     for figure in (found.max_abs, found.max_difference):
         expected = float(figure)
         assert np.isnan(value) == np.isnan(expected)

@@ -7,7 +7,7 @@ import pytest
 
 from revnet_jax.core import reversible_block
 from revnet_jax.core.block import Context
-from revnet_jax.core.evaluate import evaluate
+from revnet_jax.core.evaluate import evaluate_branch
 from revnet_jax.core.isolate import depending_on
 from revnet_jax.core.residuals import computing_again, fewest_residuals
 
@@ -90,7 +90,7 @@ def test_what_is_computed_again_is_what_was_needed(function):
 
 def kept_bytes(function, w, x):
     """What the pullback of an evaluated branch holds, without its parameters."""
-    run = lambda w, x: evaluate(lambda w, x, context: function(w, x), w, x, None)[0]
+    run = lambda w, x: evaluate_branch(lambda w, x, context: function(w, x), w, x, None)[0]
     _, pullback = jax.eval_shape(lambda w, x: jax.vjp(run, w, x), w, x)
     leaves = [leaf for leaf in jax.tree.leaves(pullback) if leaf.shape != w.shape]
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from revnet_jax.couplings.comparison import compare, parameter_spread
+from revnet_jax.couplings.comparison import compare_couplings, parameter_spread
 from revnet_jax.couplings.network import CouplingNetwork
 from revnet_jax.couplings.rows import ROWS
 from revnet_jax.errors import UserError
@@ -17,7 +17,7 @@ SHAPE = {"image_shape": (8, 8, 1), "num_classes": 10}
 
 
 def quick_jit(function, **kwargs):
-    """The package's `jit`, but compiled quickly rather than well."""
+    """The package's `exact_jit`, but compiled quickly rather than well."""
     options = {"xla_cpu_experimental_ynn_fusion_type": "", "xla_backend_optimization_level": 0}
     return jax.jit(function, compiler_options=options, **kwargs)
 
@@ -58,8 +58,8 @@ def test_every_row_maps_images_to_logits(name):
 
 @pytest.mark.thorough
 def test_rows_train_exactly_and_print_as_a_table_and_as_json(monkeypatch):
-    monkeypatch.setattr("revnet_jax.couplings.comparison.jit", quick_jit)
-    report = compare(["bdia", "residual"], seeds=1, num_steps=2, **TINY)
+    monkeypatch.setattr("revnet_jax.couplings.comparison.exact_jit", quick_jit)
+    report = compare_couplings(["bdia", "residual"], seeds=1, num_steps=2, **TINY)
     bdia, residual = report["rows"]
     assert bdia["mismatches"] == 0
     assert residual["mismatches"] is residual["temporary_bytes"]["reverse"] is None
@@ -95,7 +95,7 @@ def test_the_plot_is_small(tmp_path):
 )
 def test_what_cannot_be_compared_is_one_line(names, arguments, message):
     with pytest.raises(UserError, match=message.replace("?", r"\?")) as error:
-        compare(names, **arguments)
+        compare_couplings(names, **arguments)
     assert "\n" not in str(error.value)
 
 

@@ -178,7 +178,7 @@ def test_separate_documents_need_to_know_the_end_token(path, tokenizer_file, tmp
         load()
     config.data.end_token = end
     vocabulary = vocabulary_from(load())
-    assert build_task(config).network.architecture.end_token == end
+    assert build_task(config).network.shape.end_token == end
     written = json.loads((out / "tokens.json").read_text())
     del written["end_token"]
     (out / "tokens.json").write_text(json.dumps(written))
@@ -186,7 +186,7 @@ def test_separate_documents_need_to_know_the_end_token(path, tokenizer_file, tmp
         load()
     config.model.separate_documents = False
     vocabulary_from(load()).check_same_ids(vocabulary, "a run")  # ids mean what they did
-    assert build_task(config).network.architecture.end_token is None
+    assert build_task(config).network.shape.end_token is None
 
 
 def test_what_a_tokenizer_file_may_hold(tokenizer_file, tmp_path):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from revnet_jax.core import STRATEGIES
-from revnet_jax.models import Architecture, Network, Sweep
+from revnet_jax.models import ConvNet, ConvNetShape, Sweep
 from revnet_jax.models.convolutional.invertible import depth_to_space, space_to_depth
-from revnet_jax.training.compiler import jit
+from revnet_jax.training.compiler import exact_jit
 
 COMPILE_FAST = {"xla_backend_optimization_level": 0}
 IMAGE_SHAPE = (8, 8, 3)
@@ -24,12 +24,12 @@ def architecture(**changes):
         "image_shape": IMAGE_SHAPE,
         "num_classes": 10,
     }
-    return Architecture(**(settings | changes))
+    return ConvNetShape(**(settings | changes))
 
 
 @pytest.fixture(scope="module")
 def network():
-    return Network(architecture())
+    return ConvNet(architecture())
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_features_are_taken_back_to_the_image_bit_for_bit(network, variables, im
 def test_one_gradient_whatever_the_strategy(network, variables, image_BHWC):
     grads = {}
     for backprop in STRATEGIES:
-        net = Network(network.architecture, backprop=backprop)
+        net = ConvNet(network.shape, backprop=backprop)
 
         def loss(params, probes, net=net):
             logits_BV, _ = net.apply(
@@ -95,7 +95,7 @@ def test_memory_between_stages_is_not_kept():
     """Twice the units in every stage take no more memory under reverse."""
 
     def temporary_bytes(units, backprop):
-        network = Network(architecture(units=units), backprop=backprop, check_exactness=False)
+        network = ConvNet(architecture(units=units), backprop=backprop, check_exactness=False)
         variables = jax.eval_shape(network.init, jax.random.key(0))
         image = jax.ShapeDtypeStruct((32, *IMAGE_SHAPE), jnp.float32)
 
@@ -127,7 +127,7 @@ def test_shapes_that_lose_something(changes, message):
 
 
 def test_a_network_that_loses_something_has_no_inverse(image_BHWC):
-    network = Network(architecture(family="revnet", stem="cifar"))
+    network = ConvNet(architecture(family="revnet", stem="cifar"))
     with pytest.raises(ValueError, match="any other has no inverse down to the image"):
         network.inverse(None, image_BHWC, train=False)
 
@@ -136,7 +136,7 @@ def test_a_network_that_loses_something_has_no_inverse(image_BHWC):
 def test_single_layers_between_changes_of_resolution_are_rebuilt_exactly():
     """Outside a loop the compiler sees a layer's neighbours, and might sum in another order."""
     shapes = {"units": (1, 1, 1), "channels": (16, 16, 64, 256), "image_shape": (32, 32, 3)}
-    network = Network(architecture(**shapes))
+    network = ConvNet(architecture(**shapes))
     variables = jax.jit(network.init, compiler_options=COMPILE_FAST)(jax.random.key(0))
     image_BHWC = jax.random.normal(jax.random.key(1), (8, 32, 32, 3))
 
@@ -146,6 +146,6 @@ def test_single_layers_between_changes_of_resolution_are_rebuilt_exactly():
         )
         return jnp.mean(jnp.sin(logits_BV))
 
-    _, exactness = jit(jax.grad(loss, argnums=(0, 1)))(variables.params, network.probes())
+    _, exactness = exact_jit(jax.grad(loss, argnums=(0, 1)))(variables.params, network.probes())
     (found,) = exactness.values()
     assert found.mismatches == 0

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from revnet_jax.core import Grid
-from revnet_jax.models import Decoder, LanguageModel, Sweep, Variables
+from revnet_jax.models import LanguageModel, LanguageModelShape, Sweep, Variables
 from revnet_jax.models.transformer.attention import (
     attend,
     rotary_angles,
@@ -32,7 +32,7 @@ VARIANTS = {
 
 
 def model(backprop=None, *, options=(), **changes):
-    architecture = Decoder(**(SIZES | changes))
+    architecture = LanguageModelShape(**(SIZES | changes))
     backprop = backprop or ("reverse" if architecture.reversible else "store")
     return LanguageModel(architecture, backprop=backprop, **dict(options))
 

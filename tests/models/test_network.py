@@ -11,10 +11,10 @@ import pytest
 from jax import lax
 
 from revnet_jax.core import STRATEGIES, Exactness, Grid
-from revnet_jax.models import Network, Sweep, Variables, num_params
+from revnet_jax.models import ConvNet, Sweep, Variables, num_params
 from revnet_jax.models.convolutional import network as network_module
 from revnet_jax.models.convolutional import residual
-from revnet_jax.models.convolutional.architecture import Architecture, groups
+from revnet_jax.models.convolutional.shape import ConvNetShape, groups
 from tests import by_default
 
 # The same optimised program, translated with less effort: compiling is what these tests pay for.
@@ -47,7 +47,7 @@ TINY = {
 
 def architecture(name, num_classes=10):
     family, units, channels, bottleneck, stem, size = (CIFAR | IMAGENET | TINY)[name]
-    return Architecture(family, units, channels, bottleneck, stem, (size, size, 3), num_classes)
+    return ConvNetShape(family, units, channels, bottleneck, stem, (size, size, 3), num_classes)
 
 
 def abstract_variables(network):
@@ -113,7 +113,7 @@ def parameter_count(arch):
 def test_parameter_count(name, num_classes, published):
     """Exactly the published one (CIFAR), and the closed form everywhere."""
     arch = architecture(name, num_classes)
-    variables = abstract_variables(Network(arch, backprop=default_backprop(arch)))
+    variables = abstract_variables(ConvNet(arch, backprop=default_backprop(arch)))
     count = num_params(variables)
     assert count == parameter_count(arch)
     if published is not None:
@@ -298,7 +298,7 @@ def test_equals_the_plain_network(name):
     """Logits, running averages and the gradient of every parameter, in float64 to 1e-9."""
     arch = architecture(name)
     with float64_parts():
-        network = Network(
+        network = ConvNet(
             arch, backprop=default_backprop(arch), compute_dtype=jnp.float64, grid=None
         )
         variables = random_variables(network, jnp.float64)
@@ -321,7 +321,7 @@ def test_equals_the_plain_network(name):
 def run(backprop, compute_dtype=jnp.float32):
     """One training step of the tiny RevNet on the grid."""
     arch = architecture("revnet")
-    network = Network(arch, backprop=backprop, compute_dtype=compute_dtype)
+    network = ConvNet(arch, backprop=backprop, compute_dtype=compute_dtype)
     variables = random_variables(network)
     step = loss_and_gradient(train_step(network), COMPILE_FAST)
     (loss, (logits, stats)), (grads, exactness) = step(
@@ -340,7 +340,7 @@ class Run(NamedTuple):
 
 def plain_forward(train):
     arch = architecture("revnet")
-    variables = random_variables(Network(arch))
+    variables = random_variables(ConvNet(arch))
     apply = jax.jit(
         lambda variables, image: plain_network(arch, variables, image, train),
         compiler_options=COMPILE_FAST,
@@ -369,7 +369,7 @@ def test_strategies_are_one_function(monkeypatch):
     assert all(np.all(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(store.grads["stem"]))
     # 0.99 of the old and 0.01 of this batch's moments: a recompute does not count again. A
     # stream on the grid differs from the plain one by the grid's resolution, 2.4e-4.
-    old = random_variables(Network(architecture("revnet"))).stats
+    old = random_variables(ConvNet(architecture("revnet"))).stats
     logits, stats = plain_forward(train=True)
     change = lambda new: jax.tree.map(jnp.subtract, new, old)
     assert relative_error(change(store.stats), change(stats)) < 2e-3
@@ -383,7 +383,7 @@ def test_evaluation(monkeypatch):
     image, _ = batch(arch)
     want, _ = plain_forward(train=False)
     for backprop in ("store", "reverse"):
-        network = Network(arch, backprop=backprop)
+        network = ConvNet(arch, backprop=backprop)
         variables = random_variables(network)
         apply = functools.partial(network.apply, train=False)
         apply = jax.jit(apply, compiler_options=COMPILE_FAST)
@@ -414,7 +414,7 @@ def test_bfloat16_is_undone_exactly():
 @pytest.mark.parametrize("name", TINY)
 def test_streams_and_logits_are_float32(name, monkeypatch):
     arch = architecture(name)
-    network = Network(arch, backprop=default_backprop(arch), compute_dtype=jnp.bfloat16)
+    network = ConvNet(arch, backprop=default_backprop(arch), compute_dtype=jnp.bfloat16)
     seen, convolved = [], []
 
     def sequence(sections, x, **kwargs):
@@ -444,7 +444,7 @@ def test_streams_and_logits_are_float32(name, monkeypatch):
 
 
 def test_chains_of_revnet_110():
-    network = Network(architecture("revnet110"))
+    network = ConvNet(architecture("revnet110"))
     names = ["stage1_a", "stage1_b", "stage2_a", "stage2_b", "stage3_a", "stage3_b"]
     assert [group.name for group in network.groups] == names
     assert [group.depth for group in network.groups] == [1, 8, 1, 8, 1, 8]
@@ -470,7 +470,7 @@ def test_bottlenecks_change_width_in_the_first_unit():
 @pytest.mark.parametrize("name", ["revnet110", "resnet164"])
 def test_only_the_first_f_skips_its_leading_normalisation(name):
     arch = architecture(name)
-    params = abstract_variables(Network(arch, backprop=default_backprop(arch))).params
+    params = abstract_variables(ConvNet(arch, backprop=default_backprop(arch))).params
     convs = 3 if arch.bottleneck else 2
     for group in groups(arch):
         modules = params[group.name][: arch.num_streams]
@@ -481,8 +481,8 @@ def test_only_the_first_f_skips_its_leading_normalisation(name):
 
 def test_init():
     """Layers of a chain, and f and g, start apart from each other; He scale, fan-out."""
-    arch = Architecture("revnet", (3,), (32, 32), False, "cifar", (8, 8, 3), 10)
-    network = Network(arch)
+    arch = ConvNetShape("revnet", (3,), (32, 32), False, "cifar", (8, 8, 3), 10)
+    network = ConvNet(arch)
     params, stats = jax.jit(network.init, compiler_options=COMPILE_FAST)(jax.random.key(0))
     kernels = [np.asarray(m["convs"][0]["kernel"]) for m in params["stage1_b"]]
     assert kernels[0].shape == (2, 3, 3, 16, 16)
@@ -535,13 +535,13 @@ GOOD = {
 def test_clear_error(case):
     changes, message = ERRORS[case]
     with pytest.raises(ValueError, match=message) as caught:
-        Architecture(**(GOOD | changes))
+        ConvNetShape(**(GOOD | changes))
     assert "\n" not in str(caught.value)
 
 
 def test_a_resnet_has_no_inverse():
     with pytest.raises(ValueError, match="got backprop='reverse' for a resnet, exp") as caught:
-        Network(architecture("resnet32"), backprop="reverse")
+        ConvNet(architecture("resnet32"), backprop="reverse")
     assert "\n" not in str(caught.value)
 
 
@@ -550,8 +550,8 @@ def test_a_resnet_has_no_inverse():
 
 def temporary_bytes(backprop, depth):
     """Of the compiled gradient; variables are arguments, gradients and new averages outputs."""
-    arch = Architecture("revnet", (1, depth), (8, 8, 16), False, "cifar", (16, 16, 3), 10)
-    network = Network(arch, backprop=backprop)
+    arch = ConvNetShape("revnet", (1, depth), (8, 8, 16), False, "cifar", (16, 16, 3), 10)
+    network = ConvNet(arch, backprop=backprop)
     variables = abstract_variables(network)
     image = jax.ShapeDtypeStruct((16, 16, 16, 3), jnp.float32)
     label = jax.ShapeDtypeStruct((16,), jnp.int32)

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from revnet_jax.config import VIT_SIZES
-from revnet_jax.models import RevViT, Sweep, Variables, VisionTransformer, num_params
+from revnet_jax.models import (
+    Sweep,
+    Variables,
+    VisionTransformer,
+    VisionTransformerShape,
+    num_params,
+)
 from tests import thorough
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -17,7 +23,7 @@ SIZES |= {"heads": 2, "hidden": 24}
 
 
 def model(backprop="reverse", **changes):
-    return RevViT(VisionTransformer(**(SIZES | changes)), backprop=backprop)
+    return VisionTransformer(VisionTransformerShape(**(SIZES | changes)), backprop=backprop)
 
 
 def randomised(variables):

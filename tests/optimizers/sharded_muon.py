@@ -24,8 +24,8 @@ from revnet_jax.models.transformer.lm import LanguageModel
 from revnet_jax.optimizers.muon import scale_by_muon
 from revnet_jax.programs import hlo
 from revnet_jax.programs.collectives import kind_of
-from revnet_jax.training.compiler import jit
-from revnet_jax.training.sharding import make_mesh, on_mesh, placed
+from revnet_jax.training.compiler import exact_jit
+from revnet_jax.training.sharding import make_mesh, on_mesh, shapes_on_mesh
 
 SHAPES = (
     {"qkv": {"kernel": (3, 16, 48)}, "out": {"kernel": (3, 16, 16)}, "scale": (3, 16)},
@@ -49,9 +49,11 @@ def main():
             rules = LanguageModel.rules
             optimizer = scale_by_muon(b1=0.9, b2=0.99, stacked=stacked, rules=rules)
             init = lambda grads=grads, optimizer=optimizer: (grads, optimizer.init(grads))
-            there = placed(init, rules, mesh)
+            there = shapes_on_mesh(init, rules, mesh)
             shardings = jax.tree.map(lambda leaf: leaf.sharding, there)
-            update = jit(on_mesh(optimizer.update, mesh), quickly=True, out_shardings=shardings)
+            update = exact_jit(
+                on_mesh(optimizer.update, mesh), quickly=True, out_shardings=shardings
+            )
             compiled = update.lower(*there).compile()
             module = hlo.parse(compiled.as_text())
             kinds = [
@@ -60,7 +62,7 @@ def main():
                 for instruction in computation.instructions.values()
             ]
             found, _ = compiled(*jax.device_put(init(), shardings))
-            expected, _ = jit(optimizer.update, quickly=True)(*init())
+            expected, _ = exact_jit(optimizer.update, quickly=True)(*init())
             pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
             result = {
                 "mesh": sizes,

@@ -10,7 +10,7 @@ from revnet_jax.errors import UserError
 from revnet_jax.planning.compile import CompiledStep, Compiler, NotCompiled
 from revnet_jax.planning.largest import Largest, largest_that_fits
 from revnet_jax.planning.plan import plan, recommend
-from revnet_jax.planning.report import as_table
+from revnet_jax.planning.report import plan_table
 from revnet_jax.planning.topology import Topology, parse_topology
 from revnet_jax.planning.units import size
 from revnet_jax.planning.variants import variants
@@ -18,7 +18,7 @@ from revnet_jax.planning.worker import (
     _gradient_bytes,
     as_config,
     asked_bytes,
-    measure,
+    measure_step,
     tree_bytes,
 )
 from revnet_jax.training.program import step_program
@@ -95,7 +95,9 @@ def test_where_time_goes_is_said_of_gpus_alone(step_config):
     parts[0]["slowest"] = {"dot": 1.25}
     report = of(FakeCompiler(asked("NVIDIA H100 80GB HBM3", parts)))
     assert report["rows"][0]["parts"] == parts
-    assert "| all  | 1.50 |     2 | 1.00 GiB |       3 |            dot 1.25 |" in as_table(report)
+    assert "| all  | 1.50 |     2 | 1.00 GiB |       3 |            dot 1.25 |" in plan_table(
+        report
+    )
 
 
 def test_rows_say_what_fits_and_what_it_is_made_of(step_config):
@@ -220,8 +222,8 @@ def test_the_largest_context_is_a_multiple_of_the_config_s():
     report = plan(config, FakeCompiler(say), strategies=["reverse/lockstep"], largest=["context"])
     found = {"size": 1000, "needed_bytes": 1000 * GIB // 64, "exact": True}
     assert report["rows"][0]["largest_context"] == found
-    assert "largest context |\n" in as_table(report)
-    assert " 1,000 |\n" in as_table(report)
+    assert "largest context |\n" in plan_table(report)
+    assert " 1,000 |\n" in plan_table(report)
 
 
 @pytest.mark.parametrize("limit", [95, 1000, 1003, 123_456])
@@ -293,12 +295,12 @@ def test_a_step_is_compiled_once(step_config, tmp_path, capsys):
     step_config.model.backprop = "store"
     config = as_config(json.loads(json.dumps(flatten(step_config))))
     assert config == step_config
-    first, again = (measure(config, LOCAL, tmp_path) for _ in range(2))
+    first, again = (measure_step(config, LOCAL, tmp_path) for _ in range(2))
     assert (first["cached"], again["cached"]) == (False, True)
     assert {**first, "cached": True} == again
     # An answer that cannot be kept is one all the same.
     (tmp_path / "file").touch()
-    third = measure(config, LOCAL, tmp_path / "file")
+    third = measure_step(config, LOCAL, tmp_path / "file")
     assert {**third, "compile_seconds": first["compile_seconds"]} == first
     assert capsys.readouterr().err.startswith(f"note: cannot write {tmp_path / 'file'}/")
     step = CompiledStep(**first)

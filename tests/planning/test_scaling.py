@@ -98,7 +98,7 @@ def test_efficiency_is_of_throughput_a_device(config):
     assert large["efficiency"] == pytest.approx(1)
     assert large["in_turn_efficiency"] == pytest.approx(1.5 / 2.5)
     json.dumps(report)
-    table = scaling.as_table(report).splitlines()
+    table = scaling.scaling_table(report).splitlines()
     assert table[0] == "remat, 3 examples a device"
     assert "all-gather | all-reduce by DCN" in table[2]
     cells = [cell.strip() for cell in table[5].split("|")]
@@ -111,7 +111,7 @@ def test_hosts_of_gpus_are_slices(config):
     report = scaling.scaling(config, asked, strategies=None)
     assert [row["devices"] for row in report["rows"]] == [8, 32]
     assert asked[1].asked[0]["mesh.data"] == 4
-    assert "all-gather | all-reduce between hosts" in scaling.as_table(report)
+    assert "all-gather | all-reduce between hosts" in scaling.scaling_table(report)
 
 
 def test_a_topology_that_cannot_be_compiled_for_is_a_row(config):
@@ -120,7 +120,7 @@ def test_a_topology_that_cannot_be_compiled_for_is_a_row(config):
 
     report = scaling.scaling(config, compilers(SMALL, LARGE, say=some), strategies=None)
     assert report["rows"][1]["error"] == "a crash"
-    assert "2xv5e:4x4: a crash" in scaling.as_table(report)
+    assert "2xv5e:4x4: a crash" in scaling.scaling_table(report)
     with pytest.raises(UserError, match="a crash"):
         scaling.scaling(config | {"batch_size": 32}, compilers(LARGE, say=some), strategies=None)
 
@@ -136,6 +136,6 @@ def test_a_batch_that_the_first_topology_cannot_split(config):
 def test_a_plot_has_a_line_for_each_time(config):
     figure_class = pytest.importorskip("matplotlib.figure").Figure
     report = scaling.scaling(config, compilers(SMALL, LARGE), strategies=None)
-    memory, time = scaling.draw(report, figure_class).axes
+    memory, time = scaling.draw_scaling(report, figure_class).axes
     assert [len(axis.lines) for axis in (memory, time)] == [2, 2]
     assert list(time.lines[1].get_ydata()) == [1500, 2500]

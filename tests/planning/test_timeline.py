@@ -12,7 +12,13 @@ from revnet_jax.config import image_classification
 from revnet_jax.core import chain, reversible_block
 from revnet_jax.errors import UserError
 from revnet_jax.families import build_task
-from revnet_jax.planning.timeline import as_report, as_table, draw, timelines, with_layers
+from revnet_jax.planning.timeline import (
+    draw_timelines,
+    timeline_report,
+    timeline_table,
+    timelines,
+    with_layers,
+)
 from revnet_jax.programs.buffers import assignment
 from revnet_jax.programs.liveness import liveness
 
@@ -102,12 +108,12 @@ def test_every_chain_gets_its_layers(step_config, family):
 
 @pytest.mark.thorough
 def test_figures_are_printed_and_drawn(lines, tmp_path):
-    table = [line.split("|") for line in as_table(lines).splitlines()]
+    table = [line.split("|") for line in timeline_table(lines).splitlines()]
     assert [row[1].strip() for row in table[2:]] == list(BASIC)
-    report = as_report(lines)
+    report = timeline_report(lines)
     assert json.loads(json.dumps(report)) == report
     assert all(0 < row["backward_starts_at"] < row["instructions"] for row in report)
-    figure = draw(lines, "three", pytest.importorskip("matplotlib.figure").Figure)
+    figure = draw_timelines(lines, "three", pytest.importorskip("matplotlib.figure").Figure)
     figure.savefig(tmp_path / "plot.png", dpi=100)
     assert 5_000 < (tmp_path / "plot.png").stat().st_size < 150_000
 

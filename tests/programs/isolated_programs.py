@@ -30,7 +30,7 @@ from revnet_jax.core import (
     sequence,
     symplectic_block,
 )
-from revnet_jax.planning.topology import devices, parse_topology
+from revnet_jax.planning.topology import parse_topology, topology_devices
 from revnet_jax.programs.same_program import isolated_parts, not_found
 from revnet_jax.training.program import step_program
 
@@ -206,7 +206,7 @@ def main() -> None:
     if "--fused" in names:
         names.remove("--fused")
         isolate._barrier = lambda *leaves: leaves
-    (device, *_) = devices(parse_topology(topology))
+    (device, *_) = topology_devices(parse_topology(topology))
     for name in names:
         print(json.dumps(differences(name, device)), flush=True)
 

@@ -10,7 +10,7 @@ import pytest
 from revnet_jax.config import flatten, language_model
 from revnet_jax.planning.compile import Compiler
 from revnet_jax.planning.plan import plan
-from revnet_jax.planning.report import as_table
+from revnet_jax.planning.report import plan_table
 from revnet_jax.planning.topology import parse_topology
 from tests.nvidia import needs_compiler, run_for
 
@@ -171,7 +171,7 @@ def test_a_plan_for_hosts_of_gpus(tmp_path):
     assert "all-reduce" in reverse["dcn_bytes"]
     assert "all-gather" not in reverse["dcn_bytes"]
     assert 0 < reverse["least_ms"] <= reverse["in_turn_ms"] < 100
-    table = as_table(report)
+    table = plan_table(report)
     assert "NVIDIA H100 80GB HBM3, 59.33 GiB each" in table
     assert "by NVLink" in table
     assert "between hosts" in table
@@ -197,7 +197,7 @@ def test_a_step_of_lm_124m_is_predicted_to_take(tmp_path, backprop, unroll, most
     ms = {part["part"]: part["ms"] for part in row["parts"]}
     assert ms["all"] < most_ms
     assert ms["head"] < 10
-    assert "| head " in as_table(report)
+    assert "| head " in plan_table(report)
 
 
 @needs_compiler

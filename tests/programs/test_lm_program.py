@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from revnet_jax.config import language_model
-from revnet_jax.planning.topology import devices, parse_topology
+from revnet_jax.planning.topology import parse_topology, topology_devices
 from revnet_jax.training.program import step_program
 
 CONTEXT, VOCAB = 1536, 5120  # sizes that nothing else has
@@ -55,7 +55,7 @@ def tpu(monkeypatch):
     topology = parse_topology("v5e:1x1")
     for name, value in topology.environment.items():
         monkeypatch.setenv(name, value)
-    return devices(topology)[:1]
+    return topology_devices(topology)[:1]
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from revnet_jax.config import language_model
-from revnet_jax.planning.topology import devices, parse_topology
+from revnet_jax.planning.topology import parse_topology, topology_devices
 from revnet_jax.programs.traffic import traffic
 from revnet_jax.training.program import step_program
 from revnet_jax.training.sharding import make_mesh
@@ -116,7 +116,7 @@ def tpus(monkeypatch):
     topology = parse_topology("v5e:4x4")
     for name, value in topology.environment.items():
         monkeypatch.setenv(name, value)
-    return devices(topology)
+    return topology_devices(topology)
 
 
 @pytest.mark.slow

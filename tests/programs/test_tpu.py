@@ -10,7 +10,7 @@ import pytest
 
 from revnet_jax.core import chain, reversible_block
 from revnet_jax.models.transformer.attention import scores_times_values
-from revnet_jax.planning.topology import devices, parse_topology
+from revnet_jax.planning.topology import parse_topology, topology_devices
 
 pytestmark = [
     pytest.mark.slow,
@@ -68,7 +68,7 @@ def temporary_bytes(monkeypatch):
     topology = parse_topology("v5e:1x1")
     for name, value in topology.environment.items():
         monkeypatch.setenv(name, value)
-    on_tpu = jax.sharding.SingleDeviceSharding(devices(topology)[0])
+    on_tpu = jax.sharding.SingleDeviceSharding(topology_devices(topology)[0])
 
     array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=on_tpu)
 

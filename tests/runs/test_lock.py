@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from revnet_jax.config import ConfigError
-from revnet_jax.runs.lock import locked
+from revnet_jax.runs.lock import file_lock
 
 HOST = socket.gethostname()
 HOLDER = """
@@ -54,21 +54,21 @@ def without_flock(monkeypatch):
 
 def lines_of_taking(path):
     lines = []
-    with locked(path, lines.append):
+    with file_lock(path, lines.append):
         assert json.loads(path.read_text())["process_id"] == os.getpid()
     assert path.read_text() == ""
     return lines
 
 
 def test_a_second_run_is_refused_until_the_first_is_killed(path, holder):
-    with pytest.raises(ConfigError) as caught, locked(path):
+    with pytest.raises(ConfigError) as caught, file_lock(path):
         pass
     line = str(caught.value)
     assert f"{path.parent} is in use by process {holder.pid} on host {HOST}" in line
     assert "\n" not in line
     assert json.loads(path.read_text())["process_id"] == holder.pid
     holder.send_signal(signal.SIGSTOP)  # paused is not gone
-    with pytest.raises(ConfigError, match=f"process {holder.pid}"), locked(path):
+    with pytest.raises(ConfigError, match=f"process {holder.pid}"), file_lock(path):
         pass
     holder.kill()
     holder.wait()
@@ -87,7 +87,7 @@ def test_without_flock_a_process_that_is_there_keeps_its_lock(path, holder):
 
 @pytest.mark.usefixtures("without_flock")
 def test_without_flock_a_number_that_another_process_has_now(path):
-    with locked(path):
+    with file_lock(path):
         held = json.loads(path.read_text())
         with pytest.raises(ConfigError, match=f"process {os.getpid()}"):
             lines_of_taking(path)
@@ -96,7 +96,7 @@ def test_without_flock_a_number_that_another_process_has_now(path):
 
 
 def test_of_another_host_a_line_says_whose_it_was(path):
-    with locked(path):
+    with file_lock(path):
         held = json.loads(path.read_text())
     path.write_text(json.dumps(held | {"host": "elsewhere", "process_id": 17}))
     (line,) = lines_of_taking(path)
@@ -111,6 +111,6 @@ def test_a_lock_file_of_anything_else(text, path):
 
 
 def test_an_error_releases_the_lock(path):
-    with pytest.raises(ZeroDivisionError), locked(path):
+    with pytest.raises(ZeroDivisionError), file_lock(path):
         raise ZeroDivisionError
     assert lines_of_taking(path) == []

@@ -8,7 +8,14 @@ import pytest
 
 from revnet_jax.errors import UserError
 from revnet_jax.figures import load_figure_class
-from revnet_jax.runs.comparison import as_table, chosen_metrics, compare, draw, find_runs, grouped
+from revnet_jax.runs.comparison import (
+    chosen_metrics,
+    compare_runs,
+    draw_runs,
+    find_runs,
+    grouped,
+    runs_table,
+)
 from tests.small_run import ROOT
 
 
@@ -57,28 +64,28 @@ def test_seeds_are_one_row_and_settings_that_differ_its_name(sweep):
     ]
     metrics = chosen_metrics(runs, None)
     assert metrics == ["train_loss", "eval_loss"]
-    cut, whole = compare(groups, metrics)
+    cut, whole = compare_runs(groups, metrics)
     assert (cut["steps"], whole["steps"]) == ([1, 1], [2, 2])
     assert cut["train_loss"] == {"mean": 9.0, "spread": None}
     assert cut["eval_loss"]["mean"] is None
     assert whole["eval_loss"]["mean"] == 4.0
     assert whole["eval_loss"]["spread"] == pytest.approx(8**0.5)
-    assert as_table([cut, whole], metrics).splitlines()[2:] == [
+    assert runs_table([cut, whole], metrics).splitlines()[2:] == [
         "| 0.1 | 1 | 1 | 9 | - |",
         "| 0.2 | 2 | 2 | 2 ± 1.4 | 4 ± 2.8 |",
     ]
-    assert compare(groups, ["num_params"])[1]["num_params"]["mean"] == 7
+    assert compare_runs(groups, ["num_params"])[1]["num_params"]["mean"] == 7
 
 
 def test_curves_are_drawn(sweep, tmp_path):
     groups = grouped(find_runs([str(sweep)], silent))
-    figure = draw(
+    figure = draw_runs(
         groups, ["train_loss", "eval_loss"], load_figure_class("out", f"{tmp_path}/c.png")
     )
     assert [len(axis.lines) for axis in figure.axes] == [3, 3]
     assert list(figure.axes[0].lines[1].get_ydata()) == [9.0, 1.0]
     with pytest.raises(UserError, match="got num_params to draw, expected a metric of"):
-        draw(groups, ["num_params"], load_figure_class("out", f"{tmp_path}/c.png"))
+        draw_runs(groups, ["num_params"], load_figure_class("out", f"{tmp_path}/c.png"))
 
 
 def test_what_is_no_run_is_one_line(sweep, write, tmp_path):

@@ -331,11 +331,11 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with (
         pytest.raises(ConfigError, match=r"file/run cannot be made"),
-        workdirs.locked(tmp_path / "file" / "run"),
+        workdirs.workdir_lock(tmp_path / "file" / "run"),
     ):
         pass
     (tmp_path / "lock").mkdir()
-    with pytest.raises(ConfigError, match=r"cannot write .*lock"), workdirs.locked(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot write .*lock"), workdirs.workdir_lock(tmp_path):
         pass
     (tmp_path / "config.json.tmp").mkdir()
     with pytest.raises(UserError, match=r"cannot write .*config\.json"):

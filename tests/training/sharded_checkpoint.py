@@ -18,7 +18,7 @@ from revnet_jax.config import language_model
 from revnet_jax.runs.checkpoint import Checkpoints
 from revnet_jax.training.build import build_recipe
 from revnet_jax.training.compiler import initialized
-from revnet_jax.training.sharding import make_mesh, placed
+from revnet_jax.training.sharding import make_mesh, shapes_on_mesh
 from revnet_jax.training.step import init_state
 
 SIZES = {"model.layers": 2, "model.width": 32, "model.heads": 4, "model.kv_heads": 2}
@@ -41,7 +41,7 @@ def main():
     state, expected = None, None
     for step, (devices, data, fsdp, tensor) in enumerate(MESHES):
         mesh = make_mesh(jax.devices()[:devices], data=data, fsdp=fsdp, tensor=tensor)
-        abstract = placed(init, task.network.rules, mesh)
+        abstract = shapes_on_mesh(init, task.network.rules, mesh)
         options = {"best_metric": None, "best_mode": "min"}
         with Checkpoints(sys.argv[1], **options) as checkpoints:
             if state is None:

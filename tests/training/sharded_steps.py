@@ -25,9 +25,9 @@ import numpy as np
 
 from revnet_jax.config import image_classification, language_model, vision_transformer
 from revnet_jax.training import build
-from revnet_jax.training.compiler import jit
+from revnet_jax.training.compiler import exact_jit
 from revnet_jax.training.program import jit_step
-from revnet_jax.training.sharding import make_mesh, placed, put_batch
+from revnet_jax.training.sharding import make_mesh, put_batch, shapes_on_mesh
 from revnet_jax.training.step import init_state, make_train_step
 
 CONFIGS = {"revnet": image_classification, "vit": vision_transformer, "decoder": language_model}
@@ -49,11 +49,11 @@ def train(config, dtype, devices):
         variables = jax.tree.map(lambda leaf: leaf.astype(dtype), state.variables)
         return state._replace(variables=variables, opt_state=optimizer.init(variables.params))
 
-    there = placed(init, task.network.rules, mesh)
+    there = shapes_on_mesh(init, task.network.rules, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, there)
-    state = jax.device_put(jit(init, quickly=True)(), shardings)  # the same on any mesh
+    state = jax.device_put(exact_jit(init, quickly=True)(), shardings)  # the same on any mesh
     step = make_train_step(task, optimizer, schedule)
-    step = jit_step(step, mesh, there, functools.partial(jit, quickly=True))
+    step = jit_step(step, mesh, there, functools.partial(exact_jit, quickly=True))
     rng, batch, losses = np.random.default_rng(0), {}, []
     for name, leaf in task.batch_shapes(config.batch_size).items():
         if leaf.dtype == jnp.float32:

@@ -11,7 +11,7 @@ import pytest
 from revnet_jax.config import ConfigError, language_model
 from revnet_jax.data.shards import tokenize_files
 from revnet_jax.errors import UserError
-from revnet_jax.models import Decoder, LanguageModel
+from revnet_jax.models import LanguageModel, LanguageModelShape
 from revnet_jax.training import generate as generating
 from revnet_jax.training import restore
 from revnet_jax.training.generate import generate, generate_text, sample
@@ -136,7 +136,7 @@ def test_microbatches_learn_what_the_batch_does(tmp_path):
 def test_tokens_are_those_of_the_whole_forward_pass():
     """While all fit into the cache; afterwards, those of the later half of the context."""
     sizes = {"vocab_size": 11, "layers": 2, "width": 16, "heads": 2, "kv_heads": 2, "hidden": 16}
-    lm = LanguageModel(Decoder(**sizes))
+    lm = LanguageModel(LanguageModelShape(**sizes))
     variables = jax.jit(lm.init)(jax.random.key(0))
     context, prompt = 8, [3, 1, 4]
     got = list(generate(lm, variables, prompt, context=context, num_tokens=12, temperature=0))

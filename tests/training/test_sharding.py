@@ -14,7 +14,7 @@ from revnet_jax.config import ConfigError, image_classification, language_model
 from revnet_jax.models.partition import spec_of
 from revnet_jax.optimizers.rounding import MOMENTS
 from revnet_jax.training.build import build_recipe, check_split
-from revnet_jax.training.sharding import local_rows, make_mesh, mesh_sizes, placed
+from revnet_jax.training.sharding import local_rows, make_mesh, mesh_sizes, shapes_on_mesh
 from revnet_jax.training.step import init_state
 from tests import thorough
 
@@ -187,7 +187,7 @@ def test_what_lies_where(optimizer_name):
         config.optimizer.update({"lockstep": lockstep, "state_dtype": state_dtype})
         task, _, optimizer = build_recipe(config)
         init = functools.partial(init_state, task.network, optimizer, 0)
-        state = placed(init, task.network.rules, mesh)
+        state = shapes_on_mesh(init, task.network.rules, mesh)
         leaves = jax.tree.leaves((state.variables, state.opt_state))
         whole = sum(leaf.size for leaf in leaves)
         part = sum(

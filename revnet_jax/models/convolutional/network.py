@@ -26,22 +26,22 @@ from revnet_jax.core import (
     sequence_inverse,
 )
 from revnet_jax.models.bridge import PureModule
-from revnet_jax.models.convolutional.architecture import Architecture, chains, groups
 from revnet_jax.models.convolutional.invertible import PadStem, squeeze
 from revnet_jax.models.convolutional.residual import (
     RULES,
-    Head,
+    ConvHead,
     ResidualBranch,
     Stem,
     make_shortcut,
 )
+from revnet_jax.models.convolutional.shape import ConvNetShape, chains, groups
 from revnet_jax.models.convolutional.strategies import assign_strategies
 from revnet_jax.models.dtypes import narrowed
 from revnet_jax.models.model import Sweep, Variables
 from revnet_jax.models.partition import Rules, gather, on_batch
 
 
-class Network:
+class ConvNet:
     """An image classifier as pure functions: `init(key)` and `apply(variables, image, ...)`.
 
     backprop: the gradient's strategy (see `chain`): one of `STRATEGIES` for all chains, or a
@@ -60,7 +60,7 @@ class Network:
 
     def __init__(
         self,
-        architecture: Architecture,
+        shape: ConvNetShape,
         *,
         backprop: Backprop | tuple[Backprop, ...] = "reverse",
         stored_layers: int = 0,
@@ -70,15 +70,15 @@ class Network:
         grid: Grid | None = Grid(),
         check_exactness: bool = True,
     ):
-        self.architecture, self._unroll = architecture, unroll
+        self.shape, self._unroll = shape, unroll
         self.compute_dtype, self.param_dtype = compute_dtype, param_dtype
         self.check_exactness = check_exactness
         self.grid = grid
-        self.groups = groups(architecture)
+        self.groups = groups(shape)
         self.chains = chains(self.groups)
-        self.strategies = assign_strategies(architecture, self.groups, backprop, stored_layers)
+        self.strategies = assign_strategies(shape, self.groups, backprop, stored_layers)
         common = {"dtype": compute_dtype}
-        in_unit = {"bottleneck": architecture.bottleneck, **common}
+        in_unit = {"bottleneck": shape.bottleneck, **common}
 
         def branch(in_channels, out_channels, stride, activate_first):
             settings = {"stride": stride, "activate_first": activate_first, **in_unit}
@@ -88,31 +88,31 @@ class Network:
             channels = unit.in_channels, unit.out_channels
             return _pure(make_shortcut, *channels, stride=unit.stride, **in_unit)
 
-        channels = architecture.channels
-        image_channels = architecture.image_shape[2]
-        if architecture.stem == "pad":
+        channels = shape.channels
+        image_channels = shape.image_shape[2]
+        if shape.stem == "pad":
             self._stem = _pure(PadStem, image_channels, channels[0])
         else:
-            self._stem = _pure(Stem, image_channels, channels[0], kind=architecture.stem, **common)
+            self._stem = _pure(Stem, image_channels, channels[0], kind=shape.stem, **common)
         # One branch per stream: f, or f and g. Only f changes resolution and width.
         self._branches = {
             name: (branch(*unit), branch(unit.out_channels, unit.out_channels, 1, True))[
-                : architecture.num_streams
+                : shape.num_streams
             ]
             for name, unit, _ in self.groups
             if unit
         }
         self._shortcuts = {
-            name: (shortcut(unit),) * architecture.num_streams
+            name: (shortcut(unit),) * shape.num_streams
             for name, unit, _ in self.groups
             if unit and not unit.keeps_shape
         }
-        self._head = _pure(Head, channels[-1], architecture.num_classes, **common)
+        self._head = _pure(ConvHead, channels[-1], shape.num_classes, **common)
 
     @property
     def invertible(self) -> bool:
         """Whether its chains can be reversed."""
-        return self.architecture.num_streams > 1
+        return self.shape.num_streams > 1
 
     @property
     def most_stored_layers(self) -> int:
@@ -198,7 +198,7 @@ class Network:
             x_BHWC, new_stats["stem"] = self._stem.apply(
                 stem, stats["stem"], image_BHWC, train=train
             )
-        x = on_batch(tuple(jnp.split(x_BHWC, self.architecture.num_streams, axis=-1)))
+        x = on_batch(tuple(jnp.split(x_BHWC, self.shape.num_streams, axis=-1)))
         for name, _, _ in self.groups:
             if name in self.chains:
                 chain, strategy = self.chains[name], self.strategies[name]
@@ -227,16 +227,16 @@ class Network:
         Cost: one evaluation of each branch; memory independent of depth. Raises ValueError unless
         the network is an i-RevNet with stem "pad": others are not invertible.
         """
-        architecture = self.architecture
-        if architecture.family != "irevnet" or architecture.stem != "pad":
+        shape = self.shape
+        if shape.family != "irevnet" or shape.stem != "pad":
             raise ValueError(
-                f"got family={architecture.family!r} and stem={architecture.stem!r}, expected "
+                f"got family={shape.family!r} and stem={shape.stem!r}, expected "
                 "'irevnet' and 'pad': any other has no inverse down to the image"
             )
         (chain,) = self.chains.values()
-        y = tuple(jnp.split(x_BHWC, architecture.num_streams, axis=-1))
+        y = tuple(jnp.split(x_BHWC, shape.num_streams, axis=-1))
         x = sequence_inverse(self._sections(chain, variables, train), y)
-        return jnp.concatenate(x, axis=-1)[..., : architecture.image_shape[2]]
+        return jnp.concatenate(x, axis=-1)[..., : shape.image_shape[2]]
 
     def _gather(self, group, params):
         return gather(RULES, group, params, self.compute_dtype)

@@ -126,7 +126,7 @@ def make_shortcut(in_channels, out_channels, *, stride, bottleneck, dtype, rngs)
     return PooledShortcut(in_channels, out_channels, stride=stride)
 
 
-class Head(nnx.Module):
+class ConvHead(nnx.Module):
     """Features -> logits: batch normalisation, ReLU, global average pooling, a dense layer."""
 
     def __init__(self, channels, num_classes, *, dtype, rngs):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from revnet_jax.core import STRATEGIES, Backprop
-from revnet_jax.models.convolutional.architecture import Architecture, Group, chains
+from revnet_jax.models.convolutional.shape import ConvNetShape, Group, chains
 from revnet_jax.models.model import Strategy
 
 
 def assign_strategies(
-    architecture: Architecture,
+    shape: ConvNetShape,
     groups: Sequence[Group],
     backprop: Backprop | tuple[Backprop, ...],
     stored_layers: int,
@@ -33,7 +33,7 @@ def assign_strategies(
             f"got backprop={backprop!r}, expected one of {', '.join(STRATEGIES)}, or one for each "
             f"of {len(depths)} chains"
         )
-    if "reverse" in wanted and architecture.num_streams == 1:
+    if "reverse" in wanted and shape.num_streams == 1:
         raise ValueError(
             "got backprop='reverse' for a resnet, expected 'store' or 'remat': its units have no "
             "inverse. Take family='revnet' to store nothing"

@@ -16,13 +16,18 @@ from jax import lax
 from revnet_jax.models.dtypes import at_least_float32
 from revnet_jax.models.partition import BATCH, by_device
 
-Kernel = Literal["chunked", "cudnn", "flash"]
-KERNELS: dict[str, Kernel] = {"cpu": "chunked", "gpu": "cudnn", "cuda": "cudnn", "tpu": "flash"}
+AttentionKernel = Literal["chunked", "cudnn", "flash"]
+KERNELS: dict[str, AttentionKernel] = {
+    "cpu": "chunked",
+    "gpu": "cudnn",
+    "cuda": "cudnn",
+    "tpu": "flash",
+}
 _MOST_CHUNKS, _SMALLEST_CHUNK = 16, 128
 _FLASH_BLOCK = 128  # the TPU kernel needs lengths that are multiples of this
 
 
-def kernel_for(platform: str) -> Kernel:
+def kernel_for(platform: str) -> AttentionKernel:
     """The default kernel for a platform: "cpu", "gpu" or "tpu"."""
     return KERNELS.get(platform, "chunked")
 
@@ -33,7 +38,7 @@ def attend(
     v_BTGK: jax.Array,
     *,
     causal: bool,
-    kernel: Kernel,
+    kernel: AttentionKernel,
     window: int = 0,
     segment_BT: jax.Array | None = None,
 ) -> jax.Array:

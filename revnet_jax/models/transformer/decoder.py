@@ -19,7 +19,7 @@ from jax import lax
 from revnet_jax.models.dtypes import at_least_float32
 from revnet_jax.models.partition import BATCH, by_device, by_heads
 from revnet_jax.models.transformer.attention import (
-    Kernel,
+    AttentionKernel,
     attend,
     causal_mask,
     rotate,
@@ -106,7 +106,7 @@ class Attention(nnx.Module):
         heads: int,
         kv_heads: int,
         out_std: float,
-        kernel: Kernel,
+        kernel: AttentionKernel,
         window: int,
         dtype,
         rngs: nnx.Rngs,

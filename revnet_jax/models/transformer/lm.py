@@ -20,7 +20,7 @@ from revnet_jax.models.bridge import PureModule
 from revnet_jax.models.dtypes import at_least_float32, narrowed
 from revnet_jax.models.model import Sweep, Variables
 from revnet_jax.models.partition import by_batch, gather, on_batch, on_sequence, whole_sequences
-from revnet_jax.models.transformer.attention import Kernel, rotary_angles
+from revnet_jax.models.transformer.attention import AttentionKernel, rotary_angles
 from revnet_jax.models.transformer.base import Transformer, check_positive, drop, init_layers_of
 from revnet_jax.models.transformer.decoder import (
     LAYER_RULES,
@@ -35,8 +35,8 @@ from revnet_jax.models.transformer.linear_cross_entropy import linear_cross_entr
 
 
 @dataclass(frozen=True)
-class Decoder:
-    """The architecture of a decoder.
+class LanguageModelShape:
+    """The shape of a decoder.
 
     kv_heads: key-value heads; divides `heads` (grouped-query attention).
     hidden: width inside the feed-forward network.
@@ -111,7 +111,7 @@ class LanguageModel(Transformer):
 
     def __init__(
         self,
-        architecture: Decoder,
+        shape: LanguageModelShape,
         *,
         backprop: Backprop = "reverse",
         stored_layers: int = 0,
@@ -120,13 +120,13 @@ class LanguageModel(Transformer):
         param_dtype: Any = jnp.float32,
         grid: Grid | None = Grid(),
         check_exactness: bool = True,
-        attention: Kernel = "chunked",
+        attention: AttentionKernel = "chunked",
         feed_forward_chunks: int = 1,
         loss_chunk: int = 2048,
     ):
         super().__init__(
-            layers=architecture.layers,
-            reversible=architecture.reversible,
+            layers=shape.layers,
+            reversible=shape.reversible,
             backprop=backprop,
             stored_layers=stored_layers,
             unroll=unroll,
@@ -140,14 +140,14 @@ class LanguageModel(Transformer):
                 f"got feed_forward_chunks={feed_forward_chunks}, loss_chunk={loss_chunk}, expected "
                 "1 or more"
             )
-        if architecture.experts and feed_forward_chunks > 1:
+        if shape.experts and feed_forward_chunks > 1:
             raise ValueError(
                 f"got feed_forward_chunks={feed_forward_chunks} and experts, expected 1: all "
                 "tokens are routed together"
             )
-        self.architecture, self.loss_chunk = architecture, loss_chunk
+        self.shape, self.loss_chunk = shape, loss_chunk
         self._in_chunks = feed_forward_chunks > 1
-        a = architecture
+        a = shape
         # The sum of the 2 L updates then has a standard deviation of about 1 in every element.
         out_std = lambda inputs: (inputs * 2 * a.layers) ** -0.5
         self._f = PureModule(
@@ -172,7 +172,7 @@ class LanguageModel(Transformer):
 
     def init(self, key: jax.Array) -> Variables:
         """Initialises the variables."""
-        a = self.architecture
+        a = self.shape
         embed_key, head_key, layers_key = jax.random.split(key, 3)
         # Small compared with the sum of the layers' updates: a std of 1 generalised less well than
         # 0.1.
@@ -197,7 +197,7 @@ class LanguageModel(Transformer):
 
         key: for dropout; None for no dropout.
         """
-        keys = None if key is None else jax.random.split(key, (self.architecture.layers + 1, 2))
+        keys = None if key is None else jax.random.split(key, (self.shape.layers + 1, 2))
         x_BTD, (_, aux_L) = self._run(
             self._layer(*self._branches()),
             variables.params["layers"],
@@ -237,7 +237,7 @@ class LanguageModel(Transformer):
         x_MD, target_M, weight_M = (
             array.reshape(-1, *array.shape[2:]) for array in (x_BTD, target_BT, weight_BT)
         )
-        kernel_DV = kernel.T if self.architecture.tied else kernel
+        kernel_DV = kernel.T if self.shape.tied else kernel
         options = {"compute_dtype": self.compute_dtype, "chunk": self.loss_chunk}
         return linear_cross_entropy(kernel_DV, x_MD, target_M, weight_M, **options)[None, None]
 
@@ -248,7 +248,7 @@ class LanguageModel(Transformer):
 
     def empty_cache(self, batch_size: int, length: int) -> Cache:
         """An empty KV cache for `extend`, of `length` tokens, stacked over layers."""
-        a = self.architecture
+        a = self.shape
         shape = (a.layers, batch_size, length, a.kv_heads, a.width // a.heads)
         document_B = None if a.end_token is None else jnp.zeros(batch_size, jnp.int32)
         return Cache(*(jnp.zeros(shape, self.compute_dtype) for _ in range(2)), document_B)
@@ -281,7 +281,7 @@ class LanguageModel(Transformer):
 
         document_B: the position at which the document of the first token starts; 0 by default.
         """
-        a = self.architecture
+        a = self.shape
         first = jnp.asarray(first, jnp.int32)
         angles = rotary_angles(
             first + jnp.arange(token_BT.shape[1]),
@@ -305,7 +305,7 @@ class LanguageModel(Transformer):
         Their context holds the tokens' positions as `shared` and (KV cache, dropout keys) as
         per-layer data.
         """
-        rate = self.architecture.dropout
+        rate = self.shape.dropout
 
         def f(params, x_BTD, context):
             cache, keys = context.data or (None, None)
@@ -316,7 +316,7 @@ class LanguageModel(Transformer):
         def g(params, x_BTD, context):
             _, keys = context.data or (None, None)
             u_BTD = self._feed_forward(params, on_batch(x_BTD))
-            u_BTD, *aux = u_BTD if self.architecture.experts else (u_BTD,)
+            u_BTD, *aux = u_BTD if self.shape.experts else (u_BTD,)
             return on_batch(drop(u_BTD, rate, keys, 1)), tuple(aux)
 
         return f, g
@@ -334,7 +334,7 @@ class LanguageModel(Transformer):
         wide = at_least_float32(embed_VD.dtype)
         look_up = lambda embed_VD, token_BT: embed_VD.astype(wide)[token_BT]
         x_BTD = by_batch(look_up, self.rules, "embed", embed_VD.dtype)(embed_VD, token_BT)
-        return drop(x_BTD, self.architecture.dropout, keys, 0)
+        return drop(x_BTD, self.shape.dropout, keys, 0)
 
     @jax.named_scope("head")
     def _normalise(self, variables, x_BTD):
@@ -343,12 +343,12 @@ class LanguageModel(Transformer):
 
     def _head_kernel(self, variables):
         """(its path, the kernel): [V, D] if tied, else [D, V]."""
-        if self.architecture.tied:
+        if self.shape.tied:
             return "embed", variables.params["embed"]
         return "head/kernel", variables.params["head"]["kernel"]
 
     def _logits(self, kernel, x):
         wide = x.dtype
         x, kernel = x.astype(self.compute_dtype), kernel.astype(self.compute_dtype)
-        kernel_DV = kernel.T if self.architecture.tied else kernel
+        kernel_DV = kernel.T if self.shape.tied else kernel
         return jnp.matmul(x, kernel_DV, preferred_element_type=wide)

@@ -21,7 +21,7 @@ from revnet_jax.models.bridge import PureModule
 from revnet_jax.models.dtypes import at_least_float32, narrowed
 from revnet_jax.models.model import Sweep, Variables
 from revnet_jax.models.partition import Rules, gather, on_batch
-from revnet_jax.models.transformer.attention import Kernel, attend
+from revnet_jax.models.transformer.attention import AttentionKernel, attend
 from revnet_jax.models.transformer.base import Transformer, check_positive, drop, init_layers_of
 
 # Sharding of the weights: heads and hidden units over "tensor", the other axis over "fsdp".
@@ -35,8 +35,8 @@ RULES = (
 
 
 @dataclass(frozen=True)
-class VisionTransformer:
-    """The architecture of a vision transformer.
+class VisionTransformerShape:
+    """The shape of a vision transformer.
 
     image_shape: (height, width, channels).
     patch: side of a patch in pixels; divides height and width.
@@ -73,7 +73,7 @@ class VisionTransformer:
             raise ValueError(f"got dropout={self.dropout}, expected a share in [0, 1)")
 
 
-class RevViT(Transformer):
+class VisionTransformer(Transformer):
     """An image classifier as pure functions: `init(key)` and `apply(variables, image, ...)`.
 
     backprop to check_exactness: see `ChainModel`.
@@ -84,7 +84,7 @@ class RevViT(Transformer):
 
     def __init__(
         self,
-        architecture: VisionTransformer,
+        shape: VisionTransformerShape,
         *,
         backprop: Backprop = "reverse",
         stored_layers: int = 0,
@@ -93,11 +93,11 @@ class RevViT(Transformer):
         param_dtype: Any = jnp.float32,
         grid: Grid | None = Grid(),
         check_exactness: bool = True,
-        attention: Kernel = "chunked",
+        attention: AttentionKernel = "chunked",
     ):
         super().__init__(
-            layers=architecture.layers,
-            reversible=architecture.reversible,
+            layers=shape.layers,
+            reversible=shape.reversible,
             backprop=backprop,
             stored_layers=stored_layers,
             unroll=unroll,
@@ -106,20 +106,20 @@ class RevViT(Transformer):
             grid=grid,
             check_exactness=check_exactness,
         )
-        self.architecture = a = architecture
+        self.shape = a = shape
         common = {"width": a.width, "dtype": compute_dtype}
         pure = lambda make, **settings: PureModule(lambda rngs: make(**settings, rngs=rngs))
         self._f = pure(SelfAttention, heads=a.heads, kernel=attention, **common)
         self._g = pure(Mlp, hidden=a.hidden, **common)
-        self._stem = pure(Patches, architecture=a, dtype=compute_dtype)
-        self._head = pure(Head, num_classes=a.num_classes, **common)
+        self._stem = pure(Patches, shape=a, dtype=compute_dtype)
+        self._head = pure(ViTHead, num_classes=a.num_classes, **common)
 
     def init(self, key: jax.Array) -> Variables:
         """Initialises the variables; those of layers have a leading axis of one per layer."""
         stem_key, head_key, layers_key = jax.random.split(key, 3)
         params = {
             "stem": self._stem.init(stem_key)[0],
-            "layers": init_layers_of((self._f, self._g), layers_key, self.architecture.layers),
+            "layers": init_layers_of((self._f, self._g), layers_key, self.shape.layers),
             "head": self._head.init(head_key)[0],
         }
         return Variables(narrowed(params, self.param_dtype), {})
@@ -137,12 +137,12 @@ class RevViT(Transformer):
 
         train: whether to apply dropout.
         key: for dropout; None for no dropout.
-        sweep: see `Network.apply`.
+        sweep: see `ConvNet.apply`.
         """
-        rate = self.architecture.dropout
+        rate = self.shape.dropout
         keys = None
         if train and rate and key is not None:
-            keys = jax.random.split(key, (self.architecture.layers + 1, 2))
+            keys = jax.random.split(key, (self.shape.layers + 1, 2))
 
         def branch(module, i):
             def apply(params, x_BTD, context):
@@ -162,7 +162,7 @@ class RevViT(Transformer):
             data_L=None if keys is None else keys[:-1],
             sweep=sweep,
         )
-        by_token = self.architecture.pool == "token"
+        by_token = self.shape.pool == "token"
         with jax.named_scope("head"):
             head = gather(RULES, "head", variables.params["head"], self.compute_dtype)
             x_BD = x_BTD[:, 0] if by_token else jnp.mean(x_BTD, axis=1)
@@ -185,16 +185,16 @@ class Patches(nnx.Module):
     There is a class token only if `pool` is "token".
     """
 
-    def __init__(self, *, architecture: VisionTransformer, dtype, rngs: nnx.Rngs):
-        height, width, channels = architecture.image_shape
-        self.patch = patch = architecture.patch
-        self.embed = _linear(patch * patch * channels, architecture.width, dtype=dtype, rngs=rngs)
+    def __init__(self, *, shape: VisionTransformerShape, dtype, rngs: nnx.Rngs):
+        height, width, channels = shape.image_shape
+        self.patch = patch = shape.patch
+        self.embed = _linear(patch * patch * channels, shape.width, dtype=dtype, rngs=rngs)
         tokens = height // patch * (width // patch)
-        self.has_token = architecture.pool == "token"
+        self.has_token = shape.pool == "token"
         if self.has_token:
             tokens += 1
-            self.token = nnx.Param(jnp.zeros((1, 1, architecture.width)))
-        positions = jax.random.normal(rngs.params(), (1, tokens, architecture.width))
+            self.token = nnx.Param(jnp.zeros((1, 1, shape.width)))
+        positions = jax.random.normal(rngs.params(), (1, tokens, shape.width))
         self.position = nnx.Param(0.02 * positions)
 
     def __call__(self, image_BHWC: jax.Array) -> jax.Array:
@@ -212,7 +212,7 @@ class Patches(nnx.Module):
 class SelfAttention(nnx.Module):
     """Layer normalisation, then self-attention of every token to all tokens."""
 
-    def __init__(self, *, width: int, heads: int, kernel: Kernel, dtype, rngs: nnx.Rngs):
+    def __init__(self, *, width: int, heads: int, kernel: AttentionKernel, dtype, rngs: nnx.Rngs):
         self.heads, self.kernel = heads, kernel
         self.norm = _norm(width, dtype, rngs)
         self.qkv = _linear(width, 3 * width, dtype=dtype, rngs=rngs)
@@ -239,7 +239,7 @@ class Mlp(nnx.Module):
         return self.down(jax.nn.gelu(self.up(self.norm(x_BTD))))
 
 
-class Head(nnx.Module):
+class ViTHead(nnx.Module):
     """Layer normalisation, then a linear layer whose kernel is initialised with zeros."""
 
     def __init__(self, *, width: int, num_classes: int, dtype, rngs: nnx.Rngs):

@@ -1,4 +1,4 @@
-"""The architecture of an image network: family, stem, stages, and units in groups."""
+"""The shape of an image network: family, stem, stages, and units in groups."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ STEMS = ("cifar", "imagenet", "pad")
 
 
 @dataclass(frozen=True)
-class Architecture:
+class ConvNetShape:
     """The shape of an image network, without settings of its training.
 
     family: "resnet" (one stream, a unit is `x + f(x)`), "revnet" (two streams, f and g), or
@@ -114,20 +114,18 @@ class Group(NamedTuple):
         return self.unit is not None and not self.unit.keeps_shape
 
 
-def groups(architecture: Architecture) -> list[Group]:
+def groups(shape: ConvNetShape) -> list[Group]:
     """Lists the units of all stages, with equal neighbours of a stage joined into one group."""
     result = []
-    stem_channels, *stage_channels = (c // architecture.num_streams for c in architecture.channels)
+    stem_channels, *stage_channels = (c // shape.num_streams for c in shape.channels)
     channels = stem_channels
-    for stage, (depth, out_channels) in enumerate(
-        zip(architecture.units, stage_channels, strict=True)
-    ):
+    for stage, (depth, out_channels) in enumerate(zip(shape.units, stage_channels, strict=True)):
         units = []
-        if stage and architecture.family == "irevnet":
+        if stage and shape.family == "irevnet":
             result.append(Group(f"stage{stage + 1}_squeeze", None, 1))
             channels = out_channels
         for i in range(depth):
-            stride = 2 if i == 0 and stage > 0 and architecture.family != "irevnet" else 1
+            stride = 2 if i == 0 and stage > 0 and shape.family != "irevnet" else 1
             units.append(Unit(channels, out_channels, stride, activate_first=bool(stage or i)))
             channels = out_channels
         for i, (unit, group) in enumerate(itertools.groupby(units)):
