@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
 
@@ -15,9 +16,14 @@ def write_atomically(path: Any, content: str | bytes) -> None:
     """
     # The name has the process id, because two processes may write the same file.
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with partial.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        if "://" not in str(path):
-            file.flush()
-            os.fsync(file.fileno())  # or a crash may leave an empty file of the new name
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            if "://" not in str(path):
+                file.flush()
+                os.fsync(file.fileno())  # or a crash may leave an empty file of the new name
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first error is the one to tell
+            partial.unlink()
+        raise

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 
 import pytest
 
@@ -337,6 +338,6 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "lock").mkdir()
     with pytest.raises(ConfigError, match=r"cannot write .*lock"), workdirs.workdir_lock(tmp_path):
         pass
-    (tmp_path / "config.json.tmp").mkdir()
+    (tmp_path / f"config.json.{os.getpid()}.tmp").mkdir()
     with pytest.raises(UserError, match=r"cannot write .*config\.json"):
         claim(tmp_path, config_with(), {})
