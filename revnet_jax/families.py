@@ -35,6 +35,7 @@ from revnet_jax.models import (
     ConvNetShape,
     LanguageModel,
     LanguageModelShape,
+    ModelOptions,
     Variables,
     VisionTransformer,
     VisionTransformerShape,
@@ -64,14 +65,13 @@ class Family:
     """One row of the table of families.
 
     settings: returns a config with every setting and its default.
-    task: `(config, options, platform) -> task`. The options are keyword arguments that all models
-      take: how the gradient is computed, dtypes and grid. The platform is "cpu", "gpu" or "tpu".
+    task: `(config, options, platform) -> task`. The platform is "cpu", "gpu" or "tpu".
     data: the kind of data that the task needs; None if the data set decides.
     depth: how the depth of the model is set.
     """
 
     settings: Callable[[], ConfigDict]
-    task: Callable[[ConfigDict, dict[str, Any], str], Task]
+    task: Callable[[ConfigDict, ModelOptions, str], Task]
     data: Literal["images", "text"] | None
     depth: Depth
 
@@ -124,15 +124,15 @@ def build_task(
     return family.task(config, options, platform or jax.default_backend())
 
 
-# Settings of every model that `_options` turns into keyword arguments.
+# Settings of every model that `_options` reads.
 _RESOLVED = (
     *("family", "backprop", "stored_layers", "unroll", "compute_dtype", "param_dtype"),
     *("grid", "grid_bits", "check_exactness"),
 )
 
 
-def _options(config: ConfigDict, stored_layers: int | None) -> dict[str, Any]:
-    """The keyword arguments that all models take: backpropagation strategy, dtypes and grid."""
+def _options(config: ConfigDict, stored_layers: int | None) -> ModelOptions:
+    """How the model of a config computes: backpropagation strategy, dtypes and grid."""
     model = config.model
     for name in ("compute_dtype", "param_dtype"):
         if model[name] not in DTYPES:
@@ -142,15 +142,15 @@ def _options(config: ConfigDict, stored_layers: int | None) -> dict[str, Any]:
         raise ValueError(f"got stored_layers={stored!r}, expected a whole number or auto")
     if stored_layers is None:
         stored_layers = 0 if stored == "auto" else int(stored)
-    return {
-        "backprop": tuple(model.backprop.split(",")) if "," in model.backprop else model.backprop,
-        "stored_layers": stored_layers,
-        "unroll": model.unroll,
-        "compute_dtype": DTYPES[model.compute_dtype],
-        "param_dtype": DTYPES[model.param_dtype],
-        "grid": Grid(model.grid_bits) if model.grid else None,
-        "check_exactness": model.check_exactness,
-    }
+    return ModelOptions(
+        backprop=tuple(model.backprop.split(",")) if "," in model.backprop else model.backprop,
+        stored_layers=stored_layers,
+        unroll=model.unroll,
+        compute_dtype=DTYPES[model.compute_dtype],
+        param_dtype=DTYPES[model.param_dtype],
+        grid=Grid(model.grid_bits) if model.grid else None,
+        check_exactness=model.check_exactness,
+    )
 
 
 def _own(config: ConfigDict) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def _convolutional(config, options, platform):
     shapes = {"image_shape": config.data.image_shape, "num_classes": config.data.num_classes}
     with settings("model"):
         shape = ConvNetShape(family=config.model.family, **shapes, **_own(config))
-        network = ConvNet(shape, **options)
+        network = ConvNet(shape, options)
     return _classification(config, network)
 
 
@@ -171,9 +171,8 @@ def _vision_transformer(config, options, platform):
     attention = _kernel(model.pop("attention"), platform)
     shapes = {"image_shape": config.data.image_shape, "num_classes": config.data.num_classes}
     with settings("model"):
-        network = VisionTransformer(
-            VisionTransformerShape(**shapes, **model), **options, attention=attention
-        )
+        shape = VisionTransformerShape(**shapes, **model)
+        network = VisionTransformer(shape, options, attention=attention)
     return _classification(config, network)
 
 
@@ -193,7 +192,7 @@ def _decoder(config, options, platform):
                 f"got feed_forward_chunks={chunks['feed_forward_chunks']}, expected a divisor of "
                 f"data.context={config.data.context}"
             )
-        network = LanguageModel(shape, **options, **chunks, attention=attention)
+        network = LanguageModel(shape, options, **chunks, attention=attention)
     return NextToken(network, config.data.context, config.balance)
 
 
@@ -212,7 +211,8 @@ def _ones_own(config, options, platform):
     """Builds the task of a user's function, and checks that it has what a task and model need."""
     name, model = config.model.family, _own(config)
     optional = {"data": config.data, "platform": platform}
-    task = references.call_reference("model.family", name, model, given=options, optional=optional)
+    given = {"options": options}
+    task = references.call_reference("model.family", name, model, given=given, optional=optional)
     check = functools.partial(references.check_members, "model.family", name)
     members = ("network", "loss", "sums", "batch_shapes", "scores", "units", "of_data")
     check(task, members, "a Task (revnet_jax/models/task.py)")

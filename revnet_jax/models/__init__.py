@@ -12,7 +12,7 @@ from revnet_jax.models.bridge import (
 from revnet_jax.models.chain_model import ChainModel
 from revnet_jax.models.convolutional.network import ConvNet
 from revnet_jax.models.convolutional.shape import ConvNetShape
-from revnet_jax.models.model import Model, Sweep, Variables, num_params
+from revnet_jax.models.model import Model, ModelOptions, Sweep, Variables, num_params
 from revnet_jax.models.transformer.lm import LanguageModel, LanguageModelShape
 from revnet_jax.models.transformer.vit import VisionTransformer, VisionTransformerShape
 
@@ -25,6 +25,7 @@ __all__ = [
     "LanguageModel",
     "LanguageModelShape",
     "Model",
+    "ModelOptions",
     "Sweep",
     "Variables",
     "VisionTransformer",

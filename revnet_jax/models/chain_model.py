@@ -7,26 +7,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from revnet_jax.core import STRATEGIES, Backprop, Exactness, Grid, Layer, chain
-from revnet_jax.models.model import Strategy, Sweep, Variables
+from revnet_jax.core import STRATEGIES, Exactness, Layer, chain
+from revnet_jax.models.model import ModelOptions, Strategy, Sweep, Variables
 from revnet_jax.models.partition import Rules, on_batch
 
 
 class ChainModel(ABC):
-    """A model with one chain, and the settings of the chain's gradient; see `Model`.
+    """A model with one chain of equal layers; see `Model`.
 
     A subclass adds `init`, which puts the chain's stacked parameters under "layers", and functions
     that call `run_chain`.
 
     invertible: whether the layers have an inverse: a block has one, a `PlainLayer` does not.
-    backprop, stored_layers, unroll: set what the gradient costs (see `chain`).
-    compute_dtype: of the branches (mixed precision); streams, normalisations and logits are
-      float32.
-    param_dtype: of kernels and embeddings; other parameters are float32.
-    grid: the grid that the block keeps its streams on; None for ordinary floats.
-    check_exactness: whether `probes` returns probes. The check keeps the chain's input in memory.
+    options: how it computes. Its dtypes, grid and check become attributes of the same names.
 
     Raises ValueError for settings that contradict each other.
     """
@@ -35,19 +29,10 @@ class ChainModel(ABC):
     stacked: Sequence[str] = ("layers",)
 
     def __init__(
-        self,
-        *,
-        layers: int,
-        invertible: bool = True,
-        backprop: Backprop = "reverse",
-        stored_layers: int = 0,
-        unroll: int = 1,
-        compute_dtype: Any = jnp.float32,
-        param_dtype: Any = jnp.float32,
-        grid: Grid | None = Grid(),
-        check_exactness: bool = True,
+        self, *, layers: int, invertible: bool = True, options: ModelOptions = ModelOptions()
     ):
-        if backprop not in STRATEGIES:
+        backprop, stored_layers = options.backprop, options.stored_layers
+        if isinstance(backprop, tuple) or backprop not in STRATEGIES:
             known = ", ".join(STRATEGIES)
             raise ValueError(f"got backprop={backprop!r}, expected one of {known}")
         if not 0 <= stored_layers <= (0 if backprop == "store" else layers):
@@ -60,10 +45,10 @@ class ChainModel(ABC):
                 "got backprop='reverse' for a model of one stream, expected any other: "
                 "its layers have no inverse. Take reversible=True to store nothing"
             )
-        self.layers, self.invertible, self.grid = layers, invertible, grid
-        self.compute_dtype, self.param_dtype = compute_dtype, param_dtype
-        self.check_exactness = check_exactness
-        self._unroll = unroll
+        self.layers, self.invertible, self.grid = layers, invertible, options.grid
+        self.compute_dtype, self.param_dtype = options.compute_dtype, options.param_dtype
+        self.check_exactness = options.check_exactness
+        self._unroll = options.unroll
         self._strategy = Strategy(backprop, stored_layers, layers)
 
     @property

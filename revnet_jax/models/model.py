@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from revnet_jax.core import Backprop, Exactness, Grid
 from revnet_jax.models.partition import Rules
@@ -34,6 +36,30 @@ class Variables(NamedTuple):
 
     params: Any
     stats: Any
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How a model computes, whatever its shape: gradients of chains, dtypes, exactness.
+
+    backprop: the gradient's strategy (see `chain`), one of `STRATEGIES` for all chains. A `ConvNet`
+      also takes a tuple with one per chain. "reverse" needs layers with an inverse.
+    stored_layers: number of layers, counted from the last, that store instead.
+    unroll: layers per iteration of the loop over layers (see `chain`).
+    compute_dtype: of the branches (mixed precision); streams, normalisations, batch statistics and
+      logits are float32.
+    param_dtype: of kernels and embeddings; other parameters are float32.
+    grid: the grid that reversible layers keep their streams on; None for ordinary floats.
+    check_exactness: whether `probes` returns probes. The check keeps each chain's input in memory.
+    """
+
+    backprop: Backprop | tuple[Backprop, ...] = "reverse"
+    stored_layers: int = 0
+    unroll: int = 1
+    compute_dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    grid: Grid | None = Grid()
+    check_exactness: bool = True
 
 
 class Sweep(NamedTuple):

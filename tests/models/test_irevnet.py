@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from revnet_jax.core import STRATEGIES
-from revnet_jax.models import ConvNet, ConvNetShape, Sweep
+from revnet_jax.models import ConvNet, ConvNetShape, ModelOptions, Sweep
 from revnet_jax.models.convolutional.invertible import depth_to_space, space_to_depth
 from revnet_jax.training.compiler import exact_jit
 
@@ -68,7 +68,7 @@ def test_features_are_taken_back_to_the_image_bit_for_bit(network, variables, im
 def test_one_gradient_whatever_the_strategy(network, variables, image_BHWC):
     grads = {}
     for backprop in STRATEGIES:
-        net = ConvNet(network.shape, backprop=backprop)
+        net = ConvNet(network.shape, ModelOptions(backprop=backprop))
 
         def loss(params, probes, net=net):
             logits_BV, _ = net.apply(
@@ -95,7 +95,7 @@ def test_memory_between_stages_is_not_kept():
     """Twice the units in every stage take no more memory under reverse."""
 
     def temporary_bytes(units, backprop):
-        network = ConvNet(architecture(units=units), backprop=backprop, check_exactness=False)
+        network = ConvNet(architecture(units=units), ModelOptions(backprop, check_exactness=False))
         variables = jax.eval_shape(network.init, jax.random.key(0))
         image = jax.ShapeDtypeStruct((32, *IMAGE_SHAPE), jnp.float32)
 

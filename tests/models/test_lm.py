@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from revnet_jax.core import Grid
-from revnet_jax.models import LanguageModel, LanguageModelShape, Sweep, Variables
+from revnet_jax.models import LanguageModel, LanguageModelShape, ModelOptions, Sweep, Variables
 from revnet_jax.models.transformer.attention import (
     attend,
     rotary_angles,
@@ -32,9 +32,12 @@ VARIANTS = {
 
 
 def model(backprop=None, *, options=(), **changes):
-    architecture = LanguageModelShape(**(SIZES | changes))
-    backprop = backprop or ("reverse" if architecture.reversible else "store")
-    return LanguageModel(architecture, backprop=backprop, **dict(options))
+    """options: of `ModelOptions` and of `LanguageModel`."""
+    shape, options = LanguageModelShape(**(SIZES | changes)), dict(options)
+    backprop = backprop or ("reverse" if shape.reversible else "store")
+    names = ("attention", "feed_forward_chunks", "loss_chunk")
+    own = {name: options.pop(name) for name in names if name in options}
+    return LanguageModel(shape, ModelOptions(backprop, **options), **own)
 
 
 def tokens(seed=1):

@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 
 from revnet_jax.core import STRATEGIES, Exactness, Grid
-from revnet_jax.models import ConvNet, Sweep, Variables, num_params
+from revnet_jax.models import ConvNet, ModelOptions, Sweep, Variables, num_params
 from revnet_jax.models.convolutional import network as network_module
 from revnet_jax.models.convolutional import residual
 from revnet_jax.models.convolutional.shape import ConvNetShape, groups
@@ -113,7 +113,7 @@ def parameter_count(arch):
 def test_parameter_count(name, num_classes, published):
     """Exactly the published one (CIFAR), and the closed form everywhere."""
     arch = architecture(name, num_classes)
-    variables = abstract_variables(ConvNet(arch, backprop=default_backprop(arch)))
+    variables = abstract_variables(ConvNet(arch, ModelOptions(backprop=default_backprop(arch))))
     count = num_params(variables)
     assert count == parameter_count(arch)
     if published is not None:
@@ -299,7 +299,8 @@ def test_equals_the_plain_network(name):
     arch = architecture(name)
     with float64_parts():
         network = ConvNet(
-            arch, backprop=default_backprop(arch), compute_dtype=jnp.float64, grid=None
+            arch,
+            ModelOptions(backprop=default_backprop(arch), compute_dtype=jnp.float64, grid=None),
         )
         variables = random_variables(network, jnp.float64)
         args = variables.params, None, variables.stats, *batch(arch, jnp.float64)
@@ -321,7 +322,7 @@ def test_equals_the_plain_network(name):
 def run(backprop, compute_dtype=jnp.float32):
     """One training step of the tiny RevNet on the grid."""
     arch = architecture("revnet")
-    network = ConvNet(arch, backprop=backprop, compute_dtype=compute_dtype)
+    network = ConvNet(arch, ModelOptions(backprop=backprop, compute_dtype=compute_dtype))
     variables = random_variables(network)
     step = loss_and_gradient(train_step(network), COMPILE_FAST)
     (loss, (logits, stats)), (grads, exactness) = step(
@@ -383,7 +384,7 @@ def test_evaluation(monkeypatch):
     image, _ = batch(arch)
     want, _ = plain_forward(train=False)
     for backprop in ("store", "reverse"):
-        network = ConvNet(arch, backprop=backprop)
+        network = ConvNet(arch, ModelOptions(backprop=backprop))
         variables = random_variables(network)
         apply = functools.partial(network.apply, train=False)
         apply = jax.jit(apply, compiler_options=COMPILE_FAST)
@@ -414,7 +415,9 @@ def test_bfloat16_is_undone_exactly():
 @pytest.mark.parametrize("name", TINY)
 def test_streams_and_logits_are_float32(name, monkeypatch):
     arch = architecture(name)
-    network = ConvNet(arch, backprop=default_backprop(arch), compute_dtype=jnp.bfloat16)
+    network = ConvNet(
+        arch, ModelOptions(backprop=default_backprop(arch), compute_dtype=jnp.bfloat16)
+    )
     seen, convolved = [], []
 
     def sequence(sections, x, **kwargs):
@@ -470,7 +473,7 @@ def test_bottlenecks_change_width_in_the_first_unit():
 @pytest.mark.parametrize("name", ["revnet110", "resnet164"])
 def test_only_the_first_f_skips_its_leading_normalisation(name):
     arch = architecture(name)
-    params = abstract_variables(ConvNet(arch, backprop=default_backprop(arch))).params
+    params = abstract_variables(ConvNet(arch, ModelOptions(backprop=default_backprop(arch)))).params
     convs = 3 if arch.bottleneck else 2
     for group in groups(arch):
         modules = params[group.name][: arch.num_streams]
@@ -541,7 +544,7 @@ def test_clear_error(case):
 
 def test_a_resnet_has_no_inverse():
     with pytest.raises(ValueError, match="got backprop='reverse' for a resnet, exp") as caught:
-        ConvNet(architecture("resnet32"), backprop="reverse")
+        ConvNet(architecture("resnet32"), ModelOptions(backprop="reverse"))
     assert "\n" not in str(caught.value)
 
 
@@ -551,7 +554,7 @@ def test_a_resnet_has_no_inverse():
 def temporary_bytes(backprop, depth):
     """Of the compiled gradient; variables are arguments, gradients and new averages outputs."""
     arch = ConvNetShape("revnet", (1, depth), (8, 8, 16), False, "cifar", (16, 16, 3), 10)
-    network = ConvNet(arch, backprop=backprop)
+    network = ConvNet(arch, ModelOptions(backprop=backprop))
     variables = abstract_variables(network)
     image = jax.ShapeDtypeStruct((16, 16, 16, 3), jnp.float32)
     label = jax.ShapeDtypeStruct((16,), jnp.int32)

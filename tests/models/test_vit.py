@@ -9,6 +9,7 @@ import pytest
 
 from revnet_jax.config import VIT_SIZES
 from revnet_jax.models import (
+    ModelOptions,
     Sweep,
     Variables,
     VisionTransformer,
@@ -23,7 +24,7 @@ SIZES |= {"heads": 2, "hidden": 24}
 
 
 def model(backprop="reverse", **changes):
-    return VisionTransformer(VisionTransformerShape(**(SIZES | changes)), backprop=backprop)
+    return VisionTransformer(VisionTransformerShape(**(SIZES | changes)), ModelOptions(backprop))
 
 
 def randomised(variables):

@@ -51,8 +51,8 @@ def signs(learning_rate, decay):
 
 
 class Recurrence(ChainModel):
-    def __init__(self, *, widths, **options):
-        super().__init__(**options)
+    def __init__(self, layers, widths, options):
+        super().__init__(layers=layers, options=options)
         self.widths = widths
 
     def init(self, key):
@@ -100,5 +100,5 @@ class Hold(Task):
         return {"input": array(2), "target": array()}
 
 
-def build(data, **options):
-    return Hold(Recurrence(**options), data.tokens)
+def build(data, layers, widths, options):
+    return Hold(Recurrence(layers, widths, options), data.tokens)

@@ -15,9 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from revnet_jax.core import (
-    Backprop,
     Exactness,
-    Grid,
     Layer,
     PlainLayer,
     Section,
@@ -37,23 +35,15 @@ from revnet_jax.models.convolutional.residual import (
 from revnet_jax.models.convolutional.shape import ConvNetShape, chains, groups
 from revnet_jax.models.convolutional.strategies import assign_strategies
 from revnet_jax.models.dtypes import narrowed
-from revnet_jax.models.model import Sweep, Variables
+from revnet_jax.models.model import ModelOptions, Sweep, Variables
 from revnet_jax.models.partition import Rules, gather, on_batch
 
 
 class ConvNet:
     """An image classifier as pure functions: `init(key)` and `apply(variables, image, ...)`.
 
-    backprop: the gradient's strategy (see `chain`): one of `STRATEGIES` for all chains, or a
-      tuple with one per chain; `reverse` needs two streams.
-    stored_layers: number of layers of all chains, counted from the last, that store instead. The
-      last layers have the smallest activations, so they save the most compute for their memory.
-    unroll: see `chain`.
-    compute_dtype: of convolutions (mixed precision); streams, batch statistics and logits are
-      float32.
-    param_dtype: of kernels; other parameters are float32.
-    grid: the grid that the streams of a RevNet are kept on; None for ordinary floats.
-    check_exactness: whether `probes` returns probes. The check keeps each chain's input in memory.
+    options: how it computes. With `stored_layers` the last layers of all chains store. They have
+      the smallest activations, so they save the most compute for their memory.
     """
 
     rules: Rules = RULES
@@ -61,23 +51,15 @@ class ConvNet:
     def __init__(
         self,
         shape: ConvNetShape,
-        *,
-        backprop: Backprop | tuple[Backprop, ...] = "reverse",
-        stored_layers: int = 0,
-        unroll: int = 1,
-        compute_dtype: Any = jnp.float32,
-        param_dtype: Any = jnp.float32,
-        grid: Grid | None = Grid(),
-        check_exactness: bool = True,
+        options: ModelOptions = ModelOptions(),
     ):
-        self.shape, self._unroll = shape, unroll
-        self.compute_dtype, self.param_dtype = compute_dtype, param_dtype
-        self.check_exactness = check_exactness
-        self.grid = grid
+        self.shape, self._unroll = shape, options.unroll
+        self.compute_dtype, self.param_dtype = options.compute_dtype, options.param_dtype
+        self.check_exactness, self.grid = options.check_exactness, options.grid
         self.groups = groups(shape)
         self.chains = chains(self.groups)
-        self.strategies = assign_strategies(shape, self.groups, backprop, stored_layers)
-        common = {"dtype": compute_dtype}
+        self.strategies = assign_strategies(shape, self.groups, options)
+        common = {"dtype": options.compute_dtype}
         in_unit = {"bottleneck": shape.bottleneck, **common}
 
         def branch(in_channels, out_channels, stride, activate_first):

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from revnet_jax.core import STRATEGIES, Backprop
+from revnet_jax.core import STRATEGIES
 from revnet_jax.models.convolutional.shape import ConvNetShape, Group, chains
-from revnet_jax.models.model import Strategy
+from revnet_jax.models.model import ModelOptions, Strategy
 
 
 def assign_strategies(
     shape: ConvNetShape,
     groups: Sequence[Group],
-    backprop: Backprop | tuple[Backprop, ...],
-    stored_layers: int,
+    options: ModelOptions,
 ) -> dict[str, Strategy]:
     """The strategy of each chain and each transition, by name.
 
-    backprop: one for all chains, or a tuple with one per chain.
-    stored_layers: in all chains together, counted from the last; chains that store anyway are not
-      counted.
+    options: its `stored_layers` count in all chains together, from the last; chains that store
+      anyway are not counted.
 
     A transition stores if all layers of the chain after it store; otherwise it is remat.
 
     Raises ValueError for an unknown strategy, a wrong number of strategies, more stored layers than
     there are, or `reverse` for a network without an inverse.
     """
+    backprop, stored_layers = options.backprop, options.stored_layers
     depths = {name: sum(g.depth for g in chain) for name, chain in chains(groups).items()}
     wanted = [backprop] * max(1, len(depths)) if isinstance(backprop, str) else list(backprop)
     if len(wanted) != max(1, len(depths)) or not set(wanted) <= set(STRATEGIES):

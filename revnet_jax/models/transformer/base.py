@@ -16,18 +16,18 @@ import jax.numpy as jnp
 
 from revnet_jax.core import Layer, PlainLayer, reversible_block
 from revnet_jax.models.chain_model import ChainModel
-from revnet_jax.models.model import Sweep
+from revnet_jax.models.model import ModelOptions, Sweep
 
 
 class Transformer(ChainModel):
     """The chain of a transformer; subclasses add the embedding and the head.
 
     reversible: two streams; otherwise one stream.
-    options: of `ChainModel`.
+    layers, options: see `ChainModel`.
     """
 
-    def __init__(self, *, reversible: bool, **options: Any):
-        super().__init__(invertible=reversible, **options)
+    def __init__(self, *, layers: int, reversible: bool, options: ModelOptions):
+        super().__init__(layers=layers, invertible=reversible, options=options)
 
     def _layer(self, f: Callable[..., Any], g: Callable[..., Any]) -> Layer:
         """The chain's layer from branches f and g that return (u, aux)."""

@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from revnet_jax.core import Backprop, Grid
 from revnet_jax.models.bridge import PureModule
 from revnet_jax.models.dtypes import at_least_float32, narrowed
-from revnet_jax.models.model import Sweep, Variables
+from revnet_jax.models.model import ModelOptions, Sweep, Variables
 from revnet_jax.models.partition import by_batch, gather, on_batch, on_sequence, whole_sequences
 from revnet_jax.models.transformer.attention import AttentionKernel, rotary_angles
 from revnet_jax.models.transformer.base import Transformer, check_positive, drop, init_layers_of
@@ -100,7 +99,7 @@ class LanguageModelShape:
 class LanguageModel(Transformer):
     """A decoder as pure functions: `init(key)`, `loss(variables, ...)`, `extend(...)` to generate.
 
-    backprop to check_exactness: see `ChainModel`.
+    options: how it computes.
     attention: the kernel, see `attend`.
     feed_forward_chunks: see `FeedForward`.
     loss_chunk: number of tokens per device whose logits exist at a time.
@@ -112,29 +111,13 @@ class LanguageModel(Transformer):
     def __init__(
         self,
         shape: LanguageModelShape,
+        options: ModelOptions = ModelOptions(),
         *,
-        backprop: Backprop = "reverse",
-        stored_layers: int = 0,
-        unroll: int = 1,
-        compute_dtype: Any = jnp.float32,
-        param_dtype: Any = jnp.float32,
-        grid: Grid | None = Grid(),
-        check_exactness: bool = True,
         attention: AttentionKernel = "chunked",
         feed_forward_chunks: int = 1,
         loss_chunk: int = 2048,
     ):
-        super().__init__(
-            layers=shape.layers,
-            reversible=shape.reversible,
-            backprop=backprop,
-            stored_layers=stored_layers,
-            unroll=unroll,
-            compute_dtype=compute_dtype,
-            param_dtype=param_dtype,
-            grid=grid,
-            check_exactness=check_exactness,
-        )
+        super().__init__(layers=shape.layers, reversible=shape.reversible, options=options)
         if min(feed_forward_chunks, loss_chunk) < 1:
             raise ValueError(
                 f"got feed_forward_chunks={feed_forward_chunks}, loss_chunk={loss_chunk}, expected "
@@ -158,12 +141,12 @@ class LanguageModel(Transformer):
                 out_std=out_std(a.width),
                 kernel=attention,
                 window=a.window,
-                dtype=compute_dtype,
+                dtype=self.compute_dtype,
                 rngs=rngs,
             )
         )
         std = out_std(a.hidden)
-        common = {"width": a.width, "hidden": a.hidden, "out_std": std, "dtype": compute_dtype}
+        common = {"width": a.width, "hidden": a.hidden, "out_std": std, "dtype": self.compute_dtype}
         experts = {"experts": a.experts, "experts_per_token": a.experts_per_token}
         common |= experts if a.experts else {"chunks": feed_forward_chunks}
         feed_forward = Experts if a.experts else FeedForward

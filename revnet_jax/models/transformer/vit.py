@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from revnet_jax.core import Backprop, Grid
 from revnet_jax.models.bridge import PureModule
 from revnet_jax.models.dtypes import at_least_float32, narrowed
-from revnet_jax.models.model import Sweep, Variables
+from revnet_jax.models.model import ModelOptions, Sweep, Variables
 from revnet_jax.models.partition import Rules, gather, on_batch
 from revnet_jax.models.transformer.attention import AttentionKernel, attend
 from revnet_jax.models.transformer.base import Transformer, check_positive, drop, init_layers_of
@@ -76,7 +75,7 @@ class VisionTransformerShape:
 class VisionTransformer(Transformer):
     """An image classifier as pure functions: `init(key)` and `apply(variables, image, ...)`.
 
-    backprop to check_exactness: see `ChainModel`.
+    options: how it computes.
     attention: the kernel, see `attend`.
     """
 
@@ -85,33 +84,17 @@ class VisionTransformer(Transformer):
     def __init__(
         self,
         shape: VisionTransformerShape,
+        options: ModelOptions = ModelOptions(),
         *,
-        backprop: Backprop = "reverse",
-        stored_layers: int = 0,
-        unroll: int = 1,
-        compute_dtype: Any = jnp.float32,
-        param_dtype: Any = jnp.float32,
-        grid: Grid | None = Grid(),
-        check_exactness: bool = True,
         attention: AttentionKernel = "chunked",
     ):
-        super().__init__(
-            layers=shape.layers,
-            reversible=shape.reversible,
-            backprop=backprop,
-            stored_layers=stored_layers,
-            unroll=unroll,
-            compute_dtype=compute_dtype,
-            param_dtype=param_dtype,
-            grid=grid,
-            check_exactness=check_exactness,
-        )
+        super().__init__(layers=shape.layers, reversible=shape.reversible, options=options)
         self.shape = a = shape
-        common = {"width": a.width, "dtype": compute_dtype}
+        common = {"width": a.width, "dtype": self.compute_dtype}
         pure = lambda make, **settings: PureModule(lambda rngs: make(**settings, rngs=rngs))
         self._f = pure(SelfAttention, heads=a.heads, kernel=attention, **common)
         self._g = pure(Mlp, hidden=a.hidden, **common)
-        self._stem = pure(Patches, shape=a, dtype=compute_dtype)
+        self._stem = pure(Patches, shape=a, dtype=self.compute_dtype)
         self._head = pure(ViTHead, num_classes=a.num_classes, **common)
 
     def init(self, key: jax.Array) -> Variables:
