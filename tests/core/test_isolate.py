@@ -94,6 +94,7 @@ def test_gradients_of_shared_inputs_are_added_in_one_order():
         np.testing.assert_array_equal(gradient(**settings), expected)
 
 
+@pytest.mark.thorough
 def test_step_by_step():
     """`jax.disable_jit` is how one looks for a fault in a branch."""
     x = (jnp.ones((ROWS, WIDTH)),) * 2

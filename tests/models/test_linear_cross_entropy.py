@@ -51,6 +51,7 @@ def test_value_and_gradient_are_the_naive_ones(V, chunk):
         np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.thorough
 def test_derivatives_of_any_order_and_mode():
     with jax.enable_x64(True):
         *arguments, target_M = inputs(17)

@@ -205,7 +205,7 @@ def test_routing_in_bfloat16_replays_at_depth():
     assert difference <= 1e-6
 
 
-@pytest.mark.parametrize("experts_per_token", [1, 2])
+@pytest.mark.parametrize("experts_per_token", [1, thorough(2)])
 def test_the_router_learns_from_the_loss(experts_per_token):
     """And not from the balance loss alone."""
     lm = model("store", experts=4, experts_per_token=experts_per_token)

@@ -567,6 +567,7 @@ def temporary_bytes(backprop, depth):
 STREAM_BYTES = 4 * 16 * 8 * 8 * 8
 
 
+@pytest.mark.thorough
 def test_memory_of_reverse_does_not_depend_on_depth(monkeypatch):
     """Six more units, and not a single stream more."""
     monkeypatch.setattr(residual, "conv", plain_conv)

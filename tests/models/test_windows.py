@@ -10,6 +10,7 @@ from revnet_jax.core import Grid
 from revnet_jax.models import Sweep, Variables
 from revnet_jax.models.transformer import attention
 from revnet_jax.training.sharding import make_mesh, on_mesh, put_batch
+from tests import thorough
 from tests.models.test_lm import T, jit, model, tokens
 
 END = 3
@@ -53,7 +54,7 @@ def check_same(got, expected):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("window", [0, 3])
+@pytest.mark.parametrize("window", [thorough(0), 3])
 def test_documents_in_one_sequence_are_documents_apart(window):
     """Each as long as it is, wherever it lies; without `end_token` the second reads the first."""
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
@@ -76,6 +77,7 @@ def test_documents_in_one_sequence_are_documents_apart(window):
         assert float(together(mixing)[0]) != pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.thorough
 def test_reverse_is_store(blocks):
     """And the rewind makes the masks that the forward pass had."""
     params, token_BT = jit(model().init)(jax.random.key(0)).params, packed()
