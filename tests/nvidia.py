@@ -25,8 +25,8 @@ _NEEDED = (
     ),
 )
 _HEADER = """
-from revnet_jax.planning.topology import devices, parse_topology
-targets = devices(parse_topology({name!r}))
+from revnet_jax.planning.topology import parse_topology, topology_devices
+targets = topology_devices(parse_topology({name!r}))
 """
 
 

@@ -36,8 +36,8 @@ def test_several_slices_are_a_topology(monkeypatch):
 )
 def test_a_program_for_a_tpu_that_is_not_here(name, printed):
     code = (
-        "import jax; from revnet_jax.planning.topology import devices, parse_topology\n"
-        f"found = devices(parse_topology('{name}'))\n"
+        "import jax; from revnet_jax.planning.topology import parse_topology, topology_devices\n"
+        f"found = topology_devices(parse_topology('{name}'))\n"
         "slices = {getattr(device, 'slice_index', None) for device in found}\n"
         "print(len(found), found[0].device_kind, len(slices))"
     )

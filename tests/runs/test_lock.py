@@ -18,8 +18,8 @@ HOST = socket.gethostname()
 HOLDER = """
 import sys, time
 from pathlib import Path
-from revnet_jax.runs.lock import locked
-with locked(Path(sys.argv[1])):
+from revnet_jax.runs.lock import file_lock
+with file_lock(Path(sys.argv[1])):
     print("locked", flush=True)
     time.sleep(600)
 """
