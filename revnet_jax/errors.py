@@ -59,7 +59,8 @@ def write_all(file: BinaryIO, content: bytes) -> None:
 def file_system(path: str | os.PathLike[str]) -> str:
     """Describes, for a message, the file system of `path` and its free space.
 
-    path: need not exist.
+    Args:
+      path: need not exist.
     """
     if "://" in str(path):
         return "remote storage"

@@ -50,9 +50,10 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 class Depth:
     """How the settings of a model give its depth, and how to change it.
 
-    of: `(config.model) -> depth`, in layers or residual units.
-    times: `(config.model, n) -> settings` of a model n times as deep.
-    equal: `(config, layers) -> settings` with this number of layers in the chain of each stage.
+    Attributes:
+      of: `(config.model) -> depth`, in layers or residual units.
+      times: `(config.model, n) -> settings` of a model n times as deep.
+      equal: `(config, layers) -> settings` with this number of layers in the chain of each stage.
     """
 
     of: Callable[[Mapping[str, Any]], int]
@@ -64,10 +65,11 @@ class Depth:
 class Family:
     """One row of the table of families.
 
-    settings: returns a config with every setting and its default.
-    task: `(config, options, platform) -> task`. The platform is "cpu", "gpu" or "tpu".
-    data: the kind of data that the task needs; None if the data set decides.
-    depth: how the depth of the model is set.
+    Attributes:
+      settings: returns a config with every setting and its default.
+      task: `(config, options, platform) -> task`. The platform is "cpu", "gpu" or "tpu".
+      data: the kind of data that the task needs; None if the data set decides.
+      depth: how the depth of the model is set.
     """
 
     settings: Callable[[], ConfigDict]
@@ -112,8 +114,9 @@ def build_task(
 ) -> Task:
     """Builds the model of a config with its training task. Nothing is computed.
 
-    stored_layers: replaces the setting of the config, where "auto" counts as 0.
-    platform: of the devices to train on, "cpu", "gpu" or "tpu"; by default, of those here.
+    Args:
+      stored_layers: replaces the setting of the config, where "auto" counts as 0.
+      platform: of the devices to train on, "cpu", "gpu" or "tpu"; by default, of those here.
 
     Raises ConfigError for settings that cannot be used.
     """

@@ -10,7 +10,8 @@ from typing import Any
 def write_atomically(path: Any, content: str | bytes) -> None:
     """Replaces a file: whoever reads it finds the whole old file or the whole new one.
 
-    path: a `pathlib.Path`, or an `epath.Path` of remote storage.
+    Args:
+      path: a `pathlib.Path`, or an `epath.Path` of remote storage.
 
     Raises OSError (see `revnet_jax.errors.writing`), or what remote storage raises.
     """

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 def markdown(cells: Sequence[Sequence[str]], text_columns: int | Sequence[str] = 1) -> list[str]:
     """Lines of a Markdown table, in columns of equal width.
 
-    cells: the header, then the rows.
-    text_columns: how many columns, from the first, or the names of those, that are text and
-      aligned to the left. Numbers are aligned to the right.
+    Args:
+      cells: the header, then the rows.
+      text_columns: how many columns, from the first, or the names of those, that are text and
+        aligned to the left. Numbers are aligned to the right.
     """
     header, *rows = cells
     if isinstance(text_columns, int):

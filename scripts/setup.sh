@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv in the clone, with what pyproject.toml asks for, in the versions that were tested.
-#   scripts/setup.sh [EXTRA,...]     extras: plots, tensorboard, text, tpu, cuda13,
+#   scripts/setup.sh [EXTRA,...]     extras: plots, tensorboard, text, docs, tpu, cuda13,
 #                                    gpu_compiler, dev
 # Needs Python 3.11 or later; PYTHON names another interpreter than python3, VENV another directory
 # than .venv.

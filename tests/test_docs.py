@@ -2,15 +2,17 @@
 
 import pathlib
 import re
+import runpy
 
 import pytest
 
-from revnet_jax import config
+from revnet_jax import config, core
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md"))]
-PAGES += sorted((ROOT / "docs").glob("*.md"))
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
+REFERENCE = ROOT / "docs" / "reference"
 CONFIGS = config.experiment, config.language_model, config.vision_transformer, config.digits
 SETTINGS = {key for make in CONFIGS for key in config.flatten(make())}
 # What people search for, and the page that index.md leads to.
@@ -25,7 +27,7 @@ SEARCHES = {
     "greedy decoding": "language_models.md",
     "learning-rate warm-up": "language_models.md",
 }
-each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def without_code(text):
@@ -84,3 +86,46 @@ def test_searches_end_at_a_page(words):
     rows = (ROOT / "docs" / "index.md").read_text().splitlines()
     (row,) = [row for row in rows if words in row]
     assert f"]({SEARCHES[words]})" in row
+
+
+def test_the_reference_shows_every_module():
+    """Of core it shows what the package exports."""
+    shown = "\n".join(page.read_text() for page in REFERENCE.glob("*.md"))
+    shown = re.findall(r"^::: (revnet_jax[\w.]*)", shown, re.MULTILINE)
+    for path in (ROOT / "revnet_jax").rglob("[!_]*.py"):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        if not module.startswith("revnet_jax.core."):
+            assert any(f"{name}.".startswith(f"{module}.") for name in shown), module
+    assert len(shown) == len(set(shown))
+    for name in shown:
+        parts = name.split(".")
+        paths = [ROOT.joinpath(*parts[:n]).with_suffix(".py") for n in (len(parts), -1)]
+        assert any(path.is_file() for path in paths), f"{name} is not there"
+
+
+def test_the_reference_shows_every_name_of_core():
+    text = (REFERENCE / "core.md").read_text()
+    shown = re.findall(r"^::: revnet_jax\.core\.\w+\.(\w+)$", text, re.MULTILINE)
+    for members in re.findall(r"members: \[(.*)\]", text):
+        shown += members.split(", ")
+    assert sorted(shown) == sorted(core.__all__)
+
+
+def test_figures_are_drawn_from_the_committed_rows():
+    pytest.importorskip("matplotlib")
+    drawing = runpy.run_path(str(ROOT / "docs" / "figures" / "draw.py"))
+    for name, (rows, draw) in drawing["FIGURES"].items():
+        assert (
+            f"drawn from rows {drawing['digest'](rows())}"
+            in (ROOT / "docs" / "figures" / name).read_text()
+        ), f"{name} is of other rows: run docs/figures/draw.py"
+        assert draw(rows()).axes
+
+
+def test_the_page_says_what_the_figure_of_depth_shows():
+    drawing = runpy.run_path(str(ROOT / "docs" / "figures" / "draw.py"))
+    text = (ROOT / "docs" / "memory.md").read_text()
+    for row in drawing["rows_of_depths"]()["compiled"]:
+        cell = f"{row['needed_bytes'] / 2**30:.2f} GiB, {row['kernels_ms']:.0f} ms"
+        (line,) = re.findall(rf"^\| {row['layers']} \|.*$", text, re.MULTILINE)
+        assert cell in line

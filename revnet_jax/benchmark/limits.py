@@ -39,7 +39,9 @@ def find_limit(
 ) -> dict[str, Any]:
     """A row: the largest batch, or number of layers, and the speed there.
 
-    layers, batch: where the search starts; along `axis` it takes multiples of that.
+    Args:
+      layers: where the search starts; if it is along this axis, it takes multiples of that.
+      batch: the same for the batch.
 
     The search uses the compiler's memory figures. The size it finds is then run, and reduced by an
     eighth as long as the device runs out of memory. Cost: `most_compiled` compilations and six

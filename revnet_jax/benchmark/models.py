@@ -25,11 +25,12 @@ MOMENTUM = 0.9
 class Program(NamedTuple):
     """A training step, its initialization, and how to read the first gradient.
 
-    step: `(state, batch) -> (state, metrics)`, jitted, its state donated. Metrics hold the loss
-      and, where layers are rebuilt, `exact_mismatches` of all steps so far.
-    init: `() -> (state, batch)`.
-    gradient: `state -> gradient`, from the state after the first step: momentum starts at zero, so
-      that it then holds the gradient.
+    Attributes:
+      step: `(state, batch) -> (state, metrics)`, jitted, its state donated. Metrics hold the loss
+        and, where layers are rebuilt, `exact_mismatches` of all steps so far.
+      init: `() -> (state, batch)`.
+      gradient: `state -> gradient`, from the state after the first step: momentum starts at zero,
+        so that it then holds the gradient.
     """
 
     step: Any
@@ -41,8 +42,9 @@ class Program(NamedTuple):
 class Chain:
     """A chain of equal two-stream layers; the loss is the mean square of the output streams.
 
-    width: of each stream.
-    dtype: that branches compute in; streams and parameters are float32.
+    Attributes:
+      width: of each stream.
+      dtype: that branches compute in; streams and parameters are float32.
     """
 
     width: int
@@ -176,7 +178,9 @@ class TransformerChain(Chain):
 class ConfigModel:
     """The model of a config, as `scripts/train.py` trains it, by SGD with momentum or by AdamW.
 
-    config: its batch size and depth are replaced. unit: what `examples` counts.
+    Attributes:
+      config: its batch size and depth are replaced.
+      unit: what `examples` counts.
     """
 
     config: ConfigDict
@@ -199,8 +203,9 @@ class ConfigModel:
     def program(self, strategy: str, layers: int, batch: int) -> Program:
         """The package's training step on random data.
 
-        strategy: "twin" too, the irreversible model of a transformer, which stores all layers.
-        layers: in all stages together, the same number in each.
+        Args:
+          strategy: "twin" too, the irreversible model of a transformer, which stores all layers.
+          layers: in all stages together, the same number in each.
         """
         config = self.config.copy_and_resolve_references()
         if "units" in config.model:

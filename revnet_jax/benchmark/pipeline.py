@@ -21,8 +21,9 @@ def feed(config: ConfigDict, seconds: float) -> dict[str, Any]:
 
     Measures this host and its own devices only.
 
-    seconds: for each of the two, with at least three batches or steps. The prefetched batches are
-      taken first and not timed, so that the steady rate is measured.
+    Args:
+      seconds: for each of the two, with at least three batches or steps. The prefetched batches are
+        taken first and not timed, so that the steady rate is measured.
 
     Raises UserError for settings or data that cannot be used.
     """

@@ -37,8 +37,9 @@ STEPS = 4
 class Setting(NamedTuple):
     """One model at one size, and the strategies to compare on it.
 
-    strategies: see `Variant`.
-    seconds: how long the strategies take turns, three turns at least; 0 only compiles them.
+    Attributes:
+      strategies: see `Variant`.
+      seconds: how long the strategies take turns, three turns at least; 0 only compiles them.
     """
 
     model: BenchmarkModel
@@ -153,7 +154,9 @@ def compare_gradients(entrants: Sequence[Entrant]) -> None:
 def take_turns(entrants: Sequence[Entrant], seconds: float, least: int = 3) -> None:
     """Lets every entrant take its turn, in rounds; each round starts with the next entrant.
 
-    seconds: how long to go on. least: the smallest number of rounds.
+    Args:
+      seconds: how long to go on.
+      least: the smallest number of rounds.
     """
     ends, turn = time.monotonic() + seconds, 0
     while turn < least or time.monotonic() < ends:
@@ -168,14 +171,14 @@ def describe_entrant(
 ) -> dict[str, Any]:
     """A row of results: milliseconds, ratios, bytes, gradient error. Unmeasured ones are None.
 
-    flops: of matrix products and convolutions, counted before compilation.
-    step_bytes, temporary_bytes: the compiler's figures, with and without arguments and results.
-    rss_bytes: growth of the process's resident memory during the first step (Linux).
-    device_bytes: the device's peak after the first step, less what the other strategies hold. None
-      if the device does not report it, or if an earlier program had a higher peak.
-    gradient_error: relative L2 distance of the first step's gradient to that of `store`.
-    time_vs_store, cpu_vs_store, ...: medians of the ratios within turns; cpu is the processor time
-      of all threads.
+    - flops: of matrix products and convolutions, counted before compilation.
+    - step_bytes, temporary_bytes: the compiler's figures, with and without arguments and results.
+    - rss_bytes: growth of the process's resident memory during the first step (Linux).
+    - device_bytes: the device's peak after the first step, less what the other strategies hold.
+      None if the device does not report it, or if an earlier program had a higher peak.
+    - gradient_error: relative L2 distance of the first step's gradient to that of `store`.
+    - time_vs_store, cpu_vs_store, ...: medians of the ratios within turns; cpu is the processor
+      time of all threads.
     """
     model, layers, batch = setting[:3]
     row: dict[str, Any] = {

@@ -51,8 +51,9 @@ class Suite(NamedTuple):
 def suites(config: ConfigDict, lm_config: ConfigDict) -> dict[str, Suite]:
     """The suites by name.
 
-    config: of the RevNet to measure, with three equal stages.
-    lm_config: of the language model that the GPU suite trains at its own depth.
+    Args:
+      config: of the RevNet to measure, with three equal stages.
+      lm_config: of the language model that the GPU suite trains at its own depth.
     """
     return {
         "laptop": laptop(ConfigModel(config), decoder(width=256, context=512)),
@@ -168,8 +169,10 @@ def select(
 ) -> Suite:
     """A part of a suite, or the suite at other sizes; an argument of None changes nothing.
 
-    layers, batch: compare every combination of the two, for every model, in place of the suite's
-      sizes; searches keep their starting sizes.
+    Args:
+      layers: numbers of layers, in place of the suite's. Every combination with `batch` is
+        compared, for every model; searches keep their starting sizes.
+      batch: batch sizes, in place of the suite's.
 
     Raises UserError for unknown models and strategies.
     """
@@ -218,7 +221,8 @@ def _merged(settings, strategies):
 class Budget:
     """A time budget that corrects estimates by how long earlier work took.
 
-    seconds: None for no end.
+    Args:
+      seconds: None for no end.
     """
 
     def __init__(self, seconds: float | None):
@@ -252,9 +256,10 @@ def run_suite(
 
     A setting that the device cannot run gives a row with an "error", and the run goes on.
 
-    limit_bytes: the memory that searches fill; by default what the device reports.
-    minutes: time budget; parts that may take longer than is left are skipped. By default the
-      suite's.
+    Args:
+      limit_bytes: the memory that searches fill; by default what the device reports.
+      minutes: time budget; parts that may take longer than is left are skipped. By default the
+        suite's.
     """
     minutes = suite.minutes if minutes is None else minutes
     budget = Budget(None if minutes is None else 60 * minutes)

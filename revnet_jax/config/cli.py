@@ -79,7 +79,8 @@ def limit(flag: flags.FlagHolder, expected: Range) -> None:
 def check_output(flag: str, path: str, *, suffix: str = "") -> None:
     """Raises UserError unless a file can be written at `path`. Call it before computing anything.
 
-    flag: the name of the flag that gives the path.
+    Args:
+      flag: the name of the flag that gives the path.
     """
     file = Path(path).absolute()
     folder = file.parent
@@ -117,8 +118,9 @@ def run(
 ) -> None:
     """`absl.app.run`, but errors that the user can fix are one line (see `errors.exit_status`).
 
-    required: names of flags that must be given. Mistakes in flags are found before `main` starts.
-    arguments: whether arguments other than flags are allowed.
+    Args:
+      required: names of flags that must be given. Mistakes in flags are found before `main` starts.
+      arguments: whether arguments other than flags are allowed.
     """
 
     def guarded(argv):

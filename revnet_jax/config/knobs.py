@@ -280,7 +280,8 @@ LM_LAPTOP = {
 def with_arms(config: ConfigDict, arm: str, arms: Mapping[str, Mapping[str, Any]]) -> ConfigDict:
     """Applies the named variants of a config: `--config=FILE:laptop` or `FILE:cifar100,laptop`.
 
-    arms: for each name, settings by dotted key.
+    Args:
+      arms: for each name, settings by dotted key.
     """
     for name in filter(None, arm.split(",")):
         if name not in arms:

@@ -23,8 +23,9 @@ _DEEP = 100_000  # most layers, because some code makes a list with an entry per
 class Range(NamedTuple):
     """A range of values.
 
-    expected: describes the range in error messages.
-    holds: says whether a value, of any type, is in the range.
+    Attributes:
+      expected: describes the range in error messages.
+      holds: says whether a value, of any type, is in the range.
     """
 
     expected: str

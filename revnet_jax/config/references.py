@@ -51,7 +51,8 @@ def search_path() -> str:
 def folders_of(config: Mapping[str, Any]) -> list[str]:
     """The folders where the modules of a config were found, for processes without its file.
 
-    config: settings by dotted key.
+    Args:
+      config: settings by dotted key.
     """
     found = []
     for name in named_in(config):
@@ -106,9 +107,10 @@ def call_reference(
 ) -> Any:
     """Calls the function of `config.<key>` with keyword arguments.
 
-    settings: the settings of its section. Its signature must accept all of them.
-    given: arguments of the package, which its signature must accept too.
-    optional: arguments that it gets only if its signature names them.
+    Args:
+      settings: the settings of its section. Its signature must accept all of them.
+      given: arguments of the package, which its signature must accept too.
+      optional: arguments that it gets only if its signature names them.
 
     Raises ConfigError if signature and settings do not match, and in place of a ValueError or
     TypeError that the function raises.
@@ -146,7 +148,8 @@ def call_reference(
 def check_members(key: str, name: str, what: Any, members: Collection[str], expected: str) -> None:
     """Raises ConfigError if an object lacks members.
 
-    what: the object, which the function of `config.<key>` returned.
+    Args:
+      what: the object, which the function of `config.<key>` returned.
     """
     if missing := [member for member in members if not hasattr(what, member)]:
         raise ConfigError(

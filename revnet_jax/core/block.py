@@ -22,10 +22,11 @@ Streams = tuple[Any, ...]  # one tree of arrays per stream
 class Context(NamedTuple):
     """The inputs of a branch other than its parameters and the streams.
 
-    shared: side inputs that every layer sees. Differentiated; their cotangents are summed over
-      layers.
-    data: this layer's slice of the per-layer data (PRNG keys, running statistics, rates). Not
-      differentiated.
+    Attributes:
+      shared: side inputs that every layer sees. Differentiated; their cotangents are summed over
+        layers.
+      data: this layer's slice of the per-layer data (PRNG keys, running statistics, rates). Not
+        differentiated.
     """
 
     shared: Any = None
@@ -47,7 +48,8 @@ class Layer(Protocol):
 class Forward(NamedTuple):
     """The result of `forward`. A custom layer may return a tuple of the first three fields.
 
-    checksum: int32, over everything that the layer's branches computed (see `evaluate_branch`).
+    Attributes:
+      checksum: int32, over everything that the layer's branches computed (see `evaluate_branch`).
     """
 
     y: Streams
@@ -83,7 +85,8 @@ class ReversibleLayer(Layer, Protocol):
     ) -> Rewound:
         """Computes x and all cotangents from (y, dy).
 
-        daux: cotangents of the auxiliary outputs, None at leaves that are not floating point.
+        Args:
+          daux: cotangents of the auxiliary outputs, None at leaves that are not floating point.
         """
         ...
 
@@ -112,13 +115,14 @@ def check_branch(branch: Any, num_reads: int) -> None:
 class HalfStep:
     """Updates one stream from others: `u = branch(params, *reads, context)`, then merge.
 
-    branch: a pure function `(params, *streams read, context) -> (u, auxiliary outputs)`. It must
-      return the same bits when it is evaluated again on the same bits, so it takes randomness
-      from keys in `context.data`. The auxiliary outputs may be any tree; their floating-point
-      leaves are differentiated.
-    updates: index of the stream that is updated.
-    reads: indices of the streams that the branch sees; never the updated stream.
-    coupling: how `u` is merged into the stream, and removed from it again.
+    Attributes:
+      branch: a pure function `(params, *streams read, context) -> (u, auxiliary outputs)`. It must
+        return the same bits when it is evaluated again on the same bits, so it takes randomness
+        from keys in `context.data`. The auxiliary outputs may be any tree; their floating-point
+        leaves are differentiated.
+      updates: index of the stream that is updated.
+      reads: indices of the streams that the branch sees; never the updated stream.
+      coupling: how `u` is merged into the stream, and removed from it again.
     """
 
     branch: Callable[..., tuple[Any, Any]]
@@ -289,11 +293,12 @@ def differentiate(
 class Invertible:
     """A reversible layer from a function and its inverse, for layers that are not half-steps.
 
-    apply: `(params, x, context) -> y`, or `-> (y, aux)` if `has_aux`; x and y are tuples of
-      streams. In a section of one layer their shapes may differ (see `sequence`).
-    undo: `(params, y, context) -> x`. It is only as exact as it is written: a permutation is
-      exact, and its output stays on the grid; multiplying by a matrix and by its inverse is
-      neither.
+    Attributes:
+      apply: `(params, x, context) -> y`, or `-> (y, aux)` if `has_aux`; x and y are tuples of
+        streams. In a section of one layer their shapes may differ (see `sequence`).
+      undo: `(params, y, context) -> x`. It is only as exact as it is written: a permutation is
+        exact, and its output stays on the grid; multiplying by a matrix and by its inverse is
+        neither.
 
     Cost of `rewind`: one `undo`, then one evaluation and one backward pass of `apply`.
     """
@@ -330,7 +335,8 @@ class Invertible:
 class PlainLayer:
     """A layer that cannot be inverted, for chains under `store` or `remat`.
 
-    apply: `(params, x, context) -> (y, aux)`, with x and y tuples of streams.
+    Attributes:
+      apply: `(params, x, context) -> (y, aux)`, with x and y tuples of streams.
     """
 
     apply: Callable[[Any, Streams, Context], tuple[Streams, Any]]

@@ -32,9 +32,10 @@ def reversible_block(
 
     RevNet (Gomez et al. 2017, arXiv:1707.04585, eq. 6). Parameters are a pair `(f's, g's)`.
 
-    coupling: how an update is merged into its stream; additive by default.
-    grid: the grid that streams are kept on; `Grid(bits)` for another resolution, None for
-      ordinary floats.
+    Args:
+      coupling: how an update is merged into its stream; additive by default.
+      grid: the grid that streams are kept on; `Grid(bits)` for another resolution, None for
+        ordinary floats.
     """
     return multi_stream_block((f, g), has_aux=has_aux, coupling=coupling, grid=grid)
 
@@ -49,8 +50,9 @@ def multi_stream_block(
 ) -> Block:
     """A block with one stream per branch; branch i updates stream i, in order.
 
-    reads: "others": branch i sees all streams except stream i, in order; "next" (round-robin): it
-      sees stream i + 1 only, and the last branch sees the first stream.
+    Args:
+      reads: "others": branch i sees all streams except stream i, in order; "next" (round-robin): it
+        sees stream i + 1 only, and the last branch sees the first stream.
 
     Streams may differ in shape; branch i must then return the shape of stream i.
     """
@@ -76,7 +78,10 @@ def symplectic_block(
     (Chang et al. 2018, arXiv:1709.03698; there each energy is one layer of a network). Streams
     are (q, p), of equal shape.
 
-    kinetic, potential: `(params, stream, context) -> energy`, a scalar.
+    Args:
+      kinetic: `(params, stream, context) -> energy`, a scalar.
+      potential: likewise.
+
     Parameters are a pair (kinetic's, potential's). Cost: a branch is the gradient of an energy,
     so a layer costs about three times its energies.
     """
@@ -131,9 +136,10 @@ def bdia_block(
     (x[n-1], x[n]), of equal shape, and (x[n+1], x[n+2]) after the layer. For inference gamma is
     0, its mean, which gives the ordinary network x[n] + h(x[n]).
 
-    gamma: a function that returns the pair of gammas, for f's and g's half-step, from a layer's
-      context; by default `data["gamma"]`, indexed by half-step. Each is 1/2 or -1/2 (or 0 for
-      inference), drawn per example and layer: of a shape like [2, B, 1, 1, 1] for images.
+    Args:
+      gamma: a function that returns the pair of gammas, for f's and g's half-step, from a layer's
+        context; by default `data["gamma"]`, indexed by half-step. Each is 1/2 or -1/2 (or 0 for
+        inference), drawn per example and layer: of a shape like [2, B, 1, 1, 1] for images.
 
     Stores one bit per element per half-step.
     """

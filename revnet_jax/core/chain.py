@@ -27,12 +27,13 @@ from revnet_jax.core.sweep import (
 class Section(NamedTuple):
     """Equal layers in a row, run by one `lax.scan`; or one layer, which may change shapes.
 
-    layer: a `Block` or another reversible layer, or any `Layer` under `store` and `remat`.
-    params_L: the layers' parameters, stacked: every leaf has a leading axis L. Differentiated.
-    data_L: per-layer data, stacked (PRNG keys, statistics). Not differentiated.
-    length: L; needed only if params_L and data_L have no arrays, as for a layer without
-      parameters.
-    state_L: the optimizer's state, stacked, floating point. Used by `update` only.
+    Attributes:
+      layer: a `Block` or another reversible layer, or any `Layer` under `store` and `remat`.
+      params_L: the layers' parameters, stacked: every leaf has a leading axis L. Differentiated.
+      data_L: per-layer data, stacked (PRNG keys, statistics). Not differentiated.
+      length: L; needed only if params_L and data_L have no arrays, as for a layer without
+        parameters.
+      state_L: the optimizer's state, stacked, floating point. Used by `update` only.
     """
 
     layer: Layer | ReversibleLayer
@@ -59,29 +60,33 @@ def chain(
 ) -> tuple[Streams, Any]:
     """Applies L equal layers in order and returns `(y, aux_L)`.
 
-    layer, params_L, data_L, length: see `Section`. For layers that share their weights, pass the
-      weights in `shared` and the number of layers in `length`.
-    x: a tuple of streams. Snapped to the block's grid, if it has one. Differentiated.
-    shared: side inputs that every layer sees. Differentiated; cotangents are summed over layers.
-    backprop: `store`, `remat_dots`, `remat`, `offload` or `reverse`: see `strategies`. On a CPU
-      `remat` saves nothing for a chain of one layer, which runs outside a loop: XLA's CPU
-      compiler drops the barrier and computes the layer once. Compiled for an H100 it saves.
-    stored_layers: number of layers, counted from the last, that use `store` instead of
-      `backprop`. This spends spare memory to save compute.
-    unroll: layers per loop iteration. Has an effect only for `store` and `reverse`, and without
-      `update`. With unroll=L there is no loop, so nothing is copied into and out of stacks, but
-      compilation takes longer and `reverse` holds its gradients twice until they are stacked.
-    update: updates the parameters of each layer, in place, within the backward sweep, so that
-      the gradients of all layers never exist together. A function of one layer:
-      `(dparams, state, params) -> (params, state)`, trees of floats.
-      **The cotangents of params_L and state_L are then their new values**: a backward pass can
-      return nothing but cotangents. The caller uses them as the new parameters and state, and
-      must not use params_L elsewhere in the loss. The update is not differentiated; it may close
-      over constants, and over values traced outside of `jax.grad`.
-    state_L: the state that `update` carries from step to step (an optimizer's moments), stacked.
-    probe: `Exactness.probe()`; its cotangent is the run-time exactness check of `reverse`. The
-      check keeps the chain's input in memory. One probe may be passed to several chains, and be
-      used within `scan`, `vmap` and `shard_map`.
+    Args:
+      layer: see `Section`.
+      params_L: see `Section`. For layers that share their weights, pass the weights in `shared`
+        and the number of layers in `length`.
+      data_L: see `Section`.
+      length: see `Section`.
+      x: a tuple of streams. Snapped to the block's grid, if it has one. Differentiated.
+      shared: side inputs that every layer sees. Differentiated; cotangents are summed over layers.
+      backprop: `store`, `remat_dots`, `remat`, `offload` or `reverse`: see `strategies`. On a CPU
+        `remat` saves nothing for a chain of one layer, which runs outside a loop: XLA's CPU
+        compiler drops the barrier and computes the layer once. Compiled for an H100 it saves.
+      stored_layers: number of layers, counted from the last, that use `store` instead of
+        `backprop`. This spends spare memory to save compute.
+      unroll: layers per loop iteration. Has an effect only for `store` and `reverse`, and without
+        `update`. With unroll=L there is no loop, so nothing is copied into and out of stacks, but
+        compilation takes longer and `reverse` holds its gradients twice until they are stacked.
+      update: updates the parameters of each layer, in place, within the backward sweep, so that the
+        gradients of all layers never exist together. A function of one layer: `(dparams, state,
+        params) -> (params, state)`, trees of floats. **The cotangents of params_L and state_L are
+        then their new values**: a backward pass can return nothing but cotangents. The caller uses
+        them as the new parameters and state, and must not use params_L elsewhere in the loss. The
+        update is not differentiated; it may close over constants, and over values traced outside of
+        `jax.grad`.
+      state_L: the state that `update` carries from step to step (an optimizer's moments), stacked.
+      probe: `Exactness.probe()`; its cotangent is the run-time exactness check of `reverse`. The
+        check keeps the chain's input in memory. One probe may be passed to several chains, and be
+        used within `scan`, `vmap` and `shard_map`.
 
     aux_L: the layers' auxiliary outputs, stacked; floating-point leaves are differentiable.
 
@@ -179,7 +184,8 @@ def sequence_inverse(
     residues)` is x: bit for bit if x is on the grid, the layers are exact and the streams stay
     inside the grid's range.
 
-    residues: needed only if a coupling leaves one.
+    Args:
+      residues: needed only if a coupling leaves one.
 
     Cost: one evaluation of each branch; memory independent of depth.
     """

@@ -27,8 +27,9 @@ _RANGE = "range of the grid"
 class Finding:
     """One line of a report.
 
-    passed: None for a measurement that cannot fail.
-    advice: what to do if the check did not pass.
+    Attributes:
+      passed: None for a measurement that cannot fail.
+      advice: what to do if the check did not pass.
     """
 
     law: str
@@ -74,10 +75,14 @@ def check_reversible(
 ) -> Report:
     """Checks everything a reversible layer must satisfy: `print(check_reversible(...))`.
 
-    layer: a `Block`, `Invertible` or other reversible layer that keeps its streams' shapes.
-    params, data: of a single layer; the checks run a chain of `depth` copies of it.
-    dtypes: dtypes of the branches in which to compare gradients: "float32", "bfloat16", "float64".
-    x, shared: as for `chain`; float32 arrays, small enough to evaluate the chain several times.
+    Args:
+      layer: a `Block`, `Invertible` or other reversible layer that keeps its streams' shapes.
+      params: of a single layer; the checks run a chain of `depth` copies of it.
+      data: of a single layer, too.
+      dtypes: dtypes of the branches in which to compare gradients: "float32", "bfloat16",
+        "float64".
+      x: as for `chain`; float32 arrays, small enough to evaluate the chain several times.
+      shared: as for `chain`, likewise.
 
     Compiles about a dozen programs, two for each dtype: seconds to a minute on a CPU. Does not
     raise for faults of the layer; the report describes them and what to do.

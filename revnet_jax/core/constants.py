@@ -19,7 +19,8 @@ def is_whole(value: Any) -> bool:
 def constant(name: str, value: Any) -> float:
     """Returns the value as a float; raises TypeError or ValueError unless it is a finite number.
 
-    name: of the argument, for the error message.
+    Args:
+      name: of the argument, for the error message.
     """
     if isinstance(value, Tracer):
         raise TypeError(

@@ -28,10 +28,10 @@ from revnet_jax.core.scaling import SCALE_BITS, divide, multiply
 class Coupling(NamedTuple):
     """Two pure functions: `y, residue = merge(x, u, grid)` and `x = unmerge(y, u, residue, grid)`.
 
-    x, y: the stream before and after the update (a tree of arrays).
-    u: what the branch returned, in the form that the coupling expects.
-    grid: the grid that streams are kept on, or None for ordinary floats.
-    residue: the information about x that y and u do not determine, in as few bytes as possible;
+    - x, y: the stream before and after the update (a tree of arrays).
+    - u: what the branch returned, in the form that the coupling expects.
+    - grid: the grid that streams are kept on, or None for ordinary floats.
+    - residue: the information about x that y and u do not determine, in as few bytes as possible;
       None if they determine x. Under `reverse` the residue is the only thing stored per layer.
 
     JAX differentiates both, so no gradient is written by hand: merge in every backward pass,
@@ -47,7 +47,7 @@ def additive(scale: float = 1.0) -> Coupling:
 
     Dinh et al. 2014 (arXiv:1410.8516), Gomez et al. 2017 (arXiv:1707.04585, eq. 6).
 
-    u: the stream's structure and shapes, in any floating dtype. Exact on a grid.
+    The update u has the stream's structure and shapes, in any floating dtype. Exact on a grid.
     """
     scale = constant("scale", scale)
 
@@ -70,7 +70,10 @@ def leapfrog(step: float) -> Coupling:
     Chang et al. 2018 (arXiv:1709.03698) call it the midpoint network. The streams of a
     two-stream block are x[n-1] and x[n], so one layer advances time by 2 h.
 
-    step: h. u: as for `additive`. Exact on a grid.
+    Args:
+      step: h.
+
+    The update u is as for `additive`. Exact on a grid.
     """
     return additive(2 * constant("step", step))
 
@@ -80,8 +83,10 @@ def affine(bound: float = 2.0) -> Coupling:
 
     RealNVP (Dinh et al. 2016, arXiv:1605.08803) with a scale that is bounded on both sides.
 
-    bound: largest scale, in (1, 2]; the smallest is 1 / bound.
-    u: a pair, each with the stream's structure and shapes, in any floating dtype.
+    Args:
+      bound: largest scale, in (1, 2]; the smallest is 1 / bound.
+
+    The update u is a pair, each with the stream's structure and shapes, in any floating dtype.
 
     Exact on a grid with a residue of one bit per element: scales are rounded to multiples of
     2**-12. x * s must be in the grid's range too, which scales above 1 may leave after many
@@ -121,8 +126,10 @@ def momentum(gamma: float = 0.9) -> Coupling:
 
     Sander et al. 2021 (arXiv:2102.07870); `momentum_block` builds the whole layer.
 
-    gamma: in [1/2, 1), rounded to a multiple of 2**-12.
-    u: as for `additive`.
+    Args:
+      gamma: in [1/2, 1), rounded to a multiple of 2**-12.
+
+    The update u is as for `additive`.
 
     Exact on a grid with a residue of one bit per element. The information lost is only
     log2(1 / gamma) bits (0.15 at gamma = 0.9). Without a grid, undoing a layer divides the
@@ -149,8 +156,8 @@ def bdia() -> Coupling:
 
     Bidirectional integration approximation, Zhang et al. 2024 (arXiv:2407.09093).
 
-    u: a pair (gamma, update). gamma broadcasts to every leaf of the stream; its values are 1/2 or
-      -1/2, or 0 for inference, which has no inverse. update is as for `additive`.
+    The update u is a pair (gamma, update). gamma broadcasts to every leaf of the stream; its values
+    are 1/2 or -1/2, or 0 for inference, which has no inverse. update is as for `additive`.
 
     Exact on a grid with a residue of one bit per element: whether x is an odd grid point.
     """

@@ -49,9 +49,9 @@ def evaluate_branch(
     `outputs` is `function(params, reads, context)`. All are trees; floating-point leaves are
     differentiated.
 
-    reads: returned with the same values. Later code must use the returned ones: the cotangents of
+    - reads: returned with the same values. Later code must use the returned ones: the cotangents of
       those uses are then added inside the derivative, rather than by another pass over memory.
-    checksum: int32, over the outputs and, if the function is differentiated, over the residuals
+    - checksum: int32, over the outputs and, if the function is differentiated, over the residuals
       that its derivative needs. Equal wherever the same function was evaluated on the same bits.
 
     Cost: under differentiation the residuals (results of products, convolutions and sums) are

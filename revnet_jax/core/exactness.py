@@ -28,10 +28,11 @@ _BINS = 2 ** (31 - _CUT)
 class Exactness(NamedTuple):
     """The result of the exactness check of a chain's rewinds; float32.
 
-    mismatches: number of elements of the reconstructed chain input that differ from the true one
-      (NaNs count; exact up to 2**24, rounded above, never rounded to 0).
-    differences: [2048], a histogram over rewinds of the largest difference.
-    magnitudes: [2048], a histogram over rewinds of the largest |x|.
+    Attributes:
+      mismatches: number of elements of the reconstructed chain input that differ from the true one
+        (NaNs count; exact up to 2**24, rounded above, never rounded to 0).
+      differences: [2048], a histogram over rewinds of the largest difference.
+      magnitudes: [2048], a histogram over rewinds of the largest |x|.
 
     JAX sums cotangents wherever a probe is used more than once: in several chains, in the
     iterations of a loop, in the examples of a `vmap`, on the devices of a `shard_map`. A maximum
@@ -67,9 +68,10 @@ def compare_inputs(
 ) -> Exactness:
     """Compares a reconstructed chain input with the true one.
 
-    max_abs: the largest |x| of the streams after the input.
-    checksums: of the branches' outputs and residuals, forward and in the rewind; counts as one
-      more mismatch if they differ.
+    Args:
+      max_abs: the largest |x| of the streams after the input.
+      checksums: of the branches' outputs and residuals, forward and in the rewind; counts as one
+        more mismatch if they differ.
     """
     pairs = list(zip(jax.tree.leaves(rebuilt), jax.tree.leaves(true), strict=True))
     mismatches = [jnp.sum(a != b, dtype=jnp.float32) for a, b in pairs]

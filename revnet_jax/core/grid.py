@@ -27,10 +27,11 @@ DEFAULT_BITS = 12
 class Grid:
     """The multiples of `2**-bits`; addition on them is exact while `|x| < limit(dtype)`.
 
-    bits: the default, 12, gives float32 streams a resolution of 2.4e-4 and a range of +-4096.
-      Updates smaller than half of the resolution round to zero: if all of them are (an ODE with
-      steps of 1e-4, for example), the state does not move. Then take more bits (20: 9.5e-7 and
-      +-16); `check_reversible` counts the updates that round to zero.
+    Attributes:
+      bits: the default, 12, gives float32 streams a resolution of 2.4e-4 and a range of +-4096.
+        Updates smaller than half of the resolution round to zero: if all of them are (an ODE with
+        steps of 1e-4, for example), the state does not move. Then take more bits (20: 9.5e-7 and
+        +-16); `check_reversible` counts the updates that round to zero.
 
     Rounding makes a layer a step function, while its gradient is that of the function before
     rounding. To check a gradient by numerical differentiation, build the block with `grid=None`.
@@ -80,7 +81,9 @@ def _snap(x: jax.Array, bits: int) -> jax.Array:
 def straight_through(x: jax.Array, value: jax.Array) -> jax.Array:
     """Returns `value` with the derivatives of `x`, of any order (straight-through estimator).
 
-    x, value: arrays of equal shape and dtype.
+    Args:
+      x: an array.
+      value: an array of the same shape and dtype.
     """
     return _straight_through_p.bind(x, value)
 

@@ -39,9 +39,10 @@ _CALLS = {
 def fewest_residuals(jaxpr: Any, needed: Sequence[Any], costly: Sequence[Any]) -> list[Any]:
     """The variables to keep, from which cheap arithmetic computes all that are needed.
 
-    needed: variables and literals of the jaxpr.
-    costly: those of its inputs that cost memory to keep. The other inputs are available in the
-      backward pass anyway, as is everything that depends on no input.
+    Args:
+      needed: variables and literals of the jaxpr.
+      costly: those of its inputs that cost memory to keep. The other inputs are available in the
+        backward pass anyway, as is everything that depends on no input.
 
     Among cuts of equal size, takes the one nearest to the needed variables.
     """

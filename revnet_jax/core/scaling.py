@@ -26,8 +26,8 @@ _HALF = _ONE // 2
 def multiply(x: jax.Array, scale: jax.Array, grid: Grid | None) -> tuple[jax.Array, Any]:
     """Computes `scale * x`, rounded to the grid: (y, residue).
 
-    scale: a multiple of 2**-12 in [1/2, 2], of a shape that broadcasts to x's; differentiated.
-    residue: uint8, one bit for each element of x (see `pack`). If `grid` is None there is no
+    - scale: a multiple of 2**-12 in [1/2, 2], of a shape that broadcasts to x's; differentiated.
+    - residue: uint8, one bit for each element of x (see `pack`). If `grid` is None there is no
       residue (None), and y is not rounded.
 
     Outside the grid's range y is the ordinary product and the residue is 0, so it is not exact.

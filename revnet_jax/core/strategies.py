@@ -47,7 +47,8 @@ class LayerRun(NamedTuple):
 def plan_runs(depths: Sequence[int], backprop: Backprop, stored_layers: int) -> list[LayerRun]:
     """Splits sections into runs: the last `stored_layers` layers store, the others use `backprop`.
 
-    depths: layers of each section.
+    Args:
+      depths: layers of each section.
     """
     left = sum(depths) - stored_layers
     runs = []
@@ -70,9 +71,10 @@ def per_iteration(backprop: Backprop, unroll: int) -> int:
 def remembering(forward: Callable[..., Any], backprop: Backprop, *, alone: bool) -> Callable:
     """Wraps `forward(params, x, context)` to keep for its gradient what the strategy says.
 
-    alone: whether it runs outside a loop. There common-subexpression elimination would merge the
-      recomputation with the forward pass, so it is prevented. Inside a loop body that cannot
-      happen, and preventing it would cost copies.
+    Args:
+      alone: whether it runs outside a loop. There common-subexpression elimination would merge the
+        recomputation with the forward pass, so it is prevented. Inside a loop body that cannot
+        happen, and preventing it would cost copies.
     """
     policies = jax.checkpoint_policies
     if backprop == "reverse" or (backprop == "store" and not _several_devices()):
@@ -129,8 +131,9 @@ class Kept:
     def of(cls, pullback: Callable, at_hand: Any) -> Kept:
         """Splits a pullback.
 
-        at_hand: the tree of arrays that `pullback` was made from. Leaves are recognised by
-          identity, so it must hold the same traced values.
+        Args:
+          at_hand: the tree of arrays that `pullback` was made from. Leaves are recognised by
+            identity, so it must hold the same traced values.
         """
         leaves, structure = jax.tree.flatten(pullback)
         known = {id(leaf): place for place, leaf in enumerate(jax.tree.leaves(at_hand))}

@@ -25,10 +25,11 @@ Update = Callable[[Any, Any, Any], tuple[Any, Any]]
 class Consumer(NamedTuple):
     """Receives the gradients of a section's layers during the sweep.
 
-    start: the initial `written`, a tree of stacked arrays. The loop carries it and writes it in
-      place; as scan inputs and outputs the arrays would exist twice.
-    read: `written -> params_L`; valid for the layers that the sweep has not reached yet.
-    write: `(written, i, params, dparams) -> written`, called after layer i.
+    Attributes:
+      start: the initial `written`, a tree of stacked arrays. The loop carries it and writes it in
+        place; as scan inputs and outputs the arrays would exist twice.
+      read: `written -> params_L`; valid for the layers that the sweep has not reached yet.
+      write: `(written, i, params, dparams) -> written`, called after layer i.
     """
 
     start: Any
@@ -67,9 +68,10 @@ def update_in_place(params_L: Any, state_L: Any, update: Update) -> Consumer:
 class Kepts(NamedTuple):
     """The values that the forward pass keeps for the sweep.
 
-    runs: for each run, the residues (reverse) or pullbacks of its layers, stacked.
-    last_reversed: the output of the last run that reverses, or None.
-    checksum: over the outputs and residuals of the branches of reversed layers.
+    Attributes:
+      runs: for each run, the residues (reverse) or pullbacks of its layers, stacked.
+      last_reversed: the output of the last run that reverses, or None.
+      checksum: over the outputs and residuals of the branches of reversed layers.
     """
 
     runs: list[Any]
@@ -117,10 +119,11 @@ def _forward_run(run, section, x, shared, unroll):
 class Swept(NamedTuple):
     """The result of the backward sweep.
 
-    x: the rebuilt input of the chain; None unless the first run reverses.
-    written: the final `written` of each section's consumer.
-    max_abs: the largest |x| of any stream that a reversed layer returned, or None.
-    checksum: over what the branches of reversed layers computed in the rewind.
+    Attributes:
+      x: the rebuilt input of the chain; None unless the first run reverses.
+      written: the final `written` of each section's consumer.
+      max_abs: the largest |x| of any stream that a reversed layer returned, or None.
+      checksum: over what the branches of reversed layers computed in the rewind.
     """
 
     x: Streams | None
@@ -144,7 +147,8 @@ def sweep(
 ) -> Swept:
     """Goes backward through the layers, last to first; rewinds those that reverse.
 
-    cotangents: (dy, daux_L of each section), with None at leaves that are not floating point.
+    Args:
+      cotangents: (dy, daux_L of each section), with None at leaves that are not floating point.
     """
     dx, dauxes = cotangents
     x, checksum = None, jnp.int32(0)

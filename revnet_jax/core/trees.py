@@ -50,7 +50,9 @@ def add(a: Any, b: Any) -> Any:
 def pair(value: Any, who: str, expected: str) -> tuple[Any, Any]:
     """Returns `value`; raises TypeError unless it is a pair.
 
-    who, expected: what returned it, and which pair was expected, for the error message.
+    Args:
+      who: what returned it, for the error message.
+      expected: the pair that was expected, for the error message.
     """
     if not isinstance(value, tuple) or len(value) != 2:
         raise TypeError(f"{who} returned a {type(value).__name__}, expected a pair {expected}")

@@ -22,7 +22,8 @@ from revnet_jax.core.exactness import Exactness
 def arrays(name: str, tree: Any) -> Any:
     """Converts NumPy arrays to JAX arrays (float64 to float32); raises TypeError for other leaves.
 
-    name: of the argument, for the error message.
+    Args:
+      name: of the argument, for the error message.
     """
 
     def checked(path, leaf):

@@ -145,7 +145,10 @@ def compare_couplings(
 ) -> dict[str, Any]:
     """Trains every named row with seeds 0, 1, ...; returns settings and a list of rows.
 
-    channels, hidden, num_branches: see `CouplingNetwork`.
+    Args:
+      channels: see `CouplingNetwork`.
+      hidden: see `CouplingNetwork`.
+      num_branches: see `CouplingNetwork`.
 
     The optimizer is SGD with Nesterov momentum. Its learning rate is warmed up over a twentieth of
     the steps, and decays to 0 along a cosine. Cost: len(names) * seeds * num_steps steps, and two

@@ -26,10 +26,11 @@ KERNEL = (3, 3)
 class CouplingNetwork:
     """A row of the comparison as pure functions.
 
-    name: one of `ROWS`.
-    channels: of the stem; a multiple of 6, so that they divide into two or three streams.
-    hidden: width of a branch that reads and writes half of the channels; see `hidden_width`.
-    num_branches: in the whole chain; a multiple of 6.
+    Attributes:
+      name: one of `ROWS`.
+      channels: of the stem; a multiple of 6, so that they divide into two or three streams.
+      hidden: width of a branch that reads and writes half of the channels; see `hidden_width`.
+      num_branches: in the whole chain; a multiple of 6.
     """
 
     name: str
@@ -118,8 +119,9 @@ class CouplingNetwork:
     ) -> jax.Array:
         """Logits [B, num_classes], float32. One evaluation of the chain.
 
-        backprop: evaluation needs "store", because bdia has no inverse for gamma 0.
-        key: PRNG key for training; None in evaluation, which is deterministic.
+        Args:
+          backprop: evaluation needs "store", because bdia has no inverse for gamma 0.
+          key: PRNG key for training; None in evaluation, which is deterministic.
         """
         x_BHWC = conv(image_BHWC, params["stem"]["kernel"], stride=self.stem_stride)
         data_L = self._data(key, len(image_BHWC))

@@ -29,16 +29,17 @@ from revnet_jax.models.convolutional.conv import conv
 class CouplingRow(NamedTuple):
     """What one coupling changes in the network.
 
-    layer: a layer of the core with the branches of this file.
-    branches: number of branches in a layer.
-    reads, writes: input and output channels of a branch, as fractions of the stem's channels:
-      (1, 2) is a half.
-    split: number of streams that the stem's channels are split into; 1 gives all channels to every
-      stream.
-    note: how the row is set up, for the report.
-    at_rest: with split=1: whether the second stream starts at zero, not as a copy of the first.
-    reads_out: with split=1: index of the stream that the head reads.
-    energy: whether the branches are gradients of energies.
+    Attributes:
+      layer: a layer of the core with the branches of this file.
+      branches: number of branches in a layer.
+      reads: input channels of a branch, as a fraction of the stem's channels: (1, 2) is a half.
+      writes: output channels of a branch, likewise.
+      split: number of streams that the stem's channels are split into; 1 gives all channels to
+        every stream.
+      note: how the row is set up, for the report.
+      at_rest: with split=1: whether the second stream starts at zero, not as a copy of the first.
+      reads_out: with split=1: index of the stream that the head reads.
+      energy: whether the branches are gradients of energies.
     """
 
     layer: Layer

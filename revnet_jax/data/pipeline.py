@@ -135,7 +135,9 @@ def eval_batches(
     Args:
       dataset: what to read.
       batch_size: images in a global batch.
-      num_threads, prefetch, rows: as in `train_batches`.
+      num_threads: as in `train_batches`.
+      prefetch: as in `train_batches`.
+      rows: as in `train_batches`.
 
     Yields:
       {"image": float32 [b, H, W, C], "label": int32 [b], "weight": float32 [b]}

@@ -40,7 +40,9 @@ class Source(Protocol):
 class Arrays:
     """A source in memory, shuffled anew in every epoch.
 
-    train_arrays, test_arrays: arrays by name, with the examples along their first axis.
+    Attributes:
+      train_arrays: arrays by name, with the examples along their first axis.
+      test_arrays: likewise.
 
     Raises DataError for empty splits, arrays of unequal length, or splits whose arrays differ in
     name, dtype or shape.

@@ -20,9 +20,11 @@ from revnet_jax.data.vocabulary import Vocabulary
 class Text:
     """The token ids of a text, in a training and a test split.
 
-    train, test: 1-D, of unsigned integers; the test split is the end of the text.
-    bytes_per_token: average UTF-8 bytes per token of the test split.
-    sha256: of the text file, or of tokens.json.
+    Attributes:
+      train: the tokens, 1-D, of unsigned integers.
+      test: likewise; the end of the text.
+      bytes_per_token: average UTF-8 bytes per token of the test split.
+      sha256: of the text file, or of tokens.json.
     """
 
     train: np.ndarray | Shards
@@ -43,12 +45,13 @@ NEEDS_PATH = {
 def load_text(name: str, *, path: str = "", train_share: float = 0.9) -> Text:
     """Reads a text, and checks everything that can be checked before training starts.
 
-    name: "bytes" (of any file; without a path, of the English text that comes with Python,
-      `pydoc_data/topics.py`, which differs between its versions), "characters" (of a UTF-8 file;
-      ids in order of code points) or "shards" (a folder that `scripts/tokenize_text.py` wrote).
-    path: the file or folder.
-    train_share: share of the text, from its start, that becomes the training split. Not used for
-      shards, which are split already.
+    Args:
+      name: "bytes" (of any file; without a path, of the English text that comes with Python,
+        `pydoc_data/topics.py`, which differs between its versions), "characters" (of a UTF-8 file;
+        ids in order of code points) or "shards" (a folder that `scripts/tokenize_text.py` wrote).
+      path: the file or folder.
+      train_share: share of the text, from its start, that becomes the training split. Not used for
+        shards, which are split already.
 
     Raises DataError for files that are missing or damaged, ValueError for other mistakes.
     """
@@ -119,8 +122,9 @@ def train_windows(
 
     Stateless: a batch is a function of the seed and the step.
 
-    context: tokens per window.
-    rows: which rows of each global batch to produce; all by default.
+    Args:
+      context: tokens per window.
+      rows: which rows of each global batch to produce; all by default.
 
     Yields {"token": int32 [b, context], "target": int32 [b, context], the next token of each}.
     Raises ValueError for a text that is not longer than the context.
@@ -157,8 +161,9 @@ def eval_windows(
 ) -> grain.DatasetIterator[NumpyBatch]:
     """Returns an iterator over non-overlapping windows of the test split; `close()` it after use.
 
-    max_windows: number of windows to stop after; 0 for all, so that every token but the first is a
-      target once.
+    Args:
+      max_windows: number of windows to stop after; 0 for all, so that every token but the first is
+        a target once.
 
     Yields batches as `train_windows`, with "weight", float32 [b, context]: 0 for padding.
     """

@@ -17,12 +17,13 @@ _LOOK_BACK = 16  # tokens of context when decoding one token at a time
 class Vocabulary(NamedTuple):
     """What token ids stand for.
 
-    kind: whether ids are bytes, characters, or token ids of a `tokenizers` file.
-    size: all ids are smaller than this.
-    characters: for kind "characters", the character of each id; for kind "bytes", the bytes that
-      occur in the training text, as Latin-1 (a model has not seen others).
-    tokenizer_sha256: of the tokenizer's file.
-    end_token: the id of the token that ends each document; None if there is none.
+    Attributes:
+      kind: whether ids are bytes, characters, or token ids of a `tokenizers` file.
+      size: all ids are smaller than this.
+      characters: for kind "characters", the character of each id; for kind "bytes", the bytes that
+        occur in the training text, as Latin-1 (a model has not seen others).
+      tokenizer_sha256: of the tokenizer's file.
+      end_token: the id of the token that ends each document; None if there is none.
     """
 
     kind: Literal["bytes", "characters", "tokenizer"]
@@ -34,7 +35,8 @@ class Vocabulary(NamedTuple):
     def check_same_ids(self, other: Vocabulary, where: str) -> None:
         """Raises DataError unless ids mean the same in both vocabularies.
 
-        where: what `other` belongs to, for the error message.
+        Args:
+          where: what `other` belongs to, for the error message.
         """
         mine, theirs = (
             v._replace(characters="" if v.kind == "bytes" else v.characters, end_token=None)
@@ -62,9 +64,10 @@ def vocabulary_from(record: Mapping[str, Any]) -> Vocabulary:
 class Codec(NamedTuple):
     """Converts text to ids and back.
 
-    encode: text to ids; raises DataError for characters or bytes that the model has not seen.
-    decoder: makes an incremental decoder from the ids of a prompt. It is called with one id after
-      another and returns the text that the id completes, "" while a character is incomplete.
+    Attributes:
+      encode: text to ids; raises DataError for characters or bytes that the model has not seen.
+      decoder: makes an incremental decoder from the ids of a prompt. It is called with one id after
+        another and returns the text that the id completes, "" while a character is incomplete.
     """
 
     encode: Callable[[str], list[int]]
@@ -74,8 +77,9 @@ class Codec(NamedTuple):
 def codec(vocabulary: Vocabulary, tokenizer: Path | None = None) -> Codec:
     """Returns the codec of a vocabulary.
 
-    tokenizer: the file of the `tokenizers` library that the vocabulary was made with; None for
-      other kinds.
+    Args:
+      tokenizer: the file of the `tokenizers` library that the vocabulary was made with; None for
+        other kinds.
 
     Raises DataError if the file is missing, cannot be read, or is not the one of the vocabulary.
     """

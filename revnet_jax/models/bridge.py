@@ -15,7 +15,8 @@ _STATE = (nnx.Param, nnx.BatchStat, nnx.RngState)
 class PureModule:
     """An nnx module as pure `init` and `apply`; parameters and running averages are plain trees.
 
-    make: builds the module from its random streams: `lambda rngs: nnx.Linear(3, 4, rngs=rngs)`.
+    Args:
+      make: builds the module from its random streams: `lambda rngs: nnx.Linear(3, 4, rngs=rngs)`.
 
     `jax.vmap(module.init)(keys)` gives every leaf a leading layer axis, as a chain needs it.
     Raises ValueError for a module with state of another kind, which would be lost between calls.
@@ -47,8 +48,9 @@ class PureModule:
     ) -> tuple[Any, Any]:
         """Returns (the module's output, its running averages after the call).
 
-        key: for all random numbers of the call. Raises ValueError if it is None and the module
-          has random streams.
+        Args:
+          key: for all random numbers of the call. Raises ValueError if it is None and the module
+            has random streams.
         """
         if self._streams and key is None:
             raise ValueError("got key=None, expected a key: the module keeps random streams")
@@ -91,9 +93,10 @@ class BranchData(NamedTuple):
 class FlaxBranch(PureModule):
     """A module as a branch of a block with `has_aux=True`: see `nnx_branch` and `linen_branch`.
 
-    name: the key of its `BranchData` in `context.data`.
-    kwargs: passed to every call of the module; override them by
-      `functools.partial(branch, train=False)`.
+    Args:
+      name: the key of its `BranchData` in `context.data`.
+      kwargs: passed to every call of the module; override them by `functools.partial(branch,
+        train=False)`.
     """
 
     def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], name: str, kwargs: dict[str, Any]):
@@ -130,8 +133,9 @@ def linen_branch(module: linen.Module, name: str, /, *example: Any, **kwargs: An
 
     See `FlaxBranch`, and `PureModule` for errors.
 
-    example: arrays like the module's inputs, on which `init` evaluates the module. The parameter
-      trees are linen's.
+    Args:
+      example: arrays like the module's inputs, on which `init` evaluates the module. The parameter
+        trees are linen's.
     """
     if not isinstance(module, linen.Module):
         raise ValueError(f"got {module!r}, expected a linen module: build it, or take nnx_branch")

@@ -19,8 +19,9 @@ class ChainModel(ABC):
     A subclass adds `init`, which puts the chain's stacked parameters under "layers", and functions
     that call `run_chain`.
 
-    invertible: whether the layers have an inverse: a block has one, a `PlainLayer` does not.
-    options: how it computes. Its dtypes, grid and check become attributes of the same names.
+    Args:
+      invertible: whether the layers have an inverse: a block has one, a `PlainLayer` does not.
+      options: how it computes. Its dtypes, grid and check become attributes of the same names.
 
     Raises ValueError for settings that contradict each other.
     """
@@ -81,9 +82,10 @@ class ChainModel(ABC):
     ) -> tuple[tuple[jax.Array, ...], Any]:
         """Runs the chain: (the streams after all layers, stacked auxiliary outputs).
 
-        x: the streams, with the batch as their first axis.
-        sweep: as passed to the task's `loss`.
-        data: `shared` and `data_L` of `chain`.
+        Args:
+          x: the streams, with the batch as their first axis.
+          sweep: as passed to the task's `loss`.
+          data: `shared` and `data_L` of `chain`.
         """
         return chain(
             layer,

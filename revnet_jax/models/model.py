@@ -42,15 +42,17 @@ class Variables(NamedTuple):
 class ModelOptions:
     """How a model computes, whatever its shape: gradients of chains, dtypes, exactness.
 
-    backprop: the gradient's strategy (see `chain`), one of `STRATEGIES` for all chains. A `ConvNet`
-      also takes a tuple with one per chain. "reverse" needs layers with an inverse.
-    stored_layers: number of layers, counted from the last, that store instead.
-    unroll: layers per iteration of the loop over layers (see `chain`).
-    compute_dtype: of the branches (mixed precision); streams, normalisations, batch statistics and
-      logits are float32.
-    param_dtype: of kernels and embeddings; other parameters are float32.
-    grid: the grid that reversible layers keep their streams on; None for ordinary floats.
-    check_exactness: whether `probes` returns probes. The check keeps each chain's input in memory.
+    Attributes:
+      backprop: the gradient's strategy (see `chain`), one of `STRATEGIES` for all chains. A
+        `ConvNet` also takes a tuple with one per chain. "reverse" needs layers with an inverse.
+      stored_layers: number of layers, counted from the last, that store instead.
+      unroll: layers per iteration of the loop over layers (see `chain`).
+      compute_dtype: of the branches (mixed precision); streams, normalisations, batch statistics
+        and logits are float32.
+      param_dtype: of kernels and embeddings; other parameters are float32.
+      grid: the grid that reversible layers keep their streams on; None for ordinary floats.
+      check_exactness: whether `probes` returns probes. The check keeps each chain's input in
+        memory.
     """
 
     backprop: Backprop | tuple[Backprop, ...] = "reverse"
@@ -69,10 +71,11 @@ class Sweep(NamedTuple):
     what it found as the cotangents of `probes`, new parameters as those of the parameters of
     chains, and new states as those of `states` (see `LockstepOptimizer.step`).
 
-    probes: as `Model.probes` returns them, for the exactness check; None for no check.
-    update: `(dparams, state, params) -> (params, state)`, the optimizer's update of one layer; None
-      for gradients.
-    states: with `update`: the optimizer's state of each group of a chain, stacked over layers.
+    Attributes:
+      probes: as `Model.probes` returns them, for the exactness check; None for no check.
+      update: `(dparams, state, params) -> (params, state)`, the optimizer's update of one layer;
+        None for gradients.
+      states: with `update`: the optimizer's state of each group of a chain, stacked over layers.
     """
 
     probes: Mapping[str, Exactness] | None = None
@@ -94,8 +97,9 @@ class Model(Protocol):
     The protocol has no `apply`: the model's task calls it, see `models/task.py`. A model that is
     one chain of equal layers inherits all of this except `init` from `ChainModel`.
 
-    rules: how parameters are split over a mesh (`models/partition.py`); () leaves them whole.
-    grid: the grid that streams are kept on; None for ordinary floats.
+    Attributes:
+      rules: how parameters are split over a mesh (`models/partition.py`); () leaves them whole.
+      grid: the grid that streams are kept on; None for ordinary floats.
     """
 
     rules: Rules

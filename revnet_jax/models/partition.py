@@ -36,7 +36,8 @@ WEIGHTS = ("fsdp", "sequence")
 def spec_of(rules: Rules, path: str, shape: Sequence[int], mesh: Any) -> PartitionSpec:
     """The sharding of a leaf by its rule, leaving out axes that do not divide their dimension.
 
-    mesh: a `Mesh` or an `AbstractMesh`.
+    Args:
+      mesh: a `Mesh` or an `AbstractMesh`.
 
     Leaves without a rule are replicated.
     """
@@ -58,7 +59,8 @@ def spec_of(rules: Rules, path: str, shape: Sequence[int], mesh: Any) -> Partiti
 def extent(axes: Any, sizes: dict[str, int], missing: int = 1) -> int:
     """The number of devices along one or several mesh axes.
 
-    missing: the size to assume for an axis that the mesh does not have.
+    Args:
+      missing: the size to assume for an axis that the mesh does not have.
     """
     return math.prod(sizes.get(axis, missing) for axis in _tuple(axes))
 
@@ -70,8 +72,9 @@ def _tuple(axes):
 def gather(rules: Rules, group: str, params: Any, dtype: Any) -> Any:
     """All-gathers weights along `WEIGHTS` for use; their gradients are reduce-scattered.
 
-    group: the path of `params`.
-    dtype: that the weights are used in; sharded weights are cast to it before they are sent.
+    Args:
+      group: the path of `params`.
+      dtype: that the weights are used in; sharded weights are cast to it before they are sent.
 
     Cost: one all-gather, and one reduce-scatter of the gradient.
     """
@@ -184,9 +187,11 @@ def by_device(
 ) -> Callable[..., Any]:
     """Wraps a function in `shard_map`, for arithmetic that compilers cannot partition.
 
-    in_axes, out_axes: for each dimension of an argument, or of the result, the mesh axis or axes
-      that it is split over. Arguments are replicated over the other axes, and their gradients
-      summed over them.
+    Args:
+      in_axes: for each dimension of an argument, or of the result, the mesh axis or axes that it
+        is split over. Arguments are replicated over the other axes, and their gradients summed over
+        them.
+      out_axes: the same for the dimensions of the result.
 
     Without a mesh it returns the function itself.
     """

@@ -21,9 +21,10 @@ Sums = dict[str, jax.Array]
 class Task(ABC):
     """What a network is trained for: its loss on a batch, and its scores in evaluation.
 
-    network: the model. Only the task calls methods that are not in the `Model` protocol.
-    best: the score that ranks checkpoints, and whether the best has the "max" or the "min" of it.
-    unit: what `units` counts; speeds are reported in units per second.
+    Attributes:
+      network: the model. Only the task calls methods that are not in the `Model` protocol.
+      best: the score that ranks checkpoints, and whether the best has the "max" or the "min" of it.
+      unit: what `units` counts; speeds are reported in units per second.
     """
 
     # Frozen subclasses make it read-only, which a type checker notes: no task assigns it anew.
@@ -42,8 +43,9 @@ class Task(ABC):
     ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
         """Returns (mean loss over the batch, (new running averages, other means over the batch)).
 
-        key: PRNG key of everything random in training.
-        sweep: what the backward sweep does beside gradients; passed on to the network.
+        Args:
+          key: PRNG key of everything random in training.
+          sweep: what the backward sweep does beside gradients; passed on to the network.
 
         A task without running averages returns `variables.stats`.
         """
@@ -73,10 +75,11 @@ class Task(ABC):
 class Classification(Task):
     """Image classification by cross entropy.
 
-    label_smoothing: share of the target that is spread over all classes, in training.
-    mixup: each training image is mixed with another of the batch, and its loss with the loss for
-      the other's label. The proportion is drawn from Beta(mixup, mixup), once per batch (Zhang et
-      al. 2017, arXiv:1710.09412). 0 turns it off.
+    Attributes:
+      label_smoothing: share of the target that is spread over all classes, in training.
+      mixup: each training image is mixed with another of the batch, and its loss with the loss for
+        the other's label. The proportion is drawn from Beta(mixup, mixup), once per batch (Zhang et
+        al. 2017, arXiv:1710.09412). 0 turns it off.
     """
 
     network: ConvNet | VisionTransformer  # ty: ignore[incompatible-attribute-override]
@@ -130,9 +133,10 @@ class Classification(Task):
 class NextToken(Task):
     """Language modelling: the likelihood of each token given the tokens before it.
 
-    context: tokens in a sequence.
-    balance: weight of the load-balancing loss of a mixture of experts.
-    bytes_per_token: mean over the test split, for bits per byte; None before the data are known.
+    Attributes:
+      context: tokens in a sequence.
+      balance: weight of the load-balancing loss of a mixture of experts.
+      bytes_per_token: mean over the test split, for bits per byte; None before the data are known.
     """
 
     network: LanguageModel  # ty: ignore[incompatible-attribute-override]
@@ -196,8 +200,9 @@ def cross_entropy(
 ) -> jax.Array:
     """Negative log-likelihood in nats, [B].
 
-    label_smoothing: share of the target that is spread over all classes (Szegedy et al. 2016,
-      arXiv:1512.00567, section 7).
+    Args:
+      label_smoothing: share of the target that is spread over all classes (Szegedy et al. 2016,
+        arXiv:1512.00567, section 7).
     """
     if label_smoothing == 0:
         return optax.softmax_cross_entropy_with_integer_labels(logits_BV, label_B)

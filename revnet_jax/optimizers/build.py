@@ -27,10 +27,11 @@ def make_schedule(
 ) -> optax.Schedule:
     """Returns the learning rate as a function of the step.
 
-    name: "constant"; "cosine" (decays from the peak to 0 at `num_steps`); or "piecewise"
-      (multiplied by `factor` at each of `boundaries`, in steps).
-    warmup_steps: steps of linear warm-up from 0 to the peak `learning_rate`. They are part of
-      `num_steps` and do not shift the boundaries.
+    Args:
+      name: "constant"; "cosine" (decays from the peak to 0 at `num_steps`); or "piecewise"
+        (multiplied by `factor` at each of `boundaries`, in steps).
+      warmup_steps: steps of linear warm-up from 0 to the peak `learning_rate`. They are part of
+        `num_steps` and do not shift the boundaries.
     """
     if not 0 <= warmup_steps < num_steps:
         raise ValueError(
@@ -88,8 +89,10 @@ def make_optimizer(
         ResNet papers; or, with decoupled weight decay, "adamw" (Loshchilov & Hutter 2019,
         arXiv:1711.05101), "lion" (Chen et al. 2023, arXiv:2302.06675) or "muon" (see
         `scale_by_muon`).
-      momentum, nesterov: only for "sgd".
-      b1, b2: for "adamw", "lion", and the parameters that "muon" leaves to Adam.
+      momentum: only for "sgd".
+      nesterov: only for "sgd".
+      b1: for "adamw", "lion", and the parameters that "muon" leaves to Adam.
+      b2: likewise.
       clip_norm: the largest L2 norm of a gradient, before everything else; 0 does not clip.
       clip: "global" clips the norm of all parameters, "layer" that of each layer on its own.
       state_dtype: of moments: "float32", or "bfloat16" or "float8" for a half or a quarter of the

@@ -23,9 +23,10 @@ from revnet_jax.optimizers.rounding import apply_updates, widened
 class LayerState(NamedTuple):
     """The optimizer state of all layers of one group.
 
-    floats_L: the floating-point leaves, stacked like the parameters, with None in place of
-      counters.
-    counters: the step counters, which are the same for every layer and group.
+    Attributes:
+      floats_L: the floating-point leaves, stacked like the parameters, with None in place of
+        counters.
+      counters: the step counters, which are the same for every layer and group.
     """
 
     floats_L: Any
@@ -35,8 +36,9 @@ class LayerState(NamedTuple):
 class LockstepState(NamedTuple):
     """The optimizer state of a whole network.
 
-    outside: the ordinary state of all groups outside chains.
-    layers: the state of each group in a chain, by its name.
+    Attributes:
+      outside: the ordinary state of all groups outside chains.
+      layers: the state of each group in a chain, by its name.
     """
 
     outside: Any
@@ -53,9 +55,10 @@ class Carried(NamedTuple):
 class LockstepOptimizer(NamedTuple):
     """An optimizer for networks whose chains are updated in the backward sweep. See `Optimizer`.
 
-    outside: the optimizer of the groups outside chains.
-    layer: the optimizer of the tree of one layer.
-    stacked: the groups in chains, whose leaves have a leading axis of layers.
+    Attributes:
+      outside: the optimizer of the groups outside chains.
+      layer: the optimizer of the tree of one layer.
+      stacked: the groups in chains, whose leaves have a leading axis of layers.
 
     Correct only for optimizers that pass `check_layerwise`. Others mix layers (by a global norm,
     for example) and would compute a different update.
@@ -134,9 +137,10 @@ class LockstepOptimizer(NamedTuple):
     ) -> tuple[dict[str, Any], LockstepState, jax.Array]:
         """Returns (params, state, gradient norm) after the step.
 
-        cotangents: what the backward pass returned for `params`: gradients for the groups outside
-          chains, but new parameters for the groups in chains, which the sweep has updated.
-        carried: the new values of what the backward pass carried.
+        Args:
+          cotangents: what the backward pass returned for `params`: gradients for the groups outside
+            chains, but new parameters for the groups in chains, which the sweep has updated.
+          carried: the new values of what the backward pass carried.
         """
         outside, layers = self._split(params)
         gradients, new_layers = self._split(cotangents)
@@ -176,8 +180,9 @@ class LockstepOptimizer(NamedTuple):
 def check_layerwise(optimizer: optax.GradientTransformation, params: Any) -> None:
     """Raises ValueError if the update of layer 0 depends on the gradient of layer 1.
 
-    optimizer: the ordinary optimizer, for parameters stacked over layers.
-    params: shapes are enough; every axis is cut to 2, so the check costs almost nothing.
+    Args:
+      optimizer: the ordinary optimizer, for parameters stacked over layers.
+      params: shapes are enough; every axis is cut to 2, so the check costs almost nothing.
     """
 
     @jax.jit

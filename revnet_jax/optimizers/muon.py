@@ -50,9 +50,11 @@ def scale_by_muon(
     the momentum before and one of the update after. A kernel of a single matrix, as in lockstep, is
     all-gathered and every device computes the same. Devices along "data" always compute the same.
 
-    b1, b2: for Adam.
-    stacked: see `make_optimizer`.
-    rules: how the parameters are split over a mesh.
+    Args:
+      b1: of Adam, for the parameters that are left to it.
+      b2: likewise.
+      stacked: see `make_optimizer`.
+      rules: how the parameters are split over a mesh.
 
     Memory: one moment per kernel, where Adam has two. Arithmetic: 20 m^2 n + 10 m^3 operations for
     a matrix [m, n], m <= n, which is at most 5 m / tokens of the 6 m n tokens that a training step

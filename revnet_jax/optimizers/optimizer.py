@@ -25,12 +25,13 @@ class Loss(Protocol):
 class StepResult(NamedTuple):
     """What one step of an optimizer returns.
 
-    loss: of the batch, before the update.
-    others: the other means over the batch that the loss returned.
-    variables: new parameters and running averages.
-    state: the new state of the optimizer.
-    exactness: of every chain that was checked, by name; None if none was.
-    gradient_norm: L2 norm of the gradient of all parameters.
+    Attributes:
+      loss: of the batch, before the update.
+      others: the other means over the batch that the loss returned.
+      variables: new parameters and running averages.
+      state: the new state of the optimizer.
+      exactness: of every chain that was checked, by name; None if none was.
+      gradient_norm: L2 norm of the gradient of all parameters.
     """
 
     loss: jax.Array
@@ -68,9 +69,11 @@ class Optimizer(Protocol):
 class OrdinaryOptimizer(NamedTuple):
     """Computes the gradient of all parameters, then updates them. See `Optimizer`.
 
-    transformation: the optimizer as one of optax.
-    microbatches: gradient accumulation: the number of parts that a batch is split into. Only the
-      activations of one part are in memory at a time, and batch statistics are taken over one part.
+    Attributes:
+      transformation: the optimizer as one of optax.
+      microbatches: gradient accumulation: the number of parts that a batch is split into. Only the
+        activations of one part are in memory at a time, and batch statistics are taken over one
+        part.
     """
 
     transformation: optax.GradientTransformation
@@ -128,8 +131,9 @@ def accumulate(
 ) -> Any:
     """Gradient accumulation: what `gradient(params, stats, batch, key)` returns, part by part.
 
-    gradient: `-> ((loss, (stats, others)), (grads, exactness))`, where loss, others and grads are
-      means over examples.
+    Args:
+      gradient: `-> ((loss, (stats, others)), (grads, exactness))`, where loss, others and grads are
+        means over examples.
     """
     if microbatches == 1:
         return gradient(params, stats, batch, key)

@@ -24,9 +24,10 @@ MOMENTS = ("float32", "bfloat16", "float8")
 class RoundedState(NamedTuple):
     """The state of an optimizer between steps.
 
-    count: updates so far, int32.
-    inner: the optimizer's own state, with its floats narrowed.
-    scales: None, or for float8 a tree like `inner`, with None for leaves without scales.
+    Attributes:
+      count: updates so far, int32.
+      inner: the optimizer's own state, with its floats narrowed.
+      scales: None, or for float8 a tree like `inner`, with None for leaves without scales.
 
     Values and scales are separate trees, so that the path of each leaf ends in the name of its
     parameter. Sharding rules go by that path, so the leaf is sharded like its parameter.
@@ -47,10 +48,11 @@ def rounded(
     step of a weight, or the change of Adam's average of squares (b2 = 0.999). Parameters of other
     dtypes are updated as by `optimizer` itself. Apply the updates with `apply_updates`.
 
-    moments: dtype of the floats of the optimizer's state, which must start at 0: "float32";
-      "bfloat16"; or "float8", for moments of kernels and embeddings, in blocks (see `compress`),
-      with the others in float32. Adam's average of squares, recognised by the field name `nu` in
-      optax's state, is then kept as square roots.
+    Args:
+      moments: dtype of the floats of the optimizer's state, which must start at 0: "float32";
+        "bfloat16"; or "float8", for moments of kernels and embeddings, in blocks (see `compress`),
+        with the others in float32. Adam's average of squares, recognised by the field name `nu` in
+        optax's state, is then kept as square roots.
 
     Cost: "bfloat16" takes a half, and "float8" a quarter, of the memory of the moments, and of what
     an update reads and writes of them.

@@ -31,8 +31,9 @@ def round_to_bfloat16(x: jax.Array, step: jax.Array) -> jax.Array:
 def round_to_float8(x: jax.Array, step: jax.Array, *, roots: bool = False) -> jax.Array:
     """Rounds float32 to one of its two float8_e4m3fn neighbours. Undefined for |x| above 448.
 
-    roots: x holds square roots (not negative), and rounding keeps the mean of the square. Numbers
-      above 0 become at least 2**-9, the smallest float8, because an optimizer may divide by them.
+    Args:
+      roots: x holds square roots (not negative), and rounding keeps the mean of the square. Numbers
+        above 0 become at least 2**-9, the smallest float8, because an optimizer may divide by them.
     """
     bits = _bits(x)
     size = jnp.abs(x.astype(jnp.float32))
@@ -71,7 +72,8 @@ def compress(
 ) -> tuple[jax.Array, jax.Array]:
     """Compresses numbers [.., n] to blockwise 8 bits (Dettmers et al. 2021, arXiv:2110.02861).
 
-    squares: x holds averages of squares (not negative, of a wide range); their roots are kept.
+    Args:
+      squares: x holds averages of squares (not negative, of a wide range); their roots are kept.
 
     Returns:
       values: float8_e4m3fn [.., n]. Numbers below about 2**-16 of the largest in their block are

@@ -37,8 +37,10 @@ LAUNCH = 1.5e-6  # seconds, the least that a kernel takes
 class Kernel(NamedTuple):
     """One kernel, launched `times` in a step; all other figures are of one launch.
 
-    part: one of `PARTS`, or "other". flops: of products, convolutions, and cuDNN's attention.
-    seconds: at the shares of the peaks above, and at least `LAUNCH`.
+    Attributes:
+      part: one of `PARTS`, or "other".
+      flops: of products, convolutions, and cuDNN's attention.
+      seconds: at the shares of the peaks above, and at least `LAUNCH`.
     """
 
     name: str

@@ -19,17 +19,18 @@ _NVIDIA_PAGES = "https://www.nvidia.com/en-us/data-center/"
 class Chip:
     """One device as JAX counts them: a chip, or half of a tpu7x chip.
 
-    device_kind: JAX's name; of a GPU, the start of its name.
-    peak_flops: of bfloat16 matrix products, FLOP/s. TPUs compute float32 products from these.
-    hbm_bytes: on TPUs the memory that a program may fill, according to their compiler; on GPUs all
-      memory that the driver reports, which JAX takes a share of: `fillable_bytes`.
-    hbm_bandwidth: bytes/s.
-    link_bandwidth: bytes/s that it can send within its slice or host, all links together (NVLink
-      on GPUs): half of the published bidirectional figure.
-    host_bandwidth: bytes/s in each direction between host and device: PCI Express, by generation.
-    dcn_bandwidth: bytes/s through the data center's network: the chip's share of its host's or
-      pod's bandwidth, None if not published. Each GPU has an InfiniBand or Ethernet adapter.
-    source: page with the published figures.
+    Attributes:
+      device_kind: JAX's name; of a GPU, the start of its name.
+      peak_flops: of bfloat16 matrix products, FLOP/s. TPUs compute float32 products from these.
+      hbm_bytes: on TPUs the memory that a program may fill, according to their compiler; on GPUs
+        all memory that the driver reports, which JAX takes a share of: `fillable_bytes`.
+      hbm_bandwidth: bytes/s.
+      link_bandwidth: bytes/s that it can send within its slice or host, all links together (NVLink
+        on GPUs): half of the published bidirectional figure.
+      host_bandwidth: bytes/s in each direction between host and device: PCI Express, by generation.
+      dcn_bandwidth: bytes/s through the data center's network: the chip's share of its host's or
+        pod's bandwidth, None if not published. Each GPU has an InfiniBand or Ethernet adapter.
+      source: page with the published figures.
     """
 
     device_kind: str
@@ -124,8 +125,10 @@ def fillable_bytes(chip: Chip) -> int:
 class StepSeconds(NamedTuple):
     """Seconds that each resource of a chip needs for a step at its published peak.
 
-    busy: the longest of arithmetic, HBM traffic and host transfers, which overlap.
-    ici: sending within a slice. dcn: sending between slices.
+    Attributes:
+      busy: the longest of arithmetic, HBM traffic and host transfers, which overlap.
+      ici: sending within a slice.
+      dcn: sending between slices.
     """
 
     busy: float

@@ -24,16 +24,22 @@ DEFAULT_CACHE_DIR = Path("~/.cache/revnet_jax/compiled")
 class CompiledStep:
     """The compiler's figures for one training step, per device unless said otherwise.
 
-    limit_bytes: memory of the device, None if unknown.
-    needed_bytes: peak memory, arguments and results included; None if the program did not fit and
-      the compiler did not say how much it needs.
-    out_of_memory: whether the compiler refused the program because it does not fit.
-    argument_bytes, traffic (fields of `Traffic`): None if out_of_memory.
-    parts: rows of `by_part`; None if out_of_memory, and for devices other than GPUs.
-    flops: of all devices together.
-    weights_bytes, gradient_bytes, optimizer_bytes, batch_bytes: sizes of arrays, without a TPU's
-      padding; weights include running averages, and gradients are those that exist at once.
-    cached: whether the figures come from an earlier compilation.
+    Sizes of arrays are without a TPU's padding.
+
+    Attributes:
+      limit_bytes: memory of the device, None if unknown.
+      needed_bytes: peak memory, arguments and results included; None if the program did not fit
+        and the compiler did not say how much it needs.
+      out_of_memory: whether the compiler refused the program because it does not fit.
+      argument_bytes: size of the arguments; None if out_of_memory.
+      traffic: fields of `Traffic`; None if out_of_memory.
+      parts: rows of `by_part`; None if out_of_memory, and for devices other than GPUs.
+      flops: of all devices together.
+      weights_bytes: size of the weights, running averages included.
+      gradient_bytes: size of the gradients that exist at once.
+      optimizer_bytes: size of the optimizer's state.
+      batch_bytes: size of the batch.
+      cached: whether the figures come from an earlier compilation.
     """
 
     num_devices: int
@@ -70,7 +76,8 @@ class NotCompiled:
 class Compiler:
     """Compiles steps for a topology; results of earlier compilations are read from `cache_dir`.
 
-    report: called with a line of text whenever a step is done.
+    Attributes:
+      report: called with a line of text whenever a step is done.
     """
 
     topology: Topology

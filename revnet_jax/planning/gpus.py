@@ -17,10 +17,16 @@ _EXTRA = ("jax_cuda13_plugin", "jax_cuda12_plugin")  # the first is the extra's;
 class Gpu(NamedTuple):
     """The properties of a GPU that XLA's compiler uses.
 
-    name: as the driver reports it. capability: compute capability, (major, minor).
-    cores: streaming multiprocessors. float32_units: in each. shared_memory: bytes in each.
-    clock_ghz: the maximum. l2_bytes: size of the L2 cache. bytes_per_second: memory bandwidth.
-    memory_bytes: as the driver reports it.
+    Attributes:
+      name: as the driver reports it.
+      capability: compute capability, (major, minor).
+      cores: streaming multiprocessors.
+      float32_units: in each.
+      shared_memory: bytes in each.
+      clock_ghz: the maximum.
+      l2_bytes: size of the L2 cache.
+      bytes_per_second: memory bandwidth.
+      memory_bytes: as the driver reports it.
     """
 
     name: str
@@ -77,7 +83,8 @@ def environment() -> dict[str, str]:
 def gpu_devices(chip: str, *, hosts: int, gpus_per_host: int) -> list[Any]:
     """GPUs to compile for, ordered by host; `process_index` is the number of the host.
 
-    chip: a name in `GPUS`. Imports JAX: the process must have the variables of `environment`.
+    Args:
+      chip: a name in `GPUS`. Imports JAX: the process must have the variables of `environment`.
     """
     from jax.experimental import topologies
 

@@ -11,10 +11,11 @@ SIZES = ("batch", "depth", "context")  # sizes of a training step that a plan ca
 class Largest(NamedTuple):
     """The result of a search.
 
-    size: the largest that was compiled and fits; None if none does.
-    needed_bytes: memory at that size.
-    exact: whether the next larger size was compiled too and does not fit; if size is None, whether
-      the smallest size was compiled.
+    Attributes:
+      size: the largest that was compiled and fits; None if none does.
+      needed_bytes: memory at that size.
+      exact: whether the next larger size was compiled too and does not fit; if size is None,
+        whether the smallest size was compiled.
     """
 
     size: int | None
@@ -33,9 +34,10 @@ def largest_that_fits(
 ) -> Largest:
     """Searches by the secant method, since memory is nearly affine in size.
 
-    needed_bytes: memory at a size; None if the compiler ran out of memory without a figure.
-    start: the first size to try; all sizes are multiples of `step`, and at most `most`.
-    most_compiled: the largest number of calls of `needed_bytes`.
+    Args:
+      needed_bytes: memory at a size; None if the compiler ran out of memory without a figure.
+      start: the first size to try; all sizes are multiples of `step`, and at most `most`.
+      most_compiled: the largest number of calls of `needed_bytes`.
     """
     tried = {size: needed_bytes(size) for size in (start, min(2 * start, most))}
     while len(tried) < most_compiled:

@@ -29,12 +29,13 @@ def plan(
 ) -> dict[str, Any]:
     """Compiles the config's training step under every strategy and compares the compiler's figures.
 
-    config: settings by dotted key.
-    strategies: names of variants; all that the network has by default.
-    largest: some of `SIZES`. Each row gets the largest batch, depth or context that fits, as
-      `largest_batch` and so on. Each search takes three to six more compilations; contexts are
-      multiples of the config's.
-    by_part: add `parts` to each row, the time of each part of the model (see `by_part.by_part`).
+    Args:
+      config: settings by dotted key.
+      strategies: names of variants; all that the network has by default.
+      largest: some of `SIZES`. Each row gets the largest batch, depth or context that fits, as
+        `largest_batch` and so on. Each search takes three to six more compilations; contexts are
+        multiples of the config's.
+      by_part: add `parts` to each row, the time of each part of the model (see `by_part.by_part`).
 
     Returns the plan's settings, a list of rows, the strategies left out with the reasons, and a
     recommendation. Bytes and flops are of one device. `least_ms` (communication overlaps with
@@ -96,7 +97,8 @@ def plan(
 def refused(settings: Mapping[str, Mapping[str, Any]], compiler: Compiler) -> dict[str, str]:
     """Reports the strategies that cannot be trained, and why; UserError if none can.
 
-    settings: by strategy, then by dotted key. Returns the reasons by strategy.
+    Args:
+      settings: by strategy, then by dotted key. Returns the reasons by strategy.
     """
     found = compiler.refusals(settings)
     if len(found) == len(settings):
@@ -144,7 +146,8 @@ def row_of(
 ) -> PlanRow:
     """The row of a compiled strategy.
 
-    model_flops: FLOPs of `store`, without any recomputation, for the utilization (MFU).
+    Args:
+      model_flops: FLOPs of `store`, without any recomputation, for the utilization (MFU).
     """
     flops = step.flops // step.num_devices
     seconds = step_seconds(chip, flops=flops, **step.traffic) if chip and step.traffic else None

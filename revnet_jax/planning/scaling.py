@@ -24,11 +24,12 @@ def scaling(
 ) -> dict[str, Any]:
     """Compiles the config's training step for the topology of each compiler, one after the other.
 
-    config: settings by dotted key; its batch is for the first topology, and grows with the number
-      of devices. `mesh.data` grows with the number of slices, so that each slice holds a whole
-      copy of the weights.
-    strategies: the name of one variant; by default "reverse/lockstep", or "remat/lockstep" for a
-      model that is not invertible.
+    Args:
+      config: settings by dotted key; its batch is for the first topology, and grows with the number
+        of devices. `mesh.data` grows with the number of slices, so that each slice holds a whole
+        copy of the weights.
+      strategies: the name of one variant; by default "reverse/lockstep", or "remat/lockstep" for a
+        model that is not invertible.
 
     Returns settings and a list of rows. A row has the columns of a plan, and the throughput per
     device relative to the first topology: `efficiency`, by `least_ms`, and `in_turn_efficiency`,

@@ -27,11 +27,12 @@ MIB = 2**20
 class Timeline(NamedTuple):
     """Temporary memory under one strategy, in bytes at every executed instruction.
 
-    live_bytes: memory that holds values yet to be read.
-    allocated_bytes: the same, with arrays that loops write or read slice by slice counted whole, as
-      the compiler allocates them.
-    turn: the instruction at which the backward pass through the chains starts.
-    compiled_bytes: the compiler's own figure, `memory_analysis().temp_size_in_bytes`.
+    Attributes:
+      live_bytes: memory that holds values yet to be read.
+      allocated_bytes: the same, with arrays that loops write or read slice by slice counted whole,
+        as the compiler allocates them.
+      turn: the instruction at which the backward pass through the chains starts.
+      compiled_bytes: the compiler's own figure, `memory_analysis().temp_size_in_bytes`.
     """
 
     backprop: str
@@ -51,7 +52,8 @@ def timeline(config: ConfigDict, backprop: str, device: jax.Device | None = None
 
     The gradient is of one batch, without clipping or gradient accumulation (microbatches).
 
-    device: to compile for, which need not be present; by default the first local device.
+    Args:
+      device: to compile for, which need not be present; by default the first local device.
 
     Raises ConfigError for settings that cannot be used, ValueError for a compiler that does not
     report its buffers, or if the compiled program has no loop over a chain.
@@ -78,8 +80,9 @@ def timelines(
 ) -> list[Timeline]:
     """A timeline for each strategy, with `layers` layers in every chain.
 
-    strategies: by default those of store, remat and reverse that the network supports.
-    device: as in `timeline`.
+    Args:
+      strategies: by default those of store, remat and reverse that the network supports.
+      device: as in `timeline`.
 
     Cost: one compilation each. Raises ConfigError for settings that cannot be used, UserError for
     an unknown strategy.

@@ -35,9 +35,12 @@ class TopologyError(UserError, ValueError):
 class Topology(NamedTuple):
     """The devices that a program is compiled for.
 
-    name: as the user gave it. chip: a name in `CHIPS`, or None for this machine's devices.
-    shape: of one slice: chips along each axis of a TPU's network, or the number of GPUs in a host.
-    slices: number of TPU slices, or of hosts with GPUs, connected by the data center's network.
+    Attributes:
+      name: as the user gave it.
+      chip: a name in `CHIPS`, or None for this machine's devices.
+      shape: of one slice: chips along each axis of a TPU's network, or the number of GPUs in a
+        host.
+      slices: number of TPU slices, or of hosts with GPUs, connected by the data center's network.
     """
 
     name: str

@@ -46,8 +46,10 @@ class Variant(NamedTuple):
 def parse_variant(name: str, layers: int | None = None) -> Variant:
     """Parses the name of a `Variant`.
 
-    layers: of the model, if known. Raises UserError for an unknown variant, or one that stores more
-    layers than the model has.
+    Args:
+      layers: of the model, if known.
+
+    Raises UserError for an unknown variant, or one that stores more layers than the model has.
     """
     mixture, slash, suffix = name.partition("/")
     is_twin = mixture == "twin"
@@ -71,7 +73,8 @@ def parse_variant(name: str, layers: int | None = None) -> Variant:
 def variants(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The variants that the model can be trained in, by name, as settings that override the config.
 
-    config: settings by dotted key.
+    Args:
+      config: settings by dotted key.
     """
     mixtures: list[tuple[Backprop, int]] = [(name, 0) for name in STRATEGIES if name != "reverse"]
     model = model_of(config)

@@ -21,8 +21,11 @@ Place = tuple[int, tuple[int, ...]]  # an instruction, and the path into its res
 class AssignedInstruction(NamedTuple):
     """One instruction of a computation; operands and callees are ids.
 
-    index: the element that a get-tuple-element takes. dims: the shape of a result that is one
-    array. trips: how often a loop runs, 1 if unknown. name: JAX's name for the operation.
+    Attributes:
+      index: the element that a get-tuple-element takes.
+      dims: the shape of a result that is one array.
+      trips: how often a loop runs, 1 if unknown.
+      name: JAX's name for the operation.
     """
 
     id: int

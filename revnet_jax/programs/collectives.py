@@ -38,7 +38,8 @@ def kind_of(instruction: Instruction) -> str | None:
 def sent_bytes(kind: str, payload_bytes: int, n: int) -> int:
     """Bytes that each of n devices sends, by the cheapest algorithm.
 
-    payload_bytes: on one device, of the gathered result, or of the operand of all other kinds.
+    Args:
+      payload_bytes: on one device, of the gathered result, or of the operand of all other kinds.
     """
     if kind in ("collective-permute", "collective-broadcast"):
         return payload_bytes if n > 1 else 0
@@ -51,9 +52,11 @@ def sent_by_network(
 ) -> tuple[int, int]:
     """Bytes that each device sends within its slice, and to other slices.
 
-    kind, payload_bytes: as in `sent_bytes`.
-    members: [groups, devices in each], device indices in the program.
-    slices: the slice of every device by index (on GPUs its host); if empty, all are in one slice.
+    Args:
+      kind: as in `sent_bytes`.
+      payload_bytes: as in `sent_bytes`.
+      members: [groups, devices in each], device indices in the program.
+      slices: the slice of every device by index (on GPUs its host); if empty, all are in one slice.
 
     A group with k devices in each of h slices is assumed to work in two stages, as NCCL's rings do
     in effect: the k devices of a slice exchange the whole payload; then the h devices at the same

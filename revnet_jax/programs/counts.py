@@ -11,8 +11,9 @@ from jax.interpreters.partial_eval import dce_jaxpr
 def arithmetic(jaxpr: ClosedJaxpr, *, platform: str) -> int:
     """FLOPs of a program's matrix products and convolutions, 2 per multiply-add.
 
-    jaxpr: `jax.jit(function).trace(*args).jaxpr`.
-    platform: "cpu", "tpu" or "gpu": its branch of a `lax.platform_dependent` is counted.
+    Args:
+      jaxpr: `jax.jit(function).trace(*args).jaxpr`.
+      platform: "cpu", "tpu" or "gpu": its branch of a `lax.platform_dependent` is counted.
 
     A loop's body counts as often as it runs (once if that is known only at run time), a
     conditional as its most expensive branch, and unused results not at all. Products with the
@@ -91,8 +92,10 @@ def _scores(equation):
 def pairs_read(T: int, S: int, *, causal: bool, window: int | None) -> int:
     """The number of (query, key) pairs that attention computes for T queries and S keys.
 
-    window: as in `attend`; None or 0 for no window. Counted as areas: causal attention has half
-    of all pairs.
+    Args:
+      window: as in `attend`; None or 0 for no window.
+
+    Counted as areas: causal attention has half of all pairs.
     """
     if not causal:
         return T * S

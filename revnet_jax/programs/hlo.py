@@ -21,9 +21,12 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 class Array(NamedTuple):
     """One array of an instruction's result.
 
-    num_bytes: in memory, padding included: TPU tiles pad the two innermost axes, often to 8 x 128.
-    space: memory space: 0 is HBM (on CPU: RAM); others are on chip, or the host's memory.
-    dtype: in XLA's notation: "bf16", "f32". dims: shape.
+    Attributes:
+      num_bytes: in memory, padding included: TPU tiles pad the two innermost axes, often to 8 x
+        128.
+      space: memory space: 0 is HBM (on CPU: RAM); others are on chip, or the host's memory.
+      dtype: in XLA's notation: "bf16", "f32".
+      dims: shape.
     """
 
     num_bytes: int

@@ -20,9 +20,10 @@ _FORWARDING = {"get-tuple-element", "tuple", "bitcast", "parameter", "constant"}
 class Liveness(NamedTuple):
     """Bytes at every executed instruction; of inner loops one iteration is shown.
 
-    live_bytes: temporary memory that holds values yet to be read.
-    allocated_bytes: the same with stacked arrays counted whole.
-    turn: the instruction where the first loop of the backward pass starts.
+    Attributes:
+      live_bytes: temporary memory that holds values yet to be read.
+      allocated_bytes: the same with stacked arrays counted whole.
+      turn: the instruction where the first loop of the backward pass starts.
     """
 
     live_bytes: np.ndarray

@@ -45,8 +45,10 @@ _NOISE = (
 class Part(NamedTuple):
     """One compiled instruction of an isolated program: a fusion, a matrix product, a call.
 
-    name, op_name: as in the text.
-    program: a digest of the computation, independent of names and of the order of printing.
+    Attributes:
+      name: as in the text.
+      op_name: as in the text.
+      program: a digest of the computation, independent of names and of the order of printing.
     """
 
     name: str
@@ -57,10 +59,11 @@ class Part(NamedTuple):
 def isolated_parts(text: str, scope: str, *, layouts: bool = True) -> list[Part]:
     """The instructions of isolated programs that were traced under a `jax.named_scope`.
 
-    text: of a compiled program, `compiled.as_text()`.
-    scope: of a chain, "forward", "rewind" or "backward".
-    layouts: whether programs that differ only in array layouts, and in copies between layouts,
-      count as different.
+    Args:
+      text: of a compiled program, `compiled.as_text()`.
+      scope: of a chain, "forward", "rewind" or "backward".
+      layouts: whether programs that differ only in array layouts, and in copies between layouts,
+        count as different.
     """
     program = _Program(text if layouts else _LAYOUT.sub("", text), layouts)
     fused = {

@@ -35,11 +35,12 @@ _RESULT_HAS_OPERANDS = tuple(
 class Traffic(NamedTuple):
     """The bytes that one device moves in one run of a program.
 
-    hbm_bytes: read from and written to its memory; values that stay on the chip do not count.
-    host_bytes: read from and written to arrays that are offloaded to the host's memory.
-    ici_bytes: sent to other devices of its slice, by kind of collective operation; on GPUs, to
-      others of its host, by NVLink.
-    dcn_bytes: sent to other slices (on GPUs, hosts), by kind of collective operation.
+    Attributes:
+      hbm_bytes: read from and written to its memory; values that stay on the chip do not count.
+      host_bytes: read from and written to arrays that are offloaded to the host's memory.
+      ici_bytes: sent to other devices of its slice, by kind of collective operation; on GPUs, to
+        others of its host, by NVLink.
+      dcn_bytes: sent to other slices (on GPUs, hosts), by kind of collective operation.
     """
 
     hbm_bytes: int
@@ -51,9 +52,10 @@ class Traffic(NamedTuple):
 def traffic(text: str, slices: Sequence[int] = ()) -> Traffic:
     """Adds up the operands and results of every instruction that is not fused into another.
 
-    text: of a compiled program, `compiled.as_text()`.
-    slices: the slice of each device, in the program's order (on GPUs its host); if empty, all are
-      in one slice.
+    Args:
+      text: of a compiled program, `compiled.as_text()`.
+      slices: the slice of each device, in the program's order (on GPUs its host); if empty, all are
+        in one slice.
 
     A loop's body counts as often as it runs, and a conditional as its most expensive branch. A
     slice read from or written into a longer array counts by its own size, and so do rows gathered

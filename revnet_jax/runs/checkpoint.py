@@ -42,8 +42,9 @@ class Checkpoints:
       directory: created if missing, except with `read_only`.
       best_metric: name of the metric that ranks checkpoints; None ranks none.
       best_mode: whether the largest or the smallest value is best.
-      keep_newest, keep_best: how many to keep of each kind. A checkpoint whose metric is missing or
-        not finite is never among the best.
+      keep_newest: how many of the newest to keep.
+      keep_best: how many of the best to keep. A checkpoint whose metric is missing or not finite is
+        never among them.
       report: receives one line for every damaged checkpoint.
       read_only: for evaluation beside a live run: nothing is cleaned up, moved or written.
     """
@@ -176,8 +177,9 @@ class Checkpoints:
         reported and the next one in order is tried. Damaged ones are moved aside once an undamaged
         one was found.
 
-        partial: the checkpoint may have parts of the state (named by the first key of a leaf's
-          path) that `abstract_state` lacks. They are not read.
+        Args:
+          partial: the checkpoint may have parts of the state (named by the first key of a leaf's
+            path) that `abstract_state` lacks. They are not read.
 
         Cost: one read of the checkpoint and one pass over the state on the devices.
 

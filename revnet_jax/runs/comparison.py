@@ -23,9 +23,10 @@ SAME += ("profile.start_step", "profile.num_steps", "log_every_steps", "checkpoi
 class Run:
     """What a workdir holds.
 
-    settings: by dotted key.
-    rows: the rows of metrics.jsonl.
-    summary: the content of summary.json, {} before the run has ended.
+    Attributes:
+      settings: by dotted key.
+      rows: the rows of metrics.jsonl.
+      summary: the content of summary.json, {} before the run has ended.
     """
 
     workdir: Path
@@ -49,7 +50,8 @@ class Run:
 class RunGroup:
     """Runs that differ only in settings of `SAME`, such as their seeds.
 
-    settings: those that differ between groups.
+    Attributes:
+      settings: those that differ between groups.
     """
 
     settings: dict[str, Any]
@@ -66,7 +68,8 @@ class RunGroup:
 def find_runs(paths: Sequence[str], report: Callable[[str], None]) -> list[Run]:
     """Reads the runs in `paths`, each a workdir or a folder of workdirs.
 
-    report: takes a line for each run inside such a folder that has no metrics yet.
+    Args:
+      report: takes a line for each run inside such a folder that has no metrics yet.
 
     Raises UserError for a path without runs, a named run without metrics, and damaged files.
     """

@@ -30,10 +30,11 @@ def record_start(
 ) -> None:
     """Records that the run in `workdir` starts or resumes at `step`. Only for process 0.
 
-    changes: settings that differ from those of the last start.
-    say: takes a line that says what changed, and one for missing rows of metrics.jsonl.
-    init_from: the run whose weights a new run starts with.
-    evaluated: False if an evaluation of this step, if one is due, has not been made yet.
+    Args:
+      changes: settings that differ from those of the last start.
+      say: takes a line that says what changed, and one for missing rows of metrics.jsonl.
+      init_from: the run whose weights a new run starts with.
+      evaluated: False if an evaluation of this step, if one is due, has not been made yet.
 
     A summary.json from an earlier, shorter end of the run is removed; the run writes a new one.
     """

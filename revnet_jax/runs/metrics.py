@@ -173,7 +173,8 @@ class Progress:
     every `every_seconds`, and always the last. Speed is measured between calls of `update`, so the
     first call, which follows compilation, reports none.
 
-    examples_per_step: how many of `unit` ("examples", "tokens") a step processes.
+    Args:
+      examples_per_step: how many of `unit` ("examples", "tokens") a step processes.
     """
 
     def __init__(

@@ -33,7 +33,8 @@ def workdir_lock(workdir: Path) -> Generator[None]:
 def claim(workdir: Path, config: ConfigDict, data: Mapping[str, Any]) -> dict[str, Change]:
     """Claims `workdir` for a config: writes config.json, or checks that it holds the same run.
 
-    data: the record of the data, for config.json.
+    Args:
+      data: the record of the data, for config.json.
 
     Returns the settings that changed, like `check_same`.
 
@@ -81,10 +82,12 @@ def check_same(workdir: Path, config: ConfigDict, data: Mapping[str, Any]) -> di
 def check_can_go_on(workdir: Path, config: ConfigDict, step: int) -> None:
     """Raises ConfigError if the run in `workdir` cannot resume from its checkpoint of `step`.
 
-    step: 0 if there is no checkpoint. A run that has metrics up to a late step has then lost its
-      checkpoints, and starting again would overwrite its metrics. A run that was killed before its
-      first checkpoint may start again. As a checkpoint is written in the background, and finished
-      before the next one begins, metrics may reach twice the interval between checkpoints.
+    Args:
+      step: 0 if there is no checkpoint. A run that has metrics up to a late step has then lost its
+        checkpoints, and starting again would overwrite its metrics. A run that was killed before
+        its first checkpoint may start again. As a checkpoint is written in the background, and
+        finished before the next one begins, metrics may reach twice the interval between
+        checkpoints.
     """
     if step > config.num_steps:
         raise ConfigError(

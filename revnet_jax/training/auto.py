@@ -20,7 +20,8 @@ def largest_stored_layers(
 ) -> int:
     """Returns the largest m such that a training step with `stored_layers=m` fits into memory.
 
-    report: takes a line for each program tried.
+    Args:
+      report: takes a line for each program tried.
 
     Cost: compiles about log2(layers) + 2 training steps, and runs none (binary search).
 

@@ -35,8 +35,9 @@ def build_recipe(
 ) -> Recipe:
     """Builds the task, the schedule and the optimizer of a config. Nothing is compiled.
 
-    stored_layers: replaces the setting of the config, where "auto" counts as 0.
-    platform: of the devices to train on, "cpu", "gpu" or "tpu"; by default, of those here.
+    Args:
+      stored_layers: replaces the setting of the config, where "auto" counts as 0.
+      platform: of the devices to train on, "cpu", "gpu" or "tpu"; by default, of those here.
 
     Raises ConfigError for settings that cannot be used.
     """

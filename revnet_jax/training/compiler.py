@@ -19,7 +19,8 @@ def exact_jit(function: Callable, *, quickly: bool = False, **kwargs: Any) -> ja
     step of RevNet-38, and by percents after ten, as ReLUs and the grid turn rounding differences
     into discrete ones. An empty fusion type turns this off.
 
-    quickly: on CPU, compile fast rather than to fast code.
+    Args:
+      quickly: on CPU, compile fast rather than to fast code.
     """
     options: dict[str, Any] | None = None
     if jax.default_backend() == "cpu":

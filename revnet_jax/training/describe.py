@@ -16,13 +16,13 @@ from revnet_jax.models.task import Task
 def describe_model(config: ConfigDict) -> dict[str, Any]:
     """Returns the parameters, the chains, and the activation bytes per example of each strategy.
 
-    example: shapes of one example of a batch.
-    activation_bytes_per_example: bytes that the forward pass keeps for the backward pass, without
+    - example: shapes of one example of a batch.
+    - activation_bytes_per_example: bytes that the forward pass keeps for the backward pass, without
       parameters, by strategy; null for a strategy that the model does not support. Counted by
       abstract evaluation, before the compiler shares or fuses anything; nothing is computed. The
       bytes of `offload` are in host memory.
-    stored_layers: the last layers of each chain that are stored, in place of what `backprop` says;
-      null if it is "auto", which is resolved at launch.
+    - stored_layers: the last layers of each chain that are stored, in place of what `backprop`
+      says; null if it is "auto", which is resolved at launch.
     """
     task = build_task(config)
     network = task.network

@@ -34,9 +34,10 @@ def evaluate(
 ) -> dict[str, float] | None:
     """Weighted means over all batches; None if told to stop before the last.
 
-    sums: jitted `(variables, batch) -> {"count": total weight, name: weighted sum, ...}`.
-    batches: an iterator of this process's rows of each batch; it is closed at the end.
-    stop: called before every batch.
+    Args:
+      sums: jitted `(variables, batch) -> {"count": total weight, name: weighted sum, ...}`.
+      batches: an iterator of this process's rows of each batch; it is closed at the end.
+      stop: called before every batch.
     """
     # Sums are fetched one batch late. So the device does not wait for the host, and the host is
     # never so far ahead that a request to stop would wait for the whole evaluation.

@@ -36,10 +36,12 @@ def generate_text(
 ) -> Iterator[str]:
     """Yields the text that the model of a run generates after a prompt, piece by piece.
 
-    prompt: if it is longer than the context, the model reads only its end, and a line on stderr
-      says so.
-    temperature, top_p: see `sample`.
-    tokenizer: the tokenizer file of the training data, if they were made with one.
+    Args:
+      prompt: if it is longer than the context, the model reads only its end, and a line on stderr
+        says so.
+      temperature: see `sample`.
+      top_p: see `sample`.
+      tokenizer: the tokenizer file of the training data, if they were made with one.
 
     Raises UserError, before anything is computed, for a run that is not of a language model, an
     empty prompt or one with unknown tokens, another tokenizer, and settings out of range.
@@ -93,10 +95,13 @@ def generate(
 ) -> Iterator[int]:
     """Samples tokens after a prompt, with a KV cache (cache of attention keys and values).
 
-    context: number of tokens that the model can look back on. When the cache is full, it is filled
-      again with the later half of them, so each token is evaluated about twice in a long text.
-    temperature, top_p: see `sample`.
-    seed: of the sampling.
+    Args:
+      context: number of tokens that the model can look back on. When the cache is full, it is
+        filled again with the later half of them, so each token is evaluated about twice in a long
+        text.
+      temperature: see `sample`.
+      top_p: see `sample`.
+      seed: of the sampling.
     """
 
     def next_token(variables, cache, token_BT, position, key):
@@ -125,8 +130,9 @@ def generate(
 def sample(logits_V: jax.Array, key: jax.Array, *, temperature: float, top_p: float) -> jax.Array:
     """Samples a token from softmax(logits / temperature). Temperature 0 is greedy decoding.
 
-    top_p: nucleus sampling: draws only from the most likely tokens, as many as it takes for their
-      probabilities to sum to at least `top_p` (Holtzman et al. 2019, arXiv:1904.09751).
+    Args:
+      top_p: nucleus sampling: draws only from the most likely tokens, as many as it takes for their
+        probabilities to sum to at least `top_p` (Holtzman et al. 2019, arXiv:1904.09751).
     """
     if temperature == 0:
         return jnp.argmax(logits_V)

@@ -40,8 +40,9 @@ def first_state(
 def load_weights(workdir: Path, wanted: Variables, data: dict[str, Any]) -> tuple[int, Variables]:
     """Returns (step, parameters and running averages) of the last checkpoint in `workdir`.
 
-    wanted: the shapes, dtypes and shardings to load.
-    data: the record of the new run's data, which must have the same vocabulary.
+    Args:
+      wanted: the shapes, dtypes and shardings to load.
+      data: the record of the new run's data, which must have the same vocabulary.
 
     Raises ConfigError if there is no run or no checkpoint, or if its weights are of another model.
     """

@@ -27,9 +27,10 @@ from revnet_jax.training.sharding import local_rows
 class Data(NamedTuple):
     """The data of a run.
 
-    train: `(start_step) -> batches`, endless.
-    test: `() -> batches`.
-    record: what config.json keeps of the data.
+    Attributes:
+      train: `(start_step) -> batches`, endless.
+      test: `() -> batches`.
+      record: what config.json keeps of the data.
 
     Batches are iterators of this process's rows of each batch, and have to be closed.
     """
@@ -42,8 +43,9 @@ class Data(NamedTuple):
 def build_data(config: ConfigDict, mesh: Mesh, eval_batch_size: int | None = None) -> Data:
     """Loads the data, and checks them against the config.
 
-    mesh: this process reads the rows of each batch that its devices in the mesh hold.
-    eval_batch_size: replaces the setting of the config; the examples stay the same.
+    Args:
+      mesh: this process reads the rows of each batch that its devices in the mesh hold.
+      eval_batch_size: replaces the setting of the config; the examples stay the same.
     """
     data = config.data
     eval_batch_size = eval_batch_size or config.eval_batch_size

@@ -204,8 +204,9 @@ class Recorder:
     backward pass disagrees with its forward pass it warns or raises, by `config.on_mismatch`.
     Processes other than the first raise at the same step, but write nothing.
 
-    start: the step of the restored checkpoint, or 0.
-    seen: mismatches up to that step.
+    Args:
+      start: the step of the restored checkpoint, or 0.
+      seen: mismatches up to that step.
     """
 
     def __init__(

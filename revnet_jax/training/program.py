@@ -20,10 +20,12 @@ from revnet_jax.training.step import TrainState, init_state, make_train_step
 class StepProgram(NamedTuple):
     """The jitted training step, and the shapes and shardings of its arguments.
 
-    init: `() -> state`, or `(variables) -> state` that starts from given weights; not jitted.
-    step: jitted `(state, batch) -> (state, metrics)` with the state donated. To see the compiled
-      program: `step.lower(state, batch).compile()`.
-    state, batch: shapes and shardings.
+    Attributes:
+      init: `() -> state`, or `(variables) -> state` that starts from given weights; not jitted.
+      step: jitted `(state, batch) -> (state, metrics)` with the state donated. To see the compiled
+        program: `step.lower(state, batch).compile()`.
+      state: shapes and shardings.
+      batch: shapes and shardings.
     """
 
     task: Task
@@ -39,8 +41,9 @@ def step_program(
 ) -> StepProgram:
     """Builds the step of `config`, split over a mesh of the devices as the config says.
 
-    devices: all of one kind. They may be those of a topology (`jax.experimental.topologies`).
-    stored_layers: replaces the setting of the config.
+    Args:
+      devices: all of one kind. They may be those of a topology (`jax.experimental.topologies`).
+      stored_layers: replaces the setting of the config.
 
     Nothing is computed. Raises ConfigError for settings that cannot be used.
     """
@@ -76,8 +79,9 @@ def jit_step(
 ) -> Callable[..., Any]:
     """Jits a step on a mesh. Its state is donated, and returned with the same shardings.
 
-    state: shapes and shardings, from `shapes_on_mesh`. Without fixed output shardings the
-      compiler may choose others, and the next step would be compiled again.
+    Args:
+      state: shapes and shardings, from `shapes_on_mesh`. Without fixed output shardings the
+        compiler may choose others, and the next step would be compiled again.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jit(on_mesh(step, mesh), donate_argnums=0, out_shardings=(shardings, None))

@@ -69,8 +69,9 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Evaluates a checkpoint of a run as the run itself does; changes nothing in its folder.
 
-    data_dir: where the data are now, if not where they were in training. If they differ from what
-      the run recorded, a line on stderr says so, and the scores are those of the new data.
+    Args:
+      data_dir: where the data are now, if not where they were in training. If they differ from what
+        the run recorded, a line on stderr says so, and the scores are those of the new data.
 
     Raises UserError if there is no run or no checkpoint, or if the data are missing or have another
     vocabulary.

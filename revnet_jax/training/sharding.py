@@ -32,7 +32,8 @@ def mesh_sizes(
 ) -> tuple[int, ...]:
     """The sizes of a mesh along `AXES`. One of them may be -1: all devices that are left.
 
-    slices: number of TPU slices; "data" must be a multiple of it.
+    Args:
+      slices: number of TPU slices; "data" must be a multiple of it.
 
     Raises ConfigError if the product of the sizes is not the number of devices.
     """
@@ -100,8 +101,9 @@ def on_mesh(function: Callable[..., Any], mesh: Mesh | AbstractMesh) -> Callable
 def shapes_on_mesh(init: Callable[[], Any], rules: Rules, mesh: Mesh) -> Any:
     """The shapes and shardings of what `init` returns, as a checkpoint is restored to them.
 
-    rules: the model's sharding rules, by the path of a parameter. Paths in an optimizer's state end
-      in the path of the parameter, so moments are sharded like their parameter.
+    Args:
+      rules: the model's sharding rules, by the path of a parameter. Paths in an optimizer's state
+        end in the path of the parameter, so moments are sharded like their parameter.
     """
 
     def place(path, leaf):

@@ -18,9 +18,10 @@ from revnet_jax.optimizers.rounding import widened
 class TrainState(NamedTuple):
     """Everything that defines a run besides its config; what a checkpoint holds.
 
-    step: updates made so far, int32.
-    key: the run's PRNG key, for networks that draw random numbers in training.
-    exact_mismatches: mismatches that the exactness check has found since step 0, float32.
+    Attributes:
+      step: updates made so far, int32.
+      key: the run's PRNG key, for networks that draw random numbers in training.
+      exact_mismatches: mismatches that the exactness check has found since step 0, float32.
     """
 
     step: jax.Array
@@ -41,7 +42,8 @@ def init_state(
 ) -> TrainState:
     """Returns the state before the first step.
 
-    variables: weights to start from, instead of random ones.
+    Args:
+      variables: weights to start from, instead of random ones.
     """
     init_key, run_key = jax.random.split(jax.random.key(seed))
     if variables is None:

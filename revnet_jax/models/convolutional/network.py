@@ -42,8 +42,9 @@ from revnet_jax.models.partition import Rules, gather, on_batch
 class ConvNet:
     """An image classifier as pure functions: `init(key)` and `apply(variables, image, ...)`.
 
-    options: how it computes. With `stored_layers` the last layers of all chains store. They have
-      the smallest activations, so they save the most compute for their memory.
+    Args:
+      options: how it computes. With `stored_layers` the last layers of all chains store. They have
+        the smallest activations, so they save the most compute for their memory.
     """
 
     rules: Rules = RULES
@@ -150,10 +151,11 @@ class ConvNet:
     ) -> tuple[jax.Array, Any]:
         """(logits [B, num_classes] float32, running averages after this batch).
 
-        train: normalise by the batch's statistics and update the running averages (exactly once,
-          under every strategy); otherwise normalise by the running averages.
-        key: unused; other models draw random numbers.
-        sweep: checks for exactness and updates in the backward sweep; by default neither.
+        Args:
+          train: normalise by the batch's statistics and update the running averages (exactly once,
+            under every strategy); otherwise normalise by the running averages.
+          key: unused; other models draw random numbers.
+          sweep: checks for exactness and updates in the backward sweep; by default neither.
         """
         x_BHWC, new_stats = self.features(variables, image_BHWC, train=train, sweep=sweep)
         with jax.named_scope("head"):

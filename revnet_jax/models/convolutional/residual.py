@@ -49,10 +49,11 @@ class Conv(nnx.Module):
 class Stem(nnx.Module):
     """Image -> the first features, float32: convolution, batch normalisation, ReLU.
 
-    kind: "cifar" (3x3) or "imagenet" (7x7 stride 2, then 3x3 max-pooling stride 2).
+    Args:
+      kind: "cifar" (3x3) or "imagenet" (7x7 stride 2, then 3x3 max-pooling stride 2).
     """
 
-    def __init__(self, in_channels, out_channels, *, kind, dtype, rngs):
+    def __init__(self, in_channels, out_channels, *, kind: str, dtype, rngs):
         size, stride = {"cifar": (3, 1), "imagenet": (7, 2)}[kind]
         self.kind = kind
         self.conv = Conv(in_channels, out_channels, size, stride=stride, dtype=dtype, rngs=rngs)
@@ -72,11 +73,12 @@ class ResidualBranch(nnx.Module):
     1x1, 3x3, 1x1 with a quarter of the output channels inside. The first convolution has the
     stride.
 
-    activate_first: whether batch normalisation and ReLU come before the first convolution.
+    Args:
+      activate_first: whether batch normalisation and ReLU come before the first convolution.
     """
 
     def __init__(
-        self, in_channels, out_channels, *, stride, bottleneck, activate_first, dtype, rngs
+        self, in_channels, out_channels, *, stride, bottleneck, activate_first: bool, dtype, rngs
     ):
         inner, sizes = (out_channels // 4, (1, 3, 1)) if bottleneck else (out_channels, (3, 3))
         widths = [in_channels] + [inner] * (len(sizes) - 1) + [out_channels]

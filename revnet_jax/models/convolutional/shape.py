@@ -15,16 +15,18 @@ STEMS = ("cifar", "imagenet", "pad")
 class ConvNetShape:
     """The shape of an image network, without settings of its training.
 
-    family: "resnet" (one stream, a unit is `x + f(x)`), "revnet" (two streams, f and g), or
-      "irevnet" (a RevNet whose stages are joined by space-to-depth: Jacobsen et al. 2018,
-      arXiv:1802.07088).
-    units: residual units per stage.
-    channels: of the stem, then of each stage; each of two streams has half of them. In an i-RevNet
-      the first stage has as many as the stem, and each later stage four times as many as the one
-      before.
-    bottleneck: three convolutions per branch instead of two.
-    stem: "cifar", "imagenet" (see `Stem`), or "pad" (adds channels of zeros, which is invertible).
-    image_shape: (H, W, C).
+    Attributes:
+      family: "resnet" (one stream, a unit is `x + f(x)`), "revnet" (two streams, f and g), or
+        "irevnet" (a RevNet whose stages are joined by space-to-depth: Jacobsen et al. 2018,
+        arXiv:1802.07088).
+      units: residual units per stage.
+      channels: of the stem, then of each stage; each of two streams has half of them. In an
+        i-RevNet the first stage has as many as the stem, and each later stage four times as many as
+        the one before.
+      bottleneck: three convolutions per branch instead of two.
+      stem: "cifar", "imagenet" (see `Stem`), or "pad" (adds channels of zeros, which is
+        invertible).
+      image_shape: (H, W, C).
     """
 
     family: str
@@ -101,7 +103,8 @@ class Unit(NamedTuple):
 class Group(NamedTuple):
     """`depth` equal units in a row, or a single unit that changes the streams' shape.
 
-    unit: None for the space-to-depth of an i-RevNet, which has no parameters.
+    Attributes:
+      unit: None for the space-to-depth of an i-RevNet, which has no parameters.
     """
 
     name: str

@@ -16,8 +16,9 @@ def assign_strategies(
 ) -> dict[str, Strategy]:
     """The strategy of each chain and each transition, by name.
 
-    options: its `stored_layers` count in all chains together, from the last; chains that store
-      anyway are not counted.
+    Args:
+      options: its `stored_layers` count in all chains together, from the last; chains that store
+        anyway are not counted.
 
     A transition stores if all layers of the chain after it store; otherwise it is remat.
 

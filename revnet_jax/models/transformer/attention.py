@@ -46,17 +46,18 @@ def attend(
 
     Query head n reads key-value head n // (N / G).
 
-    causal: token t reads tokens up to itself.
-    kernel: "chunked": plain JAX, one block of queries at a time, with scores recomputed in the
-      backward pass. "cudnn": the fused kernel of `jax.nn.dot_product_attention` for NVIDIA GPUs,
-      16-bit dtypes and heads of up to 128, see `padded_to_even`. "flash": the Pallas kernel for
-      TPUs that comes with JAX (Dao et al. 2022, arXiv:2205.14135), for lengths that are multiples
-      of 128. For inputs that a fused kernel does not support, "chunked" is used instead.
-    window: sliding-window attention: a token reads this many tokens, the last of them itself
-      (Beltagy et al. 2020, arXiv:2004.05150); 0 for all. Raises ValueError without `causal`.
-      "cudnn" supports windows, "flash" does not.
-    segment_BT: integers; a token reads only tokens of its own segment. "flash" supports segments,
-      "cudnn" does not: for it JAX's public function has no argument but a mask of T x T.
+    Args:
+      causal: token t reads tokens up to itself.
+      kernel: "chunked": plain JAX, one block of queries at a time, with scores recomputed in the
+        backward pass. "cudnn": the fused kernel of `jax.nn.dot_product_attention` for NVIDIA GPUs,
+        16-bit dtypes and heads of up to 128, see `padded_to_even`. "flash": the Pallas kernel for
+        TPUs that comes with JAX (Dao et al. 2022, arXiv:2205.14135), for lengths that are multiples
+        of 128. For inputs that a fused kernel does not support, "chunked" is used instead.
+      window: sliding-window attention: a token reads this many tokens, the last of them itself
+        (Beltagy et al. 2020, arXiv:2004.05150); 0 for all. Raises ValueError without `causal`.
+        "cudnn" supports windows, "flash" does not.
+      segment_BT: integers; a token reads only tokens of its own segment. "flash" supports segments,
+        "cudnn" does not: for it JAX's public function has no argument but a mask of T x T.
 
     Softmax is float32 at least. Cost: 4 B T T N K operations; about half of that if causal, since
     later keys are skipped. With a window 4 B T S N K, where S is the window for "cudnn" and at
@@ -187,7 +188,8 @@ def scores_times_values(
 ) -> jax.Array:
     """Attention of T queries to S keys with all scores at once.
 
-    mask: which keys each query sees, [T, S], or [B, T, S] if it differs between sequences.
+    Args:
+      mask: which keys each query sees, [T, S], or [B, T, S] if it differs between sequences.
     """
     B, T, N, K = q_BTNK.shape
     G = k_BSGK.shape[2]
@@ -221,7 +223,8 @@ def padded_to_even(
     query is not masked, because cuDNN would leave its output and softmax sum, which are kept for
     the backward pass, undefined.
 
-    kernel: has an argument `key_value_seq_lengths`, as `jax.nn.dot_product_attention` has.
+    Args:
+      kernel: has an argument `key_value_seq_lengths`, as `jax.nn.dot_product_attention` has.
 
     Cost: one token. Compiled for an H100, a branch of ViT-B at 197 tokens and its gradient, for
     256 images in bfloat16, reads and writes 4.2 GiB; chunked attention 18.5 GiB, and padding to 256
@@ -267,7 +270,8 @@ def rotary_angles(
 def rotate(x_BTNK: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotary position embedding (Su et al. 2021, arXiv:2104.09864): rotates the halves of a head.
 
-    angles: of the tokens, from `rotary_angles`; constants without a gradient.
+    Args:
+      angles: of the tokens, from `rotary_angles`; constants without a gradient.
 
     Computed in the dtype of the angles, returned in the dtype of the input.
     """

@@ -22,8 +22,10 @@ from revnet_jax.models.model import ModelOptions, Sweep
 class Transformer(ChainModel):
     """The chain of a transformer; subclasses add the embedding and the head.
 
-    reversible: two streams; otherwise one stream.
-    layers, options: see `ChainModel`.
+    Args:
+      reversible: two streams; otherwise one stream.
+      layers: see `ChainModel`.
+      options: see `ChainModel`.
     """
 
     def __init__(self, *, layers: int, reversible: bool, options: ModelOptions):

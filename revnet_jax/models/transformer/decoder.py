@@ -39,7 +39,7 @@ LAYER_RULES = (
 class Linear(nnx.Module):
     """x @ kernel, computed in `dtype`; initialised from a normal of standard deviation `std`.
 
-    outputs: the last dimension of the output, or its last dimensions.
+    `outputs` is the last dimension of the output, or its last dimensions.
     """
 
     def __init__(self, inputs: int, *outputs: int, std: float, dtype, rngs: nnx.Rngs):
@@ -69,8 +69,9 @@ class RMSNorm(nnx.Module):
 class Cache(NamedTuple):
     """The KV cache: keys and values of the tokens so far, [B, S, G, K]; zeros for later tokens.
 
-    document_B: the position at which the document of the next token starts. Only in the cache of a
-      whole model, and only if documents are kept separate; otherwise None.
+    Attributes:
+      document_B: the position at which the document of the next token starts. Only in the cache of
+        a whole model, and only if documents are kept separate; otherwise None.
     """
 
     k_BSGK: jax.Array
@@ -81,11 +82,12 @@ class Cache(NamedTuple):
 class Positions(NamedTuple):
     """The positions of tokens, computed once because every layer reads the same.
 
-    first: the position of the first token in its sequence.
-    angles: the rotary angles of all tokens, see `rotary_angles`. Split over the mesh with the
-      tokens.
-    document_BT: the position at which each token's document starts; attention reads no token
-      before it. None if tokens read across documents. Not split along the sequence.
+    Attributes:
+      first: the position of the first token in its sequence.
+      angles: the rotary angles of all tokens, see `rotary_angles`. Split over the mesh with the
+        tokens.
+      document_BT: the position at which each token's document starts; attention reads no token
+        before it. None if tokens read across documents. Not split along the sequence.
     """
 
     first: jax.Array
@@ -160,9 +162,10 @@ class Attention(nnx.Module):
 class FeedForward(nnx.Module):
     """SwiGLU: (silu(x A) * x B) C (Shazeer 2020, arXiv:2002.05202).
 
-    chunks: number of parts of the tokens, computed one after the other and recomputed in the
-      backward pass, so that the hidden activations of all tokens never exist together. If it does
-      not divide the number of tokens (as in a prompt), all are computed at once.
+    Args:
+      chunks: number of parts of the tokens, computed one after the other and recomputed in the
+        backward pass, so that the hidden activations of all tokens never exist together. If it does
+        not divide the number of tokens (as in a prompt), all are computed at once.
     """
 
     def __init__(

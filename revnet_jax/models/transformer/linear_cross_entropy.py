@@ -27,10 +27,11 @@ def linear_cross_entropy(
 ) -> jax.Array:
     """sum_m weight_m (log sum_v exp(logit_mv) - logit_m,target), logits = x kernel: a scalar.
 
-    target_M: integers; the result is NaN if one is not in [0, V).
-    compute_dtype: of the operands of matrix products, including the gradient of the logits;
-      everything else is float32 at least.
-    chunk: number of tokens whose logits exist at a time.
+    Args:
+      target_M: integers; the result is NaN if one is not in [0, V).
+      compute_dtype: of the operands of matrix products, including the gradient of the logits;
+        everything else is float32 at least.
+      chunk: number of tokens whose logits exist at a time.
 
     Differentiable in all floats. The first derivative computes logits only once: because the loss
     is a scalar, each chunk's gradient is computed together with its loss, and is later scaled by

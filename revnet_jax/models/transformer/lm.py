@@ -37,18 +37,20 @@ from revnet_jax.models.transformer.linear_cross_entropy import linear_cross_entr
 class LanguageModelShape:
     """The shape of a decoder.
 
-    kv_heads: key-value heads; divides `heads` (grouped-query attention).
-    hidden: width inside the feed-forward network.
-    reversible: two streams; otherwise the irreversible model with one stream.
-    tied: use the embedding as the output kernel too.
-    dropout: rate, applied to the outputs of branches and to the embedding.
-    experts: number of expert feed-forward networks per layer (mixture of experts). Each token goes
-      to `experts_per_token` of them; 0 for one dense network.
-    window: sliding-window attention: how many tokens a token reads in each layer, the last of them
-      itself; 0 for all earlier tokens.
-    end_token: the id of the token that ends each document, and belongs to it. If given, attention
-      does not cross from one document to another; None to let tokens read across documents. The
-      position of a document in its sequence does not matter, because rotary positions are relative.
+    Attributes:
+      kv_heads: key-value heads; divides `heads` (grouped-query attention).
+      hidden: width inside the feed-forward network.
+      reversible: two streams; otherwise the irreversible model with one stream.
+      tied: use the embedding as the output kernel too.
+      dropout: rate, applied to the outputs of branches and to the embedding.
+      experts: number of expert feed-forward networks per layer (mixture of experts). Each token
+        goes to `experts_per_token` of them; 0 for one dense network.
+      window: sliding-window attention: how many tokens a token reads in each layer, the last of
+        them itself; 0 for all earlier tokens.
+      end_token: the id of the token that ends each document, and belongs to it. If given, attention
+        does not cross from one document to another; None to let tokens read across documents. The
+        position of a document in its sequence does not matter, because rotary positions are
+        relative.
     """
 
     vocab_size: int
@@ -99,10 +101,11 @@ class LanguageModelShape:
 class LanguageModel(Transformer):
     """A decoder as pure functions: `init(key)`, `loss(variables, ...)`, `extend(...)` to generate.
 
-    options: how it computes.
-    attention: the kernel, see `attend`.
-    feed_forward_chunks: see `FeedForward`.
-    loss_chunk: number of tokens per device whose logits exist at a time.
+    Args:
+      options: how it computes.
+      attention: the kernel, see `attend`.
+      feed_forward_chunks: see `FeedForward`.
+      loss_chunk: number of tokens per device whose logits exist at a time.
     """
 
     # The vocabulary is sharded over "tensor", so each device computes the logits of its own part.
@@ -178,7 +181,8 @@ class LanguageModel(Transformer):
     ) -> tuple[jax.Array, Any]:
         """(x_BTD, the input of the head; auxiliary outputs of the feed-forward networks).
 
-        key: for dropout; None for no dropout.
+        Args:
+          key: for dropout; None for no dropout.
         """
         keys = None if key is None else jax.random.split(key, (self.shape.layers + 1, 2))
         x_BTD, (_, aux_L) = self._run(
@@ -201,8 +205,9 @@ class LanguageModel(Transformer):
     ) -> tuple[jax.Array, Any]:
         """(the mean negative log-likelihood of the targets in nats, auxiliary outputs).
 
-        weight_BT: of each target in the mean; all equal by default.
-        options: of `features`.
+        Args:
+          weight_BT: of each target in the mean; all equal by default.
+          options: of `features`.
 
         The logits of all tokens never exist together (see `loss_chunk`).
         """
@@ -241,8 +246,9 @@ class LanguageModel(Transformer):
     ) -> tuple[jax.Array, Cache]:
         """(logits_BV of the token after the last one, the KV cache with these tokens added).
 
-        position: of the first of these tokens. Position plus number of tokens must not exceed the
-          length of the cache.
+        Args:
+          position: of the first of these tokens. Position plus number of tokens must not exceed the
+            length of the cache.
 
         Documents are separate as in `features`: tokens after an end token read none before it.
         """

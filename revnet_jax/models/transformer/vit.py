@@ -37,12 +37,13 @@ RULES = (
 class VisionTransformerShape:
     """The shape of a vision transformer.
 
-    image_shape: (height, width, channels).
-    patch: side of a patch in pixels; divides height and width.
-    hidden: width inside the MLP.
-    pool: what the head reads: "token" for a class token, "mean" for the mean over patches.
-    reversible: two streams; otherwise the irreversible model with one stream.
-    dropout: rate, applied to the outputs of branches and to the embedding.
+    Attributes:
+      image_shape: (height, width, channels).
+      patch: side of a patch in pixels; divides height and width.
+      hidden: width inside the MLP.
+      pool: what the head reads: "token" for a class token, "mean" for the mean over patches.
+      reversible: two streams; otherwise the irreversible model with one stream.
+      dropout: rate, applied to the outputs of branches and to the embedding.
     """
 
     image_shape: tuple[int, int, int]
@@ -75,8 +76,9 @@ class VisionTransformerShape:
 class VisionTransformer(Transformer):
     """An image classifier as pure functions: `init(key)` and `apply(variables, image, ...)`.
 
-    options: how it computes.
-    attention: the kernel, see `attend`.
+    Args:
+      options: how it computes.
+      attention: the kernel, see `attend`.
     """
 
     rules: Rules = RULES
@@ -118,9 +120,10 @@ class VisionTransformer(Transformer):
     ) -> tuple[jax.Array, Any]:
         """(logits [B, num_classes] float32, an empty dictionary: there are no running averages).
 
-        train: whether to apply dropout.
-        key: for dropout; None for no dropout.
-        sweep: see `ConvNet.apply`.
+        Args:
+          train: whether to apply dropout.
+          key: for dropout; None for no dropout.
+          sweep: see `ConvNet.apply`.
         """
         rate = self.shape.dropout
         keys = None
