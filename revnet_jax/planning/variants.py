@@ -14,7 +14,7 @@ from revnet_jax.models import Model
 
 
 class Variant(NamedTuple):
-    """One way to train a model, written as BACKPROP[+STORED][/lockstep or /unroll].
+    """One way to train a model, written as `BACKPROP[+STORED][/lockstep or /unroll]`.
 
     `reverse+3` stores the last 3 layers of the chains and reverses the others; `remat/lockstep`
     updates each layer's parameters in the backward sweep; `store/unroll` unrolls the loop over
