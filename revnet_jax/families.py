@@ -195,6 +195,11 @@ def _decoder(config, options, platform):
                 f"got feed_forward_chunks={chunks['feed_forward_chunks']}, expected a divisor of "
                 f"data.context={config.data.context}"
             )
+        if 0 < shape.learned_positions < config.data.context:
+            raise ValueError(
+                f"got learned_positions={shape.learned_positions}, expected 0 (rotary), or "
+                f"data.context={config.data.context} or more"
+            )
         network = LanguageModel(shape, options, **chunks, attention=attention)
     return NextToken(network, config.data.context, config.balance)
 

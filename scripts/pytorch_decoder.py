@@ -15,8 +15,14 @@ import time
 
 from absl import flags
 
-from revnet_jax.config import cli
+from revnet_jax.config import cli, language_model
 from revnet_jax.errors import UserError
+
+# Settings of a model for which the twin in PyTorch has the default only.
+MUST_BE_USUAL = (
+    *("head_size", "norm", "norm_eps", "qk_norm", "bias", "activation"),
+    *("learned_positions", "rotary_scaling"),
+)
 
 CONFIG = cli.define_config_flag()
 BATCH = flags.DEFINE_list("batch", ["16"], "Sequences of a step; a row for each.")
@@ -35,12 +41,14 @@ def main(argv):
         raise UserError(f"got --batch={','.join(BATCH.value)}, expected numbers from 1")
     model, optimizer = CONFIG.value.model, CONFIG.value.optimizer
     more = model.experts or model.dropout or model.window or model.separate_documents
+    usual = language_model().model
+    more = more or any(model[name] != usual[name] for name in MUST_BE_USUAL)
     plain = model.kv_heads == model.heads and model.tied and not more
     if not plain or optimizer.name != "adamw":
         raise UserError(
             "got a config with grouped heads, an untied embedding, experts, dropout, a window, "
-            "separate documents or another optimizer, expected none of these and adamw: the twin "
-            "in PyTorch has no other"
+            "separate documents, settings of pretrained decoders or another optimizer, expected "
+            "none of these and adamw: the twin in PyTorch has no other"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")

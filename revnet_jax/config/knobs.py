@@ -160,7 +160,16 @@ def language_model() -> ConfigDict:
     model.dropout = 0.0
     model.experts = 0  # experts per layer (mixture of experts); 0: none
     model.experts_per_token = 2
+    model.head_size = 0  # of queries, keys and values; 0: width / heads
+    model.norm = "rms"  # rms | layer
+    model.norm_eps = 1e-6
+    model.qk_norm = False  # normalise the queries and keys of each head
+    model.bias = "none"  # none | qkv | attention | all: which linear layers have biases
+    model.activation = "swiglu"  # swiglu | gelu
+    model.learned_positions = 0  # positions that have a learned embedding; 0: rotary positions
     model.rotary_base = 10_000.0
+    # Of Llama 3.1: factor, turns that are scaled, turns that are kept, context before scaling.
+    model.rotary_scaling = ()  # such as 8,1,4,8192; empty: none
     model.window = 0  # attention window in tokens, with itself; 0: all before it
     model.separate_documents = False  # no attention across data.end_token
     model.attention = "auto"  # chunked | cudnn | flash; auto: by the device

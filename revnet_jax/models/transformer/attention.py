@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -258,13 +258,37 @@ def _flash(q_BTNK, k_BTGK, v_BTGK, segment_BT, *, causal):
 
 
 def rotary_angles(
-    position_T: jax.Array, head_size: int, *, base: float = 10_000.0, dtype: Any = jnp.float32
+    position_T: jax.Array,
+    head_size: int,
+    *,
+    base: float = 10_000.0,
+    scaling: Sequence[float] = (),
+    dtype: Any = jnp.float32,
 ) -> tuple[jax.Array, jax.Array]:
-    """(cosines, sines) of the angles that `rotate` uses, [T, head_size / 2], in this dtype."""
+    """(cosines, sines) of the angles that `rotate` uses, [T, head_size / 2], in this dtype.
+
+    `scaling` is that of `scaled_frequency`; () for none.
+    """
     half = head_size // 2
     frequency = base ** (-jnp.arange(half, dtype=dtype) / half)
+    if scaling:
+        frequency = scaled_frequency(frequency, *scaling)
     angle_TK = position_T.astype(dtype)[:, None] * frequency[None]
     return jnp.cos(angle_TK), jnp.sin(angle_TK)
+
+
+def scaled_frequency(
+    frequency: jax.Array, factor: float, low: float, high: float, context: float
+) -> jax.Array:
+    """Rotary frequencies for longer texts, as Llama 3.1 scales them (arXiv:2407.21783).
+
+    A frequency that turns less than `low` times in the `context` that the model was first trained
+    with is divided by `factor`; one that turns more than `high` times stays as it is. Between the
+    two, the change is linear in the number of turns.
+    """
+    turns = context * frequency / (2 * math.pi)
+    kept = jnp.clip((turns - low) / (high - low), 0, 1)
+    return frequency * (kept + (1 - kept) / factor)
 
 
 def rotate(x_BTNK: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -9,7 +9,8 @@ head), M all tokens in a row. Streams are float32; branches normalise their inpu
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,33 +38,73 @@ LAYER_RULES = (
 
 
 class Linear(nnx.Module):
-    """x @ kernel, computed in `dtype`; initialised from a normal of standard deviation `std`.
+    """x @ kernel, or x @ kernel + bias, computed in `dtype`.
+
+    The kernel is initialised from a normal of standard deviation `std`, the bias with zeros.
 
     `outputs` is the last dimension of the output, or its last dimensions.
     """
 
-    def __init__(self, inputs: int, *outputs: int, std: float, dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, inputs: int, *outputs: int, std: float, dtype, rngs: nnx.Rngs, bias: bool = False
+    ):
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (inputs, *outputs)))
-        self.dtype = dtype
+        if bias:
+            self.bias = nnx.Param(jnp.zeros(outputs))
+        self.dtype, self.has_bias = dtype, bias
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return jnp.tensordot(x.astype(self.dtype), self.kernel[...].astype(self.dtype), 1)
+        y = jnp.tensordot(x.astype(self.dtype), self.kernel[...].astype(self.dtype), 1)
+        return y + _leading(self.bias[...].astype(self.dtype), y) if self.has_bias else y
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + 1e-6) * scale (Zhang & Sennrich 2019, arXiv:1910.07467).
+    """x / sqrt(mean(x^2) + eps) * scale (Zhang & Sennrich 2019, arXiv:1910.07467).
 
     Computed in float32 at least.
     """
 
-    def __init__(self, width: int):
-        self.scale = nnx.Param(jnp.ones(width))
+    def __init__(self, width: int, *, eps: float):
+        self.scale, self.eps = nnx.Param(jnp.ones(width)), eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(at_least_float32(x.dtype))
         mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        scale = jnp.expand_dims(self.scale[...], tuple(range(x.ndim - 1)))
-        return x * lax.rsqrt(mean_square + 1e-6) * scale
+        return x * lax.rsqrt(mean_square + self.eps) * _leading(self.scale[...], x)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean(x)) / sqrt(var(x) + eps) * scale + bias (Ba et al. 2016, arXiv:1607.06450).
+
+    Computed in float32 at least.
+    """
+
+    def __init__(self, width: int, *, eps: float):
+        self.scale, self.bias = nnx.Param(jnp.ones(width)), nnx.Param(jnp.zeros(width))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(at_least_float32(x.dtype))
+        # Not as mean(x^2) - mean(x)^2, which loses digits where the mean is large.
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        return x * _leading(self.scale[...], x) + _leading(self.bias[...], x)
+
+
+Norm = Callable[[int], nnx.Module]  # makes a normalisation of this width
+NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+Bias = Literal["none", "qkv", "attention", "all"]
+BIASES = ("none", "qkv", "attention", "all")
+# The activation of a feed-forward network: how many hidden vectors it takes, and the function.
+ACTIVATIONS = {
+    "swiglu": (2, lambda gate, value: jax.nn.silu(gate) * value),
+    "gelu": (1, lambda value: jax.nn.gelu(value, approximate=True)),
+}
+
+
+def _leading(parameter, x):
+    """A parameter with axes of size 1 before its own, so that it broadcasts over `x`."""
+    return jnp.expand_dims(parameter, tuple(range(x.ndim - parameter.ndim)))
 
 
 class Cache(NamedTuple):
@@ -85,20 +126,21 @@ class Positions(NamedTuple):
     Attributes:
       first: the position of the first token in its sequence.
       angles: the rotary angles of all tokens, see `rotary_angles`. Split over the mesh with the
-        tokens.
+        tokens. None for a model that learns an embedding of each position instead.
       document_BT: the position at which each token's document starts; attention reads no token
         before it. None if tokens read across documents. Not split along the sequence.
     """
 
     first: jax.Array
-    angles: tuple[jax.Array, jax.Array]
+    angles: tuple[jax.Array, jax.Array] | None
     document_BT: jax.Array | None = None
 
 
 class Attention(nnx.Module):
-    """Causal self-attention with rotary positions and grouped-query heads, without biases.
+    """Causal self-attention with rotary positions and grouped-query heads.
 
-    Ainslie et al. 2023 (arXiv:2305.13245). kernel, window: see `attend`.
+    Ainslie et al. 2023 (arXiv:2305.13245). kernel, window: see `attend`. bias, qk_norm: see
+    `LanguageModelShape`.
     """
 
     def __init__(
@@ -107,18 +149,25 @@ class Attention(nnx.Module):
         width: int,
         heads: int,
         kv_heads: int,
+        head_size: int,
         out_std: float,
         kernel: AttentionKernel,
         window: int,
+        norm: Norm,
+        bias: Bias,
+        qk_norm: bool,
         dtype,
         rngs: nnx.Rngs,
     ):
-        self.heads, self.kv_heads, self.head_size = heads, kv_heads, width // heads
-        self.kernel, self.window = kernel, window
-        self.norm = RMSNorm(width)
-        inner = (heads + 2 * kv_heads) * self.head_size
-        self.qkv = Linear(width, inner, std=width**-0.5, dtype=dtype, rngs=rngs)
-        self.out = Linear(width, width, std=out_std, dtype=dtype, rngs=rngs)
+        self.heads, self.kv_heads, self.head_size = heads, kv_heads, head_size
+        self.kernel, self.window, self.qk_norm = kernel, window, qk_norm
+        self.norm = norm(width)
+        if qk_norm:
+            self.q_norm, self.k_norm = norm(head_size), norm(head_size)
+        inner, common = (heads + 2 * kv_heads) * head_size, {"dtype": dtype, "rngs": rngs}
+        self.qkv = Linear(width, inner, std=width**-0.5, bias=bias != "none", **common)
+        has_bias = bias in ("attention", "all")
+        self.out = Linear(heads * head_size, width, std=out_std, bias=has_bias, **common)
 
     def __call__(
         self, x_BTD: jax.Array, positions: Positions, cache: Cache | None = None
@@ -127,7 +176,7 @@ class Attention(nnx.Module):
 
         Without a cache, tokens read one another only; with a cache, also all tokens in it.
         """
-        B, T, D = x_BTD.shape
+        B, T, _ = x_BTD.shape
         G, R, K = self.kv_heads, self.heads // self.kv_heads, self.head_size
         # Each key-value head lies next to the query heads that read it, so that sharding over
         # "tensor" gives every device whole groups.
@@ -135,7 +184,11 @@ class Attention(nnx.Module):
         # Split rather than indexed: the derivative of indexing pads each part and adds them.
         q, k, v = jnp.split(qkv, (R, R + 1), axis=3)
         q_BTNK, k_BTGK, v_BTGK = q.reshape(B, T, G * R, K), k[..., 0, :], v[..., 0, :]
-        q_BTNK, k_BTGK = (rotate(x, positions.angles) for x in (q_BTNK, k_BTGK))
+        if self.qk_norm:
+            q_BTNK = self.q_norm(q_BTNK).astype(q_BTNK.dtype)
+            k_BTGK = self.k_norm(k_BTGK).astype(k_BTGK.dtype)
+        if positions.angles is not None:
+            q_BTNK, k_BTGK = (rotate(x, positions.angles) for x in (q_BTNK, k_BTGK))
         if cache is None:
             attend_causally = functools.partial(
                 attend,
@@ -156,24 +209,38 @@ class Attention(nnx.Module):
             if positions.document_BT is not None:
                 sees = sees[None] & (places[1][None] >= positions.document_BT[..., None])
             mixed = scores_times_values(q_BTNK, cache.k_BSGK, cache.v_BSGK, sees)
-        return self.out(mixed.reshape(B, T, D)), cache
+        return self.out(mixed.reshape(B, T, G * R * K)), cache
 
 
 class FeedForward(nnx.Module):
-    """SwiGLU: (silu(x A) * x B) C (Shazeer 2020, arXiv:2002.05202).
+    """SwiGLU: (silu(x A) * x B) C (Shazeer 2020, arXiv:2002.05202), or gelu(x A) C.
 
     Args:
+      activation: one of `ACTIVATIONS`. "gelu" is its approximation by tanh (Hendrycks & Gimpel
+        2016, arXiv:1606.08415), as in GPT-2.
+      bias: whether the linear layers have biases.
       chunks: number of parts of the tokens, computed one after the other and recomputed in the
         backward pass, so that the hidden activations of all tokens never exist together. If it does
         not divide the number of tokens (as in a prompt), all are computed at once.
     """
 
     def __init__(
-        self, *, width: int, hidden: int, chunks: int, out_std: float, dtype, rngs: nnx.Rngs
+        self,
+        *,
+        width: int,
+        hidden: int,
+        chunks: int,
+        activation: str,
+        norm: Norm,
+        bias: bool,
+        out_std: float,
+        dtype,
+        rngs: nnx.Rngs,
     ):
-        self.norm, self.chunks = RMSNorm(width), chunks
-        self.up = Linear(width, 2, hidden, std=width**-0.5, dtype=dtype, rngs=rngs)
-        self.down = Linear(hidden, width, std=out_std, dtype=dtype, rngs=rngs)
+        self.norm, self.chunks, self.activation = norm(width), chunks, activation
+        parts, common = ACTIVATIONS[activation][0], {"bias": bias, "dtype": dtype, "rngs": rngs}
+        self.up = Linear(width, parts, hidden, std=width**-0.5, **common)
+        self.down = Linear(hidden, width, std=out_std, **common)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         B, T, D = x_BTD.shape
@@ -184,8 +251,8 @@ class FeedForward(nnx.Module):
         return jnp.swapaxes(u, 0, 1).reshape(B, T, D)
 
     def _apply(self, x_BTD):
-        gate, value = jnp.unstack(self.up(self.norm(x_BTD)), axis=-2)
-        return self.down(jax.nn.silu(gate) * value)
+        hidden = jnp.unstack(self.up(self.norm(x_BTD)), axis=-2)
+        return self.down(ACTIVATIONS[self.activation][1](*hidden))
 
 
 class Experts(nnx.Module):
@@ -205,12 +272,13 @@ class Experts(nnx.Module):
         hidden: int,
         experts: int,
         experts_per_token: int,
+        norm: Norm,
         out_std: float,
         dtype,
         rngs: nnx.Rngs,
     ):
         self.experts_per_token, self.dtype = experts_per_token, dtype
-        self.norm = RMSNorm(width)
+        self.norm = norm(width)
         normal = lambda std, *shape: nnx.Param(std * jax.random.normal(rngs.params(), shape))
         wide = at_least_float32(dtype)
         self.router = Linear(width, experts, std=width**-0.5, dtype=wide, rngs=rngs)

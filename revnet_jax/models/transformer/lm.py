@@ -8,7 +8,7 @@ Dims: B batch, T tokens, D stream width, V vocabulary, L layers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
 from typing import Any
 
 import jax
@@ -20,82 +20,18 @@ from revnet_jax.models.dtypes import at_least_float32, narrowed
 from revnet_jax.models.model import ModelOptions, Sweep, Variables
 from revnet_jax.models.partition import by_batch, gather, on_batch, on_sequence, whole_sequences
 from revnet_jax.models.transformer.attention import AttentionKernel, rotary_angles
-from revnet_jax.models.transformer.base import Transformer, check_positive, drop, init_layers_of
+from revnet_jax.models.transformer.base import Transformer, drop, init_layers_of
 from revnet_jax.models.transformer.decoder import (
     LAYER_RULES,
+    NORMS,
     Attention,
     Cache,
     Experts,
     FeedForward,
     Positions,
-    RMSNorm,
 )
 from revnet_jax.models.transformer.linear_cross_entropy import linear_cross_entropy
-
-
-@dataclass(frozen=True)
-class LanguageModelShape:
-    """The shape of a decoder.
-
-    Attributes:
-      kv_heads: key-value heads; divides `heads` (grouped-query attention).
-      hidden: width inside the feed-forward network.
-      reversible: two streams; otherwise the irreversible model with one stream.
-      tied: use the embedding as the output kernel too.
-      dropout: rate, applied to the outputs of branches and to the embedding.
-      experts: number of expert feed-forward networks per layer (mixture of experts). Each token
-        goes to `experts_per_token` of them; 0 for one dense network.
-      window: sliding-window attention: how many tokens a token reads in each layer, the last of
-        them itself; 0 for all earlier tokens.
-      end_token: the id of the token that ends each document, and belongs to it. If given, attention
-        does not cross from one document to another; None to let tokens read across documents. The
-        position of a document in its sequence does not matter, because rotary positions are
-        relative.
-    """
-
-    vocab_size: int
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int
-    hidden: int
-    reversible: bool = True
-    tied: bool = False
-    dropout: float = 0.0
-    experts: int = 0
-    experts_per_token: int = 2
-    rotary_base: float = 10_000.0
-    window: int = 0
-    end_token: int | None = None
-
-    def __post_init__(self):
-        check_positive(self, ("vocab_size", "layers", "width", "heads", "kv_heads", "hidden"))
-        if self.width % (2 * self.heads):
-            raise ValueError(
-                f"got width={self.width} and heads={self.heads}, expected a width that heads of an "
-                f"even size make up: a multiple of {2 * self.heads}"
-            )
-        if self.rotary_base <= 0:
-            raise ValueError(f"got rotary_base={self.rotary_base}, expected more than 0")
-        if self.heads % self.kv_heads:
-            raise ValueError(
-                f"got kv_heads={self.kv_heads}, expected a divisor of heads={self.heads}"
-            )
-        if self.window < 0:
-            raise ValueError(f"got window={self.window}, expected 0 (none) or a number of tokens")
-        if self.end_token is not None and not 0 <= self.end_token < self.vocab_size:
-            raise ValueError(
-                f"got end_token={self.end_token}, expected the id of the token that ends "
-                f"documents, 0 to {self.vocab_size - 1}"
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"got dropout={self.dropout}, expected a share in [0, 1)")
-        if self.experts < 0:
-            raise ValueError(f"got experts={self.experts}, expected 0 (none) or more")
-        if self.experts and not 1 <= self.experts_per_token <= self.experts:
-            raise ValueError(
-                f"got experts_per_token={self.experts_per_token}, expected 1 to {self.experts}"
-            )
+from revnet_jax.models.transformer.shape import LanguageModelShape
 
 
 class LanguageModel(Transformer):
@@ -136,14 +72,19 @@ class LanguageModel(Transformer):
         a = shape
         # The sum of the 2 L updates then has a standard deviation of about 1 in every element.
         out_std = lambda inputs: (inputs * 2 * a.layers) ** -0.5
+        norm = functools.partial(NORMS[a.norm], eps=a.norm_eps)
         self._f = PureModule(
             lambda rngs: Attention(
                 width=a.width,
                 heads=a.heads,
                 kv_heads=a.kv_heads,
-                out_std=out_std(a.width),
+                head_size=a.size_of_head,
+                out_std=out_std(a.heads * a.size_of_head),
                 kernel=attention,
                 window=a.window,
+                norm=norm,
+                bias=a.bias,
+                qk_norm=a.qk_norm,
                 dtype=self.compute_dtype,
                 rngs=rngs,
             )
@@ -151,10 +92,11 @@ class LanguageModel(Transformer):
         std = out_std(a.hidden)
         common = {"width": a.width, "hidden": a.hidden, "out_std": std, "dtype": self.compute_dtype}
         experts = {"experts": a.experts, "experts_per_token": a.experts_per_token}
-        common |= experts if a.experts else {"chunks": feed_forward_chunks}
+        dense = {"chunks": feed_forward_chunks, "activation": a.activation, "bias": a.bias == "all"}
+        common |= {"norm": norm, **(experts if a.experts else dense)}
         feed_forward = Experts if a.experts else FeedForward
         self._g = PureModule(lambda rngs: feed_forward(**common, rngs=rngs))
-        self._norm = PureModule(lambda rngs: RMSNorm(a.width))
+        self._norm = PureModule(lambda rngs: norm(a.width))
 
     def init(self, key: jax.Array) -> Variables:
         """Initialises the variables."""
@@ -169,6 +111,10 @@ class LanguageModel(Transformer):
             head["kernel"] = a.width**-0.5 * jax.random.normal(head_key, (a.width, a.vocab_size))
         layers = init_layers_of((self._f, self._g), layers_key, a.layers)
         params = {"embed": embedding_VD, "layers": layers, "head": head}
+        if a.learned_positions:
+            position_key = jax.random.fold_in(embed_key, 1)
+            shape = (a.learned_positions, a.width)
+            params["positions"] = std * jax.random.normal(position_key, shape)
         return Variables(narrowed(params, self.param_dtype), {})
 
     def features(
@@ -188,7 +134,7 @@ class LanguageModel(Transformer):
         x_BTD, (_, aux_L) = self._run(
             self._layer(*self._branches()),
             variables.params["layers"],
-            self._embed(variables, token_BT, None if keys is None else keys[-1, :1]),
+            self._embed(variables, token_BT, 0, None if keys is None else keys[-1, :1]),
             shared=self._positions(0, token_BT)[0],
             data_L=None if keys is None else (None, keys[:-1]),
             sweep=sweep,
@@ -237,7 +183,8 @@ class LanguageModel(Transformer):
     def empty_cache(self, batch_size: int, length: int) -> Cache:
         """An empty KV cache for `extend`, of `length` tokens, stacked over layers."""
         a = self.shape
-        shape = (a.layers, batch_size, length, a.kv_heads, a.width // a.heads)
+        self._check_length(length)
+        shape = (a.layers, batch_size, length, a.kv_heads, a.size_of_head)
         document_B = None if a.end_token is None else jnp.zeros(batch_size, jnp.int32)
         return Cache(*(jnp.zeros(shape, self.compute_dtype) for _ in range(2)), document_B)
 
@@ -252,7 +199,7 @@ class LanguageModel(Transformer):
 
         Documents are separate as in `features`: tokens after an end token read none before it.
         """
-        x_BTD = self._embed(variables, token_BT, None)
+        x_BTD = self._embed(variables, token_BT, position, None)
         positions, document_B = self._positions(position, token_BT, cache.document_B)
         x_BTD, (cache, _) = self._run(
             self._layer(*self._branches()),
@@ -272,10 +219,13 @@ class LanguageModel(Transformer):
         """
         a = self.shape
         first = jnp.asarray(first, jnp.int32)
+        if a.learned_positions:  # they were added to the embeddings
+            return Positions(first, None), None
         angles = rotary_angles(
             first + jnp.arange(token_BT.shape[1]),
-            a.width // a.heads,
+            a.size_of_head,
             base=a.rotary_base,
+            scaling=a.rotary_scaling,
             dtype=at_least_float32(self.compute_dtype),
         )
         if a.end_token is None:
@@ -317,17 +267,31 @@ class LanguageModel(Transformer):
         return apply(gather(self.rules, "layers/1", params, self.compute_dtype), x_BTD)
 
     @jax.named_scope("stem")
-    def _embed(self, variables, token_BT, keys):
+    def _embed(self, variables, token_BT, first, keys):
+        """The input of the first layer. first: the position of the first token."""
         embed_VD = variables.params["embed"]
         # Streams are wide, and so is the gradient, which sums over equal tokens.
         wide = at_least_float32(embed_VD.dtype)
         look_up = lambda embed_VD, token_BT: embed_VD.astype(wide)[token_BT]
         x_BTD = by_batch(look_up, self.rules, "embed", embed_VD.dtype)(embed_VD, token_BT)
+        if self.shape.learned_positions:
+            T = token_BT.shape[1]
+            self._check_length(T)
+            table = variables.params["positions"].astype(wide)
+            x_BTD = x_BTD + on_sequence(lax.dynamic_slice_in_dim(table, first, T))[None]
         return drop(x_BTD, self.shape.dropout, keys, 0)
+
+    def _check_length(self, tokens):
+        most = self.shape.learned_positions
+        if most and tokens > most:
+            raise ValueError(
+                f"got a sequence of {tokens} tokens, expected at most {most}: as many as there are "
+                "learned positions"
+            )
 
     @jax.named_scope("head")
     def _normalise(self, variables, x_BTD):
-        norm = {"scale": variables.params["head"]["scale"]}
+        norm = {name: leaf for name, leaf in variables.params["head"].items() if name != "kernel"}
         return self._norm.apply(norm, {}, x_BTD)[0]
 
     def _head_kernel(self, variables):
