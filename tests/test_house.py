@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "config": {"config"} | TOOLS,
     "runs": {"data", "devices", "optimizers", "runs"} | SETTINGS,
     "training": {"devices", "runs", "training"} | LIBRARY | SETTINGS,
+    "pretrained": {"pretrained", "runs", "training"} | LIBRARY | SETTINGS,
     "couplings": {"couplings", "runs", "training"} | LIBRARY | TOOLS,
     "planning": {"devices", "planning", "programs", "training"} | LIBRARY | SETTINGS,
     "benchmark": {"benchmark", "devices", "planning", "programs", "training"} | LIBRARY | SETTINGS,

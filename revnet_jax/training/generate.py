@@ -41,7 +41,8 @@ def generate_text(
         says so.
       temperature: see `sample`.
       top_p: see `sample`.
-      tokenizer: the tokenizer file of the training data, if they were made with one.
+      tokenizer: the tokenizer file of the training data, if they were made with one; None for
+        the one in `workdir`, which imported weights have there.
 
     Raises UserError, before anything is computed, for a run that is not of a language model, an
     empty prompt or one with unknown tokens, another tokenizer, and settings out of range.
@@ -56,7 +57,15 @@ def generate_text(
     config, record = load_config(workdir), load_record(workdir)["data"]
     if family_of(config).data != "text":
         raise UserError(f"{workdir} holds a run of {config.model.family}, expected a decoder")
-    encode, decoder = codec(vocabulary_from(record["vocabulary"]), tokenizer)
+    if "vocabulary" not in record:
+        raise UserError(
+            f"{workdir} has no vocabulary, expected weights imported with their tokenizer.json: "
+            "bring it beside their config.json, and import them again"
+        )
+    vocabulary = vocabulary_from(record["vocabulary"])
+    if vocabulary.kind == "tokenizer" and (workdir / "tokenizer.json").exists():
+        tokenizer = tokenizer or workdir / "tokenizer.json"
+    encode, decoder = codec(vocabulary, tokenizer)
     token_T = encode(prompt)
     if not token_T:
         raise UserError(f"got prompt {prompt!r}, expected one token at least")

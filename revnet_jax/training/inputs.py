@@ -110,9 +110,12 @@ def _check_knobs(config, names):
 def _text(config, text, train, test):
     data, size = config.data, text.vocabulary.size
     _check_knobs(config, ("vocab_size", "context", "eval_batches"))
-    if data.vocab_size != size:
+    # Pretrained models have embeddings with rows beyond the tokenizer's last id.
+    is_tokenizer = text.vocabulary.kind == "tokenizer"
+    if data.vocab_size < size or (data.vocab_size > size and not is_tokenizer):
+        more = " (or more)" if is_tokenizer else ""
         raise ConfigError(
-            f"config.data.vocab_size: got {data.vocab_size}, expected {size}, as in the data"
+            f"config.data.vocab_size: got {data.vocab_size}, expected {size}{more}, as in the data"
         )
     # A user's own model need not have the setting.
     separate = "separate_documents" in config.model and config.model.separate_documents

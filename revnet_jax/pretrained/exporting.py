@@ -1,0 +1,108 @@
+"""Export: from the folder of a run to the files of a published model."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from revnet_jax.errors import writing
+from revnet_jax.models.task import NextToken
+from revnet_jax.pretrained.families import FAMILIES
+from revnet_jax.pretrained.files import WRITTEN, WeightsError, write_json, write_weights
+from revnet_jax.pretrained.layout import Family
+from revnet_jax.runs.manifest import by_path
+from revnet_jax.runs.workdir import load_config
+from revnet_jax.training.restore import Which, restore_run
+
+FIXED = {"reversible": False, "experts": 0, "window": 0}  # settings that no family has otherwise
+
+
+def export_weights(
+    workdir: Path,
+    target: Path,
+    *,
+    dtype: str = "float32",
+    which: Which = "newest",
+    shard_bytes: int = 5 * 2**30,
+) -> dict[str, Any]:
+    """Writes config.json and safetensors files to the folder `target`, from a checkpoint of a run.
+
+    dtype: of the files, "float32" or "bfloat16".
+    which: the checkpoint, "newest" or "best".
+    shard_bytes: a model with more bytes is split into several files.
+
+    Returns what was exported, for a report. config.json is written last.
+
+    Cost: the memory of the model and of one tensor.
+
+    Raises UserError if the run is not of a decoder that a published family has, or if `target`
+    holds files.
+    """
+    if dtype not in WRITTEN:
+        raise WeightsError(f"got dtype={dtype!r}, expected one of {', '.join(WRITTEN)}")
+    family = family_for(load_config(workdir))
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise WeightsError(f"{target} exists, expected a new or an empty folder")
+    run = restore_run(workdir, which)
+    leaves = by_path(run.variables.params)
+    assert isinstance(run.task, NextToken)
+    tensors = {tensor.name: tensor for tensor in family.tensors(run.task.network.shape)}
+
+    def read(name: str) -> np.ndarray:
+        tensor = tensors[name]
+        return tensor.view(np.asarray(leaves[tensor.path])).reshape(tensor.shape)
+
+    with writing(target):
+        target.mkdir(parents=True, exist_ok=True)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    write_weights(target, shapes, read, dtype=dtype, shard_bytes=shard_bytes)
+    if (workdir / "tokenizer.json").exists():
+        with writing(target / "tokenizer.json"):
+            shutil.copyfile(workdir / "tokenizer.json", target / "tokenizer.json")
+    write_json(target / "config.json", description_of(run.config, family, dtype))
+    num_params = sum(math.prod(shape) for shape in shapes.values())
+    return {"model_type": family.model_type, "step": run.step, "num_params": num_params}
+
+
+def description_of(config: ConfigDict, family: Family, dtype: str) -> dict[str, Any]:
+    """The config.json of a run's model as one of this family."""
+    end = config.data.end_token
+    return {
+        "architectures": [family.class_name],
+        "model_type": family.model_type,
+        **family.describe(config.model, config.data),
+        "bos_token_id": None,
+        "eos_token_id": end if end >= 0 else None,
+        "torch_dtype": dtype,
+    }
+
+
+def family_for(config: ConfigDict) -> Family:
+    """The family that a run's model belongs to. Raises WeightsError if there is none."""
+    model = config.model
+    if model.family != "decoder":
+        raise WeightsError(f"got a run of {model.family}, expected one of decoder")
+    kinds = {"gpt2": model.learned_positions, "qwen3": model.qk_norm, "qwen2": model.bias == "qkv"}
+    family = FAMILIES[next((kind for kind, fits in kinds.items() if fits), "llama")]
+    for name, value in (FIXED | dict(family.fixed)).items():
+        if model[name] != value:
+            raise WeightsError(
+                f"config.model.{name}: got {model[name]!r}, expected {value!r}: a "
+                f"{family.model_type}, which its other settings make it, has no other"
+            )
+    if model.bias not in family.biases or (family.model_type == "gpt2" and not _all_heads(model)):
+        raise WeightsError(
+            f"config.model: got bias={model.bias!r}, heads={model.heads} and "
+            f"kv_heads={model.kv_heads}, expected a bias of {' or '.join(family.biases)}, and for "
+            "gpt2 as many key-value heads as heads"
+        )
+    return family
+
+
+def _all_heads(model):
+    return model.kv_heads == model.heads

@@ -1,0 +1,106 @@
+"""GPT-2 (Radford et al. 2019): LayerNorm, GELU, learned positions, biases everywhere.
+
+Its linear layers are stored as [in, out], as ours are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from revnet_jax.models import LanguageModelShape
+from revnet_jax.pretrained.description import Description
+from revnet_jax.pretrained.layout import Family, Tensor, same, transposed
+
+
+def settings(found: Description) -> dict[str, Any]:
+    """The settings of a GPT-2."""
+    found.only("activation_function", "gelu_new", "gelu_pytorch_tanh")
+    found.only("scale_attn_weights", True)
+    found.only("scale_attn_by_inverse_layer_idx", False)
+    found.only("add_cross_attention", False)
+    width, heads = found.whole("n_embd"), found.whole("n_head")
+    return {
+        "layers": found.whole("n_layer"),
+        "width": width,
+        "heads": heads,
+        "kv_heads": heads,
+        "hidden": found.whole("n_inner", 4 * width),
+        "norm_eps": found.number("layer_norm_epsilon", 1e-5),
+        "tied": found.flag("tie_word_embeddings", True),
+        "learned_positions": found.whole("n_positions"),
+    }
+
+
+def describe(model: Any, data: Any) -> dict[str, Any]:
+    """The config.json of a GPT-2."""
+    return {
+        "vocab_size": data.vocab_size,
+        "n_positions": model.learned_positions,
+        "n_embd": model.width,
+        "n_layer": model.layers,
+        "n_head": model.heads,
+        "n_inner": model.hidden,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": model.norm_eps,
+        "tie_word_embeddings": model.tied,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": model.dropout,
+        "resid_pdrop": model.dropout,
+    }
+
+
+def tensors(a: LanguageModelShape) -> Iterator[Tensor]:
+    """The tensors of a GPT-2."""
+    D = a.width
+    yield Tensor("transformer.wte.weight", (a.vocab_size, D), "embed", same)
+    yield Tensor("transformer.wpe.weight", (a.learned_positions, D), "positions", same)
+    for layer in range(a.layers):
+        for name, shape, path, part in _layer(a):
+            yield Tensor(f"transformer.h.{layer}.{name}", shape, f"layers/{path}", part, layer)
+    yield Tensor("transformer.ln_f.weight", (D,), "head/scale", same)
+    yield Tensor("transformer.ln_f.bias", (D,), "head/bias", same)
+    if not a.tied:
+        yield Tensor("lm_head.weight", (a.vocab_size, D), "head/kernel", transposed)
+
+
+def _layer(a):
+    """(name, shape, path of our parameter, its part) of the tensors of a layer."""
+    D, F = a.width, a.hidden
+    heads_last = lambda leaf: leaf.reshape(*leaf.shape[:-1], a.heads, 3, a.size_of_head)
+    # Theirs has all queries, then all keys, then all values; ours has the three of each head.
+    yield (
+        "attn.c_attn.weight",
+        (D, 3 * D),
+        "0/qkv/kernel",
+        lambda x: np.swapaxes(heads_last(x), 1, 2),
+    )
+    yield "attn.c_attn.bias", (3 * D,), "0/qkv/bias", lambda x: np.swapaxes(heads_last(x), 0, 1)
+    yield "attn.c_proj.weight", (D, D), "0/out/kernel", same
+    yield "attn.c_proj.bias", (D,), "0/out/bias", same
+    yield "mlp.c_fc.weight", (D, F), "1/up/kernel", lambda kernel: kernel[:, 0]
+    yield "mlp.c_fc.bias", (F,), "1/up/bias", lambda bias: bias[0]
+    yield "mlp.c_proj.weight", (F, D), "1/down/kernel", same
+    yield "mlp.c_proj.bias", (D,), "1/down/bias", same
+    for branch in (0, 1):
+        yield f"ln_{branch + 1}.weight", (D,), f"{branch}/norm/scale", same
+        yield f"ln_{branch + 1}.bias", (D,), f"{branch}/norm/bias", same
+
+
+GPT2 = Family(
+    model_type="gpt2",
+    class_name="GPT2LMHeadModel",
+    fixed={
+        **{"norm": "layer", "activation": "gelu", "bias": "all", "qk_norm": False},
+        **{"head_size": 0, "rotary_scaling": ()},
+    },
+    biases=("all",),
+    settings=settings,
+    describe=describe,
+    tensors=tensors,
+    context="n_positions",
+    prefix="transformer.",
+    ignored=r"\.attn\.(masked_)?bias$",
+)

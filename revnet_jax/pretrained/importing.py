@@ -1,0 +1,192 @@
+"""Import: from the files of a published model to a folder like that of a run."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from revnet_jax.config import ConfigError, language_model
+from revnet_jax.data.vocabulary import Vocabulary, largest_id, load_tokenizer
+from revnet_jax.errors import writing
+from revnet_jax.families import build_task
+from revnet_jax.models import Variables, num_params
+from revnet_jax.models.task import NextToken
+from revnet_jax.pretrained.description import Description
+from revnet_jax.pretrained.families import FAMILIES
+from revnet_jax.pretrained.files import READ, Weights, WeightsError, listed
+from revnet_jax.pretrained.layout import Family, Tensor
+from revnet_jax.runs.manifest import by_path
+from revnet_jax.runs.workdir import claim, locked
+from revnet_jax.training.loop import open_checkpoints
+from revnet_jax.training.step import TrainState
+
+HEAD, EMBED = "lm_head.weight", "embed"  # a file may repeat a tied embedding under this name
+
+
+def import_weights(
+    source: Path, workdir: Path, *, dtype: str = "float32", context: int = 1024
+) -> dict[str, Any]:
+    """Writes config.json and a checkpoint of step 0 to `workdir`, from a published model.
+
+    source: the folder with its config.json, safetensors files and perhaps tokenizer.json.
+    dtype: "float32" or "bfloat16", of kernels and embeddings, and what branches compute in.
+    context: `config.data.context`, if the model's own is not shorter.
+
+    Returns what was imported, for a report. Everything is checked before `workdir` is touched.
+
+    Cost: the memory of the model in `dtype` and of one tensor; the checkpoint takes the model's
+    memory a second time while it is written.
+
+    Raises UserError if files are missing, damaged or of an unknown kind of model, if tensors differ
+    from what config.json says, or if `workdir` holds a run.
+    """
+    found = Description(source / "config.json")
+    family = family_of(found)
+    config = config_of(found, family, dtype=dtype, context=context)
+    task = build_task(config, platform="cpu")
+    assert isinstance(task, NextToken)
+    weights = Weights(source)
+    names = names_in_files(family.tensors(task.network.shape), family, weights)
+    vocabulary = vocabulary_of(source, config.data.vocab_size)
+    _check_holds_no_run(workdir)
+    shapes = jax.eval_shape(task.network.init, jax.random.key(0))
+    variables = read_variables(weights, names, shapes)
+    record = {"pretrained": {"folder": str(source.resolve()), "model_type": family.model_type}}
+    record |= {"vocabulary": vocabulary._asdict()} if vocabulary else {}
+    with locked(workdir):
+        _check_holds_no_run(workdir)
+        claim(workdir, config, record)
+        if vocabulary:
+            with writing(workdir / "tokenizer.json"):
+                shutil.copyfile(source / "tokenizer.json", workdir / "tokenizer.json")
+        with open_checkpoints(workdir, task) as checkpoints:
+            checkpoints.save(0, TrainState.of_variables(variables))
+    return {
+        "model_type": family.model_type,
+        "num_params": num_params(variables),
+        "tokenizer": vocabulary is not None,
+    }
+
+
+def _check_holds_no_run(workdir):
+    for name in ("config.json", "metrics.jsonl", "checkpoints"):
+        if (workdir / name).exists():
+            raise ConfigError(
+                f"{workdir} holds a run already ({name}), expected a new folder: choose another "
+                "--workdir"
+            )
+
+
+def family_of(found: Description) -> Family:
+    """The family that a config.json names. Raises WeightsError for one that is not known."""
+    name = found.text("model_type")
+    found.only("model_type", *FAMILIES)
+    found.only("quantization_config", None)
+    return FAMILIES[name]
+
+
+def config_of(found: Description, family: Family, *, dtype: str, context: int) -> ConfigDict:
+    """The config of a run of a published model: one stream, every setting as published."""
+    config = language_model()
+    config.data.update(
+        {
+            "name": "shards",
+            "vocab_size": found.whole("vocab_size"),
+            "context": min(context, found.whole(family.context)),
+            "end_token": found.end_token(),
+        }
+    )
+    config.model.update({**family.fixed, **family.settings(found)})
+    config.model.update({"reversible": False, "backprop": "remat"})
+    config.model.update({"compute_dtype": dtype, "param_dtype": dtype})
+    return config
+
+
+def names_in_files(
+    tensors: Iterable[Tensor], family: Family, weights: Weights
+) -> dict[Tensor, str]:
+    """The name that each expected tensor has in the files.
+
+    Raises WeightsError if tensors are missing, unexpected, or of another shape or dtype.
+    """
+    stored = {n: s for n, s in weights.stored.items() if not re.search(family.ignored, n)}
+    bare = not any(name.startswith(family.prefix) for name in stored)
+    in_file = lambda name: name.removeprefix(family.prefix) if bare else name
+    names = {tensor: in_file(tensor.name) for tensor in tensors}
+    missing = [name for name in names.values() if name not in stored]
+    extra = sorted(stored.keys() - set(names.values()) - {HEAD})
+    if HEAD in stored and HEAD not in names.values():
+        names |= {t._replace(name=HEAD): HEAD for t in names if t.path == EMBED}
+    if missing or extra:
+        where = next(iter(weights.stored.values())).file.parent if weights.stored else "the files"
+        wrong = [f"no {listed(missing)}"] if missing else []
+        wrong += [f"the unknown {listed(extra)}"] if extra else []
+        raise WeightsError(
+            f"{where}: got {' and '.join(wrong)}, expected the tensors of a {family.model_type} "
+            "as its config.json describes it"
+        )
+    for tensor, name in names.items():
+        file, dtype, shape = stored[name]
+        if shape != tensor.shape:
+            raise WeightsError(f"{file}: got {name} of {shape}, expected {tensor.shape}")
+        if dtype not in READ:
+            raise WeightsError(f"{file}: got {name} in {dtype}, expected {', '.join(READ)}")
+    return names
+
+
+def read_variables(weights: Weights, names: Mapping[Tensor, str], wanted: Variables) -> Variables:
+    """Reads the tensors one by one into parameters of the wanted shapes and dtypes."""
+    leaves = {}
+    for path, spec in by_path(wanted.params).items():
+        leaf = _empty(spec.shape, spec.dtype)
+        for tensor, name in names.items():
+            if tensor.path != path:
+                continue
+            view, read = tensor.view(leaf), weights.read(name)
+            if tensor.name == HEAD and path == EMBED:
+                if not np.array_equal(view, read.astype(leaf.dtype)):
+                    raise WeightsError(
+                        f"{weights.stored[name].file}: got {HEAD} that differs from the embedding, "
+                        "expected the same, since config.json ties them"
+                    )
+                continue
+            view[...] = read.reshape(view.shape)
+        leaves[path] = jax.device_put(leaf)
+    params = jax.tree.unflatten(jax.tree.structure(wanted.params), leaves.values())
+    return Variables(params, {})
+
+
+def _empty(shape, dtype):
+    """An array whose memory JAX can take over on CPU without a copy: at a multiple of 64 bytes."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def vocabulary_of(source: Path, vocab_size: int) -> Vocabulary | None:
+    """The vocabulary of tokenizer.json; None if the folder has none.
+
+    Its size is that of the tokenizer; the embedding may have rows beyond it.
+
+    Raises UserError if the file is damaged, or has ids that the embedding has no row for.
+    """
+    path = source / "tokenizer.json"
+    if not path.exists():
+        return None
+    tokenizer, sha256 = load_tokenizer(path)
+    size = largest_id(tokenizer) + 1
+    if size > vocab_size:
+        raise WeightsError(
+            f"{path}: got a tokenizer of {size} ids, expected at most {vocab_size}, the vocab_size "
+            "of config.json: take the tokenizer of this model, or remove it"
+        )
+    return Vocabulary("tokenizer", size, tokenizer_sha256=sha256)

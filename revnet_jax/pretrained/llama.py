@@ -1,0 +1,119 @@
+"""Llama (Touvron et al. 2023, arXiv:2302.13971; Llama 3, arXiv:2407.21783)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from revnet_jax.models import LanguageModelShape
+from revnet_jax.pretrained.description import Description
+from revnet_jax.pretrained.layout import Family, Tensor, of_heads, one_of, same, transposed
+
+SHARED = {"norm": "rms", "activation": "swiglu", "learned_positions": 0}  # with Qwen
+
+
+def sizes(found: Description, *, head_size: int | None = None) -> dict[str, Any]:
+    """The settings that Llama and Qwen share. head_size: if config.json has none; None: from D."""
+    found.only("hidden_act", "silu")
+    width, heads = found.whole("hidden_size"), found.whole("num_attention_heads")
+    return {
+        "layers": found.whole("num_hidden_layers"),
+        "width": width,
+        "heads": heads,
+        "kv_heads": found.whole("num_key_value_heads", heads),
+        "head_size": found.whole("head_dim", head_size or max(1, width // heads)),
+        "hidden": found.whole("intermediate_size"),
+        "norm_eps": found.number("rms_norm_eps", 1e-6),
+        "tied": found.flag("tie_word_embeddings", False),
+        **found.rotary(),
+    }
+
+
+def settings(found: Description) -> dict[str, Any]:
+    """The settings of a Llama."""
+    attention, feed_forward = (found.flag(f"{of}_bias", False) for of in ("attention", "mlp"))
+    if feed_forward and not attention:
+        found.only("mlp_bias", False)
+    bias = "all" if feed_forward else "attention" if attention else "none"
+    return {**sizes(found), "bias": bias}
+
+
+def describe_sizes(model: Any, data: Any) -> dict[str, Any]:
+    """The fields of config.json that Llama and Qwen share."""
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    scaling = dict(zip(names, model.rotary_scaling, strict=False))
+    if scaling:
+        scaling[names[-1]] = int(scaling[names[-1]])
+    return {
+        "vocab_size": data.vocab_size,
+        "max_position_embeddings": data.context,
+        "hidden_size": model.width,
+        "intermediate_size": model.hidden,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_size or model.width // model.heads,
+        "hidden_act": "silu",
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rotary_base,
+        "rope_scaling": {"rope_type": "llama3", **scaling} if scaling else None,
+        "tie_word_embeddings": model.tied,
+    }
+
+
+def describe(model: Any, data: Any) -> dict[str, Any]:
+    """The config.json of a Llama."""
+    biases = {"attention_bias": model.bias != "none", "mlp_bias": model.bias == "all"}
+    return {**describe_sizes(model, data), **biases}
+
+
+def tensors(a: LanguageModelShape) -> Iterator[Tensor]:
+    """The tensors of a Llama; with biases of queries, keys and values alone, or norms of queries
+    and keys, those of a Qwen."""
+    V, D = a.vocab_size, a.width
+    yield Tensor("model.embed_tokens.weight", (V, D), "embed", same)
+    for layer in range(a.layers):
+        for name, shape, path, part in _layer(a):
+            yield Tensor(f"model.layers.{layer}.{name}", shape, f"layers/{path}", part, layer)
+    yield Tensor("model.norm.weight", (D,), "head/scale", same)
+    if not a.tied:
+        yield Tensor("lm_head.weight", (V, D), "head/kernel", transposed)
+
+
+def _layer(a):
+    """(name, shape, path of our parameter, its part) of the tensors of a layer."""
+    D, F, K = a.width, a.hidden, a.size_of_head
+    NK = a.heads * K
+    yield "input_layernorm.weight", (D,), "0/norm/scale", same
+    for which in "qkv":
+        outputs, part = NK if which == "q" else a.kv_heads * K, of_heads(a, which)
+        yield f"self_attn.{which}_proj.weight", (outputs, D), "0/qkv/kernel", part
+        if a.bias != "none":
+            yield f"self_attn.{which}_proj.bias", (outputs,), "0/qkv/bias", part
+        if a.qk_norm and which != "v":
+            yield f"self_attn.{which}_norm.weight", (K,), f"0/{which}_norm/scale", same
+    yield "self_attn.o_proj.weight", (D, NK), "0/out/kernel", transposed
+    yield "post_attention_layernorm.weight", (D,), "1/norm/scale", same
+    for i, name in enumerate(("gate", "up")):
+        yield f"mlp.{name}_proj.weight", (F, D), "1/up/kernel", one_of(i)
+    yield "mlp.down_proj.weight", (D, F), "1/down/kernel", transposed
+    if a.bias in ("attention", "all"):
+        yield "self_attn.o_proj.bias", (D,), "0/out/bias", same
+    if a.bias == "all":
+        yield "mlp.gate_proj.bias", (F,), "1/up/bias", lambda bias: bias[0]
+        yield "mlp.up_proj.bias", (F,), "1/up/bias", lambda bias: bias[1]
+        yield "mlp.down_proj.bias", (D,), "1/down/bias", same
+
+
+LLAMA = Family(
+    model_type="llama",
+    class_name="LlamaForCausalLM",
+    fixed={**SHARED, "qk_norm": False},
+    biases=("none", "attention", "all"),
+    settings=settings,
+    describe=describe,
+    tensors=tensors,
+    context="max_position_embeddings",
+    prefix="model.",
+    ignored=r"\.rotary_emb\.inv_freq$",
+)

@@ -1,0 +1,43 @@
+"""Writes a decoder's checkpoint as a published model (Llama, Qwen, GPT-2); prints JSON.
+
+    python scripts/export_weights.py --workdir=WORKDIR --target=DIR
+
+The settings of the run say of which family it is. Only a decoder of one stream has a published
+counterpart (config.model.reversible=False).
+"""
+
+import json
+from pathlib import Path
+
+from absl import flags
+
+from revnet_jax.config import cli
+from revnet_jax.config.ranges import real
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+TARGET = flags.DEFINE_string("target", None, "A new folder, for config.json and safetensors files.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the files.")
+WHICH = flags.DEFINE_enum("checkpoint", "newest", ["newest", "best"], "Which checkpoint.")
+SHARD = flags.DEFINE_float("shard_gib", 5.0, "GiB of a file; larger models get several files.")
+cli.limit(SHARD, real("(0, 1e6]"))
+
+
+def main(argv):
+    del argv
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # a device may have less memory than the host
+    from revnet_jax.pretrained.exporting import export_weights
+
+    report = export_weights(
+        Path(WORKDIR.value),
+        Path(TARGET.value),
+        dtype=DTYPE.value,
+        which=WHICH.value,
+        shard_bytes=int(SHARD.value * 2**30),
+    )
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    cli.run(main, required=("workdir", "target"))
