@@ -66,19 +66,26 @@ def real(interval: str) -> Range:
     return Range(f"a finite number, {bound}", holds)
 
 
-def several(each: Range, *, length: int | None = None, increasing: bool = False) -> Range:
-    """Tuples of numbers in a range. length: of the tuple; None for any."""
+def several(
+    each: Range,
+    *,
+    length: int | None = None,
+    increasing: bool = False,
+    or_empty: bool = False,
+) -> Range:
+    """Tuples of numbers in a range. length: of the tuple; None for any. or_empty: () too."""
 
     def holds(values: Any) -> bool:
         return (
             isinstance(values, tuple)
-            and (length is None or len(values) == length)
+            and (length is None or len(values) == length or (or_empty and not values))
             and all(map(each.holds, values))
             and (not increasing or list(values) == sorted(set(values)))
         )
 
     kind = "an increasing tuple" if increasing else "a tuple"
     size = "" if length is None else f" of {length}"
+    kind = f"(), or {kind}" if or_empty else kind
     return Range(f"{kind}{size}, each element {each.expected}", holds)
 
 
@@ -127,7 +134,7 @@ RANGES = {
     "model.norm_eps": real("(0, 1]"),
     "model.learned_positions": whole(0),
     "model.rotary_base": real("(0, inf)"),
-    "model.rotary_scaling": several(real("(0, inf)")),
+    "model.rotary_scaling": several(real("(0, inf)"), length=4, or_empty=True),
     "model.window": whole(0),
     "model.feed_forward_chunks": whole(1),
     "model.loss_chunk": whole(1),

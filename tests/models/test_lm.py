@@ -28,6 +28,13 @@ VARIANTS = {
     "experts": {"experts": 4},
     "tied": {"tied": True},
     "dropout": {"dropout": 0.3},
+    "as Qwen": {
+        "head_size": 6,
+        "bias": "attention",
+        "qk_norm": True,
+        "rotary_scaling": (8, 1, 4, 9),
+    },
+    "as GPT-2": {"norm": "layer", "activation": "gelu", "bias": "all", "learned_positions": 20},
 }
 
 
@@ -57,7 +64,9 @@ def gradient(lm, variables, *, key=None, balance=0.1):
     return jit(value_and_grad)(variables.params, lm.probes())
 
 
-@pytest.mark.parametrize("name", ["twin", thorough("experts"), thorough("dropout")])
+@pytest.mark.parametrize(
+    "name", ["twin", *map(thorough, ("experts", "dropout", "as Qwen")), "as GPT-2"]
+)
 def test_strategies_give_one_gradient(name):
     """The twin has `store` and `remat` alone."""
     changes = VARIANTS[name]
@@ -133,6 +142,8 @@ def test_no_gradient_leaks_to_later_tokens():
         ("twin", None, 1e-5),
         ("experts", None, 1e-5),
         ("tied", None, 1e-5),
+        thorough("as Qwen", None, 1e-5),
+        thorough("as GPT-2", None, 1e-5),
         # Sums in another order may round to the neighbouring point of the grid.
         ("reversible", Grid(), 20 * 2**-12),
     ],
@@ -149,7 +160,7 @@ def test_token_by_token_is_all_at_once(name, grid, tolerance):
         np.testing.assert_allclose(logits_BV, expected[:, t], atol=tolerance)
 
 
-@pytest.mark.parametrize("name", ["reversible", "experts", "tied"])
+@pytest.mark.parametrize("name", ["reversible", "experts", "tied", "as Qwen", "as GPT-2"])
 def test_the_twin_has_the_same_parameters(name):
     changes = VARIANTS[name]
     shapes = [
@@ -253,9 +264,31 @@ def test_experts_on_two_devices(backprop, axis):
         ({"dropout": 1.0}, "got dropout=1.0, expected a share"),
         ({"experts": 1}, "got experts_per_token=2, expected 1 to 1"),
         ({"reversible": False, "backprop": "reverse"}, "for a model of one stream"),
+        ({"head_size": 5}, "got head_size=5, expected an even size, or 0 for width / heads"),
+        ({"norm": "batch"}, "got norm='batch', expected one of rms, layer"),
+        ({"bias": "some"}, "got bias='some', expected one of none, qkv, attention, all"),
+        ({"activation": "relu"}, "got activation='relu', expected one of swiglu, gelu"),
+        ({"experts": 2, "bias": "all"}, "got experts, activation='swiglu' and bias='all', expect"),
+        ({"learned_positions": 9, "end_token": 1}, "got learned_positions=9 and end_token=1, ex"),
+        ({"rotary_scaling": (8, 4, 4, 9)}, r"got rotary_scaling=\(8, 4, 4, 9\) and learned_posi"),
         ({"experts": 2, "options": {"feed_forward_chunks": 2}}, "got feed_forward_chunks=2 and"),
     ],
 )
 def test_what_does_not_go_together(changes, message):
     with pytest.raises(ValueError, match=message):
         model(**changes)
+
+
+def test_there_are_no_more_learned_positions_than_learned():
+    lm, token_BT = model(learned_positions=T), tokens()
+    variables = jax.eval_shape(lm.init, jax.random.key(0))
+    assert variables.params["positions"].shape == (T, 16)
+    jax.eval_shape(lm.logits, variables, token_BT[:, :T])
+    for call in (
+        lambda: lm.empty_cache(B, T + 1),
+        lambda: jax.eval_shape(lm.logits, variables, token_BT),
+    ):
+        with pytest.raises(
+            ValueError, match=f"got a sequence of {T + 1} tokens, expected at most {T}"
+        ):
+            call()
