@@ -23,7 +23,8 @@ EXPECTED = {
     "digits", "cifar10_revnet38", "cifar10_revnet110", "cifar10_revnet164", "cifar10_resnet32",
     "cifar10_resnet110", "cifar10_resnet164", "imagenet_revnet56", "imagenet_revnet104",
     "imagenet_resnet50", "imagenet_resnet101", "digits_irevnet", "cifar10_irevnet",
-    "lm_bytes", "lm_shakespeare", "lm_124m", "lm_1b", "lm_8b_32k", "vit_s_cifar10",
+    "lm_bytes", "lm_shakespeare", "lm_124m", "lm_1b", "lm_8b_32k", "lm_finetune",
+    "vit_s_cifar10",
     "vit_b_imagenet",
 }  # fmt: skip
 # Trainable parameters, CIFAR-10 and CIFAR-100 (the models of Gomez et al. 2017, to the last one).

@@ -26,6 +26,7 @@ SEARCHES = {
     "nucleus (top-p) sampling": "language_models.md",
     "greedy decoding": "language_models.md",
     "learning-rate warm-up": "language_models.md",
+    "pretrained weights": "pretrained.md",
 }
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
