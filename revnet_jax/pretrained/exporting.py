@@ -13,7 +13,13 @@ from ml_collections import ConfigDict
 from revnet_jax.errors import writing
 from revnet_jax.models.task import NextToken
 from revnet_jax.pretrained.families import FAMILIES
-from revnet_jax.pretrained.files import WRITTEN, WeightsError, write_json, write_weights
+from revnet_jax.pretrained.files import (
+    WRITTEN,
+    WeightsError,
+    removed_on_error,
+    write_json,
+    write_weights,
+)
 from revnet_jax.pretrained.layout import Family
 from revnet_jax.runs.manifest import by_path
 from revnet_jax.runs.workdir import load_config
@@ -57,14 +63,15 @@ def export_weights(
         tensor = tensors[name]
         return tensor.view(np.asarray(leaves[tensor.path])).reshape(tensor.shape)
 
-    with writing(target):
-        target.mkdir(parents=True, exist_ok=True)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    write_weights(target, shapes, read, dtype=dtype, shard_bytes=shard_bytes)
-    if (workdir / "tokenizer.json").exists():
-        with writing(target / "tokenizer.json"):
-            shutil.copyfile(workdir / "tokenizer.json", target / "tokenizer.json")
-    write_json(target / "config.json", description_of(run.config, family, dtype))
+    with removed_on_error(target):
+        with writing(target):
+            target.mkdir(parents=True, exist_ok=True)
+        write_weights(target, shapes, read, dtype=dtype, shard_bytes=shard_bytes)
+        if (workdir / "tokenizer.json").exists():
+            with writing(target / "tokenizer.json"):
+                shutil.copyfile(workdir / "tokenizer.json", target / "tokenizer.json")
+        write_json(target / "config.json", description_of(run.config, family, dtype))
     num_params = sum(math.prod(shape) for shape in shapes.values())
     return {"model_type": family.model_type, "step": run.step, "num_params": num_params}
 

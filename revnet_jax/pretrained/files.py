@@ -7,7 +7,9 @@ place of each tensor), and the tensors' bytes one after another.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -170,6 +172,20 @@ def _write_file(path, shapes, read, dtype):
         for name in shapes:
             # Through bytes, since numpy writes its own dtypes only.
             file.write(np.ascontiguousarray(read(name), as_numpy).reshape(-1).view(np.uint8).data)
+
+
+@contextmanager
+def removed_on_error(*paths: Path) -> Generator[None, None, None]:
+    """Removes files and folders that are made inside the context if it ends with an error."""
+    try:
+        yield
+    except BaseException:
+        for path in paths:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

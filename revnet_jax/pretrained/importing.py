@@ -21,7 +21,7 @@ from revnet_jax.models import Variables, num_params
 from revnet_jax.models.task import NextToken
 from revnet_jax.pretrained.description import Description
 from revnet_jax.pretrained.families import FAMILIES
-from revnet_jax.pretrained.files import READ, Weights, WeightsError, listed
+from revnet_jax.pretrained.files import READ, Weights, WeightsError, listed, removed_on_error
 from revnet_jax.pretrained.layout import Family, Tensor
 from revnet_jax.runs.manifest import by_path
 from revnet_jax.runs.workdir import claim, locked
@@ -63,12 +63,14 @@ def import_weights(
     record |= {"vocabulary": vocabulary._asdict()} if vocabulary else {}
     with locked(workdir):
         _check_holds_no_run(workdir)
-        claim(workdir, config, record)
-        if vocabulary:
-            with writing(workdir / "tokenizer.json"):
-                shutil.copyfile(source / "tokenizer.json", workdir / "tokenizer.json")
-        with open_checkpoints(workdir, task) as checkpoints:
-            checkpoints.save(0, TrainState.of_variables(variables))
+        written = ("config.json", "tokenizer.json", "checkpoints")
+        with removed_on_error(*(workdir / name for name in written)):
+            claim(workdir, config, record)
+            if vocabulary:
+                with writing(workdir / "tokenizer.json"):
+                    shutil.copyfile(source / "tokenizer.json", workdir / "tokenizer.json")
+            with open_checkpoints(workdir, task) as checkpoints:
+                checkpoints.save(0, TrainState.of_variables(variables))
     return {
         "model_type": family.model_type,
         "num_params": num_params(variables),

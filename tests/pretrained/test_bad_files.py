@@ -10,6 +10,7 @@ from revnet_jax.errors import UserError
 from revnet_jax.pretrained.exporting import export_weights, family_for
 from revnet_jax.pretrained.importing import import_weights
 from tests.pretrained import published
+from tests.small_run import file_limit
 
 pytest.importorskip("safetensors", reason="needs the extra pretrained")
 LLAMA = published.MODELS["llama"]
@@ -188,3 +189,17 @@ def test_a_target_that_holds_files(source, tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*/nothing/config\.json"):
         export_weights(tmp_path / "nothing", tmp_path / "target")
     assert not (tmp_path / "target").exists()
+
+
+def test_a_full_disk_leaves_nothing_behind(source, tmp_path):
+    """So that the same command works once there is room."""
+    import_weights(source, tmp_path / "first")  # which fills JAX's cache of compiled programs
+    export_weights(tmp_path / "first", tmp_path / "out")
+    with file_limit(12_000), pytest.raises(UserError, match="Make room"):
+        import_weights(source, tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"lock"}
+    import_weights(source, tmp_path / "run")
+    with file_limit(12_000), pytest.raises(UserError, match="Make room"):
+        export_weights(tmp_path / "run", tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+    export_weights(tmp_path / "run", tmp_path / "target")
