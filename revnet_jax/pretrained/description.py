@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from revnet_jax.pretrained.files import WeightsError, read_json
+from revnet_jax.pretrained.files import WeightsError, read_json_object
 
 
 class Description:
@@ -17,7 +17,7 @@ class Description:
     """
 
     def __init__(self, path: Path):
-        self.path, self._fields = path, read_json(path)
+        self.path, self._fields = path, read_json_object(path)
 
     def whole(self, name: str, default: int | None = None) -> int:
         """A whole number from 1."""

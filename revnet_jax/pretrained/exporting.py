@@ -17,10 +17,10 @@ from revnet_jax.pretrained.files import (
     WRITTEN,
     WeightsError,
     removed_on_error,
-    write_json,
+    write_json_object,
     write_weights,
 )
-from revnet_jax.pretrained.layout import Family
+from revnet_jax.pretrained.layout import PublishedFamily
 from revnet_jax.runs.manifest import by_path
 from revnet_jax.runs.workdir import load_config
 from revnet_jax.training.restore import Which, restore_run
@@ -71,12 +71,12 @@ def export_weights(
         if (workdir / "tokenizer.json").exists():
             with writing(target / "tokenizer.json"):
                 shutil.copyfile(workdir / "tokenizer.json", target / "tokenizer.json")
-        write_json(target / "config.json", description_of(run.config, family, dtype))
+        write_json_object(target / "config.json", description_of(run.config, family, dtype))
     num_params = sum(math.prod(shape) for shape in shapes.values())
     return {"model_type": family.model_type, "step": run.step, "num_params": num_params}
 
 
-def description_of(config: ConfigDict, family: Family, dtype: str) -> dict[str, Any]:
+def description_of(config: ConfigDict, family: PublishedFamily, dtype: str) -> dict[str, Any]:
     """The config.json of a run's model as one of this family."""
     end = config.data.end_token
     return {
@@ -89,7 +89,7 @@ def description_of(config: ConfigDict, family: Family, dtype: str) -> dict[str, 
     }
 
 
-def family_for(config: ConfigDict) -> Family:
+def family_for(config: ConfigDict) -> PublishedFamily:
     """The family that a run's model belongs to. Raises WeightsError if there is none."""
     model = config.model
     if model.family != "decoder":

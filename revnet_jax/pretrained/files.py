@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from revnet_jax.errors import UserError, writing
+from revnet_jax.files import write_atomically
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 READ = ("F32", "BF16", "F16", "F64")  # dtypes whose tensors are read
@@ -35,7 +36,7 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises WeightsError if it is missing, broken, or no object."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -88,7 +89,7 @@ def _paths(folder):
 
 
 def _weight_map(path):
-    found = read_json(path).get("weight_map")
+    found = read_json_object(path).get("weight_map")
     if not isinstance(found, dict) or not all(isinstance(x, str) for x in found.values()):
         raise WeightsError(f"{path}: got no weight_map, expected the file of each tensor")
     return found
@@ -155,7 +156,7 @@ def write_weights(
         places = {
             name: file for file, shard in zip(names, shards, strict=True) for name, _ in shard
         }
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+        write_json_object(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
 
 
 def _write_file(path, shapes, read, dtype):
@@ -175,7 +176,7 @@ def _write_file(path, shapes, read, dtype):
 
 
 @contextmanager
-def removed_on_error(*paths: Path) -> Generator[None, None, None]:
+def removed_on_error(*paths: Path) -> Generator[None]:
     """Removes files and folders that are made inside the context if it ends with an error."""
     try:
         yield
@@ -188,12 +189,12 @@ def removed_on_error(*paths: Path) -> Generator[None, None, None]:
         raise
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json_object(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON file as published models have them."""
     with writing(path):
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
-def listed(names: Sequence[str]) -> str:
+def first_few(names: Sequence[str]) -> str:
     """A phrase for messages: how many, and the first three."""
     return f"{len(names)}, such as {', '.join(names[:3])}" if len(names) > 3 else ", ".join(names)

@@ -12,10 +12,10 @@ import numpy as np
 
 from revnet_jax.models import LanguageModelShape
 from revnet_jax.pretrained.description import Description
-from revnet_jax.pretrained.layout import Family, Tensor, same, transposed
+from revnet_jax.pretrained.layout import PublishedFamily, Tensor, as_it_is, transposed
 
 
-def settings(found: Description) -> dict[str, Any]:
+def settings_of_gpt2(found: Description) -> dict[str, Any]:
     """The settings of a GPT-2."""
     found.only("activation_function", "gelu_new", "gelu_pytorch_tanh")
     found.only("scale_attn_weights", True)
@@ -34,7 +34,7 @@ def settings(found: Description) -> dict[str, Any]:
     }
 
 
-def describe(model: Any, data: Any) -> dict[str, Any]:
+def describe_gpt2(model: Any, data: Any) -> dict[str, Any]:
     """The config.json of a GPT-2."""
     return {
         "vocab_size": data.vocab_size,
@@ -52,16 +52,16 @@ def describe(model: Any, data: Any) -> dict[str, Any]:
     }
 
 
-def tensors(a: LanguageModelShape) -> Iterator[Tensor]:
+def tensors_of_gpt2(a: LanguageModelShape) -> Iterator[Tensor]:
     """The tensors of a GPT-2."""
     D = a.width
-    yield Tensor("transformer.wte.weight", (a.vocab_size, D), "embed", same)
-    yield Tensor("transformer.wpe.weight", (a.learned_positions, D), "positions", same)
+    yield Tensor("transformer.wte.weight", (a.vocab_size, D), "embed", as_it_is)
+    yield Tensor("transformer.wpe.weight", (a.learned_positions, D), "positions", as_it_is)
     for layer in range(a.layers):
         for name, shape, path, part in _layer(a):
             yield Tensor(f"transformer.h.{layer}.{name}", shape, f"layers/{path}", part, layer)
-    yield Tensor("transformer.ln_f.weight", (D,), "head/scale", same)
-    yield Tensor("transformer.ln_f.bias", (D,), "head/bias", same)
+    yield Tensor("transformer.ln_f.weight", (D,), "head/scale", as_it_is)
+    yield Tensor("transformer.ln_f.bias", (D,), "head/bias", as_it_is)
     if not a.tied:
         yield Tensor("lm_head.weight", (a.vocab_size, D), "head/kernel", transposed)
 
@@ -78,18 +78,18 @@ def _layer(a):
         lambda x: np.swapaxes(heads_last(x), 1, 2),
     )
     yield "attn.c_attn.bias", (3 * D,), "0/qkv/bias", lambda x: np.swapaxes(heads_last(x), 0, 1)
-    yield "attn.c_proj.weight", (D, D), "0/out/kernel", same
-    yield "attn.c_proj.bias", (D,), "0/out/bias", same
+    yield "attn.c_proj.weight", (D, D), "0/out/kernel", as_it_is
+    yield "attn.c_proj.bias", (D,), "0/out/bias", as_it_is
     yield "mlp.c_fc.weight", (D, F), "1/up/kernel", lambda kernel: kernel[:, 0]
     yield "mlp.c_fc.bias", (F,), "1/up/bias", lambda bias: bias[0]
-    yield "mlp.c_proj.weight", (F, D), "1/down/kernel", same
-    yield "mlp.c_proj.bias", (D,), "1/down/bias", same
+    yield "mlp.c_proj.weight", (F, D), "1/down/kernel", as_it_is
+    yield "mlp.c_proj.bias", (D,), "1/down/bias", as_it_is
     for branch in (0, 1):
-        yield f"ln_{branch + 1}.weight", (D,), f"{branch}/norm/scale", same
-        yield f"ln_{branch + 1}.bias", (D,), f"{branch}/norm/bias", same
+        yield f"ln_{branch + 1}.weight", (D,), f"{branch}/norm/scale", as_it_is
+        yield f"ln_{branch + 1}.bias", (D,), f"{branch}/norm/bias", as_it_is
 
 
-GPT2 = Family(
+GPT2 = PublishedFamily(
     model_type="gpt2",
     class_name="GPT2LMHeadModel",
     fixed={
@@ -97,9 +97,9 @@ GPT2 = Family(
         **{"head_size": 0, "rotary_scaling": ()},
     },
     biases=("all",),
-    settings=settings,
-    describe=describe,
-    tensors=tensors,
+    settings=settings_of_gpt2,
+    describe=describe_gpt2,
+    tensors=tensors_of_gpt2,
     context="n_positions",
     prefix="transformer.",
     ignored=r"\.attn\.(masked_)?bias$",

@@ -21,10 +21,10 @@ from revnet_jax.models import Variables, num_params
 from revnet_jax.models.task import NextToken
 from revnet_jax.pretrained.description import Description
 from revnet_jax.pretrained.families import FAMILIES
-from revnet_jax.pretrained.files import READ, Weights, WeightsError, listed, removed_on_error
-from revnet_jax.pretrained.layout import Family, Tensor
+from revnet_jax.pretrained.files import READ, Weights, WeightsError, first_few, removed_on_error
+from revnet_jax.pretrained.layout import PublishedFamily, Tensor
 from revnet_jax.runs.manifest import by_path
-from revnet_jax.runs.workdir import claim, locked
+from revnet_jax.runs.workdir import claim, workdir_lock
 from revnet_jax.training.loop import open_checkpoints
 from revnet_jax.training.step import TrainState
 
@@ -49,7 +49,7 @@ def import_weights(
     from what config.json says, or if `workdir` holds a run.
     """
     found = Description(source / "config.json")
-    family = family_of(found)
+    family = published_family(found)
     config = config_of(found, family, dtype=dtype, context=context)
     task = build_task(config, platform="cpu")
     assert isinstance(task, NextToken)
@@ -61,7 +61,7 @@ def import_weights(
     variables = read_variables(weights, names, shapes)
     record = {"pretrained": {"folder": str(source.resolve()), "model_type": family.model_type}}
     record |= {"vocabulary": vocabulary._asdict()} if vocabulary else {}
-    with locked(workdir):
+    with workdir_lock(workdir):
         _check_holds_no_run(workdir)
         written = ("config.json", "tokenizer.json", "checkpoints")
         with removed_on_error(*(workdir / name for name in written)):
@@ -87,7 +87,7 @@ def _check_holds_no_run(workdir):
             )
 
 
-def family_of(found: Description) -> Family:
+def published_family(found: Description) -> PublishedFamily:
     """The family that a config.json names. Raises WeightsError for one that is not known."""
     name = found.text("model_type")
     found.only("model_type", *FAMILIES)
@@ -95,7 +95,9 @@ def family_of(found: Description) -> Family:
     return FAMILIES[name]
 
 
-def config_of(found: Description, family: Family, *, dtype: str, context: int) -> ConfigDict:
+def config_of(
+    found: Description, family: PublishedFamily, *, dtype: str, context: int
+) -> ConfigDict:
     """The config of a run of a published model: one stream, every setting as published."""
     config = language_model()
     config.data.update(
@@ -113,7 +115,7 @@ def config_of(found: Description, family: Family, *, dtype: str, context: int) -
 
 
 def names_in_files(
-    tensors: Iterable[Tensor], family: Family, weights: Weights
+    tensors: Iterable[Tensor], family: PublishedFamily, weights: Weights
 ) -> dict[Tensor, str]:
     """The name that each expected tensor has in the files.
 
@@ -129,8 +131,8 @@ def names_in_files(
         names |= {t._replace(name=HEAD): HEAD for t in names if t.path == EMBED}
     if missing or extra:
         where = next(iter(weights.stored.values())).file.parent if weights.stored else "the files"
-        wrong = [f"no {listed(missing)}"] if missing else []
-        wrong += [f"the unknown {listed(extra)}"] if extra else []
+        wrong = [f"no {first_few(missing)}"] if missing else []
+        wrong += [f"the unknown {first_few(extra)}"] if extra else []
         raise WeightsError(
             f"{where}: got {' and '.join(wrong)}, expected the tensors of a {family.model_type} "
             "as its config.json describes it"

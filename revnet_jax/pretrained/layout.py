@@ -38,7 +38,7 @@ class Tensor(NamedTuple):
         return self.part(leaf if self.layer is None else leaf[self.layer])
 
 
-class Family(NamedTuple):
+class PublishedFamily(NamedTuple):
     """A family of published decoders: its config.json and its tensors, both ways.
 
     model_type, class_name: what config.json calls it.
@@ -64,7 +64,7 @@ class Family(NamedTuple):
     ignored: str
 
 
-def same(leaf: np.ndarray) -> np.ndarray:
+def as_it_is(leaf: np.ndarray) -> np.ndarray:
     """The parameter itself."""
     return leaf
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from revnet_jax.models import LanguageModel, Variables
+from revnet_jax.models import LanguageModel, ModelOptions, Variables
 from revnet_jax.pretrained.exporting import export_weights
 from revnet_jax.pretrained.families import FAMILIES
 from revnet_jax.pretrained.importing import import_weights
@@ -55,7 +55,7 @@ def test_logits_are_those_of_the_naive_model(name, tmp_path):
     expected = published.logits(model, found, token_T)
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         network = LanguageModel(
-            run.task.network.architecture, backprop="remat", compute_dtype=jnp.float64
+            run.task.network.shape, ModelOptions(backprop="remat", compute_dtype=jnp.float64)
         )
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), run.variables.params)
         logits_BTV = jit(network.logits)(Variables(params, {}), token_T[None])
@@ -118,7 +118,7 @@ def test_every_parameter_is_in_one_tensor(name, tmp_path):
     shapes = by_path(jax.eval_shape(network.init, jax.random.key(0)).params)
     leaves = {path: np.zeros(leaf.shape, int) for path, leaf in shapes.items()}
     family = FAMILIES[published.MODELS[name]["model_type"]]
-    for tensor in family.tensors(network.architecture):
+    for tensor in family.tensors(network.shape):
         view = tensor.view(leaves[tensor.path])
         assert view.size == np.prod(tensor.shape)
         view += 1

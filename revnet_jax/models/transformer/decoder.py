@@ -164,10 +164,11 @@ class Attention(nnx.Module):
         self.norm = norm(width)
         if qk_norm:
             self.q_norm, self.k_norm = norm(head_size), norm(head_size)
-        inner, common = (heads + 2 * kv_heads) * head_size, {"dtype": dtype, "rngs": rngs}
-        self.qkv = Linear(width, inner, std=width**-0.5, bias=bias != "none", **common)
+        linear = functools.partial(Linear, dtype=dtype, rngs=rngs)
+        inner = (heads + 2 * kv_heads) * head_size
+        self.qkv = linear(width, inner, std=width**-0.5, bias=bias != "none")
         has_bias = bias in ("attention", "all")
-        self.out = Linear(heads * head_size, width, std=out_std, bias=has_bias, **common)
+        self.out = linear(heads * head_size, width, std=out_std, bias=has_bias)
 
     def __call__(
         self, x_BTD: jax.Array, positions: Positions, cache: Cache | None = None
@@ -238,9 +239,9 @@ class FeedForward(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.norm, self.chunks, self.activation = norm(width), chunks, activation
-        parts, common = ACTIVATIONS[activation][0], {"bias": bias, "dtype": dtype, "rngs": rngs}
-        self.up = Linear(width, parts, hidden, std=width**-0.5, **common)
-        self.down = Linear(hidden, width, std=out_std, **common)
+        linear = functools.partial(Linear, bias=bias, dtype=dtype, rngs=rngs)
+        self.up = linear(width, ACTIVATIONS[activation][0], hidden, std=width**-0.5)
+        self.down = linear(hidden, width, std=out_std)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         B, T, D = x_BTD.shape

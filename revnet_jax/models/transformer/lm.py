@@ -90,10 +90,11 @@ class LanguageModel(Transformer):
             )
         )
         std = out_std(a.hidden)
-        common = {"width": a.width, "hidden": a.hidden, "out_std": std, "dtype": self.compute_dtype}
+        common: dict[str, Any] = {"width": a.width, "hidden": a.hidden, "out_std": std}
+        common |= {"dtype": self.compute_dtype, "norm": norm}
         experts = {"experts": a.experts, "experts_per_token": a.experts_per_token}
         dense = {"chunks": feed_forward_chunks, "activation": a.activation, "bias": a.bias == "all"}
-        common |= {"norm": norm, **(experts if a.experts else dense)}
+        common |= experts if a.experts else dense
         feed_forward = Experts if a.experts else FeedForward
         self._g = PureModule(lambda rngs: feed_forward(**common, rngs=rngs))
         self._norm = PureModule(lambda rngs: norm(a.width))
