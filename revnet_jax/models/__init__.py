@@ -13,7 +13,8 @@ from revnet_jax.models.chain_model import ChainModel
 from revnet_jax.models.convolutional.network import ConvNet
 from revnet_jax.models.convolutional.shape import ConvNetShape
 from revnet_jax.models.model import Model, ModelOptions, Sweep, Variables, num_params
-from revnet_jax.models.transformer.lm import LanguageModel, LanguageModelShape
+from revnet_jax.models.transformer.lm import LanguageModel
+from revnet_jax.models.transformer.shape import LanguageModelShape
 from revnet_jax.models.transformer.vit import VisionTransformer, VisionTransformerShape
 
 __all__ = [

@@ -38,9 +38,12 @@ def export_weights(
 ) -> dict[str, Any]:
     """Writes config.json and safetensors files to the folder `target`, from a checkpoint of a run.
 
-    dtype: of the files, "float32" or "bfloat16".
-    which: the checkpoint, "newest" or "best".
-    shard_bytes: a model with more bytes is split into several files.
+    Args:
+      workdir: the folder of the run.
+      target: a new or empty folder.
+      dtype: of the files, "float32" or "bfloat16".
+      which: the checkpoint, "newest" or "best".
+      shard_bytes: a model with more bytes is split into several files.
 
     Returns what was exported, for a report. config.json is written last.
 

@@ -53,7 +53,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
 class Weights:
     """The tensors in the safetensors files of a folder, of which only headers are read at first.
 
-    stored: every tensor by name.
+    Attributes:
+      stored: every tensor by name.
 
     Raises WeightsError if a file is missing or cut short, or is not what the index says.
     """
@@ -134,11 +135,13 @@ def write_weights(
 ) -> None:
     """Writes tensors into safetensors files, one tensor in memory at a time.
 
-    shapes: of the tensors by name, in the order of writing.
-    read: returns the tensor of a name.
-    dtype: "float32" or "bfloat16", to which all are cast.
-    shard_bytes: at most so many bytes go into a file, if a tensor has no more; several files get an
-      index.
+    Args:
+      folder: an empty one.
+      shapes: of the tensors by name, in the order of writing.
+      read: returns the tensor of a name.
+      dtype: "float32" or "bfloat16", to which all are cast.
+      shard_bytes: the most bytes of a file that holds more than one tensor. Several files get an
+        index.
     """
     size = np.dtype(WRITTEN[dtype][1]).itemsize
     shards, total = [[]], 0

@@ -36,9 +36,11 @@ def import_weights(
 ) -> dict[str, Any]:
     """Writes config.json and a checkpoint of step 0 to `workdir`, from a published model.
 
-    source: the folder with its config.json, safetensors files and perhaps tokenizer.json.
-    dtype: "float32" or "bfloat16", of kernels and embeddings, and what branches compute in.
-    context: `config.data.context`, if the model's own is not shorter.
+    Args:
+      source: the folder with its config.json, safetensors files and perhaps tokenizer.json.
+      workdir: a folder that holds no run.
+      dtype: "float32" or "bfloat16", of kernels and embeddings, and what branches compute in.
+      context: `config.data.context`, if the model's own is not shorter.
 
     Returns what was imported, for a report. Everything is checked before `workdir` is touched.
 

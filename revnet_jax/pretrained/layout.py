@@ -20,11 +20,14 @@ View = Callable[[np.ndarray], np.ndarray]
 class Tensor(NamedTuple):
     """A tensor of a published model, and the part of our parameters that has the same elements.
 
-    name, shape: of the tensor.
-    path: of our parameter, such as "layers/0/qkv/kernel".
-    part: from the parameter (of one layer) to the view of it that has the tensor's elements, in the
-      order of the tensor. Both directions use it: import writes into the view, export reads it.
-    layer: which entry of the parameter's leading axis; None if it has no axis of layers.
+    Attributes:
+      name: of the tensor.
+      shape: of the tensor.
+      path: of our parameter, such as "layers/0/qkv/kernel".
+      part: from the parameter (of one layer) to the view of it that has the tensor's elements, in
+        the order of the tensor. Both directions use it: import writes into the view, export reads
+        it.
+      layer: which entry of the parameter's leading axis; None if it has no axis of layers.
     """
 
     name: str
@@ -41,15 +44,17 @@ class Tensor(NamedTuple):
 class PublishedFamily(NamedTuple):
     """A family of published decoders: its config.json and its tensors, both ways.
 
-    model_type, class_name: what config.json calls it.
-    fixed: settings of `config.model` that all its models share.
-    biases: values of `config.model.bias` that it can have.
-    settings: from its config.json to the other settings of `config.model`.
-    describe: from our settings of a run (`config.model`, `config.data`) to its config.json.
-    tensors: all tensors of a model of this architecture.
-    context: the field of its config.json with the longest sequence.
-    prefix: of the names of its tensors, without which some files are published.
-    ignored: a pattern of tensors that hold no weights.
+    Attributes:
+      model_type: its name in config.json.
+      class_name: its class in transformers, which config.json names too.
+      fixed: settings of `config.model` that all its models share.
+      biases: values of `config.model.bias` that it can have.
+      settings: from its config.json to the other settings of `config.model`.
+      describe: from our settings of a run (`config.model`, `config.data`) to its config.json.
+      tensors: all tensors of a model of this shape.
+      context: the field of its config.json with the longest sequence.
+      prefix: of the names of its tensors, without which some files are published.
+      ignored: a pattern of tensors that hold no weights.
     """
 
     model_type: str

@@ -20,7 +20,12 @@ SHARED = {"norm": "rms", "activation": "swiglu", "learned_positions": 0}  # with
 
 
 def shared_settings(found: Description, *, head_size: int | None = None) -> dict[str, Any]:
-    """The settings that Llama and Qwen share. head_size: if config.json has none; None: from D."""
+    """The settings that Llama and Qwen share.
+
+    Args:
+      found: the config.json.
+      head_size: of heads if config.json has none; None for their share of the width.
+    """
     found.only("hidden_act", "silu")
     width, heads = found.whole("hidden_size"), found.whole("num_attention_heads")
     return {

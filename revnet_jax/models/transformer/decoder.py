@@ -139,8 +139,8 @@ class Positions(NamedTuple):
 class Attention(nnx.Module):
     """Causal self-attention with rotary positions and grouped-query heads.
 
-    Ainslie et al. 2023 (arXiv:2305.13245). kernel, window: see `attend`. bias, qk_norm: see
-    `LanguageModelShape`.
+    Ainslie et al. 2023 (arXiv:2305.13245). For `kernel` and `window` see `attend`, for `bias` and
+    `qk_norm` `LanguageModelShape`.
     """
 
     def __init__(
