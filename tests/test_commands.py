@@ -86,7 +86,8 @@ def check_settings(path, values):
     """Gives settings to the parser of a config file, and checks their ranges."""
     file, _, arm = path.partition(":")
     assert (ROOT / file).is_file(), f"{path} is not there"
-    config = runpy.run_path(str(ROOT / file))["get_config"](*[arm] * bool(arm))
+    arms = [arm] if arm and "/" not in arm else []  # one with a slash is a folder of the reader's
+    config = runpy.run_path(str(ROOT / file))["get_config"](*arms)
     settings = {name: value for name, value in values.items() if not PLACEHOLDER.search(value)}
     argv = ["program", *(f"--{name}={value}" for name, value in settings.items())]
     for name in values:
