@@ -94,6 +94,7 @@ def test_the_example_is_planned_by_processes_that_find_its_module(config, tmp_pa
     assert report["recommendation"]["strategy"] == "reverse"
 
 
+@pytest.mark.thorough
 def test_the_example_has_a_timeline(config):
     assert with_layers(config, 5).model.layers == 5
     (line,) = timelines(config, 3, ["reverse"])

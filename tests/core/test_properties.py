@@ -208,7 +208,7 @@ every_coupling = pytest.mark.parametrize("coupling", by_default(ROOM, "additive"
 
 
 @every_search
-@every_coupling
+@pytest.mark.parametrize("coupling", by_default(ROOM, "additive"))
 def test_the_inverse_of_forward_is_the_input_bit_for_bit(coupling, search):
     @search(4)
     @hypothesis.given(networks(coupling))

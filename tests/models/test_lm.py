@@ -65,7 +65,7 @@ def gradient(lm, variables, *, key=None, balance=0.1):
 
 
 @pytest.mark.parametrize(
-    "name", ["twin", *map(thorough, ("experts", "dropout", "as Qwen")), "as GPT-2"]
+    "name", ["twin", *map(thorough, ("experts", "dropout", "as Qwen", "as GPT-2"))]
 )
 def test_strategies_give_one_gradient(name):
     """The twin has `store` and `remat` alone."""

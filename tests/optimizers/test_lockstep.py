@@ -96,7 +96,7 @@ def steps(name, wrap, dtype, lockstep):
         thorough("float32", 1e-6, None),
         ("float64", 1e-12, None),
         thorough("float64", 1e-12, "bfloat16"),
-        ("float64", 1e-12, "float8"),
+        thorough("float64", 1e-12, "float8"),
     ],
 )
 def test_ten_steps_equal_the_ordinary_ones(name, dtype, tolerance, moments):
