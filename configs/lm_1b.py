@@ -17,7 +17,7 @@ def get_config(arm: str = ""):
     config.eval_every_steps = config.checkpoint_every_steps = 1_000
     config.data.update({"name": "shards", "vocab_size": 32_768, "context": 8192})
     config.data.eval_batches = 100
-    config.mesh.fsdp = 16  # so many devices hold the model once
+    config.mesh.fsdp = 16  # this number of devices holds the model once
     config.model.update(
         {"layers": 20, "width": 2048, "heads": 16, "kv_heads": 4, "hidden": 5632, "tied": True}
     )

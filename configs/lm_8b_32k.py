@@ -18,7 +18,7 @@ def get_config(arm: str = ""):
     config.eval_every_steps = config.checkpoint_every_steps = 1_000
     config.data.update({"name": "shards", "vocab_size": 131_072, "context": 32_768})
     config.data.eval_batches = 100
-    config.mesh.fsdp = 16  # so many devices hold the model once
+    config.mesh.fsdp = 16  # this number of devices holds the model once
     config.model.update({"layers": 32, "width": 4096, "heads": 32, "kv_heads": 8, "hidden": 14_336})
     config.model.update({"feed_forward_chunks": 8, "rotary_base": 5e6})
     config.model.compute_dtype = "bfloat16"

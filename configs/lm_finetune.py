@@ -6,7 +6,7 @@ python scripts/train.py --config=configs/lm_finetune.py:runs/imported --config.d
     --workdir=WORKDIR
 
 Model and vocabulary are those of that folder's config.json, and the run starts from its weights.
-The arm can be any other run of a decoder too.
+The arm can be any other run of a decoder that was trained on shards.
 """
 
 import json

@@ -2,7 +2,7 @@
 
     python scripts/export_weights.py --workdir=WORKDIR --target=DIR
 
-The settings of the run say of which family it is. Only a decoder of one stream has a published
+The settings of the run say which family it is. Only a decoder of one stream has a published
 counterpart (config.model.reversible=False).
 """
 
@@ -16,7 +16,7 @@ from revnet_jax.config.ranges import real
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 TARGET = flags.DEFINE_string("target", None, "A new folder, for config.json and safetensors files.")
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the files.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "The dtype of the files.")
 WHICH = flags.DEFINE_enum("checkpoint", "newest", ["newest", "best"], "Which checkpoint.")
 SHARD = flags.DEFINE_float("shard_gib", 5.0, "GiB of a file; larger models get several files.")
 cli.limit(SHARD, real("(0, 1e6]"))

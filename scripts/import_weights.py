@@ -18,7 +18,7 @@ from revnet_jax.config.ranges import whole
 SOURCE = flags.DEFINE_string("source", None, "Folder of the published model.")
 WORKDIR = flags.DEFINE_string("workdir", None, "A new folder, for config.json and a checkpoint.")
 DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16"], "Of kernels, embeddings and arithmetic."
+    "dtype", "float32", ["float32", "bfloat16"], "The dtype of kernels, embeddings and arithmetic."
 )
 CONTEXT = flags.DEFINE_integer("context", 1024, "Tokens of a sequence, at most the model's own.")
 cli.limit(CONTEXT, whole(1))

@@ -32,7 +32,7 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check and print the config; train
 NUM_DEVICES = flags.DEFINE_integer(
     "num_devices",
     None,
-    "With --dry_run: check config.mesh too, as on so many devices of all hosts.",
+    "With --dry_run: check config.mesh too, as on this number of devices of all hosts.",
 )
 cli.limit(NUM_DEVICES, whole(1))
 NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "With --num_devices: TPU slices they are in.")

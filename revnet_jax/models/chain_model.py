@@ -96,6 +96,6 @@ class ChainModel(ABC):
             unroll=self._unroll,
             update=sweep.update,
             state_L=sweep.state_L("layers"),
-            probe=sweep.probe("layers"),
+            probe=None if sweep.probes is None else sweep.probes["layers"],
             **data,
         )

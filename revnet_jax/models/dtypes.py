@@ -14,7 +14,7 @@ def at_least_float32(dtype: Any) -> Any:
 def is_narrowed(path: Any) -> bool:
     """Whether the leaf at this path is a kernel or an embedding, which `param_dtype` applies to."""
     name = jax.tree_util.keystr(path[-1:], simple=True)
-    return name.endswith("kernel") or name == "embed"
+    return name.endswith("kernel") or name in ("embed", "positions")
 
 
 def narrowed(params: Any, dtype: Any) -> Any:

@@ -82,10 +82,6 @@ class Sweep(NamedTuple):
     update: Callable[..., tuple[Any, Any]] | None = None
     states: Mapping[str, Any] | None = None
 
-    def probe(self, chain: str) -> Exactness | None:
-        """The probe of a chain; None if it is not checked."""
-        return None if self.probes is None else self.probes.get(chain)
-
     def state_L(self, group: str) -> Any:
         """The optimizer's state of a group, stacked over layers; None without `update`."""
         return None if self.states is None else self.states[group]

@@ -1,4 +1,4 @@
-"""The variants of a config that a plan compares: a name each, and settings by dotted key."""
+"""The variants of a config that a plan or a benchmark compares: names and settings."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class Variant(NamedTuple):
     `reverse+3` stores the last 3 layers of the chains and reverses the others; `remat/lockstep`
     updates each layer's parameters in the backward sweep; `store/unroll` unrolls the loop over
     layers completely; `twin` is `store` for the irreversible model in place of the reversible one.
+    The last two are for the benchmark.
     """
 
     backprop: Backprop

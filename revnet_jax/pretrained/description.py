@@ -64,7 +64,8 @@ class Description:
         scaling, parameters = (self._group(name) for name in ("rope_scaling", "rope_parameters"))
         rope = {**scaling, **parameters}
         self.only("partial_rotary_factor", 1.0)
-        base = rope.get("rope_theta") or self._value("rope_theta", 10_000.0)
+        base = rope.get("rope_theta")
+        base = self._value("rope_theta", 10_000.0) if base is None else base
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
             raise self._wrong("rope_scaling", rope, "of type default or llama3, for whole heads")

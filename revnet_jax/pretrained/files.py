@@ -6,10 +6,10 @@ place of each tensor), and the tensors' bytes one after another.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,7 +51,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 class Weights:
-    """The tensors in the safetensors files of a folder, of which only headers are read at first.
+    """The tensors in the safetensors files of a folder. At first only their headers are read.
 
     Attributes:
       stored: every tensor by name.
@@ -178,17 +178,23 @@ def _write_file(path, shapes, read, dtype):
             file.write(np.ascontiguousarray(read(name), as_numpy).reshape(-1).view(np.uint8).data)
 
 
-@contextmanager
+@contextlib.contextmanager
 def removed_on_error(*paths: Path) -> Generator[None]:
-    """Removes files and folders that are made inside the context if it ends with an error."""
+    """Removes files and folders that are made inside the context if it ends with an error.
+
+    A folder that was there before, and empty, stays empty.
+    """
+    existing = {path for path in paths if path.is_dir()}
     try:
         yield
     except BaseException:
         for path in paths:
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            for made in path.iterdir() if path in existing else (path,):
+                if made.is_dir():
+                    shutil.rmtree(made, ignore_errors=True)
+                else:
+                    with contextlib.suppress(OSError):  # the first error is the one to report
+                        made.unlink()
         raise
 
 

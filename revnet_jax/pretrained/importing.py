@@ -81,7 +81,7 @@ def import_weights(
 
 
 def _check_holds_no_run(workdir):
-    for name in ("config.json", "metrics.jsonl", "checkpoints"):
+    for name in ("config.json", "metrics.jsonl", "tokenizer.json", "checkpoints"):
         if (workdir / name).exists():
             raise ConfigError(
                 f"{workdir} holds a run already ({name}), expected a new folder: choose another "

@@ -27,6 +27,8 @@ def workdir_lock(workdir: Path) -> Generator[None]:
     except OSError as error:
         raise ConfigError(f"--workdir {workdir} cannot be made: {error}") from error
     with lock.file_lock(workdir / "lock"):
+        for partial in workdir.glob("*.tmp"):  # left by processes killed in `write_atomically`
+            partial.unlink(missing_ok=True)
         yield
 
 

@@ -191,6 +191,30 @@ def test_a_target_that_holds_files(source, tmp_path):
     assert not (tmp_path / "target").exists()
 
 
+def test_a_target_that_cannot_be_made_is_one_line(source, tmp_path):
+    import_weights(source, tmp_path / "run")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="Not a directory"):
+        export_weights(tmp_path / "run", tmp_path / "file" / "out")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_tokenizer_of_the_user_is_kept(source, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tokenizer.json").write_text("mine")
+    assert "holds a run already (tokenizer.json)" in refusal(source, tmp_path / "run")
+    assert (tmp_path / "run" / "tokenizer.json").read_text() == "mine"
+
+
+def test_an_empty_target_stays_when_the_export_fails(source, tmp_path):
+    import_weights(source, tmp_path / "run")
+    export_weights(tmp_path / "run", tmp_path / "out")  # fills JAX's cache of compiled programs
+    (tmp_path / "target").mkdir()
+    with file_limit(12_000), pytest.raises(UserError, match="Make room"):
+        export_weights(tmp_path / "run", tmp_path / "target")
+    assert not any((tmp_path / "target").iterdir())
+
+
 def test_a_full_disk_leaves_nothing_behind(source, tmp_path):
     """So that the same command works once there is room."""
     import_weights(source, tmp_path / "first")  # which fills JAX's cache of compiled programs

@@ -341,3 +341,10 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / f"config.json.{os.getpid()}.tmp").mkdir()
     with pytest.raises(UserError, match=r"cannot write .*config\.json"):
         claim(tmp_path, config_with(), {})
+
+
+def test_files_of_killed_writers_are_removed(tmp_path):
+    (tmp_path / "metrics.jsonl.123.tmp").write_text("half")
+    (tmp_path / "metrics.jsonl").write_text("whole")
+    with workdirs.workdir_lock(tmp_path):
+        assert {path.name for path in tmp_path.iterdir()} == {"lock", "metrics.jsonl"}

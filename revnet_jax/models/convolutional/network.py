@@ -193,7 +193,7 @@ class ConvNet:
                     stored_layers=strategy.stored_layers,
                     unroll=self._unroll,
                     update=sweep.update,
-                    probe=sweep.probe(name),
+                    probe=None if sweep.probes is None else sweep.probes.get(name),
                 )
                 new_stats |= {
                     group.name: aux_L
