@@ -263,7 +263,7 @@ def test_an_error_in_one_ends_both_with_its_line(alone):
     """The second would wait in another program, for another mesh."""
     both = start_two(alone, of_second={"mesh.fsdp": 2, "seed": 1})
     first, second = [ended(process) for process in both]
-    line = "got mesh.fsdp=2 (the first: 1), seed=1 (the first: 0), expected the flags of the first"
+    line = "got mesh.fsdp=2 (the first: 1), seed=1 (the first: 0), expected the same flags"
     assert first.status == second.status == 1
     assert first.stderr.startswith(f"error: process 1: {line}")
     assert second.stderr.startswith(f"error: {line}")
