@@ -90,7 +90,7 @@ def test_searches_end_at_a_page(words):
 
 
 def test_the_reference_shows_every_module():
-    """Of core it shows what the package exports."""
+    """It shows what the package core exports, and all modules of the others."""
     shown = "\n".join(page.read_text() for page in REFERENCE.glob("*.md"))
     shown = re.findall(r"^::: (revnet_jax[\w.]*)", shown, re.MULTILINE)
     for path in (ROOT / "revnet_jax").rglob("[!_]*.py"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -251,6 +252,17 @@ def _added_by_layer(shared):
     return jax.tree.map(apart, shared)
 
 
+def _joined(sections, params, shared, not_differentiated):
+    """Returns (sections, shared) with their values, differentiated and not, joined again."""
+    params_rest, shared_rest, data = not_differentiated
+    params = trees.join(params, params_rest)
+    filled = [
+        section._replace(params_L=params_L, data_L=data_L)
+        for section, params_L, data_L in zip(sections, params, data, strict=True)
+    ]
+    return filled, trees.join(shared, shared_rest)
+
+
 def _swept(runs, sections, x, shared, unroll, update, probe):
     """Runs all sections under one custom gradient.
 
@@ -261,15 +273,7 @@ def _swept(runs, sections, x, shared, unroll, update, probe):
     shared, shared_rest = trees.split(shared)
     data = [section.data_L for section in sections]
 
-    def joined(params, shared, not_differentiated):
-        params_rest, shared_rest, data = not_differentiated
-        filled = [
-            section._replace(params_L=params_L, data_L=data_L)
-            for section, params_L, data_L in zip(
-                sections, trees.join(params, params_rest), data, strict=True
-            )
-        ]
-        return filled, trees.join(shared, shared_rest)
+    joined = functools.partial(_joined, sections)
 
     def consumer(section, state_L):
         if update is None:

@@ -107,8 +107,8 @@ def read_run(workdir: Path) -> Run:
 
     Raises UserError for a missing config, missing metrics, and a damaged row.
     """
-    config = _json(workdir / "config.json")
-    if not isinstance(config.get("config"), dict):
+    record = _json(workdir / "config.json")
+    if not isinstance(record.get("config"), dict):
         raise UserError(f"{workdir / 'config.json'}: got no config, expected the file of a run")
     path = workdir / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
@@ -127,7 +127,7 @@ def read_run(workdir: Path) -> Run:
     if not rows:
         raise NoMetricsError(f"{workdir}: got no metrics, expected a run that has logged a step")
     summary = workdir / "summary.json"
-    settings = dict(_flat(config["config"]))
+    settings = dict(_flat(record["config"]))
     return Run(workdir, settings, rows, _json(summary) if summary.exists() else {})
 
 

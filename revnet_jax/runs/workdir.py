@@ -158,10 +158,11 @@ def _problem(record: Any) -> str:
     """Says what is wrong with the structure of a record; "" if nothing is."""
     if not isinstance(record, dict):
         return f"it holds {str(record)[:50]}"
-    config, data = record.get("config"), record.get("data", {})
-    if not isinstance(config, dict) or not isinstance(config.get("model", {}), dict):
+    settings, data = record.get("config"), record.get("data", {})
+    model = settings.get("model", {}) if isinstance(settings, dict) else None
+    if not isinstance(model, dict):
         return "it holds no config"
-    if not isinstance(config.get("model", {}).get("family", ""), str):
+    if not isinstance(model.get("family", ""), str):
         return "it names no model.family"
     if not isinstance(data, dict) or not isinstance(data.get("vocabulary", {}), dict):
         return "its data are no record of data"

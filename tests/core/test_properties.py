@@ -299,7 +299,7 @@ def limit_in_steps(dtype):
 
 @st.composite
 def products(draw):
-    """Of all magnitudes below the limit, odd shapes, one scale for all elements or for each."""
+    """All magnitudes below the limit, odd shapes, one scale for all elements or for each."""
     shape, dtype = draw(shapes), draw(stream_dtypes)
     scale_shape = draw(st.sampled_from([shape, (1,) * len(shape), ()]))
     rng = np.random.default_rng(draw(st.integers(0, 1000)))

@@ -112,7 +112,7 @@ def naive_sequence(params, data, x, shared):
 
 
 def loss(y, moments_f, corner, moments, energies):
-    """Of both streams, and of what four sections returned besides."""
+    """The loss reads both streams, and what four sections returned besides."""
     outputs = jnp.mean(y[0] ** 2) + jnp.mean(jnp.sin(y[1]) * y[0])
     auxes = jnp.sum(moments_f**2) + jnp.sin(corner) + jnp.sum(moments) + jnp.mean(jnp.cos(energies))
     return outputs + auxes
@@ -219,7 +219,7 @@ STREAM_BYTES = ROWS * WIDTH * 4
 
 
 def temporary_bytes(num_sections, depth, *, one_sequence):
-    """Of the gradient of as many sections, under one `sequence` or a `chain` each."""
+    """For the gradient of this number of sections, under one `sequence` or a `chain` each."""
     branch = lambda params, x, context: jnp.tanh(x @ params)
     block = reversible_block(branch, branch)
 

@@ -552,7 +552,7 @@ def test_a_resnet_has_no_inverse():
 
 
 def temporary_bytes(backprop, depth):
-    """Of the compiled gradient; variables are arguments, gradients and new averages outputs."""
+    """Those of the compiled gradient; variables, gradients and new averages do not count."""
     arch = ConvNetShape("revnet", (1, depth), (8, 8, 16), False, "cifar", (16, 16, 3), 10)
     network = ConvNet(arch, ModelOptions(backprop=backprop))
     variables = abstract_variables(network)

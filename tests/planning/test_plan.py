@@ -126,7 +126,7 @@ def test_a_resnet_is_not_reversed(step_config):
 
 
 def test_variants_store_a_quarter_a_half_and_three_quarters_of_the_layers(step_config):
-    """Of 4 units one changes resolution, and is in no chain."""
+    """One of 4 units changes resolution, and is in no chain."""
     found = variants(flatten(step_config))
     assert [name for name in found if name.startswith("reverse")] == [
         "reverse",

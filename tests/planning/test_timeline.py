@@ -53,7 +53,7 @@ def followed_chain(backprop):
 
 @pytest.mark.thorough
 def test_the_peak_that_is_drawn_is_the_compilers_own_figure(lines):
-    """Of the very same program."""
+    """Both figures are read off the same program."""
     assert [line.backprop for line in lines] == list(BASIC)
     for line in lines:
         assert line.peak_bytes == pytest.approx(line.compiled_bytes, rel=0.1)

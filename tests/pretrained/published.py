@@ -126,7 +126,7 @@ def _softmax(x):
 
 
 def _attention(q, k, v):
-    """Of one head: q, k, v are [T, K]."""
+    """The attention of one head: q, k, v are [T, K]."""
     score = q @ k.T / math.sqrt(q.shape[-1])
     return _softmax(np.where(np.tri(len(q), dtype=bool), score, -np.inf)) @ v
 
@@ -136,7 +136,7 @@ def _rms(x, weight, eps):
 
 
 def _frequencies(model, K):
-    """Of rotary positions, one pair of elements after the other, each by its own if."""
+    """Rotary frequencies, one pair of elements after the other, each by its own if."""
     rope = model.get("rope_scaling") or model.get("rope_parameters") or {}
     base = model.get("rope_theta") or rope.get("rope_theta", 10_000.0)
     found = []

@@ -26,7 +26,7 @@ def compiled_step(on, **changes):
 
 
 def shapes(compiled):
-    """Of every array in the program."""
+    """The shapes of all arrays in the program."""
     found = re.findall(r"\b(?:f32|bf16|f16|s32|pred|u32)\[([\d,]+)\]", compiled.as_text())
     return {tuple(map(int, text.split(","))) for text in found}
 

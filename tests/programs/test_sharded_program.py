@@ -40,7 +40,7 @@ def gathered(text):
 
 
 def check_gathers(text, program, layers):
-    """Of weights, those of one layer at a time; and the embedding and the head."""
+    """The weights of one layer at a time are gathered, and the embedding and the head."""
     params = program.state.variables.params
     leaves = jax.tree.leaves(params["layers"])
     assert all(leaf.shape[0] == layers for leaf in leaves)

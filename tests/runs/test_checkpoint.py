@@ -24,7 +24,7 @@ OPTIONS = {"best_metric": "accuracy", "best_mode": "max"}
 
 @pytest.fixture(autouse=True)
 def nothing_is_told_of_what_was_abandoned(caplog):
-    """Of several arrays that fail orbax raises one; of the others nothing is to be heard."""
+    """Where several arrays fail, orbax raises one error; nothing is printed of the others."""
     yield
     gc.collect()
     told = caplog.get_records("call") + caplog.records

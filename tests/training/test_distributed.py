@@ -105,7 +105,7 @@ def rows(workdir):
 
 
 def column(name, rows):
-    """Of the rows that have it: their steps, and its values."""
+    """The steps of the rows that have a metric, and its values."""
     found = [(row["step"], row[name]) for row in rows if name in row]
     return [step for step, _ in found], [value for _, value in found]
 

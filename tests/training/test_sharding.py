@@ -51,7 +51,7 @@ REVNET_RATES = {"float32": 1e-5, "float64": 1e-3}
 
 
 def differences(family, settings, cases):
-    """Of (strategy, in lockstep, mesh, dtype): what `sharded_steps.py` prints."""
+    """What `sharded_steps.py` prints for cases of (strategy, in lockstep, mesh, dtype)."""
     rate = lambda dtype: {"schedule.learning_rate": REVNET_RATES[dtype]}
     written = [
         {
