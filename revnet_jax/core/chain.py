@@ -9,10 +9,13 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import lax
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+from jax.interpreters import ad
 
 from revnet_jax.core import trees, validate
 from revnet_jax.core.block import Context, Layer, ReversibleLayer, Streams
 from revnet_jax.core.exactness import Exactness, compare_inputs, vary_over, varying_axes
+from revnet_jax.core.frozen import freeze
 from revnet_jax.core.grid import snap
 from revnet_jax.core.strategies import STRATEGIES, Backprop, per_iteration, plan_runs, remembering
 from revnet_jax.core.sweep import (
@@ -31,6 +34,8 @@ class Section(NamedTuple):
     Attributes:
       layer: a `Block` or another reversible layer, or any `Layer` under `store` and `remat`.
       params_L: the layers' parameters, stacked: every leaf has a leading axis L. Differentiated.
+        Leaves that `jax.grad` is not taken by are frozen: no gradient is computed or stacked for
+        them, and `update` does not get them.
       data_L: per-layer data, stacked (PRNG keys, statistics). Not differentiated.
       length: L; needed only if params_L and data_L have no arrays, as for a layer without
         parameters.
@@ -138,7 +143,7 @@ def sequence(
     stored_layers = validate.checked_stored_layers(stored_layers, sum(depths))
     unroll = validate.checked_unroll(unroll)
     validate.check_probe(probe)
-    validate.check_update(sections, depths, update)
+    validate.check_states(sections, depths, update)
     if update is not None:
         unroll = 1  # without a loop, compilers hold old and new weights of all layers at once
     runs = plan_runs(depths, backprop, stored_layers)
@@ -252,14 +257,19 @@ def _added_by_layer(shared):
     return jax.tree.map(apart, shared)
 
 
-def _joined(sections, params, shared, not_differentiated):
-    """Returns (sections, shared) with their values, differentiated and not, joined again."""
+def _joined(sections, params, shared, not_differentiated, frozen=()):
+    """Returns (sections, shared) with their values, differentiated and not, joined again.
+
+    frozen: the floating-point parameters that are missing in `params`, by section.
+    """
     params_rest, shared_rest, data = not_differentiated
     params = trees.join(params, params_rest)
     filled = [
         section._replace(params_L=params_L, data_L=data_L)
         for section, params_L, data_L in zip(sections, params, data, strict=True)
     ]
+    if jax.tree.leaves(frozen):
+        filled = list(map(freeze, filled, frozen))
     return filled, trees.join(shared, shared_rest)
 
 
@@ -268,7 +278,7 @@ def _swept(runs, sections, x, shared, unroll, update, probe):
 
     One custom gradient per section would keep the output of every section.
     """
-    params, params_rest = trees.split([section.params_L for section in sections])
+    given, params_rest = trees.split([section.params_L for section in sections])
     states = [section.state_L for section in sections]
     shared, shared_rest = trees.split(shared)
     data = [section.data_L for section in sections]
@@ -285,21 +295,27 @@ def _swept(runs, sections, x, shared, unroll, update, probe):
         sections, shared = joined(params, shared, not_differentiated)
         return _forward(sections, x, shared)[:2]
 
-    def forward(params, states, x, shared, probe, not_differentiated):
-        sections, full_shared = joined(params, shared, not_differentiated)
+    def forward(*marked):
+        values = jax.tree.map(lambda leaf: leaf.value, marked, is_leaf=_is_marked)
+        params, states, x, shared, probe, not_differentiated = values
+        is_trained = jax.tree.map(lambda leaf: leaf.perturbed, marked[0], is_leaf=_is_marked)
+        params, frozen = trees.partition(params, is_trained)
+        sections, full_shared = joined(params, shared, not_differentiated, frozen)
+        validate.check_update(sections, trees.partition(given, is_trained)[0], update)
         y, auxes, kepts = forward_keeping(runs, sections, x, full_shared, unroll)
         true_x = None if probe is None or runs[0].backprop != "reverse" else x
-        return (y, auxes), (params, states, shared, not_differentiated, kepts, true_x)
+        return (y, auxes), (params, frozen, states, shared, not_differentiated, kepts, true_x)
 
     def backward(kept, cotangents):
-        params, states, shared, not_differentiated, kepts, true_x = kept
-        sections, shared = joined(params, shared, not_differentiated)
+        params, frozen, states, shared, not_differentiated, kepts, true_x = kept
+        sections, shared = joined(params, shared, not_differentiated, frozen)
+        dy, dauxes = _instantiated((cotangents[0], trees.split(cotangents[1])[0]))
         with _explaining_axes():
             swept = sweep(
                 runs,
                 sections,
                 kepts,
-                (cotangents[0], trees.split(cotangents[1])[0]),
+                (dy, dauxes),
                 shared,
                 [consumer(*pair) for pair in zip(sections, states, strict=True)],
                 unroll=unroll,
@@ -315,12 +331,27 @@ def _swept(runs, sections, x, shared, unroll, update, probe):
         dstates = states if update is None else [new[1] for new in swept.written]
         return dparams, dstates, swept.dx, swept.dshared, dprobe, None
 
-    run.defvjp(forward, backward)
+    # With symbolic zeros the forward pass is told which parameters are differentiated.
+    run.defvjp(forward, backward, symbolic_zeros=True)
     # Made to vary over the devices of a shard_map: JAX then sums its cotangents over all of them.
-    axes = varying_axes((params, x, shared, data, probe)) if probe else frozenset()
+    axes = varying_axes((given, x, shared, data, probe)) if probe else frozenset()
     with _explaining_forward_mode():
         rest = params_rest, shared_rest, data
-        return run(params, states, x, shared, vary_over(axes, probe), rest)
+        return run(given, states, x, shared, vary_over(axes, probe), rest)
+
+
+def _is_marked(leaf):
+    return isinstance(leaf, CustomVJPPrimal)
+
+
+def _instantiated(cotangents):
+    """Replaces symbolic zeros by arrays, which have the sharding of the values."""
+    return jax.tree.map(
+        lambda leaf: (
+            ad.instantiate_zeros(ad.Zero(leaf.aval)) if isinstance(leaf, SymbolicZero) else leaf
+        ),
+        cotangents,
+    )
 
 
 @contextlib.contextmanager

@@ -35,6 +35,18 @@ def split(tree: Any) -> tuple[Any, Any]:
         ) from error
 
 
+def partition(tree: Any, is_first: Any) -> tuple[Any, Any]:
+    """Splits a tree by a tree of bools into (those that are True, the rest), like `split`."""
+    first = jax.tree.map(lambda leaf, is_it: leaf if is_it else None, tree, is_first)
+    return first, jax.tree.map(lambda leaf, is_it: None if is_it else leaf, tree, is_first)
+
+
+def like(tree: Any, values: Any) -> Any:
+    """The values at the leaves of `tree`, with None where `tree` has None."""
+    is_none = lambda leaf: leaf is None
+    return jax.tree.map(lambda a, b: None if a is None else b, tree, values, is_leaf=is_none)
+
+
 def join(floats: Any, others: Any) -> Any:
     """Joins what `split` returned."""
     return jax.tree.map(

@@ -117,7 +117,12 @@ def check_probe(probe: Any) -> None:
 
 
 def check_states(sections: Sequence[Any], depths: Sequence[int], update: Any) -> None:
-    """Raises ValueError unless states are stacked floats, and given only with an update."""
+    """Raises unless states are stacked floats, and given only with an update, a function."""
+    if update is not None and not callable(update):
+        raise TypeError(
+            f"got update={update!r}, expected a function of (dparams, state, params) that "
+            "returns (params, state)"
+        )
     for section, depth in zip(sections, depths, strict=True):
         for path, leaf in jax.tree_util.tree_leaves_with_path(section.state_L):
             got = f"state_L{jax.tree_util.keystr(path)} {trees.describe_array(leaf)}"
@@ -196,18 +201,17 @@ def check_block(section: Any, x: Any) -> None:
         )
 
 
-def check_update(sections: Sequence[Any], depths: Sequence[int], update: Any) -> None:
-    """Raises unless the update keeps the structure, shapes and dtypes of parameters and states."""
-    check_states(sections, depths, update)
-    if update is not None and not callable(update):
-        raise TypeError(
-            f"got update={update!r}, expected a function of (dparams, state, params) that "
-            "returns (params, state)"
-        )
+def check_update(sections: Sequence[Any], given: Sequence[Any], update: Any) -> None:
+    """Raises unless the update keeps the structure, shapes and dtypes of parameters and states.
+
+    Args:
+      sections: with the parameters that are updated, as the custom gradient sees them.
+      given: those parameters as the caller of the chain passed them.
+    """
     if update is None:
         return
     floats = [trees.split(section.params_L)[0] for section in sections]
-    traces = [leaf._trace for leaf in jax.tree.leaves(floats) if isinstance(leaf, Tracer)]
+    traces = [leaf._trace for leaf in jax.tree.leaves(given) if isinstance(leaf, Tracer)]
     still_there = list(map(_outside_of_gradient, traces))
     for section, floats_L in zip(sections, floats, strict=True):
         if not jax.tree.leaves(floats_L):

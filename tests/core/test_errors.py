@@ -354,8 +354,10 @@ def test_what_an_update_returns(update, message):
 def test_an_update_of_another_state():
     update = lambda dparams, state, params: (params, {"rate": state["rate"][None]})
     message = r"update returned state\['rate'\] float32\[1\], expected float32\[\]"
+    state_L = {"rate": jnp.ones(3)}
+    loss = lambda params_L: jnp.sum(call(params_L=params_L, update=update, state_L=state_L)[0][0])
     with pytest.raises(ValueError, match=message):
-        call(update=update, state_L={"rate": jnp.ones(3)})
+        jax.grad(loss)(PARAMS_L)
 
 
 def test_a_learning_rate_that_is_traced():
