@@ -33,6 +33,7 @@ flags.disclaim_key_flags()  # so that --help lists flags defined here under the 
 _HELP = ("--help", "-help", "-h", "-?", "--helpshort", "--helpfull")
 # Names of settings in other packages that no rule of `near_keys` would find.
 _SHORT = {
+    "lr": ("schedule.learning_rate",),
     "batch": ("batch_size",),
     "steps": ("num_steps",),
     "epochs": ("num_steps",),
@@ -235,7 +236,7 @@ def near_keys(key: str, known: Sequence[str]) -> list[str]:
     """Up to four known keys that a mistaken key may stand for, the most likely first.
 
     The first of these rules that finds any: the same name in another group; a name in `_SHORT`;
-    initials (lr: learning_rate); for a group, its name or first settings; similar spelling; words
+    initials (bs: batch_size); for a group, its name or first settings; similar spelling; words
     of a name.
     """
     name = key.rpartition(".")[2]

@@ -41,6 +41,7 @@ def _optimizer() -> ConfigDict:
     optimizer.lockstep = False  # update each layer inside the backward sweep, in place
     optimizer.clip_norm = 0.0  # largest norm of a gradient; 0: no clipping
     optimizer.clip = "global"  # global | layer: the norm of all parameters, or of each layer
+    optimizer.trainable = ""  # regular expression: train only parameters whose path it matches
     return optimizer
 
 
@@ -170,6 +171,10 @@ def language_model() -> ConfigDict:
     model.rotary_base = 10_000.0
     # Of Llama 3.1: factor, turns that are scaled, turns that are kept, context before scaling.
     model.rotary_scaling = ()  # such as 8,1,4,8192; empty: none
+    # To fine-tune a pretrained network of one stream: bdia (in training) or midpoint.
+    model.integrator = "streams"  # streams | bdia | midpoint
+    model.lora_rank = 0  # low-rank matrices beside the kernels of layers (LoRA); 0: none
+    model.lora_alpha = 16.0  # lora_rank times the factor of their product
     model.window = 0  # attention window in tokens, with itself; 0: all before it
     model.separate_documents = False  # no attention across data.end_token
     model.attention = "auto"  # chunked | cudnn | flash; auto: by the device

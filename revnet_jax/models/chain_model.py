@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from revnet_jax.core import STRATEGIES, Exactness, Layer, chain
+from revnet_jax.core import STRATEGIES, Exactness, Layer, PlainLayer, chain
 from revnet_jax.models.model import ModelOptions, Strategy, Sweep, Variables
 from revnet_jax.models.partition import Rules, on_batch
 
@@ -83,16 +83,21 @@ class ChainModel(ABC):
         """Runs the chain: (the streams after all layers, stacked auxiliary outputs).
 
         Args:
+          layer: one without an inverse is stored where the model's would be reversed: outside of
+            training, where nothing is kept anyway.
           x: the streams, with the batch as their first axis.
           sweep: as passed to the task's `loss`.
           data: `shared` and `data_L` of `chain`.
         """
+        backprop, stored_layers, _ = self._strategy
+        if backprop == "reverse" and isinstance(layer, PlainLayer):
+            backprop, stored_layers = "store", 0
         return chain(
             layer,
             params_L,
             on_batch(x),
-            backprop=self._strategy.backprop,
-            stored_layers=self._strategy.stored_layers,
+            backprop=backprop,
+            stored_layers=stored_layers,
             unroll=self._unroll,
             update=sweep.update,
             state_L=sweep.state_L("layers"),

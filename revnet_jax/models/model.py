@@ -83,8 +83,11 @@ class Sweep(NamedTuple):
     states: Mapping[str, Any] | None = None
 
     def state_L(self, group: str) -> Any:
-        """The optimizer's state of a group, stacked over layers; None without `update`."""
-        return None if self.states is None else self.states[group]
+        """The optimizer's state of a group, stacked over layers.
+
+        None without `update`, and for a group without trained parameters.
+        """
+        return None if self.states is None or group not in self.states else self.states[group]
 
 
 class Model(Protocol):

@@ -162,7 +162,7 @@ class NextToken(Task):
             variables,
             batch["token"],
             batch["target"],
-            key=key if self.network.shape.dropout else None,
+            key=key if self.network.is_random else None,
             sweep=sweep,
         )
         if not self.network.shape.experts:

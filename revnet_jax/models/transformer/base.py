@@ -1,9 +1,8 @@
 """The base class of transformers: one chain of layers between an embedding and a head.
 
 A reversible transformer has two streams, which both start as the embedding. Branch f reads the
-second and updates the first, branch g reads the first and updates the second, and the sum of both
-goes to the head. The irreversible transformer has one stream, which both branches read and update,
-and the same parameters.
+second and updates the first, and branch g reads the first and updates the second. The irreversible
+transformer has one stream, which both branches read and update, and the same parameters.
 """
 
 from __future__ import annotations
@@ -14,28 +13,60 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from revnet_jax.core import Layer, PlainLayer, reversible_block
+from revnet_jax.core import Block, Layer, PlainLayer, bdia_block, leapfrog, reversible_block
 from revnet_jax.models.chain_model import ChainModel
 from revnet_jax.models.model import ModelOptions, Sweep
+
+INTEGRATORS = ("streams", "bdia", "midpoint")
 
 
 class Transformer(ChainModel):
     """The chain of a transformer; subclasses add the embedding and the head.
 
+    A layer of the irreversible network makes two steps x[n+1] = x[n] + h(x[n]), with h = f, then g.
+    The streams of a reversible network can stand for two states of it, one after the other:
+
+    | integrator | a step of the layers                              | the head reads   |
+    |------------|---------------------------------------------------|------------------|
+    | streams    | x[n+1] = x[n-1] + h(x[n]), a RevNet               | x[n] + x[n-1]    |
+    | midpoint   | x[n+1] = x[n-1] + 2 h(x[n])                       | the mean of both |
+    | bdia       | x[n+1] = c x[n-1] + (1 - c) x[n] + (1 + c) h(x[n]) | x[n]             |
+
+    "midpoint" is the explicit midpoint rule (Gal et al. 2025, arXiv:2512.02056). Both states start
+    as the embedding, so that they stray from the network's to opposite sides, and their mean does
+    not, to first order. "bdia" draws c = 1/2 or -1/2 for each example and step of training (Zhang
+    et al. 2024, arXiv:2407.09093), and outside of training c is 0: the irreversible network itself.
+
     Args:
       reversible: two streams; otherwise one stream.
       layers: see `ChainModel`.
       options: see `ChainModel`.
+      integrator: one of `INTEGRATORS`.
     """
 
-    def __init__(self, *, layers: int, reversible: bool, options: ModelOptions):
+    def __init__(
+        self, *, layers: int, reversible: bool, options: ModelOptions, integrator: str = "streams"
+    ):
         super().__init__(layers=layers, invertible=reversible, options=options)
+        if integrator not in INTEGRATORS or (integrator != "streams" and not reversible):
+            raise ValueError(
+                f"got integrator={integrator!r} and reversible={reversible}, expected one of "
+                f"{', '.join(INTEGRATORS)}, and streams for a model that is not reversible"
+            )
+        self.integrator = integrator
 
-    def _layer(self, f: Callable[..., Any], g: Callable[..., Any]) -> Layer:
-        """The chain's layer from branches f and g that return (u, aux)."""
-        if self.invertible:
-            return reversible_block(f, g, has_aux=True, grid=self.grid)
-        return PlainLayer(residual(f, g))
+    def _layer(self, f: Callable[..., Any], g: Callable[..., Any], *, training: bool) -> Layer:
+        """The chain's layer from branches f and g that return (u, aux).
+
+        In training with the integrator "bdia" the last of the context's data are the factors c.
+        """
+        if not self.invertible or (self.integrator == "bdia" and not training):
+            return PlainLayer(residual(f, g))
+        if self.integrator == "bdia":
+            factors = lambda context: context.data[-1]
+            return bdia_block(f, g, gamma=factors, has_aux=True, grid=self.grid)
+        coupling = leapfrog(1.0) if self.integrator == "midpoint" else None
+        return reversible_block(f, g, has_aux=True, coupling=coupling, grid=self.grid)
 
     def _run(
         self,
@@ -46,13 +77,23 @@ class Transformer(ChainModel):
         sweep: Sweep = Sweep(),
         **data: Any,
     ) -> tuple[jax.Array, Any]:
-        """Runs the chain on embeddings x: (the sum of the streams, stacked auxiliary outputs).
+        """Runs the chain on embeddings x: (what the head reads, stacked auxiliary outputs).
 
         data: `shared` and `data_L` of `chain`.
         """
-        streams = (x, x) if self.invertible else (x,)
-        y, aux_L = self.run_chain(layer, params_L, streams, sweep=sweep, **data)
-        return sum(y[1:], y[0]), aux_L
+        if not isinstance(layer, Block):
+            (y,), aux_L = self.run_chain(layer, params_L, (x,), sweep=sweep, **data)
+            return y, aux_L
+        (y1, y2), aux_L = self.run_chain(layer, params_L, (x, x), sweep=sweep, **data)
+        if self.integrator == "bdia":
+            return y2, aux_L
+        return (y1 + y2) * 0.5 if self.integrator == "midpoint" else y1 + y2, aux_L
+
+
+def draw_factors(key: jax.Array, layers: int, x: jax.Array) -> jax.Array:
+    """The factors c of "bdia" for streams like x, [layers, 2, B, 1, ...]: 1/2 or -1/2."""
+    shape = (layers, 2, len(x), *[1] * (x.ndim - 1))
+    return jax.random.rademacher(key, shape, x.dtype) / 2
 
 
 def check_positive(sizes: Any, names: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,25 +37,77 @@ LAYER_RULES = (
 )
 
 
+class LoRA(NamedTuple):
+    """Low-rank adaptation of a kernel W: W + scale A B (Hu et al. 2021, arXiv:2106.09685).
+
+    Attributes:
+      rank: columns of A and rows of B; 0 for no adaptation.
+      scale: the paper's alpha / rank.
+    """
+
+    rank: int = 0
+    scale: float = 1.0
+
+
+NO_LORA = LoRA()
+
+
 class Linear(nnx.Module):
     """x @ kernel, or x @ kernel + bias, computed in `dtype`.
 
     The kernel is initialised from a normal of standard deviation `std`, the bias with zeros.
 
-    `outputs` is the last dimension of the output, or its last dimensions.
+    `outputs` is the last dimension of the output, or its last dimensions. With `lora` the
+    parameters `lora_a` [inputs, rank] and `lora_b` [rank, *outputs] are added; `lora_b` starts as
+    zeros, so that the layer starts as it was. The product of both is never formed.
     """
 
     def __init__(
-        self, inputs: int, *outputs: int, std: float, dtype, rngs: nnx.Rngs, bias: bool = False
+        self,
+        inputs: int,
+        *outputs: int,
+        std: float,
+        dtype,
+        rngs: nnx.Rngs,
+        bias: bool = False,
+        lora: LoRA = NO_LORA,
     ):
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (inputs, *outputs)))
         if bias:
             self.bias = nnx.Param(jnp.zeros(outputs))
-        self.dtype, self.has_bias = dtype, bias
+        if lora.rank:
+            down = inputs**-0.5 * jax.random.normal(rngs.params(), (inputs, lora.rank))
+            self.lora_a, self.lora_b = nnx.Param(down), nnx.Param(jnp.zeros((lora.rank, *outputs)))
+        self.dtype, self.has_bias, self.lora = dtype, bias, lora
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jnp.tensordot(x.astype(self.dtype), self.kernel[...].astype(self.dtype), 1)
+        x = x.astype(self.dtype)
+        y = jnp.tensordot(x, self.kernel[...].astype(self.dtype), 1)
+        if self.lora.rank:
+            a, b = (leaf[...].astype(self.dtype) for leaf in (self.lora_a, self.lora_b))
+            y = y + jnp.asarray(self.lora.scale, y.dtype) * jnp.tensordot(x @ a, b, 1)
         return y + _leading(self.bias[...].astype(self.dtype), y) if self.has_bias else y
+
+
+def merge_lora(params: Any, scale: float) -> Any:
+    """Adds the low-rank matrices of all `Linear` layers to their kernels, and leaves them out.
+
+    Args:
+      params: nested dictionaries and tuples, also with leading axes of layers. Kernels are added to
+        in float32 at least and keep their dtypes.
+      scale: see `LoRA`.
+    """
+    if isinstance(params, tuple):
+        return tuple(merge_lora(part, scale) for part in params)
+    if not isinstance(params, dict):
+        return params
+    if "lora_a" not in params:
+        return {name: merge_lora(part, scale) for name, part in params.items()}
+    kernel, a, b = (params[name] for name in ("kernel", "lora_a", "lora_b"))
+    rows = b.reshape(*b.shape[: a.ndim - 1], -1)  # the outputs in one axis
+    merged = kernel.astype(rows.dtype) + scale * (a @ rows).reshape(kernel.shape)
+    rest = {name: leaf for name, leaf in params.items() if not name.startswith("lora_")}
+    return {**rest, "kernel": merged.astype(kernel.dtype)}
 
 
 class RMSNorm(nnx.Module):
@@ -156,6 +208,7 @@ class Attention(nnx.Module):
         norm: Norm,
         bias: Bias,
         qk_norm: bool,
+        lora: LoRA,
         dtype,
         rngs: nnx.Rngs,
     ):
@@ -164,7 +217,7 @@ class Attention(nnx.Module):
         self.norm = norm(width)
         if qk_norm:
             self.q_norm, self.k_norm = norm(head_size), norm(head_size)
-        linear = functools.partial(Linear, dtype=dtype, rngs=rngs)
+        linear = functools.partial(Linear, lora=lora, dtype=dtype, rngs=rngs)
         inner = (heads + 2 * kv_heads) * head_size
         self.qkv = linear(width, inner, std=width**-0.5, bias=bias != "none")
         has_bias = bias in ("attention", "all")
@@ -234,12 +287,13 @@ class FeedForward(nnx.Module):
         activation: str,
         norm: Norm,
         bias: bool,
+        lora: LoRA,
         out_std: float,
         dtype,
         rngs: nnx.Rngs,
     ):
         self.norm, self.chunks, self.activation = norm(width), chunks, activation
-        linear = functools.partial(Linear, bias=bias, dtype=dtype, rngs=rngs)
+        linear = functools.partial(Linear, bias=bias, lora=lora, dtype=dtype, rngs=rngs)
         self.up = linear(width, ACTIVATIONS[activation][0], hidden, std=width**-0.5)
         self.down = linear(hidden, width, std=out_std)
 

@@ -20,7 +20,7 @@ from revnet_jax.models.dtypes import at_least_float32, narrowed
 from revnet_jax.models.model import ModelOptions, Sweep, Variables
 from revnet_jax.models.partition import by_batch, gather, on_batch, on_sequence, whole_sequences
 from revnet_jax.models.transformer.attention import AttentionKernel, rotary_angles
-from revnet_jax.models.transformer.base import Transformer, drop, init_layers_of
+from revnet_jax.models.transformer.base import Transformer, draw_factors, drop, init_layers_of
 from revnet_jax.models.transformer.decoder import (
     LAYER_RULES,
     NORMS,
@@ -56,7 +56,12 @@ class LanguageModel(Transformer):
         feed_forward_chunks: int = 1,
         loss_chunk: int = 2048,
     ):
-        super().__init__(layers=shape.layers, reversible=shape.reversible, options=options)
+        super().__init__(
+            layers=shape.layers,
+            reversible=shape.reversible,
+            options=options,
+            integrator=shape.integrator,
+        )
         if min(feed_forward_chunks, loss_chunk) < 1:
             raise ValueError(
                 f"got feed_forward_chunks={feed_forward_chunks}, loss_chunk={loss_chunk}, expected "
@@ -85,6 +90,7 @@ class LanguageModel(Transformer):
                 norm=norm,
                 bias=a.bias,
                 qk_norm=a.qk_norm,
+                lora=a.lora,
                 dtype=self.compute_dtype,
                 rngs=rngs,
             )
@@ -94,10 +100,16 @@ class LanguageModel(Transformer):
         common |= {"dtype": self.compute_dtype, "norm": norm}
         experts = {"experts": a.experts, "experts_per_token": a.experts_per_token}
         dense = {"chunks": feed_forward_chunks, "activation": a.activation, "bias": a.bias == "all"}
+        dense["lora"] = a.lora
         common |= experts if a.experts else dense
         feed_forward = Experts if a.experts else FeedForward
         self._g = PureModule(lambda rngs: feed_forward(**common, rngs=rngs))
         self._norm = PureModule(lambda rngs: norm(a.width))
+
+    @property
+    def is_random(self) -> bool:
+        """Whether training draws random numbers: for dropout, or the factors of "bdia"."""
+        return self.shape.dropout > 0 or self.integrator == "bdia"
 
     def init(self, key: jax.Array) -> Variables:
         """Initialises the variables."""
@@ -129,15 +141,20 @@ class LanguageModel(Transformer):
         """(x_BTD, the input of the head; auxiliary outputs of the feed-forward networks).
 
         Args:
-          key: for dropout; None for no dropout.
+          key: for what is random in training (`is_random`); None outside of training.
         """
         keys = None if key is None else jax.random.split(key, (self.shape.layers + 1, 2))
+        x_BTD = self._embed(variables, token_BT, 0, None if keys is None else keys[-1, :1])
+        data_L: tuple[Any, ...] | None = None if keys is None else (None, keys[:-1])
+        if keys is not None and self.integrator == "bdia":
+            factors_L = draw_factors(keys[-1, 1], self.shape.layers, x_BTD)
+            data_L = None, keys[:-1], factors_L
         x_BTD, (_, aux_L) = self._run(
-            self._layer(*self._branches()),
+            self._layer(*self._branches(), training=key is not None),
             variables.params["layers"],
-            self._embed(variables, token_BT, 0, None if keys is None else keys[-1, :1]),
+            x_BTD,
             shared=self._positions(0, token_BT)[0],
-            data_L=None if keys is None else (None, keys[:-1]),
+            data_L=data_L,
             sweep=sweep,
         )
         return self._normalise(variables, x_BTD), aux_L
@@ -203,7 +220,7 @@ class LanguageModel(Transformer):
         x_BTD = self._embed(variables, token_BT, position, None)
         positions, document_B = self._positions(position, token_BT, cache.document_B)
         x_BTD, (cache, _) = self._run(
-            self._layer(*self._branches()),
+            self._layer(*self._branches(), training=False),
             variables.params["layers"],
             x_BTD,
             shared=positions,
@@ -242,19 +259,19 @@ class LanguageModel(Transformer):
     def _branches(self):
         """The branches (f, g).
 
-        Their context holds the tokens' positions as `shared` and (KV cache, dropout keys) as
+        Their context holds the tokens' positions as `shared` and (KV cache, dropout keys, ...) as
         per-layer data.
         """
         rate = self.shape.dropout
 
         def f(params, x_BTD, context):
-            cache, keys = context.data or (None, None)
+            cache, keys, *_ = context.data or (None, None)
             params = gather(self.rules, "layers/0", params, self.compute_dtype)
             (u_BTD, cache), _ = self._f.apply(params, {}, on_batch(x_BTD), context.shared, cache)
             return on_batch(drop(u_BTD, rate, keys, 0)), cache
 
         def g(params, x_BTD, context):
-            _, keys = context.data or (None, None)
+            _, keys, *_ = context.data or (None, None)
             u_BTD = self._feed_forward(params, on_batch(x_BTD))
             u_BTD, *aux = u_BTD if self.shape.experts else (u_BTD,)
             return on_batch(drop(u_BTD, rate, keys, 1)), tuple(aux)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from revnet_jax.models.transformer.base import check_positive
-from revnet_jax.models.transformer.decoder import ACTIVATIONS, BIASES, NORMS, Bias
+from revnet_jax.models.transformer.decoder import ACTIVATIONS, BIASES, NORMS, Bias, LoRA
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,11 @@ class LanguageModelShape:
       learned_positions: the number of positions that have a learned embedding, which is added to
         the embedding of the token (GPT-2); 0 for rotary positions.
       rotary_scaling: factor, low, high and context of `scaled_frequency` (Llama 3.1); () for none.
+      integrator: how the streams of a reversible model are updated, one of `INTEGRATORS`: see
+        `Transformer`.
+      lora_rank: rank of the matrices that are added to the kernels of all layers, see `LoRA`; 0 for
+        none.
+      lora_alpha: lora_rank times the factor of their product.
     """
 
     vocab_size: int
@@ -62,6 +67,14 @@ class LanguageModelShape:
     activation: str = "swiglu"
     learned_positions: int = 0
     rotary_scaling: tuple[float, ...] = ()
+    integrator: str = "streams"
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
+
+    @property
+    def lora(self) -> LoRA:
+        """The adapters of the layers' kernels."""
+        return LoRA(self.lora_rank, self.lora_alpha / max(1, self.lora_rank))
 
     @property
     def size_of_head(self) -> int:
@@ -119,6 +132,11 @@ class LanguageModelShape:
                 f"got learned_positions={self.learned_positions} and "
                 f"end_token={self.end_token}, expected 0, or a number of positions without "
                 "separate documents: those could start at any position"
+            )
+        if self.lora_rank < 0 or (self.lora_rank and self.experts):
+            raise ValueError(
+                f"got lora_rank={self.lora_rank} and experts={self.experts}, expected 0, or a rank "
+                "without experts: those have no adapters"
             )
         if self.rotary_scaling:
             _check_scaling(self.rotary_scaling, self.learned_positions)

@@ -142,7 +142,7 @@ class VisionTransformer(Transformer):
             stem = gather(RULES, "stem", variables.params["stem"], self.compute_dtype)
             x_BTD, _ = self._stem.apply(stem, {}, image_BHWC)
         x_BTD, _ = self._run(
-            self._layer(branch(self._f, 0), branch(self._g, 1)),
+            self._layer(branch(self._f, 0), branch(self._g, 1), training=train),
             variables.params["layers"],
             drop(x_BTD, rate, None if keys is None else keys[-1], 0),
             data_L=None if keys is None else keys[:-1],
