@@ -18,6 +18,7 @@ from revnet_jax.core import Exactness, trees
 from revnet_jax.models.model import Sweep, Variables
 from revnet_jax.optimizers.optimizer import Loss, StepResult, first_moments
 from revnet_jax.optimizers.rounding import apply_updates, widened
+from revnet_jax.optimizers.trainable import Trainable
 
 
 class LayerState(NamedTuple):
@@ -59,6 +60,7 @@ class LockstepOptimizer(NamedTuple):
       outside: the optimizer of the groups outside chains.
       layer: the optimizer of the tree of one layer.
       stacked: the groups in chains, whose leaves have a leading axis of layers.
+      trainable: the parameters that are trained.
 
     Correct only for optimizers that pass `check_layerwise`. Others mix layers (by a global norm,
     for example) and would compute a different update.
@@ -67,10 +69,11 @@ class LockstepOptimizer(NamedTuple):
     outside: optax.GradientTransformation
     layer: optax.GradientTransformation
     stacked: tuple[str, ...]
+    trainable: Trainable = Trainable()
 
     def init(self, params: Mapping[str, Any]) -> LockstepState:
         """The state before the first step."""
-        outside, layers = self._split(params)
+        outside, layers = self._split(self.trainable.divide(params)[0])
         state = {name: self._init_layers(params_L) for name, params_L in layers.items()}
         return LockstepState(self.outside.init(outside), state)
 
@@ -85,11 +88,12 @@ class LockstepOptimizer(NamedTuple):
     ) -> StepResult:
         """Makes one step; see `Optimizer`. Needs the whole batch at once: it keeps no gradients."""
         params, stats = variables
+        params, frozen = self.trainable.divide(params)
         update, carried = self._start(params, state)
 
         def of_params(params, probes, carried):
-            sweep = Sweep(probes, update, carried)
-            return loss(Variables(params, stats), batch, key, sweep=sweep)
+            variables = Variables(trees.join(params, frozen), stats)
+            return loss(variables, batch, key, sweep=Sweep(probes, update, carried))
 
         # A backward pass can return nothing but cotangents. So the sweep, which has updated the
         # layers of chains by the time it ends, returns their new parameters as the cotangents of
@@ -100,7 +104,8 @@ class LockstepOptimizer(NamedTuple):
         (value, (stats, others)), (cotangents, exactness, carried) = grad(params, probes, carried)
         with jax.named_scope("update"):
             params, state, norm = self._finish(params, state, cotangents, carried)
-        return StepResult(value, others, Variables(params, stats), state, exactness, norm)
+        variables = Variables(trees.join(params, frozen), stats)
+        return StepResult(value, others, variables, state, exactness, norm)
 
     def moments(self, state: LockstepState) -> dict[str, Any]:
         """First moments by group of parameters."""
@@ -173,8 +178,13 @@ class LockstepOptimizer(NamedTuple):
         return trees.join(floats, jax.tree.unflatten(jax.tree.structure(others), counters))
 
     def _split(self, groups):
+        """Splits groups of trained parameters: those outside chains, and those in chains.
+
+        A chain without trained parameters is in neither.
+        """
         outside = {name: tree for name, tree in groups.items() if name not in self.stacked}
-        return outside, {name: groups[name] for name in self.stacked}
+        layers = {name: groups[name] for name in self.stacked}
+        return outside, {name: tree for name, tree in layers.items() if jax.tree.leaves(tree)}
 
 
 def check_layerwise(optimizer: optax.GradientTransformation, params: Any) -> None:

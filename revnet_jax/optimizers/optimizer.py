@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from revnet_jax.core import Exactness
+from revnet_jax.core import Exactness, trees
 from revnet_jax.models.model import Sweep, Variables
 from revnet_jax.optimizers.rounding import apply_updates, widened
+from revnet_jax.optimizers.trainable import Trainable
 
 
 class Loss(Protocol):
@@ -31,7 +32,7 @@ class StepResult(NamedTuple):
       variables: new parameters and running averages.
       state: the new state of the optimizer.
       exactness: of every chain that was checked, by name; None if none was.
-      gradient_norm: L2 norm of the gradient of all parameters.
+      gradient_norm: L2 norm of the gradient of all trained parameters.
     """
 
     loss: jax.Array
@@ -74,14 +75,16 @@ class OrdinaryOptimizer(NamedTuple):
       microbatches: gradient accumulation: the number of parts that a batch is split into. Only the
         activations of one part are in memory at a time, and batch statistics are taken over one
         part.
+      trainable: the parameters that are trained.
     """
 
     transformation: optax.GradientTransformation
     microbatches: int = 1
+    trainable: Trainable = Trainable()
 
     def init(self, params: Any) -> Any:
         """The state before the first step: that of the transformation."""
-        return self.transformation.init(params)
+        return self.transformation.init(self.trainable.divide(params)[0])
 
     def step(
         self,
@@ -96,12 +99,14 @@ class OrdinaryOptimizer(NamedTuple):
 
         def gradient(params, stats, batch, key):
             def of_params(params, probes):
-                return loss(Variables(params, stats), batch, key, sweep=Sweep(probes))
+                variables = Variables(trees.join(params, frozen), stats)
+                return loss(variables, batch, key, sweep=Sweep(probes))
 
             grad = jax.value_and_grad(of_params, argnums=(0, 1), has_aux=True)
             return grad(params, probes)
 
         params, stats = variables
+        params, frozen = self.trainable.divide(params)
         (value, (stats, others)), (grads, exactness) = accumulate(
             gradient, params, stats, batch, key, self.microbatches
         )
@@ -109,7 +114,8 @@ class OrdinaryOptimizer(NamedTuple):
             updates, state = self.transformation.update(grads, state, params)
             params = apply_updates(params, updates)
         norm = optax.tree.norm(widened(grads))
-        return StepResult(value, others, Variables(params, stats), state, exactness, norm)
+        variables = Variables(trees.join(params, frozen), stats)
+        return StepResult(value, others, variables, state, exactness, norm)
 
     def moments(self, state: Any) -> dict[str, Any]:
         """First moments by group of parameters."""

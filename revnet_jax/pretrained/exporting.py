@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from revnet_jax.errors import writing
 from revnet_jax.models.task import NextToken
+from revnet_jax.models.transformer.decoder import merge_lora
 from revnet_jax.pretrained.families import FAMILIES
 from revnet_jax.pretrained.files import (
     WRITTEN,
@@ -25,7 +26,7 @@ from revnet_jax.runs.manifest import by_path
 from revnet_jax.runs.workdir import load_config
 from revnet_jax.training.restore import Which, restore_run
 
-FIXED = {"reversible": False, "experts": 0, "window": 0}  # settings that no family has otherwise
+FIXED = {"experts": 0, "window": 0}  # settings that no family has otherwise
 
 
 def export_weights(
@@ -58,9 +59,10 @@ def export_weights(
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise WeightsError(f"{target} exists, expected a new or an empty folder")
     run = restore_run(workdir, which)
-    leaves = by_path(run.variables.params)
     assert isinstance(run.task, NextToken)
-    tensors = {tensor.name: tensor for tensor in family.tensors(run.task.network.shape)}
+    shape, params = run.task.network.shape, run.variables.params
+    leaves = by_path({**params, "layers": merge_lora(params["layers"], shape.lora.scale)})
+    tensors = {tensor.name: tensor for tensor in family.tensors(shape)}
 
     def read(name: str) -> np.ndarray:
         tensor = tensors[name]
@@ -97,6 +99,11 @@ def family_for(config: ConfigDict) -> PublishedFamily:
     model = config.model
     if model.family != "decoder":
         raise WeightsError(f"got a run of {model.family}, expected one of decoder")
+    if model.reversible and model.integrator != "bdia":
+        raise WeightsError(
+            f"config.model.reversible: got True with integrator={model.integrator!r}, expected "
+            "False, or the integrator bdia: published models have one stream"
+        )
     kinds = {"gpt2": model.learned_positions, "qwen3": model.qk_norm, "qwen2": model.bias == "qkv"}
     family = FAMILIES[next((kind for kind, fits in kinds.items() if fits), "llama")]
     for name, value in (FIXED | dict(family.fixed)).items():

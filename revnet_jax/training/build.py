@@ -18,6 +18,7 @@ from revnet_jax.models.task import Task
 from revnet_jax.optimizers.build import completed, make_optimizer, make_schedule
 from revnet_jax.optimizers.lockstep import LockstepOptimizer, check_layerwise
 from revnet_jax.optimizers.optimizer import Optimizer, OrdinaryOptimizer
+from revnet_jax.optimizers.trainable import Trainable
 from revnet_jax.training.mismatch import ACTIONS
 from revnet_jax.training.sharding import batch_parts
 
@@ -67,7 +68,9 @@ def check_on_mismatch(config: ConfigDict) -> None:
 def build_optimizer(config: ConfigDict, network: Model, schedule: optax.Schedule) -> Optimizer:
     """Builds the optimizer, in lockstep with the backward sweep if the config says so."""
     options = dict(config.optimizer)
-    lockstep = options.pop("lockstep")
+    lockstep, trainable = options.pop("lockstep"), Trainable(options.pop("trainable"))
+    params = jax.eval_shape(network.init, jax.random.key(0)).params
+    trainable.check(params)
     options["param_dtype"] = DTYPES[config.model.param_dtype]
     if references.is_reference(config.optimizer.name):
         names = ("clip_norm", "clip", "state_dtype", "param_dtype")
@@ -83,7 +86,7 @@ def build_optimizer(config: ConfigDict, network: Model, schedule: optax.Schedule
             f"{config.batch_size}"
         )
     if not lockstep:
-        return OrdinaryOptimizer(ordinary, config.microbatches)
+        return OrdinaryOptimizer(ordinary, config.microbatches, trainable)
     if not network.stacked:
         raise ConfigError(
             "config.optimizer.lockstep: got True for a network without chains, expected False: "
@@ -95,9 +98,16 @@ def build_optimizer(config: ConfigDict, network: Model, schedule: optax.Schedule
             "gradients of parts are added up before an update, and lockstep keeps none. Take "
             "lockstep=False, or the whole batch at once: model.backprop=reverse makes room"
         )
-    params = jax.eval_shape(network.init, jax.random.key(0)).params
-    check_layerwise(ordinary, {name: params[name] for name in network.stacked})
-    return LockstepOptimizer(make(stacked=()), make(stacked=None), tuple(network.stacked))
+    trained, _ = trainable.divide({name: params[name] for name in network.stacked})
+    if not jax.tree.leaves(trained):
+        raise ConfigError(
+            f"config.optimizer.lockstep: got True and trainable={trainable.pattern!r}, which "
+            "matches no parameter of a chain, expected False: there is nothing to update in it"
+        )
+    check_layerwise(ordinary, trained)
+    return LockstepOptimizer(
+        make(stacked=()), make(stacked=None), tuple(network.stacked), trainable
+    )
 
 
 def ones_own(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from revnet_jax.config import ConfigError
@@ -17,6 +19,8 @@ from revnet_jax.training.compiler import initialized
 from revnet_jax.training.inputs import Data
 from revnet_jax.training.program import StepProgram
 from revnet_jax.training.step import TrainState
+
+ADAPTER = re.compile(r"/lora_[ab]\b")  # paths of parameters that a model gets to be fine-tuned
 
 
 def first_state(
@@ -40,6 +44,8 @@ def first_state(
 def load_weights(workdir: Path, wanted: Variables, data: dict[str, Any]) -> tuple[int, Variables]:
     """Returns (step, parameters and running averages) of the last checkpoint in `workdir`.
 
+    If the model has adapters (LoRA) and the run in `workdir` had none, they are None.
+
     Args:
       wanted: the shapes, dtypes and shardings to load.
       data: the record of the new run's data, which must have the same vocabulary.
@@ -59,7 +65,7 @@ def load_weights(workdir: Path, wanted: Variables, data: dict[str, Any]) -> tupl
     directory = workdir / "checkpoints"
     with Checkpoints(directory, best_metric=None, best_mode="max", read_only=True) as checkpoints:
         try:
-            restored = checkpoints.restore(TrainState.of_variables(wanted), partial=True)
+            restored = _restored(checkpoints, wanted)
         except OtherTree as error:
             names = "; ".join(line.removeprefix("variables/") for line in error.differences[:3])
             raise ConfigError(
@@ -74,3 +80,16 @@ def load_weights(workdir: Path, wanted: Variables, data: dict[str, Any]) -> tupl
         )
     step, state = restored
     return step, state.variables
+
+
+def _restored(checkpoints, wanted):
+    try:
+        return checkpoints.restore(TrainState.of_variables(wanted), partial=True)
+    except OtherTree as error:
+        if not all(ADAPTER.search(line) and ": got nothing," in line for line in error.differences):
+            raise
+    is_adapter = lambda path: ADAPTER.search(jax.tree_util.keystr(path, simple=True, separator="/"))
+    without = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: None if is_adapter(path) else leaf, wanted
+    )
+    return checkpoints.restore(TrainState.of_variables(without), partial=True)

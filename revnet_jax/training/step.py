@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from revnet_jax.core import trees
 from revnet_jax.models import Variables
 from revnet_jax.models.task import Batch, Model, Task
 from revnet_jax.optimizers.optimizer import Optimizer
@@ -43,11 +44,11 @@ def init_state(
     """Returns the state before the first step.
 
     Args:
-      variables: weights to start from, instead of random ones.
+      variables: weights to start from, instead of random ones. Those that are None are random.
     """
     init_key, run_key = jax.random.split(jax.random.key(seed))
-    if variables is None:
-        variables = network.init(init_key)
+    random = network.init(init_key)
+    variables = random if variables is None else trees.join(variables, random)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         variables=variables,

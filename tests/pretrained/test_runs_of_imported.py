@@ -10,6 +10,7 @@ import pytest
 
 from revnet_jax.data.shards import tokenize_files
 from revnet_jax.errors import UserError
+from revnet_jax.pretrained.exporting import export_weights
 from revnet_jax.pretrained.importing import import_weights
 from revnet_jax.training.generate import generate_text
 from revnet_jax.training.loop import train
@@ -63,6 +64,41 @@ def test_from_published_weights_to_fine_tuned_ones(source, tmp_path, run_program
     import_weights(tmp_path / "out", tmp_path / "again")
     expected, got = (restore_run(workdir).variables for workdir in (tuned, tmp_path / "again"))
     np.testing.assert_array_equal(got.params["embed"], expected.params["embed"])
+
+
+@pytest.mark.thorough
+def test_fine_tuning_reversibly_and_by_adapters(source, tmp_path):
+    """BDIA starts as the imported network, trains its adapters alone, and is exported merged."""
+    imported, tokens, tuned = (tmp_path / name for name in ("imported", "tokens", "tuned"))
+    import_weights(source, imported, context=16)
+    (tmp_path / "text").write_text("\n".join(["w1 w2 w3 w4 w5 w6 w7 w8 w9"] * 300))
+    tokenize_files([tmp_path / "text"], imported / "tokenizer.json", tokens, test_share=0.2)
+    before = evaluate_run(imported, data_dir=str(tokens))["eval_loss"]
+
+    config = runpy.run_path(str(ROOT / "configs" / "lm_finetune.py"))["get_config"](str(imported))
+    config.num_steps = config.eval_every_steps = config.checkpoint_every_steps = 30
+    config.schedule.update({"warmup_steps": 5, "learning_rate": 0.02})
+    config.data.dir = str(tokens)
+    config.model.update({"reversible": True, "integrator": "bdia", "backprop": "reverse"})
+    config.model.lora_rank = 4
+    config.optimizer.trainable = "lora"
+    last = train(config, tuned)
+    assert last["eval_loss"] < before - 0.3
+    assert last["exact_mismatches"] == 0
+
+    run, start = restore_run(tuned), restore_run(imported)
+    kernels = [r.variables.params["layers"][0]["qkv"]["kernel"] for r in (run, start)]
+    np.testing.assert_array_equal(*kernels)
+    np.testing.assert_array_equal(run.variables.params["embed"], start.variables.params["embed"])
+
+    export_weights(tuned, tmp_path / "out")
+    import_weights(tmp_path / "out", tmp_path / "again", context=16)
+    again = evaluate_run(tmp_path / "again", data_dir=str(tokens))["eval_loss"]
+    assert again == pytest.approx(last["eval_loss"], abs=1e-5)
+
+    # A second run of the same kind starts from the adapters of the first.
+    config.init_from, config.num_steps, config.schedule.warmup_steps = str(tuned), 1, 0
+    assert train(config, tmp_path / "longer")["eval_loss"] < before - 0.3
 
 
 def test_without_a_tokenizer_one_line_says_so(source, tmp_path, run_program):
