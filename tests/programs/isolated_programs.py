@@ -139,6 +139,7 @@ DECODER = {
     "model.compute_dtype": "bfloat16",
     "model.loss_chunk": 512,
 }
+ADAPTED = {"model.lora_rank": 8, "optimizer.trainable": "lora"}
 REVNET = {
     "batch_size": 32,
     "model.units": (1, 3),
@@ -151,6 +152,8 @@ NETWORKS = {
     "decoder, unrolled": (language_model, {**DECODER, "model.unroll": LAYERS}),
     "decoder, dropout": (language_model, {**DECODER, "model.dropout": 0.1}),
     "decoder, experts": (language_model, {**DECODER, "model.experts": 4}),
+    "decoder, BDIA": (language_model, {**DECODER, "model.integrator": "bdia"}),
+    "decoder, LoRA": (language_model, {**DECODER, **ADAPTED}),
     "RevViT": (
         "vit_s_cifar10",
         {

@@ -213,6 +213,7 @@ def check(found, keys):
         CHAINS[3:6],
         (*CHAINS[6:], "decoder, dropout"),
         ("decoder", "decoder, unrolled", "decoder, experts"),
+        ("decoder, BDIA", "decoder, LoRA"),
         ("RevViT", "RevNet", "RevNet, layers alone"),
     ],
 )
@@ -251,7 +252,10 @@ def test_on_a_v5e_rewinds_do_not_differ(name):
     check(differences("v5e:1x1", [name]), ("forward", "mixture", "store but for layouts"))
 
 
-DECODERS = ("decoder", "decoder, experts", "decoder, dropout")
+DECODERS = (
+    *("decoder", "decoder, experts", "decoder, dropout"),
+    *("decoder, BDIA", "decoder, LoRA"),
+)
 # Weights are read as they lie in a stack or once turned over, and what is kept in another order.
 BUT_FOR_LAYOUTS = tuple(f"{key} but for layouts" for key in ("forward", "store", "mixture"))
 
