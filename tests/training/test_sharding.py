@@ -148,6 +148,21 @@ def test_sequences_in_parts(changes, lockstep, meshes):
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize("lockstep", [False, True])
+def test_frozen_kernels_and_bdia(lockstep):
+    """Frozen kernels are split and gathered like others; BDIA draws a factor for each example."""
+    settings = {
+        **FAMILIES["decoder"],
+        "model.integrator": "bdia",
+        "model.lora_rank": 4,
+        "model.feed_forward_chunks": 2,
+        "optimizer.trainable": "lora|embed|head",
+    }
+    cases = [("reverse", lockstep, mesh, "float64") for mesh in MESHES[1:]]
+    check(differences("decoder", settings, cases))
+
+
+@pytest.mark.thorough
 def test_moments_in_float8_are_rounded_as_on_one_device():
     """Even where blocks are split: axes of 32 split over 8 devices."""
     settings = {**FAMILIES["decoder"], "optimizer.state_dtype": "float8"}
