@@ -171,8 +171,9 @@ def language_model() -> ConfigDict:
     model.rotary_base = 10_000.0
     # Of Llama 3.1: factor, turns that are scaled, turns that are kept, context before scaling.
     model.rotary_scaling = ()  # such as 8,1,4,8192; empty: none
-    # To fine-tune a pretrained network of one stream: bdia (in training) or midpoint.
-    model.integrator = "streams"  # streams | bdia | midpoint
+    # To make a pretrained network of one stream reversible: bdia, midpoint or dual.
+    model.integrator = "streams"  # streams | bdia | midpoint | dual
+    model.integrator_steps = 1000  # of dual: batches until it is the midpoint rule
     model.lora_rank = 0  # low-rank matrices beside the kernels of layers (LoRA); 0: none
     model.lora_alpha = 16.0  # lora_rank times the factor of their product
     model.window = 0  # attention window in tokens, with itself; 0: all before it

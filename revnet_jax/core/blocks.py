@@ -126,6 +126,7 @@ def bdia_block(
     g: Branch,
     *,
     gamma: Callable[[Context], Any] | None = None,
+    bits: int = 1,
     has_aux: bool = False,
     grid: Grid | None = Grid(),
 ) -> Block:
@@ -139,9 +140,12 @@ def bdia_block(
     Args:
       gamma: a function that returns the pair of gammas, for f's and g's half-step, from a layer's
         context; by default `data["gamma"]`, indexed by half-step. Each is 1/2 or -1/2 (or 0 for
-        inference), drawn per example and layer: of a shape like [2, B, 1, 1, 1] for images.
+        inference), drawn per example and layer: of a shape like [2, B, 1, 1, 1] for images. With
+        more `bits` it may be any number of a size from 2**-bits to 1. At gamma = 1 a half-step is
+        the midpoint rule, x[n+1] = x[n-1] + 2 h(x[n]).
+      bits: of the residue, see `bdia`.
 
-    Stores one bit per element per half-step.
+    Stores `bits` bits per element per half-step.
     """
 
     def from_data(context):
@@ -177,7 +181,7 @@ def bdia_block(
 
         return run
 
-    coupling = bdia()
+    coupling = bdia(bits)
     return Block(
         (HalfStep(branch(f, 0), 0, (1,), coupling), HalfStep(branch(g, 1), 1, (0,), coupling)), grid
     )

@@ -6,7 +6,7 @@
 | leapfrog | x + 2 h u                    | none                      |
 | affine   | x * bound**tanh(u[0]) + u[1] | 1                         |
 | momentum | gamma * x + (1 - gamma) * u  | 1                         |
-| bdia     | gamma * x + u, gamma = +-1/2 | 1                         |
+| bdia     | gamma * x + u                | 1, or as many as asked    |
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from revnet_jax.core import trees
-from revnet_jax.core.constants import constant
+from revnet_jax.core.constants import constant, is_whole
 from revnet_jax.core.grid import Grid, snap
 from revnet_jax.core.isolate import isolate
 from revnet_jax.core.scaling import SCALE_BITS, divide, multiply
@@ -151,17 +151,33 @@ def momentum(gamma: float = 0.9) -> Coupling:
     return Coupling(merge, unmerge)
 
 
-def bdia() -> Coupling:
+def bdia(bits: int = 1) -> Coupling:
     """`y = gamma * x + u`, gamma = +-1/2 drawn per example and layer (see `bdia_block`).
 
     Bidirectional integration approximation, Zhang et al. 2024 (arXiv:2407.09093).
 
-    The update u is a pair (gamma, update). gamma broadcasts to every leaf of the stream; its values
-    are 1/2 or -1/2, or 0 for inference, which has no inverse. update is as for `additive`.
+    Args:
+      bits: of the residue, per element. The size of gamma is at least 2**-bits, and at most 1.
 
-    Exact on a grid with a residue of one bit per element: whether x is an odd grid point.
+    The update u is a pair (gamma, update). gamma broadcasts to every leaf of the stream; 0, for
+    inference, has no inverse. update is as for `additive`.
+
+    Exact on a grid: x is multiplied `bits` times by the same factor of at least 1/2, rounded to a
+    multiple of 2**-12, and each product leaves one bit (for 1/2: whether x is an odd grid point).
     """
     add = additive()
+    if not is_whole(bits) or not 1 <= bits <= 24:
+        raise ValueError(f"got bits={bits!r}, expected a whole number from 1 to 24")
+
+    def factor(gamma, x, grid):
+        """What x is multiplied by `bits` times."""
+        size = jnp.abs(gamma)
+        if bits > 1:  # isolated, so that the forward pass and the inverse compute the same bits
+            size = isolate(lambda size: size ** (1 / bits), size)
+        return _full(x, size if grid is None else Grid(SCALE_BITS).snap(size))
+
+    def signed(x, gamma):
+        return jax.tree.map(lambda leaf: leaf * jnp.sign(gamma).astype(leaf.dtype), x)
 
     def gamma_and_update(u, x):
         gamma, update = trees.pair(u, "a branch", "(gamma, update)")
@@ -170,15 +186,19 @@ def bdia() -> Coupling:
 
     def merge(x, u, grid):
         gamma, update = gamma_and_update(u, x)
-        y, residue = _multiply(x, _full(x, jnp.abs(gamma)), grid)
-        y = jax.tree.map(lambda leaf: leaf * jnp.sign(gamma).astype(leaf.dtype), y)
-        return add.merge(y, update, grid)[0], residue
+        by, residues = factor(gamma, x, grid), []
+        for _ in range(bits):
+            x, residue = _multiply(x, by, grid)
+            residues.append(residue)
+        return add.merge(signed(x, gamma), update, grid)[0], tuple(residues)
 
     def unmerge(y, u, residue, grid):
         gamma, update = gamma_and_update(u, y)
-        y = add.unmerge(y, update, None, grid)
-        y = jax.tree.map(lambda leaf: leaf * jnp.sign(gamma).astype(leaf.dtype), y)
-        return _divide(y, residue, _full(y, jnp.abs(gamma)), grid)
+        x = signed(add.unmerge(y, update, None, grid), gamma)
+        by = factor(gamma, x, grid)
+        for each in reversed([None] * bits if residue is None else residue):
+            x = _divide(x, each, by, grid)
+        return x
 
     return Coupling(merge, unmerge)
 

@@ -165,11 +165,12 @@ class NextToken(Task):
             key=key if self.network.is_random else None,
             sweep=sweep,
         )
+        stats = self.network.next_stats(variables.stats)
         if not self.network.shape.experts:
-            return nll, (variables.stats, {})
+            return nll, (stats, {})
         balance = jnp.mean(aux[0])
         metrics = {"train_nll": nll, "train_balance": balance}
-        return nll + self.balance * balance, (variables.stats, metrics)
+        return nll + self.balance * balance, (stats, metrics)
 
     def sums(self, variables: Variables, batch: Batch) -> Sums:
         """The weighted sum of the loss, and the total weight as "count"."""

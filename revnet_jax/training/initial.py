@@ -20,7 +20,8 @@ from revnet_jax.training.inputs import Data
 from revnet_jax.training.program import StepProgram
 from revnet_jax.training.step import TrainState
 
-ADAPTER = re.compile(r"/lora_[ab]\b")  # paths of parameters that a model gets to be fine-tuned
+# Paths of what a model gets to be fine-tuned: low-rank matrices, the progress of its integrator.
+ADAPTER = re.compile(r"/lora_[ab]\b|stats/batches\b")
 
 
 def first_state(

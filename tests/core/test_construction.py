@@ -89,6 +89,12 @@ def test_a_constant_is_a_number(name):
         jax.grad(lambda value: make(value) and value)(1.5)
 
 
+@pytest.mark.parametrize("bits", [0, 25, 1.5, True, "1"])
+def test_a_residue_has_a_whole_number_of_bits(bits):
+    with pytest.raises(ValueError, match=r"got bits=.*, expected a whole number from 1 to 24"):
+        bdia_block(double, double, bits=bits)
+
+
 @pytest.mark.parametrize("bits", [2.5, "12", True, float("nan"), 23, -1])
 def test_a_grid_has_a_whole_number_of_bits(bits):
     with pytest.raises(

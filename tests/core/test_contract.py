@@ -141,6 +141,9 @@ ROWS = {
         bits=1,
     ),
     "bdia": Row(lambda grid: bdia_block(branch, branch, grid=grid), naive_bdia, bits=2),
+    "bdia of 4 bits": Row(
+        lambda grid: bdia_block(branch, branch, bits=4, grid=grid), naive_bdia, bits=8
+    ),
     "symplectic": Row(
         lambda grid: symplectic_block(energy, energy, step=STEP, grid=grid),
         naive_symplectic,

@@ -17,7 +17,8 @@ from revnet_jax.core import Block, Layer, PlainLayer, bdia_block, leapfrog, reve
 from revnet_jax.models.chain_model import ChainModel
 from revnet_jax.models.model import ModelOptions, Sweep
 
-INTEGRATORS = ("streams", "bdia", "midpoint")
+INTEGRATORS = ("streams", "bdia", "midpoint", "dual")
+DUAL_BITS = 4  # c starts at 2**-DUAL_BITS
 
 
 class Transformer(ChainModel):
@@ -26,16 +27,21 @@ class Transformer(ChainModel):
     A layer of the irreversible network makes two steps x[n+1] = x[n] + h(x[n]), with h = f, then g.
     The streams of a reversible network can stand for two states of it, one after the other:
 
-    | integrator | a step of the layers                              | the head reads   |
-    |------------|---------------------------------------------------|------------------|
-    | streams    | x[n+1] = x[n-1] + h(x[n]), a RevNet               | x[n] + x[n-1]    |
-    | midpoint   | x[n+1] = x[n-1] + 2 h(x[n])                       | the mean of both |
-    | bdia       | x[n+1] = c x[n-1] + (1 - c) x[n] + (1 + c) h(x[n]) | x[n]             |
+    | integrator | a step of the layers                               | the head reads            |
+    |------------|----------------------------------------------------|---------------------------|
+    | streams    | x[n+1] = x[n-1] + h(x[n]), a RevNet                | x[n] + x[n-1]             |
+    | midpoint   | x[n+1] = x[n-1] + 2 h(x[n])                        | (x[n] + x[n-1]) / 2       |
+    | bdia       | x[n+1] = c x[n-1] + (1-c) x[n] + (1+c) h(x[n])     | x[n]                      |
+    | dual       | the same                                           | (1-c/2) x[n] + c/2 x[n-1] |
 
     "midpoint" is the explicit midpoint rule (Gal et al. 2025, arXiv:2512.02056). Both states start
     as the embedding, so that they stray from the network's to opposite sides, and their mean does
     not, to first order. "bdia" draws c = 1/2 or -1/2 for each example and step of training (Zhang
     et al. 2024, arXiv:2407.09093), and outside of training c is 0: the irreversible network itself.
+    "dual" raises c from 1/16, near the irreversible network, to 1, the midpoint rule, in the course
+    of training: scheduled residual connections to two states, as in Dr2Net (Zhao et al. 2024,
+    arXiv:2401.04105), here with weights that sum to 1. It keeps `DUAL_BITS` bits for each element
+    of a stream and step.
 
     Args:
       reversible: two streams; otherwise one stream.
@@ -58,13 +64,14 @@ class Transformer(ChainModel):
     def _layer(self, f: Callable[..., Any], g: Callable[..., Any], *, training: bool) -> Layer:
         """The chain's layer from branches f and g that return (u, aux).
 
-        In training with the integrator "bdia" the last of the context's data are the factors c.
+        With "dual", and with "bdia" in training, the last of the context's data are its factors c.
         """
         if not self.invertible or (self.integrator == "bdia" and not training):
             return PlainLayer(residual(f, g))
-        if self.integrator == "bdia":
+        if self.integrator in ("bdia", "dual"):
+            bits = DUAL_BITS if self.integrator == "dual" else 1
             factors = lambda context: context.data[-1]
-            return bdia_block(f, g, gamma=factors, has_aux=True, grid=self.grid)
+            return bdia_block(f, g, gamma=factors, bits=bits, has_aux=True, grid=self.grid)
         coupling = leapfrog(1.0) if self.integrator == "midpoint" else None
         return reversible_block(f, g, has_aux=True, coupling=coupling, grid=self.grid)
 
@@ -75,19 +82,23 @@ class Transformer(ChainModel):
         x: jax.Array,
         *,
         sweep: Sweep = Sweep(),
+        weight: Any = 0.5,
         **data: Any,
     ) -> tuple[jax.Array, Any]:
         """Runs the chain on embeddings x: (what the head reads, stacked auxiliary outputs).
 
+        weight: of x[n-1] in what the head reads, for "dual".
         data: `shared` and `data_L` of `chain`.
         """
         if not isinstance(layer, Block):
             (y,), aux_L = self.run_chain(layer, params_L, (x,), sweep=sweep, **data)
             return y, aux_L
         (y1, y2), aux_L = self.run_chain(layer, params_L, (x, x), sweep=sweep, **data)
+        if self.integrator == "streams":
+            return y1 + y2, aux_L
         if self.integrator == "bdia":
             return y2, aux_L
-        return (y1 + y2) * 0.5 if self.integrator == "midpoint" else y1 + y2, aux_L
+        return weight * y1 + (1 - weight) * y2, aux_L
 
 
 def draw_factors(key: jax.Array, layers: int, x: jax.Array) -> jax.Array:

@@ -20,7 +20,13 @@ from revnet_jax.models.dtypes import at_least_float32, narrowed
 from revnet_jax.models.model import ModelOptions, Sweep, Variables
 from revnet_jax.models.partition import by_batch, gather, on_batch, on_sequence, whole_sequences
 from revnet_jax.models.transformer.attention import AttentionKernel, rotary_angles
-from revnet_jax.models.transformer.base import Transformer, draw_factors, drop, init_layers_of
+from revnet_jax.models.transformer.base import (
+    DUAL_BITS,
+    Transformer,
+    draw_factors,
+    drop,
+    init_layers_of,
+)
 from revnet_jax.models.transformer.decoder import (
     LAYER_RULES,
     NORMS,
@@ -128,7 +134,19 @@ class LanguageModel(Transformer):
             position_key = jax.random.fold_in(embed_key, 1)
             shape = (a.learned_positions, a.width)
             params["positions"] = std * jax.random.normal(position_key, shape)
-        return Variables(narrowed(params, self.param_dtype), {})
+        stats = {"batches": jnp.zeros(())} if self.integrator == "dual" else {}
+        return Variables(narrowed(params, self.param_dtype), stats)
+
+    def next_stats(self, stats: Any) -> Any:
+        """The stats after a batch of training: "dual" counts the batches, or microbatches."""
+        return {"batches": stats["batches"] + 1} if self.integrator == "dual" else stats
+
+    def _factor(self, stats):
+        """c of "dual" after the batches counted so far; None for other integrators."""
+        if self.integrator != "dual":
+            return None
+        done = jnp.minimum(1.0, stats["batches"] / self.shape.integrator_steps)
+        return jnp.exp2(DUAL_BITS * (done - 1))
 
     def features(
         self,
@@ -144,17 +162,19 @@ class LanguageModel(Transformer):
           key: for what is random in training (`is_random`); None outside of training.
         """
         keys = None if key is None else jax.random.split(key, (self.shape.layers + 1, 2))
+        keys_L = None if keys is None else keys[:-1]
         x_BTD = self._embed(variables, token_BT, 0, None if keys is None else keys[-1, :1])
-        data_L: tuple[Any, ...] | None = None if keys is None else (None, keys[:-1])
+        c = self._factor(variables.stats)
+        factors_L = None if c is None else jnp.full((self.shape.layers, 2, 1, 1, 1), c)
         if keys is not None and self.integrator == "bdia":
             factors_L = draw_factors(keys[-1, 1], self.shape.layers, x_BTD)
-            data_L = None, keys[:-1], factors_L
         x_BTD, (_, aux_L) = self._run(
             self._layer(*self._branches(), training=key is not None),
             variables.params["layers"],
             x_BTD,
             shared=self._positions(0, token_BT)[0],
-            data_L=data_L,
+            data_L=(None, keys_L, factors_L),
+            weight=0.5 if c is None else c / 2,
             sweep=sweep,
         )
         return self._normalise(variables, x_BTD), aux_L
@@ -219,12 +239,15 @@ class LanguageModel(Transformer):
         """
         x_BTD = self._embed(variables, token_BT, position, None)
         positions, document_B = self._positions(position, token_BT, cache.document_B)
+        c = self._factor(variables.stats)
+        factors_L = None if c is None else jnp.full((self.shape.layers, 2, 1, 1, 1), c)
         x_BTD, (cache, _) = self._run(
             self._layer(*self._branches(), training=False),
             variables.params["layers"],
             x_BTD,
             shared=positions,
-            data_L=(cache._replace(document_B=None), None),
+            data_L=(cache._replace(document_B=None), None, factors_L),
+            weight=0.5 if c is None else c / 2,
         )
         x_BD = self._normalise(variables, x_BTD)[:, -1]
         logits_BV = self._logits(self._head_kernel(variables)[1], x_BD)
@@ -259,19 +282,19 @@ class LanguageModel(Transformer):
     def _branches(self):
         """The branches (f, g).
 
-        Their context holds the tokens' positions as `shared` and (KV cache, dropout keys, ...) as
-        per-layer data.
+        Their context holds the tokens' positions as `shared` and (KV cache, dropout keys, factors
+        of the integrator) as per-layer data, each of them None where it is not used.
         """
         rate = self.shape.dropout
 
         def f(params, x_BTD, context):
-            cache, keys, *_ = context.data or (None, None)
+            cache, keys, _ = context.data
             params = gather(self.rules, "layers/0", params, self.compute_dtype)
             (u_BTD, cache), _ = self._f.apply(params, {}, on_batch(x_BTD), context.shared, cache)
             return on_batch(drop(u_BTD, rate, keys, 0)), cache
 
         def g(params, x_BTD, context):
-            _, keys, *_ = context.data or (None, None)
+            _, keys, _ = context.data
             u_BTD = self._feed_forward(params, on_batch(x_BTD))
             u_BTD, *aux = u_BTD if self.shape.experts else (u_BTD,)
             return on_batch(drop(u_BTD, rate, keys, 1)), tuple(aux)

@@ -40,6 +40,8 @@ class LanguageModelShape:
       rotary_scaling: factor, low, high and context of `scaled_frequency` (Llama 3.1); () for none.
       integrator: how the streams of a reversible model are updated, one of `INTEGRATORS`: see
         `Transformer`.
+      integrator_steps: with the integrator "dual", the number of batches until it is the midpoint
+        rule.
       lora_rank: rank of the matrices that are added to the kernels of all layers, see `LoRA`; 0 for
         none.
       lora_alpha: lora_rank times the factor of their product.
@@ -68,6 +70,7 @@ class LanguageModelShape:
     learned_positions: int = 0
     rotary_scaling: tuple[float, ...] = ()
     integrator: str = "streams"
+    integrator_steps: int = 1000
     lora_rank: int = 0
     lora_alpha: float = 16.0
 
@@ -82,7 +85,8 @@ class LanguageModelShape:
         return self.head_size or self.width // self.heads
 
     def __post_init__(self):
-        check_positive(self, ("vocab_size", "layers", "width", "heads", "kv_heads", "hidden"))
+        sizes = ("vocab_size", "layers", "width", "heads", "kv_heads", "hidden", "integrator_steps")
+        check_positive(self, sizes)
         if not self.head_size and self.width % (2 * self.heads):
             raise ValueError(
                 f"got width={self.width} and heads={self.heads}, expected a width that heads of an "
