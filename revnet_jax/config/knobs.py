@@ -83,9 +83,10 @@ def experiment() -> ConfigDict:
     config.optimizer = _optimizer()
 
     config.schedule = ConfigDict()
-    config.schedule.name = "cosine"  # piecewise | cosine | constant
+    config.schedule.name = "cosine"  # piecewise | cosine | wsd | constant
     config.schedule.learning_rate = 0.1  # the peak
     config.schedule.warmup_steps = 0  # linear, from 0
+    config.schedule.decay_steps = 0  # wsd: last steps, in which the rate falls linearly to 0
     config.schedule.boundaries = (300, 450)  # piecewise: steps at which the rate is multiplied
     config.schedule.factor = 0.1  # piecewise: what it is multiplied by
     return config

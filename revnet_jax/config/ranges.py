@@ -150,6 +150,7 @@ RANGES = {
     "optimizer.clip_norm": real("[0, inf)"),
     "schedule.learning_rate": real("[0, inf)"),
     "schedule.warmup_steps": whole(0),
+    "schedule.decay_steps": whole(0),
     "schedule.boundaries": several(whole(1), increasing=True),
     "schedule.factor": real("[0, inf)"),
 }

@@ -198,6 +198,7 @@ def make_recipe(
         learning_rate=learning_rate,
         num_steps=num_steps,
         warmup_steps=num_steps // 20,
+        decay_steps=0,
         boundaries=(),
         factor=1.0,
     )

@@ -22,16 +22,23 @@ def make_schedule(
     learning_rate: float,
     num_steps: int,
     warmup_steps: int,
+    decay_steps: int,
     boundaries: Sequence[int],
     factor: float,
 ) -> optax.Schedule:
     """Returns the learning rate as a function of the step.
 
     Args:
-      name: "constant"; "cosine" (decays from the peak to 0 at `num_steps`); or "piecewise"
-        (multiplied by `factor` at each of `boundaries`, in steps).
+      name: "constant"; "cosine" (decays from the peak to 0 at `num_steps`); "wsd" (warm-up, stable,
+        decay: the peak up to the last `decay_steps`, then linear to 0 at `num_steps`; Hu et al.
+        2024, arXiv:2404.06395, whose decay is exponential; the linear one is of Hägele et al. 2024,
+        arXiv:2405.18392); or "piecewise" (multiplied by `factor` at each of
+        `boundaries`, in steps).
       warmup_steps: steps of linear warm-up from 0 to the peak `learning_rate`. They are part of
         `num_steps` and do not shift the boundaries.
+      decay_steps: only for "wsd". They are part of `num_steps`.
+
+    Raises ValueError for settings that cannot be used.
     """
     if not 0 <= warmup_steps < num_steps:
         raise ValueError(
@@ -42,6 +49,15 @@ def make_schedule(
     elif name == "cosine":
         decay = optax.cosine_decay_schedule(learning_rate, num_steps - warmup_steps)
         schedule = lambda step: decay(step - warmup_steps)
+    elif name == "wsd":
+        if not 1 <= decay_steps <= num_steps - warmup_steps:
+            raise ValueError(
+                f"got decay_steps={decay_steps} for wsd, expected 1 to {num_steps - warmup_steps}: "
+                f"with warmup_steps={warmup_steps} they are part of num_steps={num_steps}"
+            )
+        schedule = optax.linear_schedule(
+            learning_rate, 0.0, decay_steps, transition_begin=num_steps - decay_steps
+        )
     elif name == "piecewise":
         whole = all(isinstance(boundary, int) and boundary > 0 for boundary in boundaries)
         if not whole or list(boundaries) != sorted(set(boundaries)):
@@ -52,7 +68,7 @@ def make_schedule(
             learning_rate, {boundary: factor for boundary in boundaries}
         )
     else:
-        raise ValueError(f"got name={name!r}, expected one of piecewise, cosine, constant")
+        raise ValueError(f"got name={name!r}, expected one of piecewise, cosine, wsd, constant")
     warmup = optax.linear_schedule(0.0, learning_rate, max(1, warmup_steps))
 
     def rate(step):

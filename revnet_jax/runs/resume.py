@@ -38,6 +38,7 @@ WATCHED = (
     "on_mismatch",
     "profile.num_steps",
     "profile.start_step",
+    "schedule.decay_steps",
 )
 MAY_CHANGE = frozenset((*PER_HOST, *COST, *WATCHED))
 
@@ -77,13 +78,37 @@ def changed_settings(config: ConfigDict, before: ConfigDict, workdir: Path) -> d
 
 
 def _check_num_steps(config: ConfigDict, change: Change, workdir: Path) -> None:
-    if config.schedule.name not in SCHEDULES_WITHOUT_END:
+    if config.schedule.name not in (*SCHEDULES_WITHOUT_END, "wsd"):
         raise ConfigError(
             f"config.num_steps: got {change.now}, expected {change.was}: under the schedule "
             f"{config.schedule.name} every step's learning rate depends on num_steps, so those "
             f"made in {workdir} would have had others. Go on from its weights in another --workdir "
             f"with --config.init_from={workdir}; runs of the schedules "
-            f"{' and '.join(SCHEDULES_WITHOUT_END)} can be made longer or shorter"
+            f"{' and '.join(SCHEDULES_WITHOUT_END)} can be made longer or shorter, and those of "
+            "wsd before their decay begins"
+        )
+
+
+def check_decay(config: ConfigDict, before: ConfigDict, step: int, workdir: Path) -> None:
+    """Raises ConfigError if a run of the schedule wsd changes its decay after it has begun.
+
+    Until then the learning rate depends on neither num_steps nor decay_steps.
+
+    Args:
+      before: the config that the run in `workdir` was last started with.
+      step: of the checkpoint to resume from.
+    """
+    if config.schedule.name != "wsd":
+        return
+    now, was = ((c.num_steps, c.schedule.decay_steps) for c in (config, before))
+    first, first_was = now[0] - now[1], was[0] - was[1]
+    if now != was and step > min(first, first_was):
+        raise ConfigError(
+            f"config.num_steps: got {now[0]} with schedule.decay_steps={now[1]}, expected {was[0]} "
+            f"with {was[1]}: {workdir} has a checkpoint of step {step}, and the decay of wsd can "
+            f"be changed only before it begins, at step {first_was} as it was and {first} as it "
+            "would be. Go on from its weights in another --workdir with "
+            f"--config.init_from={workdir}"
         )
 
 

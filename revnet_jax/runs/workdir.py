@@ -10,13 +10,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from revnet_jax.config import ConfigError, flatten, references
+from revnet_jax.config import ConfigError, experiment, flatten, references
 from revnet_jax.errors import UserError, writing
 from revnet_jax.families import CONVOLUTIONAL, FAMILIES
 from revnet_jax.files import write_atomically
 from revnet_jax.runs import data_record, lock
 from revnet_jax.runs.provenance import git_commit, versions
-from revnet_jax.runs.resume import Change, changed_settings
+from revnet_jax.runs.resume import Change, changed_settings, check_decay
 
 
 @contextlib.contextmanager
@@ -96,7 +96,9 @@ def check_can_go_on(workdir: Path, config: ConfigDict, step: int) -> None:
             f"config.num_steps: got {config.num_steps}, expected {step} or more: {workdir} has a "
             f"checkpoint of step {step}"
         )
-    every_steps = max(config.checkpoint_every_steps, load_config(workdir).checkpoint_every_steps)
+    before = load_config(workdir)
+    check_decay(config, before, step, workdir)
+    every_steps = max(config.checkpoint_every_steps, before.checkpoint_every_steps)
     last_step = max((row["step"] for row in read_rows(workdir)), default=0)
     if step == 0 and last_step > 2 * every_steps:
         raise ConfigError(
@@ -124,7 +126,7 @@ def load_config(workdir: Path) -> ConfigDict:
     saved = record["config"]
     references.look_in(record["folders"], first=False)  # after PYTHONPATH
     if references.named_in(flatten(ConfigDict(saved))):
-        return ConfigDict(_tuples(saved))
+        return _with_newer_settings(ConfigDict(_tuples(saved)))
     config = FAMILIES.get(saved.get("model", {}).get("family"), CONVOLUTIONAL).settings()
     defaults, path = flatten(config), workdir / "config.json"
     try:
@@ -135,6 +137,18 @@ def load_config(workdir: Path) -> ConfigDict:
     for key, value in flatten(config).items():
         if value is None and defaults.get(key) is not None:  # ConfigDict allows None
             raise ConfigError(f"{path} is damaged: got {key}=null, expected a value")
+    return config
+
+
+def _with_newer_settings(config: ConfigDict) -> ConfigDict:
+    """Adds to a config of one's own the settings that every run has, where they are missing.
+
+    They are newer than the run, and their defaults are what it did before there was a choice.
+    """
+    known = flatten(config)
+    newer = {key: value for key, value in flatten(experiment()).items() if key not in known}
+    with config.unlocked():
+        config.update_from_flattened_dict(newer)
     return config
 
 

@@ -11,6 +11,7 @@ SCHEDULE = {
     "learning_rate": 0.1,
     "num_steps": 100,
     "warmup_steps": 0,
+    "decay_steps": 0,
     "boundaries": (40, 60),
     "factor": 0.1,
 }
@@ -46,9 +47,24 @@ def test_warmup_rises_from_zero_to_the_peak_and_the_boundaries_stay():
     )
 
 
+def test_wsd_is_stable_until_its_last_steps_and_falls_to_zero():
+    wsd = {"name": "wsd", "decay_steps": 40}
+    np.testing.assert_allclose(rates(**wsd), [0.1] * 5 + [0.1 / 40], rtol=1e-5)
+    np.testing.assert_allclose(
+        rates(**wsd, warmup_steps=60), [0, 0.1 / 12, 0.065, 0.1 / 1.5, 0.1, 0.1 / 40], rtol=1e-5
+    )
+    schedule = make_schedule(**SCHEDULE | wsd)
+    np.testing.assert_allclose([schedule(s) for s in (61, 80, 100)], [0.0975, 0.05, 0], rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"name": "wsd"}, "got decay_steps=0 for wsd, expected 1 to 100"),
+        (
+            {"name": "wsd", "warmup_steps": 10, "decay_steps": 91},
+            "got decay_steps=91 for wsd, expected 1 to 90: with warmup_steps=10 they are part of",
+        ),
         ({"name": "step"}, "got name='step', expected one of piecewise"),
         ({"warmup_steps": 100}, "got warmup_steps=100"),
         ({"boundaries": (60, 40)}, "got boundaries="),

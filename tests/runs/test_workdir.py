@@ -24,6 +24,7 @@ MAY = {
     "mesh.fsdp": 2,
     "profile.start_step": 3,
     "profile.num_steps": 3,
+    "schedule.decay_steps": 3,
     "data.dir": "elsewhere",
     "data.num_threads": 7,
     "data.prefetch": 7,
@@ -134,6 +135,49 @@ def test_a_run_gets_longer_or_shorter_where_the_schedule_allows(schedule, num_st
         caught.value
     )
     assert f"--config.init_from={tmp_path}" in str(caught.value)
+
+
+def test_wsd_may_change_its_decay_before_it_begins(tmp_path):
+    wsd = lambda num_steps, decay: config_with(
+        **{"schedule.name": "wsd", "num_steps": num_steps, "schedule.decay_steps": decay}
+    )
+    claim(tmp_path, wsd(600, 100), {})
+    write_rows(tmp_path, [{"step": step} for step in (400, 500)])
+    for num_steps, decay in ((900, 100), (900, 10), (550, 50), (600, 100)):
+        assert "num_steps" in claim(tmp_path, wsd(num_steps, decay), {}) or num_steps == 600
+        workdirs.check_can_go_on(tmp_path, wsd(num_steps, decay), 500)
+    workdirs.check_can_go_on(tmp_path, wsd(600, 100), 550)
+    for num_steps, decay, step in ((900, 100, 501), (550, 51, 500), (550, 50, 501)):
+        with pytest.raises(ConfigError, match="before it begins, at step 500 as it was") as caught:
+            workdirs.check_can_go_on(tmp_path, wsd(num_steps, decay), step)
+        line = str(caught.value)
+        assert "\n" not in line
+        assert f"got {num_steps} with schedule.decay_steps={decay}, expected 600 with 100" in line
+    # Other schedules have no decay steps.
+    workdirs.check_can_go_on(tmp_path, config_with(num_steps=900), 550)
+
+
+def strip_settings(workdir, *keys):
+    """Removes settings from config.json, as a version that had none of them wrote it."""
+    record = record_of(workdir)
+    for key in keys:
+        *sections, name = key.split(".")
+        section = record["config"]
+        for part in sections:
+            section = section[part]
+        del section[name]
+    (workdir / "config.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("key", ["schedule.decay_steps"])
+def test_a_run_older_than_a_setting_goes_on_with_its_default(key, own, tmp_path):
+    changed = {"optimizer.name": "optax:adan"} if own else {}
+    claim(tmp_path, config_with(**changed), {})
+    write_rows(tmp_path, [{"step": 20}])
+    strip_settings(tmp_path, key)
+    assert claim(tmp_path, config_with(**changed), {}) == {}
+    assert workdirs.load_config(tmp_path).to_dict() == config_with(**changed).to_dict()
 
 
 def test_a_run_is_scored_on_the_same_sequences(tmp_path):

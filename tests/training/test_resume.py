@@ -81,6 +81,23 @@ def test_a_finished_run_goes_on_in_another_way_to_the_same_bits(half, tiny_confi
 
 
 @pytest.mark.thorough
+def test_a_wsd_run_is_made_longer_before_its_decay(tiny_config, tmp_path):
+    """From the checkpoint of step 4, when the decay of the shorter run began, to the same bits."""
+    tiny_config.schedule.update({"name": "wsd", "decay_steps": 2})
+    tiny_config.update({"num_steps": 6, "eval_every_steps": 8})
+    train(tiny_config, tmp_path / "longer")
+    tiny_config.num_steps = 8
+    with pytest.raises(ConfigError, match=r"got 8 with schedule\.decay_steps=2, expected 6 w"):
+        train(tiny_config, tmp_path / "longer")
+    shutil.rmtree(tmp_path / "longer" / "checkpoints" / "6")
+    train(tiny_config, tmp_path / "longer")
+    train(tiny_config, tmp_path / "whole")
+    states = [state_of(tmp_path / name, tiny_config) for name in ("longer", "whole")]
+    assert states[0][0] == states[1][0] == 8
+    assert_same_bits(*(state for _, state in states))
+
+
+@pytest.mark.thorough
 def test_a_run_cannot_be_shorter_than_it_is(half, tiny_config):
     with pytest.raises(ConfigError, match=r"config\.num_steps: got 2, expected 3 or more"):
         train(short(tiny_config, 2), half)
