@@ -221,7 +221,7 @@ class ConfigModel:
         if variant.is_twin:
             config.model.reversible = False
         task, schedule, optimizer = build_recipe(config)
-        train_step = make_train_step(task, optimizer, schedule)
+        train_step = make_train_step(task, optimizer, schedule, ema_decay=config.ema_decay)
 
         def step(state, batch):
             state, metrics = train_step(state, batch)
@@ -237,7 +237,8 @@ class ConfigModel:
                 name: self._random(key, shape)
                 for key, (name, shape) in zip(keys, shapes.items(), strict=True)
             }
-            return init_state(task.network, optimizer, config.seed), data
+            ema = config.ema_decay > 0
+            return init_state(task.network, optimizer, config.seed, ema=ema), data
 
         def gradient(state):
             # After one step the first moments equal the gradient, Adam's up to a factor.

@@ -53,6 +53,7 @@ def experiment() -> ConfigDict:
     config.batch_size = 100
     config.eval_batch_size = 200
     config.microbatches = 1  # gradient accumulation: parts that a batch is split into
+    config.ema_decay = 0.0  # of an average of the weights (EMA), for evaluation; 0: none
     config.memory_limit_gib = 0.0  # per device, for stored_layers=auto; 0: all it has
     config.log_every_steps = 20
     config.eval_every_steps = config.checkpoint_every_steps = 200

@@ -95,6 +95,7 @@ RANGES = {
     "batch_size": whole(1),
     "eval_batch_size": whole(1),
     "microbatches": whole(1),
+    "ema_decay": real("[0, 1)"),
     "memory_limit_gib": real("[0, 1e6]"),
     "label_smoothing": real("[0, 1)"),
     "mixup": real("[0, inf)"),

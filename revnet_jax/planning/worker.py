@@ -168,7 +168,7 @@ def _limit_bytes(device: jax.Device) -> int | None:
 def _sizes(program: StepProgram, config: ConfigDict) -> dict[str, int]:
     """Bytes of one device's weights, gradients, optimizer state, and part of a batch."""
     return {
-        "weights_bytes": tree_bytes(program.state.variables),
+        "weights_bytes": tree_bytes((program.state.variables, program.state.ema)),
         "gradient_bytes": _gradient_bytes(program, config),
         "optimizer_bytes": tree_bytes(program.state.opt_state),
         "batch_bytes": tree_bytes(program.batch),

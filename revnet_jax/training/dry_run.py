@@ -46,13 +46,14 @@ def dry_run(
         task, schedule, optimizer = build_recipe(traced)
     with settings("profile"):
         Trace(Path(), **config.profile, last_step=config.num_steps)
-    step = make_train_step(task, optimizer, schedule)
+    step = make_train_step(task, optimizer, schedule, ema_decay=config.ema_decay)
     if num_devices is not None:
         sizes = mesh_sizes(num_devices, slices=num_slices, **config.mesh)
         mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
         check_split(config, mesh)
         check_data_dir(config)
         step = on_mesh(step, mesh)
-    state = jax.eval_shape(lambda: init_state(task.network, optimizer, config.seed))
+    ema = config.ema_decay > 0
+    state = jax.eval_shape(lambda: init_state(task.network, optimizer, config.seed, ema=ema))
     jax.eval_shape(step, state, task.batch_shapes(config.batch_size))
     return {"config": flatten(config), "num_params": num_params(state.variables)}

@@ -120,7 +120,7 @@ def _train(
                     scores = {}
                     if evaluates(step):
                         parts = recorder.shown(step, data.test())
-                        means = evaluate(sums, state.variables, parts, mesh, stop.requested)
+                        means = evaluate(sums, state.for_evaluation, parts, mesh, stop.requested)
                         scores = recorder.evaluation(step, means)
                     recorder.doing(step, "saving")
                     checkpoints.save(step, state, scores)

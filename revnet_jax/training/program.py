@@ -48,8 +48,9 @@ def step_program(
     Nothing is computed. Raises ConfigError for settings that cannot be used.
     """
     (task, schedule, optimizer), mesh = recipe_on(config, devices, stored_layers)
-    init = functools.partial(init_state, task.network, optimizer, config.seed)
-    step = make_train_step(task, optimizer, schedule)
+    ema = config.ema_decay > 0
+    init = functools.partial(init_state, task.network, optimizer, config.seed, ema=ema)
+    step = make_train_step(task, optimizer, schedule, ema_decay=config.ema_decay)
     state = shapes_on_mesh(init, task.network.rules, mesh)
     # `exact_jit` passes compiler options by the default backend, which may be a CPU while the
     # devices are those of a topology. Other compilers reject the options of the CPU compiler.

@@ -19,6 +19,7 @@ from revnet_jax.runs.workdir import load_config, load_record
 from revnet_jax.training.build import build_recipe
 from revnet_jax.training.compiler import exact_jit
 from revnet_jax.training.distributed import is_first
+from revnet_jax.training.ema import first_average
 from revnet_jax.training.evaluation import evaluate
 from revnet_jax.training.inputs import build_data
 from revnet_jax.training.loop import open_checkpoints
@@ -39,7 +40,9 @@ class Restored(NamedTuple):
 
 
 def restore_run(workdir: Path, which: Which = "newest") -> Restored:
-    """Loads the variables in a checkpoint of a run; changes nothing in its folder.
+    """Loads the variables in a checkpoint of a run, or their moving average if the run keeps one.
+
+    Changes nothing in the folder of the run.
 
     Weights are split over all devices that are here now, for any mesh it was trained on.
 
@@ -49,7 +52,13 @@ def restore_run(workdir: Path, which: Which = "newest") -> Restored:
     if "attention" in config.model:
         config.model.attention = "auto"  # the run may have used other devices
     task = build_recipe(config).task
-    init = lambda: TrainState.of_variables(task.network.init(jax.random.key(config.seed)))
+
+    def init():
+        variables = task.network.init(jax.random.key(config.seed))
+        if config.ema_decay:
+            return TrainState.of_variables(None, first_average(variables))
+        return TrainState.of_variables(variables)
+
     if not (workdir / "checkpoints").exists():
         raise CheckpointError(
             f"{workdir} holds no checkpoints: has its run saved any, and were they fetched?"
@@ -61,7 +70,7 @@ def restore_run(workdir: Path, which: Which = "newest") -> Restored:
         raise CheckpointError(f"{workdir / 'checkpoints'} is empty: has its run saved any yet?")
     step, state = restored
     data = load_record(workdir)["data"]
-    return Restored(config, task, step, state.variables, data)
+    return Restored(config, task, step, state.for_evaluation, data)
 
 
 def evaluate_run(

@@ -14,6 +14,7 @@ from revnet_jax.models import Variables
 from revnet_jax.models.task import Batch, Model, Task
 from revnet_jax.optimizers.optimizer import Optimizer
 from revnet_jax.optimizers.rounding import widened
+from revnet_jax.training.ema import first_average, next_average
 
 
 class TrainState(NamedTuple):
@@ -23,6 +24,7 @@ class TrainState(NamedTuple):
       step: updates made so far, int32.
       key: the run's PRNG key, for networks that draw random numbers in training.
       exact_mismatches: mismatches that the exactness check has found since step 0, float32.
+      ema: the moving average of the variables, float32; None if the run keeps none.
     """
 
     step: jax.Array
@@ -30,21 +32,33 @@ class TrainState(NamedTuple):
     opt_state: Any
     key: jax.Array
     exact_mismatches: jax.Array
+    ema: Variables | None = None
 
     @classmethod
-    def of_variables(cls, variables: Variables) -> TrainState:
-        """Returns a state of the variables alone: what is read from a checkpoint to use a model."""
+    def of_variables(cls, variables: Any, ema: Variables | None = None) -> TrainState:
+        """Returns a state of variables or their average alone, to read one from a checkpoint."""
         nothing: Any = None
-        return cls(nothing, variables, nothing, nothing, nothing)
+        return cls(nothing, variables, nothing, nothing, nothing, ema)
+
+    @property
+    def for_evaluation(self) -> Variables:
+        """The variables that evaluation, generation and export use: the average, if it is kept."""
+        return self.variables if self.ema is None else self.ema
 
 
 def init_state(
-    network: Model, optimizer: Optimizer, seed: int, variables: Variables | None = None
+    network: Model,
+    optimizer: Optimizer,
+    seed: int,
+    variables: Variables | None = None,
+    *,
+    ema: bool = False,
 ) -> TrainState:
     """Returns the state before the first step.
 
     Args:
       variables: weights to start from, instead of random ones. Those that are None are random.
+      ema: whether to keep an average of the variables.
     """
     init_key, run_key = jax.random.split(jax.random.key(seed))
     random = network.init(init_key)
@@ -55,11 +69,12 @@ def init_state(
         opt_state=optimizer.init(variables.params),
         key=run_key,
         exact_mismatches=jnp.zeros((), jnp.float32),
+        ema=first_average(variables) if ema else None,
     )
 
 
 def make_train_step(
-    task: Task, optimizer: Optimizer, schedule: optax.Schedule
+    task: Task, optimizer: Optimizer, schedule: optax.Schedule, *, ema_decay: float = 0.0
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns the pure function `(state, batch) -> (state, metrics)`.
 
@@ -70,6 +85,10 @@ def make_train_step(
     variables after it. If chains are reversed and checked, they include the run-time exactness
     check: `exact_mismatches` (since the start of the run), `exact_max_difference`, and
     `grid_range_used` (from 1.0 on, streams are no longer exact).
+
+    Args:
+      ema_decay: of the average of the variables (see `next_average`), which is updated last. Only
+        for states that have one.
     """
     network = task.network
 
@@ -88,7 +107,12 @@ def make_train_step(
             # Not finite if anything that goes into the next step or a checkpoint is not.
             "variables_norm": optax.tree.norm(widened(new.variables)),
         }
-        return TrainState(state.step + 1, new.variables, new.state, state.key, mismatches), metrics
+        ema = state.ema
+        if ema is not None:
+            with jax.named_scope("update"):
+                ema = next_average(ema, new.variables, state.step, ema_decay)
+        step, key = state.step + 1, state.key
+        return TrainState(step, new.variables, new.state, key, mismatches, ema), metrics
 
     return train_step
 

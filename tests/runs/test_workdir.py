@@ -42,6 +42,7 @@ MAY_NOT = {
     "microbatches": 2,
     "init_from": "elsewhere",
     "balance": 0.5,
+    "ema_decay": 0.5,
     "data.name": "characters",
     "data.context": 64,
     "data.train_share": 0.5,
@@ -170,7 +171,7 @@ def strip_settings(workdir, *keys):
 
 
 @pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize("key", ["schedule.decay_steps"])
+@pytest.mark.parametrize("key", ["schedule.decay_steps", "ema_decay"])
 def test_a_run_older_than_a_setting_goes_on_with_its_default(key, own, tmp_path):
     changed = {"optimizer.name": "optax:adan"} if own else {}
     claim(tmp_path, config_with(**changed), {})
