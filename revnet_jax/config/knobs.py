@@ -104,6 +104,7 @@ def _images() -> ConfigDict:
     config.data.num_classes = 10
     config.data.crop_padding = 0  # pixels of zeros on each side to crop from
     config.data.flip = False  # mirror left to right with probability 1/2
+    config.data.affine = 0.0  # strength of random rotation, scaling, shear and shift; 0: off
     config.data.min_crop_area = 1.0  # of a random resized crop; image_folder only
     config.data.verify_images = True  # image_folder: decode every file before training
     return config

@@ -112,6 +112,7 @@ RANGES = {
     "data.image_shape": several(whole(1, 65_536), length=3),
     "data.num_classes": whole(1),
     "data.crop_padding": whole(0, 65_536),
+    "data.affine": real("[0, 1)"),
     "data.min_crop_area": real("(0, 1]"),
     "data.num_threads": whole(0, _AHEAD),
     "data.prefetch": whole(0, _AHEAD),

@@ -169,7 +169,13 @@ def compare_couplings(
     )
     networks = [make(name) for name in dict.fromkeys(names)]
     trainers = [Trainer(network, optimizer, seeds) for network in networks]
-    settings |= {"batch_size": batch_size, "min_crop_area": 1.0, "num_threads": 1, "prefetch": 4}
+    settings |= {
+        "batch_size": batch_size,
+        "affine": 0.0,
+        "min_crop_area": 1.0,
+        "num_threads": 1,
+        "prefetch": 4,
+    }
     progress = Progress(seeds * num_steps, examples_per_step=batch_size * len(trainers))
     for seed in range(seeds):
         for trainer in trainers:

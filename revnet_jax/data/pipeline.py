@@ -11,6 +11,7 @@ from collections.abc import Callable
 import grain
 import numpy as np
 
+from revnet_jax.data.affine import random_affine
 from revnet_jax.data.dataset import Dataset
 
 NumpyBatch = dict[str, np.ndarray]
@@ -26,6 +27,7 @@ def train_batches(
     start_step: int,
     crop_padding: int,
     flip: bool,
+    affine: float,
     min_crop_area: float,
     num_threads: int,
     prefetch: int,
@@ -44,6 +46,8 @@ def train_batches(
       crop_padding: pixels of zeros (the mean image) added on each side before a random crop; 0 for
         no crop. Must be less than height and width, so that every crop has some of the image.
       flip: mirror each image left to right with probability 1/2.
+      affine: strength of a random affine map of each image (see `random_affine`), made last, in
+        [0, 1); 0 for none.
       min_crop_area: smallest share of the image in a random resized crop, in (0, 1]. For
         image_folder only; other data sets have images of one size and need 1.0.
       num_threads: threads that prepare batches; 0 to prepare them in the caller's thread.
@@ -68,6 +72,8 @@ def train_batches(
     _check_range("seed", seed, 0, 2**32 - 1)
     _check_range("start_step", start_step, 0)
     _check_range("crop_padding", crop_padding, 0, min(dataset.image_shape[:2]) - 1)
+    if not 0 <= affine < 1:
+        raise ValueError(f"got affine={affine}, expected a strength in [0, 1)")
     if not 0 < min_crop_area <= 1:
         raise ValueError(f"got min_crop_area={min_crop_area}, expected a share in (0, 1]")
     if min_crop_area != 1 and not split.num_crop_uniforms:
@@ -92,6 +98,9 @@ def train_batches(
             flips_B[rows] & flip,
             crop_padding=crop_padding,
         )
+        if affine:
+            uniforms_B6 = rng.random((batch_size, 6), np.float32)[rows]
+            image_BHWC = random_affine(image_BHWC, uniforms_B6, strength=affine)
         return {"image": image_BHWC, "label": split.labels[indices_B]}
 
     batches = grain.MapDataset.range(start_step, LAST_STEP).map(make_batch)

@@ -141,12 +141,14 @@ def load_config(workdir: Path) -> ConfigDict:
 
 
 def _with_newer_settings(config: ConfigDict) -> ConfigDict:
-    """Adds to a config of one's own the settings that every run has, where they are missing.
+    """Adds to a config of one's own the settings that the package has now, where they are missing.
 
     They are newer than the run, and their defaults are what it did before there was a choice.
     """
+    family = FAMILIES.get(config.model.get("family"))
+    defaults = flatten(family.settings() if family else experiment())
     known = flatten(config)
-    newer = {key: value for key, value in flatten(experiment()).items() if key not in known}
+    newer = {key: value for key, value in defaults.items() if key not in known}
     with config.unlocked():
         config.update_from_flattened_dict(newer)
     return config

@@ -142,15 +142,15 @@ def _check_end_token(got, recorded):
 
 def _images(config, dataset, train, test):
     data = config.data
-    _check_knobs(config, ("image_shape", "num_classes", "crop_padding", "flip", "min_crop_area"))
+    augmentations = ("crop_padding", "flip", "affine", "min_crop_area")
+    _check_knobs(config, ("image_shape", "num_classes", *augmentations))
     for name, got, expected in (
         ("image_shape", tuple(data.image_shape), dataset.image_shape),
         ("num_classes", data.num_classes, dataset.num_classes),
     ):
         if got != expected:
             raise ConfigError(f"config.data.{name}: got {got}, expected {expected}, as in the data")
-    augmentation = {name: data[name] for name in ("crop_padding", "flip", "min_crop_area")}
-    options = {"seed": config.seed, **augmentation, **train}
+    options = {"seed": config.seed, **{name: data[name] for name in augmentations}, **train}
     return Data(
         lambda step: train_batches(dataset, start_step=step, **options),
         lambda: eval_batches(dataset, **test),

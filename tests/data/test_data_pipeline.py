@@ -6,6 +6,7 @@ import pytest
 from absl import flags
 
 from revnet_jax.data import eval_batches, train_batches
+from revnet_jax.data.affine import random_affine
 from revnet_jax.data.dataset import in_memory_dataset
 from revnet_jax.data.pipeline import pad_crop_flip
 
@@ -33,6 +34,7 @@ def take(dataset, num_batches, **overrides):
         "start_step": 0,
         "crop_padding": 2,
         "flip": True,
+        "affine": 0.0,
         "min_crop_area": 1.0,
         "num_threads": 2,
         "prefetch": 4,
@@ -168,6 +170,36 @@ def test_pad_crop_flip_against_one_image_at_a_time():
             assert got[y, x, channel] == (image[source_y, source_x, channel] if inside else 0)
 
 
+def test_affine_maps_against_one_pixel_at_a_time():
+    """In float64; every pixel of an image counts by its distance from the place that is read."""
+    rng = np.random.default_rng(0)
+    image_BHWC = rng.standard_normal((6, 4, 5, 2), np.float32)
+    uniforms_B6 = rng.random((6, 6), np.float32)
+    result = random_affine(image_BHWC, uniforms_B6, strength=0.8)
+    assert result.dtype == np.float32
+    for image, got, uniforms in zip(image_BHWC, result, uniforms_B6.astype(float), strict=True):
+        (ay, by, cy), (ax, bx, cx) = 0.8 * (2 * uniforms.reshape(2, 3) - 1)
+        for row, column in np.ndindex(4, 5):
+            y, x = row - 1.5, column - 2
+            source_y, source_x = y + ay * y + by * x + cy * 2, x + ax * y + bx * x + cx * 2.5
+            near = lambda source, size: np.maximum(0, 1 - abs(source - np.arange(size)))
+            expected = near(source_y + 1.5, 4) @ np.tensordot(near(source_x + 2, 5), image, (0, 1))
+            np.testing.assert_allclose(got[row, column], expected, rtol=1e-5, atol=1e-5)
+    same = random_affine(image_BHWC, np.full((6, 6), 0.5, np.float32), strength=0.8)
+    np.testing.assert_array_equal(same, image_BHWC)
+
+
+def test_affine_maps_are_drawn_for_the_whole_batch(numbered):
+    """Whichever rows a process makes, and no other random number changes."""
+    whole = take(numbered, 2, affine=0.2)
+    rows = shares(12, 3)
+    parts = [take(numbered, 2, affine=0.2, rows=each) for each in rows]
+    assert_equal_batches(join(parts, rows), whole)
+    without = take(numbered, 2)
+    assert not np.array_equal(whole[1]["image"], without[1]["image"])
+    np.testing.assert_array_equal(whole[1]["label"], without[1]["label"])
+
+
 @pytest.mark.parametrize(("batch_size", "processes"), [(8, 1), (8, 2), (8, 4), (22, 1), (44, 2)])
 def test_eval_covers_every_example_once(numbered, batch_size, processes):
     rows, parts = shares(batch_size, processes), []
@@ -202,6 +234,7 @@ def test_eval_covers_every_example_once(numbered, batch_size, processes):
         ({"seed": 2**32}, "seed=4294967296"),
         ({"start_step": -1}, "start_step=-1"),
         ({"crop_padding": -1}, "crop_padding=-1"),
+        ({"affine": 1.0}, r"affine=1.0, expected a strength in \[0, 1\)"),
         ({"min_crop_area": 0.0}, "min_crop_area=0.0"),
         ({"min_crop_area": 0.5}, "min_crop_area=0.5 for numbered, expected 1.0"),
         ({"crop_padding": 10**6}, "crop_padding=1000000, expected 0 to"),

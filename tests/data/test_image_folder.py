@@ -152,6 +152,7 @@ def test_training_batches_do_not_depend_on_process_count(tree):
         "start_step": 1,
         "crop_padding": 0,
         "flip": True,
+        "affine": 0.1,
         "min_crop_area": 0.2,
         "num_threads": 2,
         "prefetch": 2,

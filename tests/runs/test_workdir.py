@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from revnet_jax.config import ConfigError, language_model
+from revnet_jax.config import ConfigError, digits, language_model
 from revnet_jax.errors import UserError
 from revnet_jax.runs import workdir as workdirs
 from revnet_jax.runs.history import record_start
@@ -171,14 +171,15 @@ def strip_settings(workdir, *keys):
 
 
 @pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize("key", ["schedule.decay_steps", "ema_decay"])
+@pytest.mark.parametrize("key", ["schedule.decay_steps", "ema_decay", "data.affine"])
 def test_a_run_older_than_a_setting_goes_on_with_its_default(key, own, tmp_path):
-    changed = {"optimizer.name": "optax:adan"} if own else {}
-    claim(tmp_path, config_with(**changed), {})
+    config = digits()
+    config.optimizer.name = "optax:adan" if own else "sgd"
+    claim(tmp_path, config, {})
     write_rows(tmp_path, [{"step": 20}])
     strip_settings(tmp_path, key)
-    assert claim(tmp_path, config_with(**changed), {}) == {}
-    assert workdirs.load_config(tmp_path).to_dict() == config_with(**changed).to_dict()
+    assert claim(tmp_path, config, {}) == {}
+    assert workdirs.load_config(tmp_path).to_dict() == config.to_dict()
 
 
 def test_a_run_is_scored_on_the_same_sequences(tmp_path):
