@@ -5,6 +5,11 @@ python scripts/tokenize_text.py --input=FILE --tokenizer=runs/imported/tokenizer
 python scripts/train.py --config=configs/lm_finetune.py:runs/imported --config.data.dir=TOKENS \
     --workdir=WORKDIR
 
+With prompts and answers, the loss counts the answers only (docs/pretrained.md):
+
+python scripts/tokenize_text.py --answers --input=FILE --tokenizer=runs/imported/tokenizer.json \
+    --end_token='<|endoftext|>' --out=TOKENS
+
 Model and vocabulary are those of that folder's config.json, and the run starts from its weights.
 The arm can be any other run of a decoder that was trained on shards.
 """

@@ -1,6 +1,11 @@
 """Tokenizes text into shards of token ids, for training with --config.data.name=shards.
 
     python scripts/tokenize_text.py --input=a.txt,b.txt --tokenizer=tokenizer.json --out=DIR
+    python scripts/tokenize_text.py --answers --input=a.jsonl --tokenizer=tokenizer.json \\
+        --end_token='<|endoftext|>' --out=DIR
+
+With --answers an input has a line {"prompt": "...", "answer": "..."} for each document, and the
+loss counts the tokens of answers and the end token after them.
 
 The tokenizer is a file of the `tokenizers` library (scripts/setup.sh text).
 """
@@ -16,18 +21,25 @@ from revnet_jax.config.ranges import real
 INPUT = flags.DEFINE_list("input", None, "UTF-8 files, one after the other.")
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "The tokenizer's file.")
 OUT = flags.DEFINE_string("out", None, "A folder for the shards.")
-TEST_SHARE = flags.DEFINE_float("test_share", 0.01, "Of the text, at its end, for the test split.")
+TEST_SHARE = flags.DEFINE_float(
+    "test_share", 0.01, "Of the text (with --answers: the lines), at its end, for the test split."
+)
 cli.limit(TEST_SHARE, real("(0, 1)"))
-END_TOKEN = flags.DEFINE_string("end_token", None, "To be put after each file: <|endoftext|>.")
+END_TOKEN = flags.DEFINE_string(
+    "end_token", None, "To be put after each file (with --answers: each line): <|endoftext|>."
+)
+ANSWERS = flags.DEFINE_bool("answers", False, "Read prompts and answers; train on answers only.")
 
 
 def main(argv):
     del argv
+    from revnet_jax.data.answers import tokenize_answers
     from revnet_jax.data.shards import tokenize_files
 
+    tokenize = tokenize_answers if ANSWERS.value else tokenize_files
     inputs = [Path(name) for name in INPUT.value]
     with settings("data"):
-        written = tokenize_files(
+        written = tokenize(
             inputs,
             Path(TOKENIZER.value),
             Path(OUT.value),

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,8 +40,25 @@ class Shards:
         return tokens
 
 
-def load_shards(folder: Path) -> tuple[Shards, Shards, Vocabulary, float]:
-    """Loads (training split, test split, vocabulary, bytes per token of the test split).
+class LoadedShards(NamedTuple):
+    """What a folder of shards holds.
+
+    Attributes:
+      bytes_per_token: of the test split; if it has weights, of the tokens that are trained on.
+      train_weight: 0 or 1 for each token of `train`, whether it is trained on; None for all.
+      test_weight: likewise.
+    """
+
+    train: Shards
+    test: Shards
+    vocabulary: Vocabulary
+    bytes_per_token: float
+    train_weight: Shards | None
+    test_weight: Shards | None
+
+
+def load_shards(folder: Path) -> LoadedShards:
+    """Loads a folder of shards.
 
     Raises DataError if a file is missing, truncated, or not written by `tokenize_files`.
     """
@@ -58,6 +75,11 @@ def load_shards(folder: Path) -> tuple[Shards, Shards, Vocabulary, float]:
             end_token=None if end is None else _whole(end),
         )
         sizes = {split: _sizes(found["splits"][split]) for split in ("train", "test")}
+        # Shards of text have none.
+        answers = {split: _sizes(found["answers"][split]) for split in sizes if "answers" in found}
+        for split, files in answers.items():
+            if list(files.values()) != list(sizes[split].values()):
+                raise ValueError(f"got {files} for the answers of {sizes[split]}")
         per_token = float(found["test_bytes_per_token"])
         if not 0 < per_token < math.inf:
             raise ValueError(f"got {per_token} bytes per token")
@@ -65,11 +87,10 @@ def load_shards(folder: Path) -> tuple[Shards, Shards, Vocabulary, float]:
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         found = f"{type(error).__name__}: {str(error)[:200]}"
         raise DataError(f"{path}: {found}; expected {WRITTEN}") from error
-    splits = {
-        split: Shards([_map(folder / name, dtype, size) for name, size in files.items()])
-        for split, files in sizes.items()
-    }
-    return splits["train"], splits["test"], vocabulary, per_token
+    open_all = lambda files, dtype: Shards([_map(folder / n, dtype, files[n]) for n in files])
+    train, test = (open_all(files, dtype) for files in sizes.values())
+    weights = [open_all(files, np.dtype(np.uint8)) for files in answers.values()] or [None, None]
+    return LoadedShards(train, test, vocabulary, per_token, weights[0], weights[1])
 
 
 def _whole(value: Any) -> int:
@@ -98,6 +119,91 @@ def _map(path: Path, dtype: np.dtype, size: int) -> np.ndarray:
     return np.memmap(path, dtype, mode="r") if size else np.empty(0, dtype)
 
 
+class TokenFiles:
+    """Writes tokens to the files of a new folder, and at last tokens.json, which lists them.
+
+    Args:
+      inputs: the files that will be tokenized.
+      end_token: a token of the tokenizer that ends documents; None for no token.
+      shard_tokens: approximate number of tokens per file.
+
+    Attributes:
+      end: the ids to append to a document: that of the end token, if any.
+
+    Raises:
+      DataError: a file is missing, the tokenizer file is invalid, or `out` holds tokens already.
+      ValueError: `test_share` is out of its range, or the tokenizer has no such `end_token`.
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[Path],
+        tokenizer_file: Path,
+        out: Path,
+        *,
+        test_share: float,
+        end_token: str | None,
+        shard_tokens: int,
+    ):
+        if not 0 < test_share < 1:
+            raise ValueError(f"got test_share={test_share}, expected a share in (0, 1)")
+        if (out / "tokens.json").exists():
+            raise DataError(f"{out} holds tokens already: choose another folder")
+        self.tokenizer, self._sha256 = load_tokenizer(tokenizer_file)
+        self._vocab_size = largest_id(self.tokenizer) + 1
+        self.end = [] if end_token is None else [self.tokenizer.token_to_id(end_token)]
+        if None in self.end:
+            raise ValueError(f"got end_token={end_token!r}, expected a token of {tokenizer_file}")
+        self._dtype = np.dtype(np.uint16 if self._vocab_size <= 2**16 else np.uint32)
+        missing = [str(path) for path in inputs if not path.is_file()]
+        if missing:
+            raise DataError(f"{missing[0]}: no such file; expected text to tokenize")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{out} cannot be made: {error.strerror}; expected a folder") from error
+        self._out, self._shard_tokens = out, shard_tokens
+        self.splits: dict[str, dict[str, int]] = {"train": {}, "test": {}}
+        self._answers: dict[str, dict[str, int]] = {"train": {}, "test": {}}
+
+    def append(
+        self, split: str, ids: Sequence[int], is_answer: Sequence[bool] | None = None
+    ) -> None:
+        """Appends tokens to a split.
+
+        Args:
+          is_answer: for each token, whether it is trained on; None in all calls for shards of text.
+        """
+        files = self.splits[split]
+        is_new = not files or list(files.values())[-1] >= self._shard_tokens
+        name = f"{split}_{len(files):05}.bin" if is_new else list(files)[-1]
+        self._write(files, name, np.asarray(ids, self._dtype), is_new)
+        if is_answer is not None:
+            beside = name.replace(".bin", "_answers.bin")
+            self._write(self._answers[split], beside, np.asarray(is_answer, np.uint8), is_new)
+
+    def _write(self, files, name, array, is_new):
+        with writing(self._out / name), open(self._out / name, "wb" if is_new else "ab") as file:
+            file.write(array.data)
+        files[name] = files.get(name, 0) + len(array)
+
+    def describe(self, test_bytes_per_token: float) -> dict[str, Any]:
+        """Writes tokens.json, the last file; returns its content."""
+        description: dict[str, Any] = {
+            "dtype": self._dtype.name,
+            "vocab_size": self._vocab_size,
+            "tokenizer_sha256": self._sha256,
+            "end_token": self.end[0] if self.end else None,
+            "splits": self.splits,
+            "test_bytes_per_token": test_bytes_per_token,
+        }
+        if self._answers["train"]:
+            description["answers"] = self._answers
+        with writing(self._out / "tokens.json"):
+            write_atomically(self._out / "tokens.json", json.dumps(description, indent=2) + "\n")
+        return description
+
+
 @file_errors("files that can be read, and a folder that can be written")
 def tokenize_files(
     inputs: Sequence[Path],
@@ -123,53 +229,27 @@ def tokenize_files(
         splits, or `out` holds tokens already.
       ValueError: `test_share` is out of its range, or the tokenizer has no such `end_token`.
     """
-    if not 0 < test_share < 1:
-        raise ValueError(f"got test_share={test_share}, expected a share in (0, 1)")
-    if (out / "tokens.json").exists():
-        raise DataError(f"{out} holds tokens already: choose another folder")
-    tokenizer, sha256 = load_tokenizer(tokenizer_file)
-    vocab_size = largest_id(tokenizer) + 1
-    end = [] if end_token is None else [tokenizer.token_to_id(end_token)]
-    if None in end:
-        raise ValueError(f"got end_token={end_token!r}, expected a token of {tokenizer_file}")
-    dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
-    missing = [str(path) for path in inputs if not path.is_file()]
-    if missing:
-        raise DataError(f"{missing[0]}: no such file; expected text to tokenize")
+    files = TokenFiles(
+        inputs,
+        tokenizer_file,
+        out,
+        test_share=test_share,
+        end_token=end_token,
+        shard_tokens=shard_tokens,
+    )
     first_test_byte = int((1 - test_share) * sum(path.stat().st_size for path in inputs))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{out} cannot be made: {error.strerror}; expected a folder") from error
-    splits: dict[str, dict[str, int]] = {"train": {}, "test": {}}
     position = test_bytes = 0
-    for piece, ids in _tokenized(tokenizer, _pieces(inputs), end):
+    for piece, ids in _tokenized(files.tokenizer, _pieces(inputs), files.end):
         split = "train" if position < first_test_byte else "test"
         position += len(piece.encode())
         test_bytes += len(piece.encode()) if split == "test" else 0
-        tokens = np.asarray(ids, dtype)
-        files = splits[split]
-        is_new = not files or list(files.values())[-1] >= shard_tokens
-        name = f"{split}_{len(files):05}.bin" if is_new else list(files)[-1]
-        with writing(out / name), open(out / name, "wb" if is_new else "ab") as file:
-            file.write(tokens.data)
-        files[name] = files.get(name, 0) + len(tokens)
-    if not test_bytes or not splits["train"]:
+        files.append(split, ids)
+    if not test_bytes or not files.splits["train"]:
         raise DataError(
             f"got {position:,} bytes of text, expected enough for two splits: take more text, or a "
             "larger test_share"
         )
-    description = {
-        "dtype": dtype.name,
-        "vocab_size": vocab_size,
-        "tokenizer_sha256": sha256,
-        "end_token": end[0] if end else None,
-        "splits": splits,
-        "test_bytes_per_token": test_bytes / sum(splits["test"].values()),
-    }
-    with writing(out / "tokens.json"):
-        write_atomically(out / "tokens.json", json.dumps(description, indent=2) + "\n")
-    return description
+    return files.describe(test_bytes / sum(files.splits["test"].values()))
 
 
 def _tokenized(tokenizer, pieces, end):

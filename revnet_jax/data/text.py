@@ -23,8 +23,14 @@ class Text:
     Attributes:
       train: the tokens, 1-D, of unsigned integers.
       test: likewise; the end of the text.
-      bytes_per_token: average UTF-8 bytes per token of the test split.
+      bytes_per_token: average UTF-8 bytes per token of the test split; with weights, of the tokens
+        of weight 1.
       sha256: of the text file, or of tokens.json.
+      train_weight: of each token of `train` as a target in the loss, 0 or 1; None if all count
+        alike.
+      test_weight: likewise, in evaluation.
+
+    Raises DataError unless there are as many weights as tokens.
     """
 
     train: np.ndarray | Shards
@@ -32,7 +38,18 @@ class Text:
     vocabulary: Vocabulary
     bytes_per_token: float
     sha256: str
+    train_weight: np.ndarray | Shards | None = None
+    test_weight: np.ndarray | Shards | None = None
 
+    def __post_init__(self):
+        for tokens, weights in ((self.train, self.train_weight), (self.test, self.test_weight)):
+            if weights is not None and len(weights) != len(tokens):
+                raise DataError(
+                    f"got {len(weights):,} weights for {len(tokens):,} tokens, expected one each"
+                )
+
+
+_SOME = 2**20  # weights that are read at a time
 
 TEXT_NAMES = ("bytes", "characters", "shards")
 NEEDS_PATH = {
@@ -60,9 +77,16 @@ def load_text(name: str, *, path: str = "", train_share: float = 0.9) -> Text:
     if name in NEEDS_PATH and not path:
         raise ValueError(f"got no dir for {name}, expected {NEEDS_PATH[name]}")
     if name == "shards":
-        train, test, vocabulary, per_token = load_shards(Path(path))
-        description = read_file(Path(path) / "tokens.json", WRITTEN)
-        return Text(train, test, vocabulary, per_token, _sha256(description))
+        found = load_shards(Path(path))
+        return Text(
+            found.train,
+            found.test,
+            found.vocabulary,
+            found.bytes_per_token,
+            _sha256(read_file(Path(path) / "tokens.json", WRITTEN)),
+            found.train_weight,
+            found.test_weight,
+        )
     if name not in ("bytes", "characters"):
         raise ValueError(f"got name={name!r}, expected one of {', '.join(TEXT_NAMES)}")
     file = Path(path) if path else _embedded()
@@ -126,7 +150,10 @@ def train_windows(
       context: tokens per window.
       rows: which rows of each global batch to produce; all by default.
 
-    Yields {"token": int32 [b, context], "target": int32 [b, context], the next token of each}.
+    Yields {"token": int32 [b, context], "target": int32 [b, context], the next token of each}, and
+    "weight", float32 [b, context], of each target if the text has weights. Their mean over the
+    global batch is 1, or 0 if all of its targets have weight 0: see `Task.batch_shapes`.
+
     Raises ValueError for a text that is not longer than the context.
     """
     rows = rows_of(batch_size, rows)
@@ -141,9 +168,12 @@ def train_windows(
         )
 
     def make_batch(step: int) -> NumpyBatch:
-        starts_B = np.random.default_rng([seed, step]).integers(places, size=batch_size)[rows]
-        windows = text.train[starts_B[:, None] + np.arange(context + 1)]
-        return _checked(windows, text)
+        starts_B = np.random.default_rng([seed, step]).integers(places, size=batch_size)
+        places_BT = starts_B[:, None] + np.arange(context + 1)
+        batch = _checked(text.train[places_BT[rows]], text)
+        if text.train_weight is None:
+            return batch
+        return {**batch, "weight": _with_mean_one(text.train_weight[places_BT[:, 1:]])[rows]}
 
     batches = grain.MapDataset.range(start_step, LAST_STEP).map(make_batch)
     return iterate(batches, num_threads, prefetch)
@@ -166,6 +196,7 @@ def eval_windows(
         a target once.
 
     Yields batches as `train_windows`, with "weight", float32 [b, context]: 0 for padding.
+    Raises ValueError if there is nothing to evaluate: too few tokens, or all of weight 0.
     """
     rows = rows_of(batch_size, rows)
     targets = len(text.test) - 1
@@ -175,16 +206,41 @@ def eval_windows(
         raise ValueError(f"got max_windows={max_windows}, expected 0 (all) or more")
     num_windows = -(-targets // context)
     num_windows = min(num_windows, max_windows or num_windows)
+    _check_some_weight(text.test_weight, min(targets, num_windows * context))
 
     def make_batch(step: int) -> NumpyBatch:
         windows_B = step * batch_size + rows
         places = windows_B[:, None] * context + np.arange(context + 1)
-        batch = _checked(text.test[np.minimum(places, targets)], text)
+        there = np.minimum(places, targets)
+        batch = _checked(text.test[there], text)
         counts = (places[:, 1:] <= targets) & (windows_B < num_windows)[:, None]
-        return {**batch, "weight": counts.astype(np.float32)}
+        weight = counts.astype(np.float32)
+        if text.test_weight is not None:
+            weight *= text.test_weight[there[:, 1:]]
+        return {**batch, "weight": weight}
 
     num_batches = -(-num_windows // batch_size)
     return iterate(grain.MapDataset.range(num_batches).map(make_batch), num_threads, prefetch)
+
+
+def _check_some_weight(weights: np.ndarray | Shards | None, targets: int) -> None:
+    """Raises ValueError if all evaluated targets, those after the first token, have weight 0."""
+    if weights is None:
+        return
+    starts = range(1, targets + 1, _SOME)  # reads no further than the first that counts
+    if not any(weights[np.arange(i, min(i + _SOME, targets + 1))].any() for i in starts):
+        raise ValueError(
+            f"got weight 0 for all {targets:,} evaluated tokens, expected an answer among them: "
+            "evaluate more of the test split (data.eval_batches), or take a larger one"
+        )
+
+
+def _with_mean_one(weights: np.ndarray) -> np.ndarray:
+    """Scales weights of 0 and 1 to a mean of 1, in float32; all zeros stay as they are."""
+    # On the host, where every process reads the weights of the global batch, because devices would
+    # need one more collective operation at the start of each step.
+    weights = weights.astype(np.float64)
+    return (weights / (weights.mean() or 1)).astype(np.float32)
 
 
 def _checked(windows: np.ndarray, text: Text) -> NumpyBatch:

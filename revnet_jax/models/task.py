@@ -44,6 +44,7 @@ class Task(ABC):
         """Returns (mean loss over the batch, (new running averages, other means over the batch)).
 
         Args:
+          batch: may have a "weight" (see `batch_shapes`).
           key: PRNG key of everything random in training.
           sweep: what the backward sweep does beside gradients; passed on to the network.
 
@@ -56,7 +57,13 @@ class Task(ABC):
 
     @abstractmethod
     def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of a training batch. A test batch has a "weight" too, 0 for padding."""
+        """Shapes of a training batch. A test batch has a "weight" too, 0 for padding.
+
+        So do training batches of a text with weights (`Text`), which say which targets count. Their
+        mean over the whole batch is 1, or 0 if no target counts. So the loss is the mean of weight
+        times loss over all targets, and that of a part of the batch likewise: the mean over equal
+        parts is then that of the batch, however the targets that count are spread over the parts.
+        """
 
     def scores(self, means: Mapping[str, float]) -> dict[str, float]:
         """Turns means over the test split into scores: `eval_loss` (nats), `eval_accuracy`."""
@@ -158,10 +165,14 @@ class NextToken(Task):
         sweep: Sweep = Sweep(),
     ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
         """Negative log-likelihood in nats per token, plus the balance loss: see `Task.loss`."""
+        weight_BT = batch.get("weight")
         nll, aux = self.network.loss(
             variables,
             batch["token"],
             batch["target"],
+            weight_BT,
+            # Not the sum of the weights of this part of the batch: see `Task.batch_shapes`.
+            None if weight_BT is None else weight_BT.size,
             key=key if self.network.is_random else None,
             sweep=sweep,
         )
@@ -175,7 +186,13 @@ class NextToken(Task):
     def sums(self, variables: Variables, batch: Batch) -> Sums:
         """The weighted sum of the loss, and the total weight as "count"."""
         count = jnp.sum(batch["weight"])
-        mean, _ = self.network.loss(variables, batch["token"], batch["target"], batch["weight"])
+        mean, _ = self.network.loss(
+            variables,
+            batch["token"],
+            batch["target"],
+            batch["weight"],
+            jnp.where(count == 0, 1, count),  # a batch without answers adds zeros, not NaN
+        )
         return {"loss": mean * count, "count": count}
 
     def scores(self, means: Mapping[str, float]) -> dict[str, float]:

@@ -65,7 +65,8 @@ def build_data(config: ConfigDict, mesh: Mesh, eval_batch_size: int | None = Non
         found = _source(config, loaded, train, test)
     if any(map(references.is_reference, (data.name, config.model.family))):
         with settings("data"):
-            _check_batches(build_task(config), found, train, test)
+            weighted = isinstance(loaded, Text) and loaded.train_weight is not None
+            _check_batches(build_task(config), found, train, test, weighted)
     return found
 
 
@@ -166,8 +167,11 @@ def _source(config, source, train, test):
     )
 
 
-def _check_batches(task, data, train, test):
-    """Raises ValueError if batches of a user's data or for a user's task have wrong shapes."""
+def _check_batches(task, data, train, test, weighted):
+    """Raises ValueError if batches of a user's data or for a user's task have wrong shapes.
+
+    weighted: whether training batches have a weight, as test batches do.
+    """
     for split, batches, of in (("training", data.train(0), train), ("test", data.test(), test)):
         with contextlib.closing(batches):
             batch = next(batches)
@@ -176,8 +180,9 @@ def _check_batches(task, data, train, test):
             name: f"{leaf.dtype}{[len(of['rows']), *leaf.shape[1:]]}"
             for name, leaf in task.batch_shapes(of["batch_size"]).items()
         }
-        if got != expected or (split == "test") != ("weight" in batch):
-            more = ", and a weight" if split == "test" else ""
+        has_weight = split == "test" or weighted
+        if got != expected or has_weight != ("weight" in batch):
+            more = ", and a weight" if has_weight else ""
             raise ValueError(f"got a {split} batch of {got}, expected {expected}{more}")
 
 

@@ -116,7 +116,7 @@ def test_shards_hold_the_text(path, tokenizer_file, tmp_path):
     out = tmp_path / "shards"
     written = tokenize_files([path, path], tokenizer_file, out, test_share=0.25, shard_tokens=50)
     assert len(written["splits"]["train"]) > 2
-    train, test, vocabulary, per_token = load_shards(out)
+    train, test, vocabulary, per_token, *_ = load_shards(out)
     assert sum(written["splits"]["train"].values()) == len(train)
     everything = np.concatenate([split[np.arange(len(split))] for split in (train, test)])
     decode = codec(vocabulary, tokenizer_file).decoder([])
@@ -198,7 +198,7 @@ def test_what_a_tokenizer_file_may_hold(tokenizer_file, tmp_path):
     (tmp_path / "line").write_text("ein Bär, " * 300, encoding="utf-8")
     out = tmp_path / "shards"
     tokenize_files([tmp_path / "line"], tokenizer_file, out, test_share=0.2)
-    train, test, vocabulary, _ = load_shards(out)
+    train, test, vocabulary, *_ = load_shards(out)
     assert 0.15 < len(test) / (len(train) + len(test)) < 0.25
     decode = codec(vocabulary, tokenizer_file).decoder([])
     pieces = [decode(int(i)) for split in (train, test) for i in split[np.arange(len(split))]]

@@ -185,12 +185,14 @@ class LanguageModel(Transformer):
         token_BT: jax.Array,
         target_BT: jax.Array,
         weight_BT: jax.Array | None = None,
+        count: Any = None,
         **options: Any,
     ) -> tuple[jax.Array, Any]:
         """(the mean negative log-likelihood of the targets in nats, auxiliary outputs).
 
         Args:
           weight_BT: of each target in the mean; all equal by default.
+          count: what the weighted sum is divided by; the sum of the weights by default.
           options: of `features`.
 
         The logits of all tokens never exist together (see `loss_chunk`).
@@ -201,7 +203,7 @@ class LanguageModel(Transformer):
         group, kernel = self._head_kernel(variables)
         nll = by_batch(self._nll, self.rules, group, self.compute_dtype)
         total = jnp.sum(nll(kernel, x_BTD, target_BT, weight_BT))
-        return total / jnp.sum(weight_BT), aux_L
+        return total / (jnp.sum(weight_BT) if count is None else count), aux_L
 
     @jax.named_scope("head")
     def _nll(self, kernel, x_BTD, target_BT, weight_BT):
