@@ -59,6 +59,7 @@ def experiment() -> ConfigDict:
     config.eval_every_steps = config.checkpoint_every_steps = 200
     config.init_from = ""  # the workdir of another run: start from its last weights
     config.on_mismatch = "warn"  # warn | stop: if the backward pass disagrees with the forward pass
+    config.tracker = ""  # wandb | trackio, or MODULE:FUNCTION of your own; empty: none
 
     config.mesh = _mesh()
     # Profiling: a trace of some steps in WORKDIR/profile. By default none is made.

@@ -2,14 +2,13 @@
 
 `metrics.jsonl` holds only deterministic values, one JSON object per row, so that a run that was
 killed and resumed writes the same file, byte for byte, as an uninterrupted run. Timings go to
-TensorBoard and to the progress line.
+TensorBoard, to a tracker, and to the progress line.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
 import os
 import resource
@@ -23,14 +22,14 @@ import jax
 import numpy as np
 
 from revnet_jax.devices import peak_memory_bytes
-from revnet_jax.errors import StorageError, write_all, writing
-from revnet_jax.files import write_atomically
+from revnet_jax.errors import StorageError, writing
+from revnet_jax.runs.writer import RowFile, Writer
 
 Scalar = Any  # a Python number, or a numpy or JAX array of shape ()
 
 
 class MetricsWriter:
-    """Appends rows to `workdir/metrics.jsonl` and to `workdir/tensorboard`. Only for process 0.
+    """Writes metrics to `workdir/metrics.jsonl`, `workdir/tensorboard` and others. For process 0.
 
     Each call of `write` writes one row `{"step": int, name: number, ...}` in one system call, so a
     SIGKILL loses at most the row being written. Floats read back exactly. A value that is not
@@ -53,24 +52,30 @@ class MetricsWriter:
         self.path = Path(workdir) / "metrics.jsonl"
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _trim(self.path, resume_step)
-            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - close() closes it
-        self._events: Any = None
+        self._rows = RowFile(self.path, resume_step=resume_step)
+        self._files: list[Any] = [self._rows]  # what is synced
+        self._others: list[Writer] = []  # what gets timings, too
         if tensorboard:
             from revnet_jax.runs.events import EventFile  # late: notebooks need none
 
             folder = self.path.parent / "tensorboard"
             try:
-                self._events = EventFile(folder, purge_step=(resume_step or 0) + 1)
+                events = EventFile(folder, purge_step=(resume_step or 0) + 1)
             except StorageError:
-                self._file.close()
+                self._rows.close()
                 raise
+            self._files.append(events)
+            self._others.append(events)
 
     def __enter__(self) -> MetricsWriter:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    def add(self, writer: Writer) -> None:
+        """Adds a writer that gets what TensorBoard gets, and is closed with the files."""
+        self._others.append(writer)
 
     def write(
         self,
@@ -79,54 +84,26 @@ class MetricsWriter:
         *,
         timings: Mapping[str, Scalar] | None = None,
     ) -> None:
-        """Writes one row. `timings`, which differ from run to run, go only to TensorBoard."""
+        """Writes one row. `timings`, which differ from run to run, are not in metrics.jsonl."""
         numbers = {name: _python_number(value) for name, value in values.items()}
-        row = {"step": int(step), **{name: _json_value(x) for name, x in numbers.items()}}
-        with writing(self.path):
-            write_all(self._file, json.dumps(row, allow_nan=False).encode() + b"\n")
-        if self._events is not None:
-            scalars = {**numbers, **(timings or {})}
-            self._events.write(int(step), {name: float(x) for name, x in scalars.items()})
+        self._rows.write(int(step), numbers)
+        scalars = {name: float(x) for name, x in {**numbers, **(timings or {})}.items()}
+        for writer in self._others:
+            writer.write(int(step), scalars)
 
     def sync(self) -> None:
-        """Calls fsync, so that the rows survive a crash of the machine."""
-        with writing(self.path):
-            os.fsync(self._file.fileno())
-        if self._events is not None:
-            self._events.sync()
+        """Calls fsync, so that rows and events survive a crash of the machine."""
+        for file in self._files:
+            file.sync()
 
     def close(self) -> None:
-        self._file.close()
-        if self._events is not None:
-            self._events.close()
+        for writer in (self._rows, *self._others):
+            writer.close()
 
 
 def _python_number(value: Scalar) -> int | float:
     number = np.asarray(value).item()  # float32 to float is exact
     return number if isinstance(number, int | float) else float(number)
-
-
-def _json_value(number: int | float) -> int | float | str:
-    return number if math.isfinite(number) else str(number)
-
-
-def _trim(path: Path, resume_step: int | None) -> None:
-    """Removes all but complete rows up to `resume_step`, atomically. Kept bytes do not change."""
-    old = path.read_bytes() if path.exists() else b""
-    kept = b""
-    if resume_step is not None:
-        lines = old.splitlines(keepends=True)
-        kept = b"".join(line for line in lines if _step_of(line) <= resume_step)
-    if kept != old:
-        write_atomically(path, kept)
-
-
-def _step_of(line: bytes) -> float:
-    """The step of a row, or infinity if the line is not a complete row."""
-    try:
-        return int(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
-    except (ValueError, KeyError, TypeError):
-        return math.inf
 
 
 class DelayedFetch:

@@ -39,6 +39,7 @@ WATCHED = (
     "profile.num_steps",
     "profile.start_step",
     "schedule.decay_steps",
+    "tracker",
 )
 MAY_CHANGE = frozenset((*PER_HOST, *COST, *WATCHED))
 

@@ -24,6 +24,7 @@ from revnet_jax.runs import workdir as workdirs
 from revnet_jax.runs.checkpoint import Checkpoints
 from revnet_jax.runs.metrics import DelayedFetch, MetricsWriter, Progress
 from revnet_jax.runs.resume import PER_HOST, Change
+from revnet_jax.runs.tracker import check_tracker, open_tracker
 from revnet_jax.training.auto import largest_stored_layers, memory_settings
 from revnet_jax.training.compiler import exact_jit
 from revnet_jax.training.distributed import (
@@ -65,6 +66,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     started = time.monotonic()
     check_agreement({k: v for k, v in flatten(config).items() if k not in PER_HOST})
     program = step_program(config, jax.devices())
+    if is_first():
+        check_tracker(config.tracker)
     data = build_data(config, program.mesh)
     with settings("data"), contextlib.closing(data.train(0)), contextlib.closing(data.test()):
         pass  # opening the iterators checks their arguments
@@ -215,11 +218,17 @@ class Recorder:
         self._workdir = workdir
         self._num_steps, self._log_every = config.num_steps, config.log_every_steps
         self._fetch = DelayedFetch()
-        self._writer = MetricsWriter(workdir, resume_step=start or None) if is_first() else None
         self._task, self._unit, units = task, task.unit, task.units(config.batch_size)
         self._progress = Progress(config.num_steps, examples_per_step=units, unit=task.unit)
         self._rates: list[float] = []
-        say = self._progress.say if is_first() else lambda line: None
+        self._writer: MetricsWriter | None = None
+        say = lambda line: None
+        if is_first():
+            say = self._progress.say
+            self._writer = MetricsWriter(workdir, resume_step=start or None)
+            tracker = open_tracker(config.tracker, workdir, flatten(config), start, say)
+            if tracker:
+                self._writer.add(tracker)
         self._alarm = MismatchAlarm(config.on_mismatch, float(seen), say)
 
     def __enter__(self) -> Recorder:

@@ -20,6 +20,7 @@ MAY = {
     "eval_batch_size": 30,
     "memory_limit_gib": 3.0,
     "on_mismatch": "stop",
+    "tracker": "wandb",
     "num_steps": 700,
     "mesh.fsdp": 2,
     "profile.start_step": 3,
