@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from revnet_jax.data.vocabulary import codec, vocabulary_from
+from revnet_jax.data.vocabulary import Codec, codec, vocabulary_from
 from revnet_jax.errors import UserError
 from revnet_jax.families import family_of
 from revnet_jax.models import LanguageModel, Variables
@@ -54,18 +54,7 @@ def generate_text(
             f"got temperature={temperature}, top_p={top_p}, num_tokens={num_tokens}, expected "
             "temperature 0 or more, top_p in (0, 1], num_tokens 0 or more"
         )
-    config, record = load_config(workdir), load_record(workdir)["data"]
-    if family_of(config).data != "text":
-        raise UserError(f"{workdir} holds a run of {config.model.family}, expected a decoder")
-    if "vocabulary" not in record:
-        raise UserError(
-            f"{workdir} has no vocabulary, expected weights imported with their tokenizer.json: "
-            "bring it beside their config.json, and import them again"
-        )
-    vocabulary = vocabulary_from(record["vocabulary"])
-    if vocabulary.kind == "tokenizer" and (workdir / "tokenizer.json").exists():
-        tokenizer = tokenizer or workdir / "tokenizer.json"
-    encode, decoder = codec(vocabulary, tokenizer)
+    encode, decoder = codec_of_run(workdir, tokenizer)
     token_T = encode(prompt)
     if not token_T:
         raise UserError(f"got prompt {prompt!r}, expected one token at least")
@@ -91,6 +80,28 @@ def generate_text(
         yield decode(token)
 
 
+def codec_of_run(workdir: Path, tokenizer: Path | None = None) -> Codec:
+    """Returns the conversion of text to tokens, and back, that a run was trained with.
+
+    Args:
+      tokenizer: as in `generate_text`.
+
+    Raises UserError for a run that is not of a language model, or another tokenizer.
+    """
+    config, record = load_config(workdir), load_record(workdir)["data"]
+    if family_of(config).data != "text":
+        raise UserError(f"{workdir} holds a run of {config.model.family}, expected a decoder")
+    if "vocabulary" not in record:
+        raise UserError(
+            f"{workdir} has no vocabulary, expected weights imported with their tokenizer.json: "
+            "bring it beside their config.json, and import them again"
+        )
+    vocabulary = vocabulary_from(record["vocabulary"])
+    if vocabulary.kind == "tokenizer" and (workdir / "tokenizer.json").exists():
+        tokenizer = tokenizer or workdir / "tokenizer.json"
+    return codec(vocabulary, tokenizer)
+
+
 def generate(
     model: LanguageModel,
     variables: Variables,
@@ -101,6 +112,7 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int = 0,
+    few_shapes: bool = False,
 ) -> Iterator[int]:
     """Samples tokens after a prompt, with a KV cache (cache of attention keys and values).
 
@@ -111,13 +123,10 @@ def generate(
       temperature: see `sample`.
       top_p: see `sample`.
       seed: of the sampling.
+      few_shapes: read prompts in pieces whose lengths are powers of two, so that prompts of any
+        length share a few compiled programs.
     """
-
-    def next_token(variables, cache, token_BT, position, key):
-        logits_BV, cache = model.extend(variables, cache, token_BT, position)
-        return sample(logits_BV[0], key, temperature=temperature, top_p=top_p), cache
-
-    advance = exact_jit(next_token, donate_argnums=1)  # donates the cache, to update it in place
+    advance = _advance(model, temperature, top_p)
     empty_cache = functools.partial(model.empty_cache, 1, context)
     keys = functools.partial(jax.random.fold_in, jax.random.key(seed))
     seen = list(token_T)[-context:]
@@ -126,14 +135,33 @@ def generate(
         if position + len(unread) > context:
             unread = seen[-max(1, context // 2) :]
             cache, position = empty_cache(), 0
-        for start in range(0, len(unread), _PIECE):  # limits the size of attention scores
-            piece = unread[start : start + _PIECE]
+        for piece in _pieces(unread, few_shapes):
             token_BT = jnp.asarray([piece], jnp.int32)
             token, cache = advance(variables, cache, token_BT, position, keys(i))
             position += len(piece)
         unread = [int(token)]
         seen = [*seen, *unread][-context:]
         yield unread[0]
+
+
+@functools.lru_cache(4)  # so that another prompt compiles nothing again
+def _advance(model, temperature, top_p):
+    """`(variables, cache, token_BT, position, key) -> (the next token, cache)`, jitted."""
+
+    def next_token(variables, cache, token_BT, position, key):
+        logits_BV, cache = model.extend(variables, cache, token_BT, position)
+        return sample(logits_BV[0], key, temperature=temperature, top_p=top_p), cache
+
+    return exact_jit(next_token, donate_argnums=1)  # donates the cache, to update it in place
+
+
+def _pieces(tokens, few_shapes):
+    """Yields parts of the tokens of at most _PIECE, which limits the size of attention scores."""
+    while tokens:
+        most = min(_PIECE, len(tokens))
+        size = 1 << (most.bit_length() - 1) if few_shapes else most
+        yield tokens[:size]
+        tokens = tokens[size:]
 
 
 def sample(logits_V: jax.Array, key: jax.Array, *, temperature: float, top_p: float) -> jax.Array:

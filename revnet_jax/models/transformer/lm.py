@@ -220,6 +220,29 @@ class LanguageModel(Transformer):
         x_BTD, _ = self.features(variables, token_BT)
         return self._logits(self._head_kernel(variables)[1], x_BTD)
 
+    def likelihoods(
+        self, variables: Variables, token_BT: jax.Array, target_BT: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """(the log probability of each target in nats, whether it is the likeliest), [B, T].
+
+        Only the logits of one sequence per device exist at a time.
+        """
+        x_BTD, _ = self.features(variables, token_BT)
+        group, kernel = self._head_kernel(variables)
+
+        def of_sequences(kernel, x_BTD, target_BT):
+            def of_sequence(sequence):
+                x_TD, target_T = sequence
+                logits_TV = self._logits(kernel, x_TD)
+                picked_T = jnp.take_along_axis(logits_TV, target_T[:, None], axis=1)[:, 0]
+                is_likeliest_T = jnp.argmax(logits_TV, axis=1) == target_T
+                return picked_T - jax.nn.logsumexp(logits_TV, axis=1), is_likeliest_T
+
+            return lax.map(of_sequence, (x_BTD, target_BT))
+
+        of_devices = by_batch(of_sequences, self.rules, group, self.compute_dtype)
+        return of_devices(kernel, x_BTD, target_BT)
+
     def empty_cache(self, batch_size: int, length: int) -> Cache:
         """An empty KV cache for `extend`, of `length` tokens, stacked over layers."""
         a = self.shape
