@@ -8,6 +8,10 @@ from typing import Any
 import jax
 
 _QUICKLY = {"xla_backend_optimization_level": 0}
+_ON_CPU = {
+    "xla_cpu_experimental_ynn_fusion_type": "",
+    "xla_disable_hlo_passes": "all-reduce-promotion",
+}
 
 
 def exact_jit(function: Callable, *, quickly: bool = False, **kwargs: Any) -> jax.stages.Wrapped:
@@ -19,12 +23,16 @@ def exact_jit(function: Callable, *, quickly: bool = False, **kwargs: Any) -> ja
     step of RevNet-38, and by percents after ten, as ReLUs and the grid turn rounding differences
     into discrete ones. An empty fusion type turns this off.
 
+    Also on CPU, a pass of XLA that widens sums of bfloat16 between devices ends the process
+    ("Invalid binary instruction opcode copy") where weights in bfloat16 are sharded. The sums work
+    without it.
+
     Args:
       quickly: on CPU, compile fast rather than to fast code.
     """
     options: dict[str, Any] | None = None
     if jax.default_backend() == "cpu":
-        options = {"xla_cpu_experimental_ynn_fusion_type": ""} | (_QUICKLY if quickly else {})
+        options = _ON_CPU | (_QUICKLY if quickly else {})
     return jax.jit(function, compiler_options=options, **kwargs)
 
 

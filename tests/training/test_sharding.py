@@ -8,13 +8,22 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 from revnet_jax.config import ConfigError, image_classification, language_model
 from revnet_jax.models.partition import spec_of
 from revnet_jax.optimizers.rounding import MOMENTS
 from revnet_jax.training.build import build_recipe, check_split
-from revnet_jax.training.sharding import local_rows, make_mesh, mesh_sizes, shapes_on_mesh
+from revnet_jax.training.compiler import initialized
+from revnet_jax.training.program import step_program
+from revnet_jax.training.sharding import (
+    local_rows,
+    make_mesh,
+    mesh_sizes,
+    put_batch,
+    shapes_on_mesh,
+)
 from revnet_jax.training.step import init_state
 from tests import thorough
 
@@ -209,6 +218,24 @@ def test_what_lies_where(optimizer_name):
             leaf.sharding.shard_shape(leaf.shape) != leaf.shape and leaf.size for leaf in leaves
         )
         assert part > 0.98 * whole
+
+
+@pytest.mark.thorough
+def test_weights_in_bfloat16_on_two_devices():
+    """Without an option of `exact_jit` XLA's CPU compiler ends the process."""
+    config = language_model()
+    config.update_from_flattened_dict({**COMMON, **FAMILIES["decoder"]})
+    config.model.param_dtype = "bfloat16"
+    norms = []
+    for devices in (jax.devices()[:1], jax.devices()):
+        config.mesh.update({"data": 1, "fsdp": len(devices)})
+        program = step_program(config, devices)
+        state = initialized(program.init, program.state)
+        tokens = np.arange(16 * 16, dtype=np.int32).reshape(16, 16) % 32
+        batch = put_batch({"token": tokens, "target": tokens[::-1].copy()}, program.mesh)
+        _, metrics = program.step(state, batch)
+        norms.append([float(metrics[name]) for name in ("train_loss", "gradient_norm")])
+    np.testing.assert_allclose(norms[1], norms[0], rtol=1e-4)
 
 
 def test_axes_that_do_not_divide_leave_a_dimension_whole():
