@@ -81,7 +81,6 @@ def test_a_step_is_that_of_the_paper(integrator):
         c = {"bdia": 0.0, "midpoint": 1.0, "dual": 2**-2.5}[integrator]
         if integrator == "dual":  # three eighths of the way from 2**-4 to 1
             variables = variables._replace(stats={"batches": jnp.asarray(375.0)})
-            assert lm._factor(variables.stats) == pytest.approx(c, rel=1e-9)
         if integrator != "bdia":
             factors_L = jnp.full_like(factors_L, c)
 

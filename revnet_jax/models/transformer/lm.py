@@ -141,12 +141,16 @@ class LanguageModel(Transformer):
         """The stats after a batch of training: "dual" counts the batches, or microbatches."""
         return {"batches": stats["batches"] + 1} if self.integrator == "dual" else stats
 
-    def _factor(self, stats):
-        """c of "dual" after the batches counted so far; None for other integrators."""
+    def _scheduled(self, stats):
+        """(factors c of "dual", [L, 2, 1, 1, 1], weight of x[n-1] in what the head reads).
+
+        They follow from the batches counted so far. Other integrators have no such factors.
+        """
         if self.integrator != "dual":
-            return None
+            return None, 0.5
         done = jnp.minimum(1.0, stats["batches"] / self.shape.integrator_steps)
-        return jnp.exp2(DUAL_BITS * (done - 1))
+        c = jnp.exp2(DUAL_BITS * (done - 1))
+        return jnp.full((self.shape.layers, 2, 1, 1, 1), c), c / 2
 
     def features(
         self,
@@ -164,8 +168,7 @@ class LanguageModel(Transformer):
         keys = None if key is None else jax.random.split(key, (self.shape.layers + 1, 2))
         keys_L = None if keys is None else keys[:-1]
         x_BTD = self._embed(variables, token_BT, 0, None if keys is None else keys[-1, :1])
-        c = self._factor(variables.stats)
-        factors_L = None if c is None else jnp.full((self.shape.layers, 2, 1, 1, 1), c)
+        factors_L, weight = self._scheduled(variables.stats)
         if keys is not None and self.integrator == "bdia":
             factors_L = draw_factors(keys[-1, 1], self.shape.layers, x_BTD)
         x_BTD, (_, aux_L) = self._run(
@@ -174,7 +177,7 @@ class LanguageModel(Transformer):
             x_BTD,
             shared=self._positions(0, token_BT)[0],
             data_L=(None, keys_L, factors_L),
-            weight=0.5 if c is None else c / 2,
+            weight=weight,
             sweep=sweep,
         )
         return self._normalise(variables, x_BTD), aux_L
@@ -264,15 +267,14 @@ class LanguageModel(Transformer):
         """
         x_BTD = self._embed(variables, token_BT, position, None)
         positions, document_B = self._positions(position, token_BT, cache.document_B)
-        c = self._factor(variables.stats)
-        factors_L = None if c is None else jnp.full((self.shape.layers, 2, 1, 1, 1), c)
+        factors_L, weight = self._scheduled(variables.stats)
         x_BTD, (cache, _) = self._run(
             self._layer(*self._branches(), training=False),
             variables.params["layers"],
             x_BTD,
             shared=positions,
             data_L=(cache._replace(document_B=None), None, factors_L),
-            weight=0.5 if c is None else c / 2,
+            weight=weight,
         )
         x_BD = self._normalise(variables, x_BTD)[:, -1]
         logits_BV = self._logits(self._head_kernel(variables)[1], x_BD)
