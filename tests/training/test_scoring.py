@@ -54,9 +54,10 @@ def workdir(tmp_path_factory):
 def naive(workdir):
     """`naive(tokens)`: the log probabilities of the token after each, one sequence, unpadded."""
     run = restore_run(workdir)
+    logits_of = jax.jit(run.task.network.logits)
 
     def log_probabilities(tokens):
-        logits = run.task.network.logits(run.variables, np.asarray([tokens], np.int32))[0]
+        logits = logits_of(run.variables, np.asarray([tokens], np.int32))[0]
         logits = np.asarray(logits, np.float64)
         return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
