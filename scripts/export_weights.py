@@ -3,7 +3,7 @@
     python scripts/export_weights.py --workdir=WORKDIR --target=DIR
 
 The settings of the run say which family it is. Only a decoder of one stream has a published
-counterpart (config.model.reversible=False).
+counterpart (config.model.reversible=False), and one that BDIA has trained (integrator=bdia).
 """
 
 import json

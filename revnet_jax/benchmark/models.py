@@ -220,6 +220,8 @@ class ConfigModel:
         config.model.unroll = layers if variant.unrolled else 1
         if variant.is_twin:
             config.model.reversible = False
+            if "integrator" in config.model:
+                config.model.integrator = "streams"
         task, schedule, optimizer = build_recipe(config)
         train_step = make_train_step(task, optimizer, schedule, ema_decay=config.ema_decay)
 

@@ -53,7 +53,7 @@ def experiment() -> ConfigDict:
     config.batch_size = 100
     config.eval_batch_size = 200
     config.microbatches = 1  # gradient accumulation: parts that a batch is split into
-    config.ema_decay = 0.0  # of an average of the weights (EMA), for evaluation; 0: none
+    config.ema_decay = 0.0  # of the average of the weights (EMA) that evaluation uses; 0: none
     config.memory_limit_gib = 0.0  # per device, for stored_layers=auto; 0: all it has
     config.log_every_steps = 20
     config.eval_every_steps = config.checkpoint_every_steps = 200
@@ -177,9 +177,9 @@ def language_model() -> ConfigDict:
     model.rotary_scaling = ()  # such as 8,1,4,8192; empty: none
     # To make a pretrained network of one stream reversible: bdia, midpoint or dual.
     model.integrator = "streams"  # streams | bdia | midpoint | dual
-    model.integrator_steps = 1000  # of dual: batches until it is the midpoint rule
+    model.integrator_steps = 1000  # dual: batches, or microbatches, until it is the midpoint rule
     model.lora_rank = 0  # low-rank matrices beside the kernels of layers (LoRA); 0: none
-    model.lora_alpha = 16.0  # lora_rank times the factor of their product
+    model.lora_alpha = 16.0  # their product is scaled by lora_alpha / lora_rank
     model.window = 0  # attention window in tokens, with itself; 0: all before it
     model.separate_documents = False  # no attention across data.end_token
     model.attention = "auto"  # chunked | cudnn | flash; auto: by the device

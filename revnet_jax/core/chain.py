@@ -39,7 +39,8 @@ class Section(NamedTuple):
       data_L: per-layer data, stacked (PRNG keys, statistics). Not differentiated.
       length: L; needed only if params_L and data_L have no arrays, as for a layer without
         parameters.
-      state_L: the optimizer's state, stacked, floating point. Used by `update` only.
+      state_L: the optimizer's state, stacked, floating point. Used by `update` only, which gets it
+        beside the parameters that are trained: leaves like parameters are None at frozen ones.
     """
 
     layer: Layer | ReversibleLayer
@@ -321,12 +322,7 @@ def _swept(runs, sections, x, shared, unroll, update, probe):
                 unroll=unroll,
                 track_range=true_x is not None,
             )
-        dprobe = probe and Exactness.probe()
-        if true_x is not None:
-            dprobe = compare_inputs(
-                swept.x, true_x, swept.max_abs, (kepts.checksum, swept.checksum)
-            )
-        dprobe = vary_over(axes, dprobe)
+        dprobe = vary_over(axes, probe and _exactness(true_x, swept, kepts))
         dparams = swept.written if update is None else [new[0] for new in swept.written]
         dstates = states if update is None else [new[1] for new in swept.written]
         return dparams, dstates, swept.dx, swept.dshared, dprobe, None
@@ -338,6 +334,14 @@ def _swept(runs, sections, x, shared, unroll, update, probe):
     with _explaining_forward_mode():
         rest = params_rest, shared_rest, data
         return run(given, states, x, shared, vary_over(axes, probe), rest)
+
+
+def _exactness(true_x, swept, kepts):
+    """What the probe's cotangent says: nothing found if the chain's input was not rebuilt."""
+    if true_x is None:
+        return Exactness.probe()
+    checksums = kepts.checksum, swept.checksum
+    return compare_inputs(swept.x, true_x, swept.max_abs, checksums)
 
 
 def _is_marked(leaf):

@@ -192,7 +192,8 @@ def clip_by_layer_norm(max_norm: float, stacked: Collection[str]) -> optax.Gradi
     def update(updates, state, params=None):
         one = lambda tree: clip.update(tree, clip.init(tree))[0]
         clipped = {
-            name: jax.vmap(one)(tree) if name in stacked else one(tree)
+            # A group that is frozen as a whole has no arrays to map over.
+            name: jax.vmap(one)(tree) if name in stacked and jax.tree.leaves(tree) else one(tree)
             for name, tree in updates.items()
         }
         return clipped, state

@@ -156,7 +156,7 @@ class LockstepOptimizer(NamedTuple):
             name: LayerState(carried[name].floats, self._count(layers[name], state.layers[name]))
             for name in layers
         }
-        new_params = {**apply_updates(outside, updates), **new_layers}
+        new_params = {**params, **apply_updates(outside, updates), **new_layers}
         return new_params, LockstepState(outside_state, new_state), jnp.sqrt(squared_norm)
 
     def _init_layers(self, params_L):

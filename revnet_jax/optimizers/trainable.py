@@ -13,10 +13,12 @@ from revnet_jax.core import trees
 class Trainable(NamedTuple):
     """The parameters whose path matches a regular expression; the others are frozen.
 
-    Frozen parameters have no gradient and no optimizer state, and no product is computed for them.
+    Frozen parameters have no gradient and no optimizer state, and no product is computed for their
+    gradients.
 
     Attributes:
-      pattern: searched for in paths such as "layers/0/qkv/kernel". The default matches all.
+      pattern: searched for in paths such as "layers/0/qkv/kernel", which is of all layers, stacked.
+        The default matches all.
     """
 
     pattern: str = ""

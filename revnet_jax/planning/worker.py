@@ -28,6 +28,7 @@ from revnet_jax.config import ConfigError
 from revnet_jax.devices import memory_bytes, out_of_memory, program_bytes
 from revnet_jax.errors import StorageError, UserError, writing
 from revnet_jax.files import write_atomically
+from revnet_jax.optimizers.trainable import Trainable
 from revnet_jax.planning import by_part, chips, gpus, units
 from revnet_jax.planning.chips import chip_of, fillable_bytes
 from revnet_jax.planning.topology import Topology, parse_topology, topology_devices
@@ -176,17 +177,25 @@ def _sizes(program: StepProgram, config: ConfigDict) -> dict[str, int]:
 
 
 def _gradient_bytes(program: StepProgram, config: ConfigDict) -> int:
-    """Bytes of the gradients that exist at once on one device.
+    """Bytes of the gradients that exist at once on one device. Frozen parameters have none.
 
     With lockstep, chains have the gradient of one layer only. Gradient accumulation has those of
     the microbatch and their sum.
     """
-    params, in_chains = program.state.variables.params, program.task.network.stacked
+    trainable, in_chains = Trainable(config.optimizer.trainable), program.task.network.stacked
+    params, _ = trainable.divide(program.state.variables.params)
     if config.optimizer.lockstep:
-        layer = lambda name: tree_bytes(params[name]) // jax.tree.leaves(params[name])[0].shape[0]
         outside = tree_bytes([tree for name, tree in params.items() if name not in in_chains])
-        return outside + max(map(layer, in_chains), default=0)
+        layers = [tree for name, tree in params.items() if name in in_chains]
+        trained = [tree for tree in layers if jax.tree.leaves(tree)]
+        a_layer = [tree_bytes(tree) // len_of_stack(tree) for tree in trained]
+        return outside + max(a_layer, default=0)
     return tree_bytes(params) * (2 if config.microbatches > 1 else 1)
+
+
+def len_of_stack(tree: Any) -> int:
+    """The number of layers of a tree of stacked arrays."""
+    return jax.tree.leaves(tree)[0].shape[0]
 
 
 def tree_bytes(tree: Any) -> int:

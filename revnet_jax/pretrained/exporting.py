@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from revnet_jax.errors import writing
 from revnet_jax.models.task import NextToken
-from revnet_jax.models.transformer.decoder import merge_lora
+from revnet_jax.models.transformer.decoder import merged_kernel
 from revnet_jax.pretrained.families import FAMILIES
 from revnet_jax.pretrained.files import (
     WRITTEN,
@@ -60,13 +60,21 @@ def export_weights(
         raise WeightsError(f"{target} exists, expected a new or an empty folder")
     run = restore_run(workdir, which)
     assert isinstance(run.task, NextToken)
-    shape, params = run.task.network.shape, run.variables.params
-    leaves = by_path({**params, "layers": merge_lora(params["layers"], shape.lora.scale)})
+    shape, leaves = run.task.network.shape, by_path(run.variables.params)
     tensors = {tensor.name: tensor for tensor in family.tensors(shape)}
+
+    def parameter(path: str, layer: int | None) -> np.ndarray:
+        """A parameter, of one layer if it has several, with its adapters merged."""
+        take = lambda path: np.asarray(leaves[path] if layer is None else leaves[path][layer])
+        module, _, name = path.rpartition("/")
+        if name != "kernel" or f"{module}/lora_a" not in leaves:
+            return take(path)
+        adapters = (take(f"{module}/{each}") for each in ("lora_a", "lora_b"))
+        return merged_kernel(take(path), *adapters, shape.lora.scale)
 
     def read(name: str) -> np.ndarray:
         tensor = tensors[name]
-        return tensor.view(np.asarray(leaves[tensor.path])).reshape(tensor.shape)
+        return tensor.part(parameter(tensor.path, tensor.layer)).reshape(tensor.shape)
 
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     with removed_on_error(target):

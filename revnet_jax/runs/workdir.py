@@ -78,7 +78,7 @@ def check_same(workdir: Path, config: ConfigDict, data: Mapping[str, Any]) -> di
             "Choose another --workdir, or bring the data of that run back to resume it"
         )
     now = ConfigDict(_tuples(config.to_dict()))
-    return changed_settings(now, load_config(workdir), workdir)
+    return changed_settings(now, load_config(workdir, compared_with=now), workdir)
 
 
 def check_can_go_on(workdir: Path, config: ConfigDict, step: int) -> None:
@@ -120,13 +120,20 @@ def known_stored_layers(path: Path, found_for: Mapping[str, Any]) -> int:
     return found["stored_layers"] if found.get("found_for", found_for) == found_for else -1
 
 
-def load_config(workdir: Path) -> ConfigDict:
-    """The config that a run was last started with. Raises ConfigError if it cannot be read."""
+def load_config(workdir: Path, *, compared_with: ConfigDict | None = None) -> ConfigDict:
+    """The config that a run was last started with, with the settings that are newer than the run.
+
+    Args:
+      compared_with: a config of one's own may lack settings of the package. It then lacks them here
+        too.
+
+    Raises ConfigError if it cannot be read.
+    """
     record = load_record(workdir)
     saved = record["config"]
     references.look_in(record["folders"], first=False)  # after PYTHONPATH
     if references.named_in(flatten(ConfigDict(saved))):
-        return _with_newer_settings(ConfigDict(_tuples(saved)))
+        return _with_newer_settings(ConfigDict(_tuples(saved)), compared_with)
     config = FAMILIES.get(saved.get("model", {}).get("family"), CONVOLUTIONAL).settings()
     defaults, path = flatten(config), workdir / "config.json"
     try:
@@ -140,15 +147,17 @@ def load_config(workdir: Path) -> ConfigDict:
     return config
 
 
-def _with_newer_settings(config: ConfigDict) -> ConfigDict:
+def _with_newer_settings(config: ConfigDict, compared_with: ConfigDict | None) -> ConfigDict:
     """Adds to a config of one's own the settings that the package has now, where they are missing.
 
     They are newer than the run, and their defaults are what it did before there was a choice.
     """
     family = FAMILIES.get(config.model.get("family"))
     defaults = flatten(family.settings() if family else experiment())
-    known = flatten(config)
-    newer = {key: value for key, value in defaults.items() if key not in known}
+    missing = defaults.keys() - flatten(config).keys()
+    if compared_with is not None:
+        missing &= flatten(compared_with).keys()
+    newer = {key: value for key, value in defaults.items() if key in missing}
     with config.unlocked():
         config.update_from_flattened_dict(newer)
     return config

@@ -213,6 +213,13 @@ def test_the_gpu_suite_asks_first_whether_gradients_are_exact(step_config):
     assert [s[1:3] for s in settings[10:]] == [s[1:3] for s in (*settings[:3], settings[7])]
 
 
+def test_the_twin_of_an_integrator_has_one_stream():
+    config = language_model()
+    config.model.update({"integrator": "bdia", "layers": 2})
+    model = ConfigModel(config, "lm", "tokens")
+    assert model.program("twin", 2, 2).step is not None
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_gradients_of_a_language_model_are_compared(optimizer):

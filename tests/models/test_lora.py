@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from revnet_jax.models import LanguageModel, LanguageModelShape, ModelOptions, Variables
-from revnet_jax.models.transformer.decoder import merge_lora
+from revnet_jax.models.transformer.decoder import merged_kernel
+from tests import thorough
 
 V, RANK = 17, 3
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 SIZES = {"vocab_size": V, "layers": 2, "width": 16, "heads": 4, "kv_heads": 2, "hidden": 24}
-KINDS = [{}, {"bias": "all", "activation": "gelu"}]
+KINDS = [thorough({}), {"bias": "all", "activation": "gelu"}]
 
 
 def model(**changes):
@@ -28,7 +29,7 @@ def test_adapted_kernels_are_their_sum(kind):
         token_BT = jax.random.randint(jax.random.key(1), (2, 9), 0, V)
         adapted, plain = model(lora_rank=RANK, lora_alpha=7.0, **kind), model(**kind)
         params = jit(adapted.init)(jax.random.key(0)).params
-        start = {**params, "layers": merge_lora(params["layers"], 7.0 / RANK)}
+        start = {**params, "layers": merged(params["layers"])}
         assert jax.tree.structure(start) == jax.tree.structure(
             jax.eval_shape(plain.init, jax.random.key(0)).params
         )
@@ -37,14 +38,28 @@ def test_adapted_kernels_are_their_sum(kind):
             jit(adapted.logits)(Variables(params, {}), token_BT), logits, atol=1e-12
         )
         moved = jax.tree_util.tree_map_with_path(_moved, params)
-        merged = {**moved, "layers": merge_lora(moved["layers"], 7.0 / RANK)}
-        expected = jit(plain.logits)(Variables(merged, {}), token_BT)
+        alike = {**moved, "layers": merged(moved["layers"])}
+        expected = jit(plain.logits)(Variables(alike, {}), token_BT)
         found = jit(adapted.logits)(Variables(moved, {}), token_BT)
         np.testing.assert_allclose(found, expected, atol=1e-10)
         assert np.abs(found - logits).max() > 1e-2
         kernel, a, b = (moved["layers"][1]["up"][name] for name in ("kernel", "lora_a", "lora_b"))
         by_hand = kernel + 7.0 / RANK * np.einsum("lir,lrno->lino", a, b)
-        np.testing.assert_allclose(merged["layers"][1]["up"]["kernel"], by_hand, atol=1e-12)
+        np.testing.assert_allclose(alike["layers"][1]["up"]["kernel"], by_hand, atol=1e-12)
+
+
+def merged(params):
+    """The layers without adapters, which are added to their kernels."""
+    if isinstance(params, tuple):
+        return tuple(map(merged, params))
+    if not isinstance(params, dict):
+        return params
+    rest = {name: merged(part) for name, part in params.items() if not name.startswith("lora_")}
+    if "lora_a" in params:
+        matrices = (params[name] for name in ("kernel", "lora_a", "lora_b"))
+        one = lambda *matrices: merged_kernel(*matrices, 7.0 / RANK)
+        rest["kernel"] = jax.vmap(one)(*matrices)
+    return rest
 
 
 def _moved(path, leaf):

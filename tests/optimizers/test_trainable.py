@@ -6,6 +6,8 @@ import pytest
 
 from revnet_jax.config import ConfigError, language_model
 from revnet_jax.optimizers.trainable import Trainable
+from revnet_jax.planning.topology import parse_topology
+from revnet_jax.planning.worker import measure_step
 from revnet_jax.programs.counts import arithmetic
 from revnet_jax.training.build import build_recipe
 from revnet_jax.training.step import init_state, make_train_step
@@ -55,7 +57,7 @@ def sizes(tree):
     "changes",
     [
         {},
-        {"optimizer.lockstep": True},
+        thorough({"optimizer.lockstep": True}),
         thorough({"model.reversible": False, "model.backprop": "remat"}),
         thorough({"model.integrator": "bdia"}),
         thorough({"optimizer.name": "muon"}),
@@ -86,6 +88,19 @@ def test_only_what_matches_is_trained(changes):
         assert full - flops == saved
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("lockstep", [False, True])
+def test_a_plan_counts_the_gradients_of_what_is_trained(lockstep, tmp_path):
+    """The chain's of one layer in lockstep; nothing outside of the chain is trained."""
+    config = config_of(**{"optimizer.lockstep": lockstep})
+    found = measure_step(config, parse_topology("local"), tmp_path)
+    task, _, _ = build_recipe(config)
+    params = jax.eval_shape(task.network.init, jax.random.key(0)).params
+    trained, _ = Trainable("lora").divide(params)
+    layers = config.model.layers if lockstep else 1
+    assert found["gradient_bytes"] == 4 * sizes(trained) // layers
+
+
 def test_lockstep_is_the_ordinary_step():
     """After two steps, the second with a moment of the first."""
     _, ordinary, metrics, _ = steps(config_of())
@@ -103,6 +118,19 @@ def test_a_chain_may_be_frozen_as_a_whole():
     assert np.isfinite(metrics["train_loss"])
     with pytest.raises(ConfigError, match="matches no parameter of a chain, expected False"):
         build_recipe(config_of(**{"optimizer.trainable": "^head", "optimizer.lockstep": True}))
+
+
+@pytest.mark.parametrize("lockstep", [False, True])
+def test_one_of_several_chains_is_trained(tiny_config, lockstep):
+    """Also where the gradient of each layer is clipped. Traced, not compiled."""
+    tiny_config.model.units = (2, 2)
+    changes = {"trainable": "^stage1_a|head", "lockstep": lockstep, "clip": "layer"}
+    tiny_config.optimizer.update({**changes, "clip_norm": 1.0})
+    task, schedule, optimizer = build_recipe(tiny_config)
+    assert len(task.network.stacked) > 1
+    state = jax.eval_shape(lambda: init_state(task.network, optimizer, seed=0))
+    step = make_train_step(task, optimizer, schedule)
+    assert jax.eval_shape(step, state, task.batch_shapes(16))[0] == state
 
 
 @pytest.mark.parametrize(

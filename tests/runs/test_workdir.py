@@ -183,6 +183,15 @@ def test_a_run_older_than_a_setting_goes_on_with_its_default(key, own, tmp_path)
     assert workdirs.load_config(tmp_path).to_dict() == config.to_dict()
 
 
+def test_a_config_of_ones_own_may_lack_a_setting(tmp_path):
+    config = digits()
+    config.optimizer.name = "optax:adan"
+    del config.data["flip"]
+    claim(tmp_path, config, {})
+    write_rows(tmp_path, [{"step": 20}])
+    assert claim(tmp_path, config, {}) == {}
+
+
 def test_a_run_is_scored_on_the_same_sequences(tmp_path):
     before = config_with(**{"data.eval_batches": 3, "eval_batch_size": 100})
     halved = config_with(**{"data.eval_batches": 3, "eval_batch_size": 50})

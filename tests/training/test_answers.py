@@ -23,6 +23,7 @@ from revnet_jax.training.program import jit_step
 from revnet_jax.training.restore import evaluate_run, restore_run
 from revnet_jax.training.sharding import make_mesh, put_batch, shapes_on_mesh
 from revnet_jax.training.step import init_state, make_train_step
+from tests import thorough
 
 READ = {"num_threads": 0, "prefetch": 0}
 EXAMPLES = [{"prompt": "w1 " * (i % 3) + "w2", "answer": f"w{3 + i % 4} w3"} for i in range(20)]
@@ -197,7 +198,7 @@ def naive_loss(task, variables, batch):
 
 @pytest.mark.parametrize(
     ("microbatches", "devices", "lockstep"),
-    [(1, 1, False), (4, 1, False), (2, 2, False), (1, 2, True)],
+    [thorough(1, 1, False), (4, 1, False), thorough(2, 2, False), thorough(1, 2, True)],
 )
 def test_the_loss_is_the_mean_over_the_answers_of_the_batch(microbatches, devices, lockstep):
     """In value and gradient, in float64, however few answers a part of the batch has."""

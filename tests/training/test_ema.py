@@ -100,6 +100,7 @@ def test_it_is_the_naive_average_in_float64(settings, config):
     assert_naive_average(config, jax.devices())
 
 
+@pytest.mark.thorough
 def test_it_is_in_float32_if_parameters_are_not(decoder):
     decoder.optimizer.lockstep = True
     # XLA cannot compile sums of bfloat16 over several devices for a CPU.

@@ -148,6 +148,7 @@ def test_few_lengths_are_compiled(workdir, monkeypatch):
     assert shapes == {(2, 2), (2, 4), (2, 8), (2, CONTEXT)}
 
 
+@pytest.mark.thorough
 def test_answers_equal_naive_greedy_decoding(model, naive):
     def decode(prompt, most):
         tokens, text = tokens_of(prompt) or [END], ""

@@ -35,8 +35,8 @@ class Transformer(ChainModel):
     | dual       | the same                                           | (1-c/2) x[n] + c/2 x[n-1] |
 
     "midpoint" is the explicit midpoint rule (Gal et al. 2025, arXiv:2512.02056). Both states start
-    as the embedding, so that they stray from the network's to opposite sides, and their mean does
-    not, to first order. "bdia" draws c = 1/2 or -1/2 for each example and step of training (Zhang
+    as the embedding. Their errors then have opposite signs, so that the mean is right to first
+    order in the updates. "bdia" draws c = 1/2 or -1/2 for each example and step of training (Zhang
     et al. 2024, arXiv:2407.09093), and outside of training c is 0: the irreversible network itself.
     "dual" raises c from 1/16, near the irreversible network, to 1, the midpoint rule, in the course
     of training: scheduled residual connections to two states, as in Dr2Net (Zhao et al. 2024,

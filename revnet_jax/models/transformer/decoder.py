@@ -89,25 +89,16 @@ class Linear(nnx.Module):
         return y + _leading(self.bias[...].astype(self.dtype), y) if self.has_bias else y
 
 
-def merge_lora(params: Any, scale: float) -> Any:
-    """Adds the low-rank matrices of all `Linear` layers to their kernels, and leaves them out.
+def merged_kernel(kernel: Any, a: Any, b: Any, scale: float) -> Any:
+    """A kernel with the product of its low-rank matrices added, in their dtype: see `LoRA`.
 
     Args:
-      params: nested dictionaries and tuples, also with leading axes of layers. Kernels are added to
-        in float32 at least and keep their dtypes.
-      scale: see `LoRA`.
+      kernel: [inputs, *outputs], of one layer; NumPy or JAX, like the others.
+      a: [inputs, rank].
+      b: [rank, *outputs].
     """
-    if isinstance(params, tuple):
-        return tuple(merge_lora(part, scale) for part in params)
-    if not isinstance(params, dict):
-        return params
-    if "lora_a" not in params:
-        return {name: merge_lora(part, scale) for name, part in params.items()}
-    kernel, a, b = (params[name] for name in ("kernel", "lora_a", "lora_b"))
-    rows = b.reshape(*b.shape[: a.ndim - 1], -1)  # the outputs in one axis
-    merged = kernel.astype(rows.dtype) + scale * (a @ rows).reshape(kernel.shape)
-    rest = {name: leaf for name, leaf in params.items() if not name.startswith("lora_")}
-    return {**rest, "kernel": merged.astype(kernel.dtype)}
+    product = a @ b.reshape(len(b), -1)
+    return kernel.astype(product.dtype) + scale * product.reshape(kernel.shape)
 
 
 class RMSNorm(nnx.Module):

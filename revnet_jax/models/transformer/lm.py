@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from revnet_jax.core import Grid
 from revnet_jax.models.bridge import PureModule
 from revnet_jax.models.dtypes import at_least_float32, narrowed
 from revnet_jax.models.model import ModelOptions, Sweep, Variables
@@ -149,7 +150,9 @@ class LanguageModel(Transformer):
         if self.integrator != "dual":
             return None, 0.5
         done = jnp.minimum(1.0, stats["batches"] / self.shape.integrator_steps)
-        c = jnp.exp2(DUAL_BITS * (done - 1))
+        # The coupling multiplies by its fourth root, rounded to a multiple of 2**-12. Rounded here
+        # too, so that the weights of x[n-1] and x[n] sum to 1.
+        c = Grid(12).snap(jnp.exp2(done - 1)) ** DUAL_BITS
         return jnp.full((self.shape.layers, 2, 1, 1, 1), c), c / 2
 
     def features(

@@ -40,11 +40,11 @@ class LanguageModelShape:
       rotary_scaling: factor, low, high and context of `scaled_frequency` (Llama 3.1); () for none.
       integrator: how the streams of a reversible model are updated, one of `INTEGRATORS`: see
         `Transformer`.
-      integrator_steps: with the integrator "dual", the number of batches until it is the midpoint
-        rule.
+      integrator_steps: with the integrator "dual", the number of batches, or microbatches, until it
+        is the midpoint rule.
       lora_rank: rank of the matrices that are added to the kernels of all layers, see `LoRA`; 0 for
         none.
-      lora_alpha: lora_rank times the factor of their product.
+      lora_alpha: the product of these matrices is scaled by lora_alpha / lora_rank.
     """
 
     vocab_size: int
