@@ -119,6 +119,7 @@ def test_bdia_draws_other_factors_at_every_step():
     assert len(losses) == 3
 
 
+@pytest.mark.thorough
 def test_dual_goes_from_the_network_to_the_midpoint_rule():
     """By the number of batches in its stats, in evaluation and token by token too."""
     lm = model("dual", grid=None)

@@ -399,6 +399,7 @@ def test_evaluation(monkeypatch):
 # --- Mixed precision ------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_bfloat16_is_undone_exactly():
     """With the convolution of this platform: other bits in the backward loop would show."""
     got, want = run("reverse", jnp.bfloat16), run("store", jnp.bfloat16)

@@ -101,6 +101,7 @@ def test_a_plan_counts_the_gradients_of_what_is_trained(lockstep, tmp_path):
     assert found["gradient_bytes"] == 4 * sizes(trained) // layers
 
 
+@pytest.mark.thorough
 def test_lockstep_is_the_ordinary_step():
     """After two steps, the second with a moment of the first."""
     _, ordinary, metrics, _ = steps(config_of())

@@ -138,6 +138,7 @@ def test_a_writer_that_hangs_does_not_stop_the_run():
     go_on.set()
 
 
+@pytest.mark.thorough
 def test_a_run_is_tracked_and_resumed_under_one_id(tiny_config, tmp_path, fake):
     runs, workdir = fake("wandb"), tmp_path / "run"
     tiny_config.update_from_flattened_dict(ONE_STAGE)

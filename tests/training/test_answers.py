@@ -265,6 +265,7 @@ def test_the_loss_is_the_mean_over_the_answers_of_the_batch(microbatches, device
         assert float(sums["loss"] / sums["count"]) == pytest.approx(float(naive), rel=1e-12)
 
 
+@pytest.mark.thorough
 def test_a_run_on_answers_resumes_and_is_evaluated(lines, tokenizer_file, tmp_path):
     tokens = tmp_path / "tokens"
     written = tokenize_answers([lines], tokenizer_file, tokens, end_token=END, test_share=0.25)

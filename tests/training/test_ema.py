@@ -144,6 +144,7 @@ def state_of(workdir, config):
         return program, checkpoints.restore(program.state)[1]
 
 
+@pytest.mark.thorough
 def test_it_is_evaluated_and_survives_a_restart(config, tmp_path):
     config.ema_decay = 0.9
     whole, part = tmp_path / "whole", tmp_path / "part"

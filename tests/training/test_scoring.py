@@ -99,6 +99,7 @@ def test_windows_score_each_token_once_with_the_most_before_it():
     assert cut(3, 3, 4) == []
 
 
+@pytest.mark.thorough
 def test_continuations_equal_a_naive_evaluation(model, naive):
     pairs = [("abc", "de"), ("a", "b"), ("hgfedcba", "abcd"), ("", "abc"), ("abcabcabcabc", "fg")]
     greedy = LETTERS[int(np.argmax(naive(tokens_of("gaf"))[-1]))]
@@ -118,6 +119,7 @@ def test_continuations_equal_a_naive_evaluation(model, naive):
     np.testing.assert_allclose([x for x, _ in got], [x for x, _ in expected], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.thorough
 def test_rolling_likelihoods_equal_a_naive_evaluation(model, naive):
     texts = ["a", "abcdefg", "gfedcbaabcdefgfedcbaabcdefgab", "gfedcbaabcde"]
     expected = []
@@ -134,6 +136,7 @@ def test_rolling_likelihoods_equal_a_naive_evaluation(model, naive):
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
+@pytest.mark.thorough
 def test_few_lengths_are_compiled(workdir, monkeypatch):
     monkeypatch.setattr(scoring, "_SHORTEST", 2)
     scorer, shapes = Scorer(workdir, batch_size=2), set()
