@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 
 import pytest
 
@@ -84,3 +85,16 @@ def tiny_flags():
     return ["--config=configs/digits.py"] + [
         f"--config.{key}={as_text(value)}" for key, value in TINY.items()
     ]
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """`module(text)` makes `mine`, a module with this text, and forgets the one before."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def write(text):
+        sys.modules.pop("mine", None)
+        (tmp_path / "mine.py").write_text(textwrap.dedent(text))
+
+    yield write
+    sys.modules.pop("mine", None)

@@ -5,7 +5,6 @@ import pathlib
 import runpy
 import shutil
 import sys
-import textwrap
 
 import jax
 import numpy as np
@@ -49,19 +48,6 @@ def config(monkeypatch):
     config = runpy.run_path(str(EXAMPLE))["get_config"]()
     config.update_from_flattened_dict(TINY)
     return config
-
-
-@pytest.fixture
-def module(tmp_path, monkeypatch):
-    """`module(text)` makes `mine`, a module with this text, and forgets the one before."""
-    monkeypatch.syspath_prepend(str(tmp_path))
-
-    def write(text):
-        sys.modules.pop("mine", None)
-        (tmp_path / "mine.py").write_text(textwrap.dedent(text))
-
-    yield write
-    sys.modules.pop("mine", None)
 
 
 def test_the_example_trains_resumes_and_is_measured(config, tmp_path):

@@ -310,13 +310,13 @@ def _swept(runs, sections, x, shared, unroll, update, probe):
     def backward(kept, cotangents):
         params, frozen, states, shared, not_differentiated, kepts, true_x = kept
         sections, shared = joined(params, shared, not_differentiated, frozen)
-        dy, dauxes = _instantiated((cotangents[0], trees.split(cotangents[1])[0]))
+        cotangents = _instantiated((cotangents[0], trees.split(cotangents[1])[0]))
         with _explaining_axes():
             swept = sweep(
                 runs,
                 sections,
                 kepts,
-                (dy, dauxes),
+                cotangents,
                 shared,
                 [consumer(*pair) for pair in zip(sections, states, strict=True)],
                 unroll=unroll,

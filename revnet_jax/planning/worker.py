@@ -186,16 +186,10 @@ def _gradient_bytes(program: StepProgram, config: ConfigDict) -> int:
     params, _ = trainable.divide(program.state.variables.params)
     if config.optimizer.lockstep:
         outside = tree_bytes([tree for name, tree in params.items() if name not in in_chains])
-        layers = [tree for name, tree in params.items() if name in in_chains]
-        trained = [tree for tree in layers if jax.tree.leaves(tree)]
-        a_layer = [tree_bytes(tree) // len_of_stack(tree) for tree in trained]
+        in_layers = [(params[name], jax.tree.leaves(params[name])) for name in in_chains]
+        a_layer = [tree_bytes(tree) // leaves[0].shape[0] for tree, leaves in in_layers if leaves]
         return outside + max(a_layer, default=0)
     return tree_bytes(params) * (2 if config.microbatches > 1 else 1)
-
-
-def len_of_stack(tree: Any) -> int:
-    """The number of layers of a tree of stacked arrays."""
-    return jax.tree.leaves(tree)[0].shape[0]
 
 
 def tree_bytes(tree: Any) -> int:

@@ -152,9 +152,10 @@ def _with_newer_settings(config: ConfigDict, compared_with: ConfigDict | None) -
 
     They are newer than the run, and their defaults are what it did before there was a choice.
     """
-    family = FAMILIES.get(config.model.get("family"))
-    defaults = flatten(family.settings() if family else experiment())
-    missing = defaults.keys() - flatten(config).keys()
+    known = flatten(config)
+    is_ours = "model.family" in known and known["model.family"] in FAMILIES
+    defaults = flatten(FAMILIES[known["model.family"]].settings() if is_ours else experiment())
+    missing = defaults.keys() - known.keys()
     if compared_with is not None:
         missing &= flatten(compared_with).keys()
     newer = {key: value for key, value in defaults.items() if key in missing}

@@ -84,6 +84,7 @@ def load_weights(workdir: Path, wanted: Variables, data: dict[str, Any]) -> tupl
 
 
 def _restored(checkpoints, wanted):
+    """Restores what is wanted, with None for adapters if they are all that is missing."""
     try:
         return checkpoints.restore(TrainState.of_variables(wanted), partial=True)
     except OtherTree as error:

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import textwrap
 import threading
 import time
 import types
@@ -63,19 +62,6 @@ def fake(monkeypatch):
         return runs
 
     return install
-
-
-@pytest.fixture
-def module(tmp_path, monkeypatch):
-    """`module(text)` makes `mine`, a module with this text."""
-    monkeypatch.syspath_prepend(str(tmp_path))
-
-    def write(text):
-        sys.modules.pop("mine", None)
-        (tmp_path / "mine.py").write_text(textwrap.dedent(text))
-
-    yield write
-    sys.modules.pop("mine", None)
 
 
 def test_rows_come_in_order_and_the_writer_is_closed_once():
