@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import ShapedArray
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
@@ -150,11 +151,12 @@ def _abstract(*avals, program, witnessed):
     return [*program.out_avals, *[ShapedArray((), jnp.int32)] * witnessed]
 
 
-def _lower_between_barriers(context, *arguments, program, witnessed):
+def _lower_between_barriers(context, *arguments, program, witnessed, lay=list):
     run = jax.named_scope(SCOPE)(jaxpr_as_fun(program))
-    arguments = _lowered(context, _barrier, context.avals_in, arguments)
+    enter, leave = lambda *leaves: lay(_barrier(*leaves)), lambda *leaves: _barrier(*lay(leaves))
+    arguments = _lowered(context, enter, context.avals_in, arguments)
     outputs = mlir.lower_fun(lambda *arguments: run(*arguments))(context, *arguments)
-    outputs = _lowered(context, _barrier, program.out_avals, outputs)
+    outputs = _lowered(context, leave, program.out_avals, outputs)
     return _lower_witness(context, outputs, program) if witnessed else outputs
 
 
@@ -190,6 +192,17 @@ def _lowered(context, function, avals, values):
 
 def _barrier(*leaves):
     return lax.optimization_barrier(leaves)
+
+
+def _row_major(leaves):
+    """The arrays in memory with the last axis contiguous.
+
+    XLA lets layouts through a barrier. Where residuals are stacked it may choose another than where
+    they are used at once, transpose the operands of a product, and round it differently.
+    """
+    is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+    laid = lambda leaf: with_layout_constraint(leaf, Layout(tuple(range(leaf.ndim))))
+    return [leaf if leaf.ndim < 2 or is_key(leaf) else laid(leaf) for leaf in leaves]
 
 
 def _jvp(primals, tangents, *, program, witnessed):
@@ -272,6 +285,8 @@ def _delete_unread(used, *others):
 
 mlir.register_lowering(_call_p, _lower_between_barriers)
 mlir.register_lowering(_call_p, _lower_as_call, platform="cpu")
+_lower_on_gpu = functools.partial(_lower_between_barriers, lay=_row_major)
+mlir.register_lowering(_call_p, _lower_on_gpu, platform="cuda")
 ad.primitive_jvps[_call_p] = _jvp
 ad.primitive_transposes[_call_p] = _transpose
 batching.fancy_primitive_batchers[_call_p] = _batch

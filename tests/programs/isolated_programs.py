@@ -149,6 +149,10 @@ REVNET = {
 NETWORKS = {
     "decoder": (language_model, DECODER),
     "decoder, chunked": (language_model, {**DECODER, "model.attention": "chunked"}),
+    "decoder, float32": (
+        language_model,
+        {**DECODER, "model.compute_dtype": "float32", "model.kv_heads": 4},
+    ),
     "decoder, unrolled": (language_model, {**DECODER, "model.unroll": LAYERS}),
     "decoder, dropout": (language_model, {**DECODER, "model.dropout": 0.1}),
     "decoder, experts": (language_model, {**DECODER, "model.experts": 4}),

@@ -97,6 +97,10 @@ def attend(
     chunk = max(_SMALLEST_CHUNK, -(-T // _MOST_CHUNKS))
     if window and chunk > max(window, _SMALLEST_CHUNK):
         return _in_blocks(q_BTNK, k_BTGK, v_BTGK, segment_BT, window=window)
+    # Heads first, so that no product has a transposed result. Of one that has, XLA chooses which
+    # operands to transpose, and chose differently under `store` and `reverse`, whose gradients in
+    # float32 were 3e-4 apart on an H100. Once for all chunks, which moves less memory.
+    q_BNTK, k_BGTK, v_BGTK = (jnp.swapaxes(x, 1, 2) for x in (q_BTNK, k_BTGK, v_BTGK))
     parts = []
     for start in range(0, T, chunk):
         stop = min(start + chunk, T)
@@ -105,14 +109,18 @@ def attend(
         mask_TS = None
         if causal:
             places = jnp.arange(start, stop)[:, None], jnp.arange(first, last)[None]
-            mask_TS = causal_mask(*places, window)
+            # XLA merges equal masks of two isolated programs (see core/isolate.py) and keeps the
+            # result, where a program alone makes its mask as it goes along. The barrier keeps it
+            # everywhere, so that the code that reads it is the same.
+            mask_TS = jax.lax.optimization_barrier(causal_mask(*places, window))
         part = jax.checkpoint(_of_segments, policy=_is_softmax_sum)
         queries, read = slice(start, stop), slice(first, last)
-        arrays = q_BTNK[:, queries], k_BTGK[:, read], v_BTGK[:, read], mask_TS
+        arrays = q_BNTK[:, :, queries], k_BGTK[:, :, read], v_BGTK[:, :, read], mask_TS
         if segment_BT is not None:
             arrays += segment_BT[:, queries], segment_BT[:, read]
         parts.append(part(*arrays))
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+    mixed_BNTK = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=2)
+    return jnp.swapaxes(mixed_BNTK, 1, 2)
 
 
 def causal_mask(query_T1: jax.Array, key_1S: jax.Array, window: int = 0) -> jax.Array:
@@ -121,17 +129,17 @@ def causal_mask(query_T1: jax.Array, key_1S: jax.Array, window: int = 0) -> jax.
     return mask_TS & (query_T1 - key_1S < window) if window else mask_TS
 
 
-def _of_segments(q_BTNK, k_BSGK, v_BSGK, mask_TS, *segments):
-    """`scores_times_values` with the mask of segments added.
+def _of_segments(q_BNTK, k_BGSK, v_BGSK, mask_TS, *segments):
+    """`_heads_first` with the mask of segments added.
 
     The mask is made inside the checkpointed function, so that it is not kept as a residual.
     """
     if not segments:
-        return scores_times_values(q_BTNK, k_BSGK, v_BSGK, mask_TS)
+        return _heads_first(q_BNTK, k_BGSK, v_BGSK, mask_TS)
     segment_BT, segment_BS = segments
     same_BTS = segment_BT[:, :, None] == segment_BS[:, None]
     mask_BTS = same_BTS if mask_TS is None else same_BTS & mask_TS[None]
-    return scores_times_values(q_BTNK, k_BSGK, v_BSGK, mask_BTS)
+    return _heads_first(q_BNTK, k_BGSK, v_BGSK, mask_BTS)
 
 
 def _in_blocks(q_BTNK, k_BTGK, v_BTGK, segment_BT, *, window):
@@ -159,7 +167,8 @@ def _in_blocks(q_BTNK, k_BTGK, v_BTGK, segment_BT, *, window):
         # The first block has no block before it: mask those zeros.
         mask_TS = causal_mask(key_S[block:, None], key_S[None], window) & (key_S >= 0)[None]
         segments = [ids for each in segment_BS for ids in (each[:, block:], each)]
-        return _of_segments(queries, k_BSGK, v_BSGK, mask_TS, *segments)
+        arrays = (jnp.swapaxes(x, 1, 2) for x in (queries, k_BSGK, v_BSGK))
+        return jnp.swapaxes(_of_segments(*arrays, mask_TS, *segments), 1, 2)
 
     def of_device(q_BTNK, *read):
         parts = jnp.arange(blocks), split(q_BTNK), tuple(map(with_before, read))
@@ -191,17 +200,23 @@ def scores_times_values(
     Args:
       mask: which keys each query sees, [T, S], or [B, T, S] if it differs between sequences.
     """
-    B, T, N, K = q_BTNK.shape
-    G = k_BSGK.shape[2]
-    q_BTGRK = q_BTNK.reshape(B, T, G, N // G, K)
-    wide = at_least_float32(q_BTNK.dtype)
-    scores = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK, preferred_element_type=wide)
+    arrays = (jnp.swapaxes(x, 1, 2) for x in (q_BTNK, k_BSGK, v_BSGK))
+    return jnp.swapaxes(_heads_first(*arrays, mask), 1, 2)
+
+
+def _heads_first(q_BNTK, k_BGSK, v_BGSK, mask):
+    """`scores_times_values` of arrays whose second axis is the heads."""
+    B, N, T, K = q_BNTK.shape
+    G = k_BGSK.shape[1]
+    q_BGRTK = q_BNTK.reshape(B, G, N // G, T, K)
+    wide = at_least_float32(q_BNTK.dtype)
+    scores = jnp.einsum("bgrtk,bgsk->bgrts", q_BGRTK, k_BGSK, preferred_element_type=wide)
     scores = scores / math.sqrt(K)
     if mask is not None:
         mask = jnp.expand_dims(mask, (1, 2) if mask.ndim == 3 else (0, 1, 2))
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSGK.dtype)
-    return jnp.einsum("bgrts,bsgk->btgrk", weights, v_BSGK).reshape(B, T, N, K)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BGSK.dtype)
+    return jnp.einsum("bgrts,bgsk->bgrtk", weights, v_BGSK).reshape(B, N, T, K)
 
 
 def padded_to_even(
