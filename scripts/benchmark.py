@@ -4,16 +4,16 @@
     python scripts/benchmark.py --models=mlp --strategies=store,reverse --seconds=20
     python scripts/benchmark.py --suite=gpu --jsonl=benchmark.jsonl  # one GPU, under 5 minutes
     python scripts/benchmark.py --suite=gpu --minutes=40             # with largest batches, depths
+    python scripts/benchmark.py --suite=exact                        # its gradients alone
 
     python scripts/benchmark.py --config=FILE --config.data.dir=DIR  # a pipeline, on one host
 
 The `laptop` suite compares step times; strategies take turns. The `gpu` suite first checks that
-every model's rebuilt inputs and gradients are exact, then compares time and memory, then finds the
-largest batch and depth that each strategy can train, all within --minutes. On GPUs, cuDNN's
-attention makes the decoder's gradients vary by rounding unless
-XLA_FLAGS=--xla_gpu_deterministic_ops=true; each row records its flags. With --config, the script
-measures how fast this host prepares batches and how fast its devices train on them. Prints a
-Markdown table; --json prints JSON lines instead.
+every model's rebuilt inputs and gradients are exact, by deterministic kernels (the `exact` suite;
+--nodeterministic takes the fastest), then compares time and memory, then finds the largest batch
+and depth that each strategy can train, all within --minutes. With --config, the script measures how
+fast this host prepares batches and how fast its devices train on them. Prints a Markdown table;
+--json prints JSON lines instead.
 """
 
 import json
@@ -31,7 +31,7 @@ from revnet_jax.errors import UserError, writing
 from revnet_jax.figures import load_figure_class, save
 
 CONFIG = cli.define_config_flag()
-SUITE = flags.DEFINE_enum("suite", "laptop", ["laptop", "gpu"], "What is measured.")
+SUITE = flags.DEFINE_enum("suite", "laptop", ["laptop", "exact", "gpu"], "What is measured.")
 MODELS = flags.DEFINE_list("models", None, "Some of the suite's models, by name; all by default.")
 STRATEGIES = flags.DEFINE_list("strategies", None, "Some strategies, by name; all by default.")
 LAYERS = flags.DEFINE_list("layers", None, "Other numbers of layers than the suite's.")
@@ -44,6 +44,9 @@ MINUTES = flags.DEFINE_float(
 cli.limit(SECONDS, real("[0, inf)"))
 cli.limit(LIMIT_GIB, real("(0, 1e6]"))
 cli.limit(MINUTES, real("[0, inf)"))
+DETERMINISTIC = flags.DEFINE_bool(
+    "deterministic", None, "Kernels of a GPU that sum in a fixed order; by default as the suite."
+)
 JSON = flags.DEFINE_bool("json", False, "Print JSON lines rather than tables.")
 JSONL = flags.DEFINE_string("jsonl", None, "Also append the JSON lines to this file, row by row.")
 PLOT = flags.DEFINE_string("plot", None, "Also draw time and memory into this PNG file.")
@@ -63,7 +66,8 @@ def main(argv):
     from revnet_jax.benchmark.suites import run_suite, select, suites
 
     if CONFIG.value is not None:
-        for_suites = (SUITE, MODELS, STRATEGIES, LAYERS, BATCH, LIMIT_GIB, MINUTES, JSONL, PLOT)
+        for_suites = (SUITE, MODELS, STRATEGIES, LAYERS, BATCH, LIMIT_GIB, MINUTES, DETERMINISTIC)
+        for_suites += (JSONL, PLOT)
         if given := [f"--{flag.name}" for flag in for_suites if flag.present]:
             raise ConfigError(f"got {', '.join(given)} with --config, expected one of both")
         row = feed(CONFIG.value, 10.0 if SECONDS.value is None else SECONDS.value)
@@ -77,6 +81,7 @@ def main(argv):
         layers=whole_numbers("layers", LAYERS.value),
         batch=whole_numbers("batch", BATCH.value),
         seconds=SECONDS.value,
+        deterministic=DETERMINISTIC.value,
     )
     limit_bytes = None if LIMIT_GIB.value is None else int(LIMIT_GIB.value * 2**30)
     common = {

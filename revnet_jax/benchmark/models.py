@@ -247,7 +247,8 @@ class ConfigModel:
             groups = optimizer.moments(state.opt_state).items()
             return {name: jax.tree.leaves(trees) for name, trees in groups}
 
-        return Program(exact_jit(step, donate_argnums=0), jax.jit(init), gradient)
+        jitted = exact_jit(step, deterministic=config.deterministic, donate_argnums=0)
+        return Program(jitted, jax.jit(init), gradient)
 
     def _random(self, key, shape):
         if shape.dtype != jnp.int32:

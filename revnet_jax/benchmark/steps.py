@@ -23,7 +23,7 @@ from revnet_jax.benchmark.models import BenchmarkModel, Program
 from revnet_jax.devices import peak_memory_bytes, program_bytes
 from revnet_jax.planning.variants import parse_variant
 from revnet_jax.programs.counts import arithmetic
-from revnet_jax.training.compiler import jit_initialization
+from revnet_jax.training.compiler import compiler_options, jit_initialization
 
 BASELINES = ("store", "remat", "twin")  # strategies that the reported ratios divide by
 # Compiling and starting one program of the GPU suite took 5 to 16 seconds with 16 cores, and 76
@@ -40,6 +40,9 @@ class Setting(NamedTuple):
     Attributes:
       strategies: see `Variant`.
       seconds: how long the strategies take turns, three turns at least; 0 only compiles them.
+      deterministic: compile kernels that sum in a fixed order, see `compiler_options`. What
+        remains between two gradients is then the strategy's error, but times are not those of
+        training.
     """
 
     model: BenchmarkModel
@@ -47,6 +50,7 @@ class Setting(NamedTuple):
     batch: int
     strategies: tuple[str, ...]
     seconds: float
+    deterministic: bool = False
 
     @property
     def may_take_seconds(self) -> float:
@@ -70,21 +74,28 @@ class Entrant:
         self.metrics: dict[str, jax.Array] = {}
         self.gradient: Any = None  # of the first step; dropped after the comparison
         self.gradient_error: float | None = None
+        self.gradient_noise: float | None = None
         self.compile_seconds = 0.0
         self.rss_bytes: int | None = None
         self.device_bytes: int | None = None
         self.seconds: list[float] = []
         self.cpu_seconds: list[float] = []
 
-    def compile(self) -> None:
+    def compile(self, deterministic: bool = False) -> None:
         started = time.perf_counter()
-        self.compiled = self.traced.lower().compile()
+        # None leaves the options of the program's own `jit`.
+        options = compiler_options(jax.default_backend(), deterministic=True)
+        self.compiled = self.traced.lower().compile(options if deterministic else None)
         self.compile_seconds = time.perf_counter() - started
 
     def start(self) -> None:
-        """Initializes the state and runs the first step, untimed; keeps its memory and gradient."""
+        """Initializes the state and runs the first step, untimed; keeps its memory and gradient.
+
+        On GPUs it does so twice, because some kernels add in any order.
+        """
         before, others = peak_memory_bytes() or 0, _bytes_in_use()
-        self.state, self.batch = jit_initialization(self.program.init)()
+        init = jit_initialization(self.program.init)
+        self.state, self.batch = init()
         jax.block_until_ready(self.state)
         rss = _reset_peak_rss()
         self._advance()
@@ -94,6 +105,12 @@ class Entrant:
         # Copied because the step donates its state: the next step overwrites these buffers. The
         # copy stays on the device, where the gradients are compared.
         self.gradient = jax.tree.map(jnp.copy, self.program.gradient(self.state))
+        if jax.default_backend() == "gpu":
+            self.state = self.batch = None  # frees the memory of the first
+            self.state, self.batch = init()
+            self._advance()
+            again = self.program.gradient(self.state)
+            self.gradient_noise = float(relative_l2(again, self.gradient))
 
     def take_turn(self) -> None:
         steps = 1 if jax.default_backend() == "cpu" else STEPS
@@ -117,19 +134,16 @@ def compare_strategies(setting: Setting) -> Iterator[dict[str, Any]]:
 
     Raises UserError for an unknown strategy, or one that stores more layers than the model has.
     """
-    model, layers, batch, strategies, seconds = setting
+    model, layers, batch, strategies, seconds, deterministic = setting
     for name in strategies:
         parse_variant(name, layers)
     entrants = [Entrant(name, model.program(name, layers, batch)) for name in strategies]
-    if jax.default_backend() == "gpu":
-        # Compile one after the other: XLA's autotuner times the kernels for a matrix product and
-        # caches the fastest. Programs tuned in parallel may pick different kernels, which round
-        # differently.
-        for entrant in entrants:
-            entrant.compile()
-    else:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(Entrant.compile, entrants))
+    # On GPUs one after the other: XLA's autotuner times the kernels for a matrix product and caches
+    # the fastest. Programs tuned in parallel may pick different kernels, which round differently.
+    # And of three decoders with cuDNN's attention that were compiled in parallel, one failed when
+    # it ran (jax 0.11.2: "IndexError: raw_hash_map::at").
+    with ThreadPoolExecutor(1 if jax.default_backend() == "gpu" else os.cpu_count()) as pool:
+        list(pool.map(lambda entrant: entrant.compile(deterministic), entrants))
     if seconds:
         # Start with the smallest program, because the peak that a device reports never goes down.
         for entrant in sorted(entrants, key=Entrant.step_bytes):
@@ -176,7 +190,9 @@ def describe_entrant(
     - rss_bytes: growth of the process's resident memory during the first step (Linux).
     - device_bytes: the device's peak after the first step, less what the other strategies hold.
       None if the device does not report it, or if an earlier program had a higher peak.
+    - deterministic: whether kernels were asked for that sum in a fixed order.
     - gradient_error: relative L2 distance of the first step's gradient to that of `store`.
+    - gradient_noise: relative L2 distance between the gradients of two such steps (GPUs only).
     - time_vs_store, cpu_vs_store, ...: medians of the ratios within turns; cpu is the processor
       time of all threads.
     """
@@ -187,6 +203,7 @@ def describe_entrant(
         "strategy": entrant.strategy,
         "layers": layers,
         "batch": batch,
+        "deterministic": setting.deterministic,
         "compile_seconds": round(entrant.compile_seconds, 2),
         "flops": arithmetic(entrant.traced.jaxpr, platform=jax.default_backend()),
         "step_bytes": entrant.step_bytes(),
@@ -211,6 +228,8 @@ def describe_entrant(
             row[f"cpu_vs_{name}"] = _median_ratio(entrant.cpu_seconds, other.cpu_seconds)
     if entrant.gradient_error is not None:
         row["gradient_error"] = entrant.gradient_error
+    if entrant.gradient_noise is not None:
+        row["gradient_noise"] = entrant.gradient_noise
     if "exact_mismatches" in entrant.metrics:
         row["mismatches"] = int(entrant.metrics["exact_mismatches"])
     return row

@@ -55,9 +55,11 @@ def suites(config: ConfigDict, lm_config: ConfigDict) -> dict[str, Suite]:
       config: of the RevNet to measure, with three equal stages.
       lm_config: of the language model that the GPU suite trains at its own depth.
     """
+    of_gpu = gpu(config, ConfigModel(lm_config, "lm_124m", "tokens"))
     return {
         "laptop": laptop(ConfigModel(config), decoder(width=256, context=512)),
-        "gpu": gpu(config, ConfigModel(lm_config, "lm_124m", "tokens")),
+        "exact": Suite(tuple(setting for setting in of_gpu.settings if setting.deterministic)),
+        "gpu": of_gpu,
     }
 
 
@@ -97,10 +99,9 @@ def laptop(revnet: ConfigModel, lm: ConfigModel) -> Suite:
 def gpu(config: ConfigDict, lm: ConfigModel, minutes: float = 5.0) -> Suite:
     """For one GPU of 80 GB or more; whether gradients are exact is measured first.
 
-    The order: `store` against `reverse` for every model in bfloat16 and float32, with a language
-    model as it is trained before the RevNets, because XLA autotunes their convolutions for more
-    than a minute; the other strategies in bfloat16; then the limits, which do not fit into five
-    minutes.
+    The order: gradients of `reverse` against those of `store`, by deterministic kernels, for every
+    model in bfloat16 and float32; a language model as it is trained; the times
+    of all strategies in bfloat16; then the limits, which do not fit into five minutes.
     """
     sizes: dict[str, dict[str, int]] = {
         "mlp": {"layers": 32, "batch": 8192},
@@ -114,33 +115,30 @@ def gpu(config: ConfigDict, lm: ConfigModel, minutes: float = 5.0) -> Suite:
     full["decoder"] = decoder(width=1024, context=512, dtype="float32")
     exact = [
         # float32 gets a quarter of the batch: it has twice the bytes and a tenth of the speed.
-        Setting(model, size["layers"], size["batch"] // part, ("store", "reverse"), seconds=3)
+        Setting(model, size["layers"], size["batch"] // part, ("store", "reverse"), 0.2, True)
         for models, part in ((half, 1), (full, 4))
         for model, size in zip(models.values(), sizes.values(), strict=True)
     ]
-    chains = [setting for setting in exact if setting.model.name != "revnet"]
-    revnets = [setting for setting in exact if setting.model.name == "revnet"]
-    most = ("store", "remat", "reverse/lockstep", "remat_dots", "offload")
-    compared = {
+    most = ("store", "remat", "reverse", "reverse/lockstep", "remat_dots", "offload")
+    strategies_of = {
         "mlp": most,
         "transformer": (*most, "reverse+8"),
-        "decoder": ("store", "twin", "remat"),
-        "revnet": ("store", "remat"),
+        "decoder": ("store", "twin", *BASIC[1:]),
+        "revnet": BASIC,
     }
     fastest = ("store", "store/unroll", "reverse", "reverse/unroll", "twin/unroll")
     layers = lm.config.model.layers
     trained = [Setting(lm, layers, batch, fastest, seconds=8) for batch in (16, 64)]
     timed = [
-        Setting(half[name], **sizes[name], strategies=strategies, seconds=8)
-        for name, strategies in compared.items()
+        Setting(half[name], sizes[name]["layers"], sizes[name]["batch"], strategies, seconds=8)
+        for name, strategies in strategies_of.items()
     ]
-    searched = (*most, "reverse")
     return Suite(
-        (*chains, trained[0], *revnets, trained[1], *timed),
+        (*exact, *trained, *timed),
         (
-            Search(half["transformer"], "batch", layers=24, batch=4, strategies=searched),
-            Search(half["transformer"], "layers", layers=12, batch=16, strategies=searched),
-            Search(half["mlp"], "layers", layers=16, batch=32768, strategies=searched),
+            Search(half["transformer"], "batch", layers=24, batch=4, strategies=most),
+            Search(half["transformer"], "layers", layers=12, batch=16, strategies=most),
+            Search(half["mlp"], "layers", layers=16, batch=32768, strategies=most),
             Search(half["revnet"], "batch", layers=27, batch=512, strategies=BASIC),
         ),
         minutes,
@@ -166,6 +164,7 @@ def select(
     layers: Sequence[int] | None = None,
     batch: Sequence[int] | None = None,
     seconds: float | None = None,
+    deterministic: bool | None = None,
 ) -> Suite:
     """A part of a suite, or the suite at other sizes; an argument of None changes nothing.
 
@@ -193,6 +192,8 @@ def select(
         settings = _merged(settings, strategies)
     if seconds is not None:
         settings = [s._replace(seconds=seconds if s.seconds else 0) for s in settings]
+    if deterministic is not None:
+        settings = [s._replace(deterministic=deterministic) for s in settings]
     searches = tuple(search for search in suite.searches if search.model.name in names)
     if strategies is not None:
         searches = tuple(search._replace(strategies=tuple(strategies)) for search in searches)
@@ -212,9 +213,10 @@ def _merged(settings, strategies):
     for setting in settings:
         key = setting.model.name, setting.model.dtype, setting.layers, setting.batch
         first = found.get(key, setting)
+        fixed = first.deterministic and setting.deterministic
         names = strategies or dict.fromkeys((*first.strategies, *setting.strategies))
         longer = max(first.seconds, setting.seconds)
-        found[key] = first._replace(strategies=tuple(names), seconds=longer)
+        found[key] = first._replace(strategies=tuple(names), seconds=longer, deterministic=fixed)
     return list(found.values())
 
 

@@ -58,6 +58,7 @@ def experiment() -> ConfigDict:
     config.log_every_steps = 20
     config.eval_every_steps = config.checkpoint_every_steps = 200
     config.init_from = ""  # the workdir of another run: start from its last weights
+    config.deterministic = False  # on GPUs: kernels that sum in a fixed order; slower
     config.on_mismatch = "warn"  # warn | stop: if the backward pass disagrees with the forward pass
     config.tracker = ""  # wandb | trackio, or MODULE:FUNCTION of your own; empty: none
 

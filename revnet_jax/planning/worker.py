@@ -68,6 +68,7 @@ def measure_step(config: ConfigDict, topology: Topology, cache_dir: Path) -> dic
     """The fields of `CompiledStep`; the compiler's figures are read from the cache if there."""
     targets = topology_devices(topology)
     _check_offload(config, targets)
+    config.deterministic = False  # XLA asks the GPU itself for such kernels (jax 0.11.2)
     program = step_program(config, targets)
     traced = program.step.trace(program.state, program.batch)
     lowered = traced.lower()

@@ -14,6 +14,7 @@ from revnet_jax.optimizers.build import SCHEDULES_WITHOUT_END
 PER_HOST = ("data.dir", "data.verify_images", "data.num_threads", "data.prefetch")
 # Settings of memory and speed. The arithmetic stays the same, at most in another order.
 COST = (
+    "deterministic",
     "memory_limit_gib",
     "mesh.data",
     "mesh.fsdp",

@@ -12,10 +12,13 @@ _ON_CPU = {
     "xla_cpu_experimental_ynn_fusion_type": "",
     "xla_disable_hlo_passes": "all-reduce-promotion",
 }
+_DETERMINISTIC = {"xla_gpu_exclude_nondeterministic_ops": True}
 
 
-def exact_jit(function: Callable, *, quickly: bool = False, **kwargs: Any) -> jax.stages.Wrapped:
-    """`jax.jit`, with options that make a branch give the same bits wherever it is evaluated.
+def compiler_options(
+    platform: str, *, deterministic: bool = False, quickly: bool = False
+) -> dict[str, Any] | None:
+    """Options that make a branch give the same bits wherever it is evaluated.
 
     On CPU, XLA may hand a convolution together with the arithmetic around it to a library (YNNPACK)
     that rounds differently, without fused multiply-add. Whether it does depends on which
@@ -28,11 +31,31 @@ def exact_jit(function: Callable, *, quickly: bool = False, **kwargs: Any) -> ja
     without it.
 
     Args:
+      platform: of the devices that the program is compiled for: "cpu", "gpu" or "tpu".
+      deterministic: on GPUs, take kernels that sum in a fixed order for attention, convolutions and
+        scatters, so that a program gives the same bits whenever it runs. For products XLA then
+        takes the first kernel that it knows rather than the fastest of several, so that a program
+        that is compiled again is the same. Slower: see docs/exactness.md.
       quickly: on CPU, compile fast rather than to fast code.
     """
-    options: dict[str, Any] | None = None
-    if jax.default_backend() == "cpu":
-        options = _ON_CPU | (_QUICKLY if quickly else {})
+    if platform == "cpu":
+        return _ON_CPU | (_QUICKLY if quickly else {})
+    if platform in ("gpu", "cuda") and deterministic:
+        return _DETERMINISTIC
+    return None
+
+
+def exact_jit(
+    function: Callable,
+    *,
+    platform: str | None = None,
+    deterministic: bool = False,
+    quickly: bool = False,
+    **kwargs: Any,
+) -> jax.stages.Wrapped:
+    """`jax.jit` with `compiler_options`, by default of the platform that JAX takes by default."""
+    platform = platform or jax.default_backend()
+    options = compiler_options(platform, deterministic=deterministic, quickly=quickly)
     return jax.jit(function, compiler_options=options, **kwargs)
 
 

@@ -52,9 +52,10 @@ def step_program(
     init = functools.partial(init_state, task.network, optimizer, config.seed, ema=ema)
     step = make_train_step(task, optimizer, schedule, ema_decay=config.ema_decay)
     state = shapes_on_mesh(init, task.network.rules, mesh)
-    # `exact_jit` passes compiler options by the default backend, which may be a CPU while the
-    # devices are those of a topology. Other compilers reject the options of the CPU compiler.
-    step = jit_step(step, mesh, state, exact_jit if devices[0].platform == "cpu" else jax.jit)
+    # By the devices: those of a topology are not of JAX's default platform, whose compiler takes
+    # other options.
+    options = {"platform": devices[0].platform, "deterministic": config.deterministic}
+    step = jit_step(step, mesh, state, functools.partial(exact_jit, **options))
     batch = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=batch_sharding(mesh))
         for name, leaf in task.batch_shapes(config.batch_size).items()

@@ -5,6 +5,7 @@
 Prints a line of JSON for each strategy of each: its name, seconds, and its error or None.
 """
 
+import functools
 import json
 import runpy
 import sys
@@ -18,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from revnet_jax.benchmark import models as benchmark_models
 from revnet_jax.benchmark.suites import suites
 from revnet_jax.planning.topology import parse_topology, topology_devices
+from revnet_jax.training.compiler import exact_jit
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -39,11 +41,11 @@ def main(first, last):
     )
     # On the machine with the GPU both would say so.
     jax.default_backend = lambda: "gpu"
-    benchmark_models.exact_jit = jax.jit
+    benchmark_models.exact_jit = functools.partial(exact_jit, platform="gpu")
     names = "cifar10_revnet110.py", "lm_124m.py"
     suite = suites(*(runpy.run_path(str(CONFIGS / n))["get_config"]() for n in names))["gpu"]
     for setting in map(small, suite.settings[first:last]):
-        model, layers, batch, strategies, _ = setting
+        model, layers, batch, strategies, *_ = setting
         for strategy in strategies:
             started, error = time.monotonic(), None
             try:

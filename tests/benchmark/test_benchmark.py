@@ -181,7 +181,7 @@ def test_suites_can_be_narrowed(step_config):
     }
     sizes = {"layers": [2, 4], "batch": [8], "seconds": 1.0, "strategies": ["store"]}
     chosen = select(both["gpu"], models=["mlp"], **sizes)
-    assert [(setting.model.dtype, *setting[1:]) for setting in chosen.settings] == [
+    assert [(setting.model.dtype, *setting[1:5]) for setting in chosen.settings] == [
         ("bfloat16", 2, 8, ("store",), 1.0),
         ("bfloat16", 4, 8, ("store",), 1.0),
         ("float32", 2, 8, ("store",), 1.0),
@@ -198,19 +198,18 @@ def test_suites_can_be_narrowed(step_config):
 
 
 def test_the_gpu_suite_asks_first_whether_gradients_are_exact(step_config):
-    """In both dtypes, of RevNets last; then for time and memory."""
+    """In both dtypes, by deterministic kernels; then for time and memory."""
     settings = suites(step_config, language_model())["gpu"].settings
     named = [(s.model.name, s.model.dtype) for s in settings]
-    chains = ["mlp", "transformer", "decoder"]
-    halves, fulls = ([(name, d) for name in chains] for d in ("bfloat16", "float32"))
-    revnets = [("revnet", "bfloat16"), ("revnet", "float32")]
+    models = ["mlp", "transformer", "decoder", "revnet"]
+    halves, fulls = ([(name, d) for name in models] for d in ("bfloat16", "float32"))
     lm = ("lm_124m", "float32")  # as this test's config has it
-    assert named == [*halves, *fulls, lm, *revnets, lm, *halves, revnets[0]]
-    assert [settings[i].batch for i in (6, 9)] == [16, 64]
-    exact = (*settings[:6], *settings[7:9])
-    assert {setting.strategies for setting in exact} == {("store", "reverse")}
+    assert named == [*halves, *fulls, lm, lm, *halves]
+    assert [setting.batch for setting in settings[8:10]] == [16, 64]
+    assert {setting.strategies for setting in settings[:8]} == {("store", "reverse")}
+    assert [setting.deterministic for setting in settings] == [True] * 8 + [False] * 6
     # In bfloat16 the sizes are the same, so that rows can be put side by side.
-    assert [s[1:3] for s in settings[10:]] == [s[1:3] for s in (*settings[:3], settings[7])]
+    assert [s[1:3] for s in settings[10:]] == [s[1:3] for s in settings[:4]]
 
 
 def test_the_twin_of_an_integrator_has_one_stream():
@@ -332,7 +331,7 @@ def test_the_gpu_suite_compiles_for_a_gpu():
 @pytest.mark.skipif(not gpus.has_compiler(), reason="needs NVIDIA's compiler")
 @pytest.mark.parametrize(
     ("first", "last", "num_programs"),
-    [(0, 3, 6), (3, 6, 6), (6, 9, 9), (9, 12, 16), (12, 14, 5)],
+    [(0, 4, 8), (4, 8, 8), (8, 10, 10), (10, 12, 13), (12, 14, 7)],
 )
 def test_all_of_the_gpu_suite_compiles_for_a_gpu(first, last, num_programs):
     assert compiled_for_h100(first, last) == (num_programs, {})
