@@ -10,10 +10,10 @@
 
 The `laptop` suite compares step times; strategies take turns. The `gpu` suite first checks that
 every model's rebuilt inputs and gradients are exact, by deterministic kernels (the `exact` suite;
---nodeterministic takes the fastest), then compares time and memory, then finds the largest batch
-and depth that each strategy can train, all within --minutes. With --config, the script measures how
-fast this host prepares batches and how fast its devices train on them. Prints a Markdown table;
---json prints JSON lines instead.
+--deterministic=false takes the fastest), then compares time and memory, then finds the largest
+batch and depth that each strategy can train, all within --minutes. With --config, the script
+measures how fast this host prepares batches and how fast its devices train on them. Prints a
+Markdown table; --json prints JSON lines instead.
 """
 
 import json
