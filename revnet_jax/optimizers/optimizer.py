@@ -46,6 +46,11 @@ class StepResult(NamedTuple):
 class Optimizer(Protocol):
     """Computes the gradient and applies it, after the backward pass or inside of it."""
 
+    @property
+    def trainable(self) -> Trainable:
+        """The parameters that are trained."""
+        ...
+
     def init(self, params: Any) -> Any:
         """The state before the first step."""
         ...

@@ -8,16 +8,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from revnet_jax.core import trees
 from revnet_jax.models import Variables
 from revnet_jax.optimizers.rounding import widened
+from revnet_jax.optimizers.trainable import Trainable
 
 
-def first_average(variables: Variables) -> Variables:
+def first_average(variables: Variables, trainable: Trainable) -> Variables:
     """The average before the first step: the variables themselves, with bfloat16 in float32.
 
-    The arrays are copies, because both they and the variables are donated to the next step.
+    Frozen parameters are not averaged: None is in their place. The arrays are copies, because both
+    they and the variables are donated to the next step.
     """
-    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), widened(variables))
+    trained, _ = trainable.divide(variables.params)
+    averaged = widened(variables._replace(params=trained))
+    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), averaged)
 
 
 def next_average(
@@ -39,5 +44,6 @@ def next_average(
     """
     made = step.astype(jnp.float32)
     decay_now = jnp.minimum(decay, (1 + made) / (10 + made))
-    moved: Any = optax.incremental_update(widened(variables), average, 1 - decay_now)
+    averaged = widened(trees.like(average, variables))
+    moved: Any = optax.incremental_update(averaged, average, 1 - decay_now)
     return moved

@@ -51,13 +51,15 @@ def restore_run(workdir: Path, which: Which = "newest") -> Restored:
     config = load_config(workdir)
     if "attention" in config.model:
         config.model.attention = "auto"  # the run may have used other devices
-    task = build_recipe(config).task
+    task, _, optimizer = build_recipe(config)
 
     def init():
         variables = task.network.init(jax.random.key(config.seed))
-        if config.ema_decay:
-            return TrainState.of_variables(None, first_average(variables))
-        return TrainState.of_variables(variables)
+        if not config.ema_decay:
+            return TrainState.of_variables(variables)
+        # Frozen parameters have no average.
+        kept = variables if optimizer.trainable.pattern else None
+        return TrainState.of_variables(kept, first_average(variables, optimizer.trainable))
 
     if not (workdir / "checkpoints").exists():
         raise CheckpointError(

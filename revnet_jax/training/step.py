@@ -24,7 +24,8 @@ class TrainState(NamedTuple):
       step: updates made so far, int32.
       key: the run's PRNG key, for networks that draw random numbers in training.
       exact_mismatches: mismatches that the exactness check has found since step 0, float32.
-      ema: the moving average of the variables, float32; None if the run keeps none.
+      ema: the moving average of the variables, float32, with None for frozen parameters; None if
+        the run keeps none.
     """
 
     step: jax.Array
@@ -43,7 +44,9 @@ class TrainState(NamedTuple):
     @property
     def for_evaluation(self) -> Variables:
         """The variables that evaluation, generation and export use: the average, if it is kept."""
-        return self.variables if self.ema is None else self.ema
+        if self.ema is None:
+            return self.variables
+        return self.ema if self.variables is None else trees.join(self.ema, self.variables)
 
 
 def init_state(
@@ -69,7 +72,7 @@ def init_state(
         opt_state=optimizer.init(variables.params),
         key=run_key,
         exact_mismatches=jnp.zeros((), jnp.float32),
-        ema=first_average(variables) if ema else None,
+        ema=first_average(variables, optimizer.trainable) if ema else None,
     )
 
 

@@ -115,6 +115,25 @@ def test_it_is_split_over_devices_like_the_parameters(decoder):
     assert any(axis for place in places(state.ema) for axis in place.spec)
 
 
+def test_frozen_parameters_have_no_average(decoder, tmp_path):
+    """An evaluation reads them from the variables, also from those of a checkpoint."""
+    decoder.update_from_flattened_dict(
+        {"optimizer.trainable": "qkv", "num_steps": 2, "checkpoint_every_steps": 2}
+    )
+    train(decoder, tmp_path)
+    _, state = state_of(tmp_path, decoder)
+    averaged = [path for path in by_path(state.ema) if path.startswith("params")]
+    assert [path.rpartition("/")[0] for path in averaged] == ["params/layers/0/qkv"]
+    restored = restore_run(tmp_path).variables
+    paths = by_path(restored)
+    assert paths.keys() == by_path(state.variables).keys()
+    for path in paths:
+        source = state.ema if path in by_path(state.ema) else state.variables
+        assert_same_bits(paths[path], by_path(source)[path])
+    (name,) = averaged
+    assert not np.array_equal(paths[name], by_path(state.variables)[name])
+
+
 def test_a_run_without_it_has_nothing_of_it(config):
     config.ema_decay = 0.0
     program = step_program(config, jax.devices())
