@@ -15,7 +15,9 @@ products and convolutions; step: arguments, results and temporaries as compiled;
 these;
 RSS: growth of the process in the first step; device: the device's peak; gradient error: relative \
 L2,
-first step; mismatches: elements of the rebuilt input that differ, all steps"""
+first step; gradient noise: the same between two runs of that step; mismatches: elements of the \
+rebuilt
+input that differ, all steps"""
 
 
 def as_tables(rows: Sequence[BenchmarkRow]) -> str:
@@ -33,6 +35,8 @@ def as_tables(rows: Sequence[BenchmarkRow]) -> str:
 def draw_benchmark(rows: Sequence[BenchmarkRow], figure_class: Any) -> Any:
     """Plots time beside memory, a group of bars per model and size; limits below, in log scale."""
     compared = [row for row in rows if "axis" not in row]
+    # Rows of deterministic kernels are there for their gradients rather than their times.
+    compared = [row for row in compared if not row.get("deterministic")] or compared
     limits = [row for row in rows if "axis" in row]
     figure = figure_class(figsize=(9, 3.2 + (2.8 if limits else 0)), layout="constrained")
     axes = figure.subplots(2 if limits else 1, 2, squeeze=False)
@@ -73,7 +77,7 @@ def _baselines(rows):
 
 
 def _size(row):
-    return row["model"], row["dtype"], row["layers"], row["batch"]
+    return *(row[key] for key in ("model", "dtype", "layers", "batch")), row.get("deterministic")
 
 
 def _number(key, form, scale=1.0):
@@ -108,7 +112,9 @@ COLUMNS = {
     "temporaries, MiB": _number("temporary_bytes", "{:,.1f}", MIB),
     "RSS, MiB": _number("rss_bytes", "{:,.0f}", MIB),
     "device, MiB": _number("device_bytes", "{:,.0f}", MIB),
+    "deterministic": lambda row, store: "yes" if row.get("deterministic") else "-",
     "gradient error": _number("gradient_error", "{:.1e}"),
+    "gradient noise": _number("gradient_noise", "{:.1e}"),
     "mismatches": _number("mismatches", "{:.0f}"),
     "turns": _text("turns"),
 }

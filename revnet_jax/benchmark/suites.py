@@ -1,4 +1,4 @@
-"""The benchmark's suites, one for a laptop and one for a large GPU, and how to run them."""
+"""The benchmark's suites, one for a laptop and two for a large GPU, and how to run them."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ def gpu(config: ConfigDict, lm: ConfigModel, minutes: float = 5.0) -> Suite:
     """For one GPU of 80 GB or more; whether gradients are exact is measured first.
 
     The order: gradients of `reverse` against those of `store`, by deterministic kernels, for every
-    model in bfloat16 and float32; a language model as it is trained; the times
-    of all strategies in bfloat16; then the limits, which do not fit into five minutes.
+    model in bfloat16 and float32; a language model as it is trained; the times of all strategies in
+    bfloat16; then the limits, which do not fit into five minutes.
     """
     sizes: dict[str, dict[str, int]] = {
         "mlp": {"layers": 32, "batch": 8192},
@@ -211,12 +211,11 @@ def _merged(settings, strategies):
     """Merges the settings of each model and size; `strategies` replaces their own if given."""
     found: dict[tuple, Setting] = {}
     for setting in settings:
-        key = setting.model.name, setting.model.dtype, setting.layers, setting.batch
+        key = setting.model.name, setting.model.dtype, *setting[1:3], setting.deterministic
         first = found.get(key, setting)
-        fixed = first.deterministic and setting.deterministic
         names = strategies or dict.fromkeys((*first.strategies, *setting.strategies))
         longer = max(first.seconds, setting.seconds)
-        found[key] = first._replace(strategies=tuple(names), seconds=longer, deterministic=fixed)
+        found[key] = first._replace(strategies=tuple(names), seconds=longer)
     return list(found.values())
 
 

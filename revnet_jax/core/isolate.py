@@ -198,7 +198,8 @@ def _row_major(leaves):
     """The arrays in memory with the last axis contiguous.
 
     XLA lets layouts through a barrier. Where residuals are stacked it may choose another than where
-    they are used at once, transpose the operands of a product, and round it differently.
+    they are used at once, transpose the operands of a product, and round it differently. Seen on
+    GPUs; TPUs choose layouts of their own and are left to it.
     """
     is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
     laid = lambda leaf: with_layout_constraint(leaf, Layout(tuple(range(leaf.ndim))))

@@ -68,11 +68,15 @@ def measure_step(config: ConfigDict, topology: Topology, cache_dir: Path) -> dic
     """The fields of `CompiledStep`; the compiler's figures are read from the cache if there."""
     targets = topology_devices(topology)
     _check_offload(config, targets)
-    config.deterministic = False  # XLA asks the GPU itself for such kernels (jax 0.11.2)
+    if topology.is_gpu:
+        # XLA asks the GPU itself for deterministic kernels, which is not there (jax 0.11.2).
+        config = config.copy_and_resolve_references()
+        config.deterministic = False
     program = step_program(config, targets)
     traced = program.step.trace(program.state, program.batch)
     lowered = traced.lower()
-    path = cache_dir / f"{_digest(lowered.as_text(), topology, targets)}.json"
+    text = f"{lowered.as_text()}\ndeterministic: {config.deterministic}"
+    path = cache_dir / f"{_digest(text, topology, targets)}.json"
     cached = path.exists()
     if cached:
         compiled = path.read_text()

@@ -31,7 +31,8 @@ def compiler_options(
     without it.
 
     Args:
-      platform: of the devices that the program is compiled for: "cpu", "gpu" or "tpu".
+      platform: of the devices that the program is compiled for: "cpu", "tpu", "gpu" or, of a GPU
+        that is not there, "cuda".
       deterministic: on GPUs, take kernels that sum in a fixed order for attention, convolutions and
         scatters, so that a program gives the same bits whenever it runs. For products XLA then
         takes the first kernel that it knows rather than the fastest of several, so that a program

@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from revnet_jax.config import ConfigError
 from revnet_jax.models.task import Task
 from revnet_jax.training.build import Recipe, build_recipe, check_split
 from revnet_jax.training.compiler import exact_jit
@@ -70,7 +71,14 @@ def recipe_on(
 
     The step is not traced. Raises ConfigError for settings that cannot be used.
     """
-    recipe = build_recipe(config, stored_layers, platform=devices[0].platform)
+    platform = devices[0].platform
+    pools = config.model.to_dict().get("stem") == "imagenet"
+    if config.deterministic and pools and platform in ("gpu", "cuda"):
+        raise ConfigError(
+            "config.deterministic: got True and model.stem=imagenet on a GPU, expected False: the "
+            "gradient of its max-pooling has no deterministic kernel"
+        )
+    recipe = build_recipe(config, stored_layers, platform=platform)
     mesh = make_mesh(devices, **config.mesh)
     check_split(config, mesh)
     return recipe, mesh

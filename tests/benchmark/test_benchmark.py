@@ -186,7 +186,13 @@ def test_suites_can_be_narrowed(step_config):
         ("bfloat16", 4, 8, ("store",), 1.0),
         ("float32", 2, 8, ("store",), 1.0),
         ("float32", 4, 8, ("store",), 1.0),
+        ("bfloat16", 2, 8, ("store",), 1.0),
+        ("bfloat16", 4, 8, ("store",), 1.0),
     ]
+    assert [setting.deterministic for setting in chosen.settings] == [True] * 4 + [False] * 2
+    fastest = select(both["exact"], deterministic=False).settings
+    assert len(fastest) == 8
+    assert not any(setting.deterministic for setting in fastest)
     assert [search.strategies for search in chosen.searches] == [("store",)]
     assert chosen.minutes == both["gpu"].minutes == 5
     with pytest.raises(UserError, match="got model 'mpl', expected some of mlp, wide_mlp, "):
@@ -294,13 +300,15 @@ def test_the_gpu_suite_on_a_cpu(step_config):
         for s in suite.settings
     ]
     rows = list(benchmark_suites.run_suite(Suite(tuple(small))))
-    assert [(row["dtype"], row["strategy"]) for row in rows][:3] == [
+    assert [(row["dtype"], row["strategy"]) for row in rows][:5] == [
         ("bfloat16", "store"),
         ("bfloat16", "reverse"),
-        ("bfloat16", "remat"),
+        ("float32", "store"),
+        ("float32", "reverse"),
+        ("bfloat16", "store"),
     ]
     rebuilt = [row for row in rows if row["strategy"] == "reverse"]
-    assert [row["dtype"] for row in rebuilt] == ["bfloat16", "float32"]
+    assert [row["dtype"] for row in rebuilt] == ["bfloat16", "float32", "bfloat16"]
     assert {(row["mismatches"], row["gradient_error"]) for row in rebuilt} == {(0, 0.0)}
     assert "| bfloat16" in as_tables(rows)
 

@@ -1,9 +1,11 @@
 """Which options a program is compiled with."""
 
+from types import SimpleNamespace
+
 import jax
 import pytest
 
-from revnet_jax.config import digits
+from revnet_jax.config import ConfigError, digits, imagenet
 from revnet_jax.training import program
 from revnet_jax.training.compiler import compiler_options
 
@@ -16,6 +18,13 @@ def test_options_depend_on_the_platform():
     assert on_cpu == compiler_options("cpu", deterministic=True)
     quickly = compiler_options("cpu", quickly=True)
     assert quickly == on_cpu | {"xla_backend_optimization_level": 0}
+
+
+def test_max_pooling_has_no_deterministic_gradient():
+    config = imagenet()
+    config.update_from_flattened_dict({"deterministic": True, "model.stem": "imagenet"})
+    with pytest.raises(ConfigError, match=r"got True and model\.stem=imagenet on a GPU"):
+        program.recipe_on(config, [SimpleNamespace(platform="cuda")])
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

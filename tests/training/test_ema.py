@@ -213,7 +213,7 @@ def test_text_is_generated_with_it(run_program, monkeypatch, tmp_path):
 
 @pytest.mark.thorough
 def test_a_plan_counts_it(config, tmp_path):
-    """As weights: four bytes for each parameter and each running average."""
+    """As weights: four bytes for each trained parameter and each running average."""
     sizes = []
     for decay in (0.0, DECAY):
         config.ema_decay = decay

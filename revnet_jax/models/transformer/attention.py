@@ -66,10 +66,9 @@ def attend(
 
     Determinism: each kernel gives the same values for the same inputs every time, which rebuilding
     streams needs. So do gradients, except with "cudnn": its backward kernel sums in an order
-    that varies, unless XLA_FLAGS has --xla_gpu_deterministic_ops=true or
-    --xla_gpu_exclude_nondeterministic_ops=true, with which XLA asks cuDNN for its deterministic,
-    slower algorithm (openxla/xla#14125). So two gradients of one program, or of `store` and
-    `reverse`, may differ by rounding although all streams are equal.
+    that varies, unless `config.deterministic` makes XLA ask cuDNN for its deterministic, slower
+    algorithm (openxla/xla#14125). So two gradients of one program, or of `store` and `reverse`, may
+    differ by rounding although all streams are equal.
     """
     if kernel not in KERNELS.values():
         known = ", ".join(sorted(set(KERNELS.values())))
@@ -97,8 +96,8 @@ def attend(
     chunk = max(_SMALLEST_CHUNK, -(-T // _MOST_CHUNKS))
     if window and chunk > max(window, _SMALLEST_CHUNK):
         return _in_blocks(q_BTNK, k_BTGK, v_BTGK, segment_BT, window=window)
-    # Heads first, so that no product has a transposed result. Of one that has, XLA chooses which
-    # operands to transpose, and chose differently under `store` and `reverse`, whose gradients in
+    # Heads first, so that no product has a transposed result. XLA chooses which operands of such a
+    # product to transpose, and chose differently under `store` and `reverse`, whose gradients in
     # float32 were 3e-4 apart on an H100. Once for all chunks, which moves less memory.
     q_BNTK, k_BGTK, v_BGTK = (jnp.swapaxes(x, 1, 2) for x in (q_BTNK, k_BTGK, v_BTGK))
     parts = []
@@ -111,7 +110,8 @@ def attend(
             places = jnp.arange(start, stop)[:, None], jnp.arange(first, last)[None]
             # XLA merges equal masks of two isolated programs (see core/isolate.py) and keeps the
             # result, where a program alone makes its mask as it goes along. The barrier keeps it
-            # everywhere, so that the code that reads it is the same.
+            # everywhere, a byte for each score of one head, so that the code that reads it is the
+            # same.
             mask_TS = jax.lax.optimization_barrier(causal_mask(*places, window))
         part = jax.checkpoint(_of_segments, policy=_is_softmax_sum)
         queries, read = slice(start, stop), slice(first, last)
