@@ -153,6 +153,9 @@ def _abstract(*avals, program, witnessed):
 
 def _lower_between_barriers(context, *arguments, program, witnessed, lay=list):
     run = jax.named_scope(SCOPE)(jaxpr_as_fun(program))
+    # A constraint of layouts would gather sharded arrays: XLA does not split it over devices.
+    if getattr(context.module_context.axis_context, "num_devices", None) != 1:
+        lay = list
     enter, leave = lambda *leaves: lay(_barrier(*leaves)), lambda *leaves: _barrier(*lay(leaves))
     arguments = _lowered(context, enter, context.avals_in, arguments)
     outputs = mlir.lower_fun(lambda *arguments: run(*arguments))(context, *arguments)
