@@ -83,9 +83,10 @@ class Entrant:
 
     def compile(self, deterministic: bool = False) -> None:
         started = time.perf_counter()
-        # None leaves the options of the program's own `jit`.
-        options = compiler_options(jax.default_backend(), deterministic=True)
-        self.compiled = self.traced.lower().compile(options if deterministic else None)
+        options = None  # leaves those of the program's own `jit`
+        if deterministic:
+            options = compiler_options(jax.default_backend(), deterministic=True)
+        self.compiled = self.traced.lower().compile(options)
         self.compile_seconds = time.perf_counter() - started
 
     def start(self) -> None:

@@ -113,9 +113,10 @@ def gpu(config: ConfigDict, lm: ConfigModel, minutes: float = 5.0) -> Suite:
     # float32 has no cuDNN attention, and XLA then autotunes products of another shape for each
     # chunk of attention: a shorter context keeps these few.
     full["decoder"] = decoder(width=1024, context=512, dtype="float32")
+    pair = ("store", "reverse")
     exact = [
         # float32 gets a quarter of the batch: it has twice the bytes and a tenth of the speed.
-        Setting(model, size["layers"], size["batch"] // part, ("store", "reverse"), 0.2, True)
+        Setting(model, size["layers"], size["batch"] // part, pair, seconds=0.2, deterministic=True)
         for models, part in ((half, 1), (full, 4))
         for model, size in zip(models.values(), sizes.values(), strict=True)
     ]

@@ -72,7 +72,7 @@ def recipe_on(
     The step is not traced. Raises ConfigError for settings that cannot be used.
     """
     platform = devices[0].platform
-    pools = config.model.to_dict().get("stem") == "imagenet"
+    pools = "stem" in config.model and config.model.stem == "imagenet"
     if config.deterministic and pools and platform in ("gpu", "cuda"):
         raise ConfigError(
             "config.deterministic: got True and model.stem=imagenet on a GPU, expected False: the "

@@ -8,13 +8,14 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 from revnet_jax.benchmark import suites as benchmark_suites
 from revnet_jax.benchmark.limits import find_limit
 from revnet_jax.benchmark.models import ConfigModel, MlpChain, TransformerChain
 from revnet_jax.benchmark.report import as_tables, draw_benchmark
-from revnet_jax.benchmark.steps import Setting, compare_strategies
+from revnet_jax.benchmark.steps import Entrant, Setting, compare_strategies
 from revnet_jax.benchmark.suites import Suite, select, suites
 from revnet_jax.config import language_model
 from revnet_jax.errors import UserError
@@ -216,6 +217,16 @@ def test_the_gpu_suite_asks_first_whether_gradients_are_exact(step_config):
     assert [setting.deterministic for setting in settings] == [True] * 8 + [False] * 6
     # In bfloat16 the sizes are the same, so that rows can be put side by side.
     assert [s[1:3] for s in settings[10:]] == [s[1:3] for s in settings[:4]]
+
+
+def test_noise_is_of_two_runs_from_one_state(monkeypatch):
+    """On a CPU there is none; a second step would have another gradient."""
+    entrant = Entrant("store", MLP.program("store", 2, 4))
+    entrant.compile()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    entrant.start()
+    assert entrant.gradient_noise == 0
+    assert np.linalg.norm(jax.tree.leaves(entrant.gradient)[0]) > 0
 
 
 def test_the_twin_of_an_integrator_has_one_stream():

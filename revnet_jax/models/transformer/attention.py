@@ -96,6 +96,31 @@ def attend(
     chunk = max(_SMALLEST_CHUNK, -(-T // _MOST_CHUNKS))
     if window and chunk > max(window, _SMALLEST_CHUNK):
         return _in_blocks(q_BTNK, k_BTGK, v_BTGK, segment_BT, window=window)
+    return _in_chunks(q_BTNK, k_BTGK, v_BTGK, segment_BT, causal=causal, window=window, chunk=chunk)
+
+
+def causal_mask(query_T1: jax.Array, key_1S: jax.Array, window: int = 0) -> jax.Array:
+    """[T, S]: which keys each query sees, from the positions of both; window: see `attend`."""
+    mask_TS = query_T1 >= key_1S
+    return mask_TS & (query_T1 - key_1S < window) if window else mask_TS
+
+
+def _of_segments(q_BNTK, k_BGSK, v_BGSK, mask_TS, *segments):
+    """`_heads_first` with the mask of segments added.
+
+    The mask is made inside the checkpointed function, so that it is not kept as a residual.
+    """
+    if not segments:
+        return _heads_first(q_BNTK, k_BGSK, v_BGSK, mask_TS)
+    segment_BT, segment_BS = segments
+    same_BTS = segment_BT[:, :, None] == segment_BS[:, None]
+    mask_BTS = same_BTS if mask_TS is None else same_BTS & mask_TS[None]
+    return _heads_first(q_BNTK, k_BGSK, v_BGSK, mask_BTS)
+
+
+def _in_chunks(q_BTNK, k_BTGK, v_BTGK, segment_BT, *, causal, window, chunk):
+    """Attention of one chunk of queries at a time to the keys that it reads."""
+    T = q_BTNK.shape[1]
     # Heads first, so that no product has a transposed result. XLA chooses which operands of such a
     # product to transpose, and chose differently under `store` and `reverse`, whose gradients in
     # float32 were 3e-4 apart on an H100. Once for all chunks, which moves less memory.
@@ -121,25 +146,6 @@ def attend(
         parts.append(part(*arrays))
     mixed_BNTK = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=2)
     return jnp.swapaxes(mixed_BNTK, 1, 2)
-
-
-def causal_mask(query_T1: jax.Array, key_1S: jax.Array, window: int = 0) -> jax.Array:
-    """[T, S]: which keys each query sees, from the positions of both; window: see `attend`."""
-    mask_TS = query_T1 >= key_1S
-    return mask_TS & (query_T1 - key_1S < window) if window else mask_TS
-
-
-def _of_segments(q_BNTK, k_BGSK, v_BGSK, mask_TS, *segments):
-    """`_heads_first` with the mask of segments added.
-
-    The mask is made inside the checkpointed function, so that it is not kept as a residual.
-    """
-    if not segments:
-        return _heads_first(q_BNTK, k_BGSK, v_BGSK, mask_TS)
-    segment_BT, segment_BS = segments
-    same_BTS = segment_BT[:, :, None] == segment_BS[:, None]
-    mask_BTS = same_BTS if mask_TS is None else same_BTS & mask_TS[None]
-    return _heads_first(q_BNTK, k_BGSK, v_BGSK, mask_BTS)
 
 
 def _in_blocks(q_BTNK, k_BTGK, v_BTGK, segment_BT, *, window):
