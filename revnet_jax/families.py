@@ -115,7 +115,7 @@ def build_task(
     """Builds the model of a config with its training task. Nothing is computed.
 
     Args:
-      stored_layers: replaces the setting of the config, where "auto" counts as 0.
+      stored_layers: replaces the setting of the config, where -1 counts as 0.
       platform: of the devices to train on, "cpu", "gpu" or "tpu"; by default, of those here.
 
     Raises ConfigError for settings that cannot be used.
@@ -140,11 +140,8 @@ def _options(config: ConfigDict, stored_layers: int | None) -> ModelOptions:
     for name in ("compute_dtype", "param_dtype"):
         if model[name] not in DTYPES:
             raise ValueError(f"got {name}={model[name]!r}, expected one of {', '.join(DTYPES)}")
-    stored = model.stored_layers
-    if stored != "auto" and not stored.isdecimal():
-        raise ValueError(f"got stored_layers={stored!r}, expected a whole number or auto")
     if stored_layers is None:
-        stored_layers = 0 if stored == "auto" else int(stored)
+        stored_layers = max(model.stored_layers, 0)
     return ModelOptions(
         backprop=tuple(model.backprop.split(",")) if "," in model.backprop else model.backprop,
         stored_layers=stored_layers,
@@ -254,7 +251,7 @@ def _equal_units(config, layers):
     """
     config = config.copy_and_resolve_references()
     config.model.units = (1,) * len(config.model.units)
-    config.model.update({"backprop": "store", "stored_layers": "0"})
+    config.model.update({"backprop": "store", "stored_layers": 0})
     network: Any = build_task(config, platform="cpu").network
     first_units = [group for group in network.groups if group.unit]
     return {"units": tuple(layers + group.is_transition for group in first_units)}

@@ -54,7 +54,7 @@ def experiment() -> ConfigDict:
     config.eval_batch_size = 200
     config.microbatches = 1  # gradient accumulation: parts that a batch is split into
     config.ema_decay = 0.0  # of the average of the weights (EMA) that evaluation uses; 0: none
-    config.memory_limit_gib = 0.0  # per device, for stored_layers=auto; 0: all it has
+    config.memory_limit_gib = 0.0  # per device, for stored_layers=-1; 0: all it has
     config.log_every_steps = 20
     config.eval_every_steps = config.checkpoint_every_steps = 200
     config.init_from = ""  # the workdir of another run: start from its last weights
@@ -75,7 +75,7 @@ def experiment() -> ConfigDict:
     config.model.family = ""  # a family of the package, or MODULE:FUNCTION of your own
     # One strategy for all chains, or one for each, such as reverse,store,store.
     config.model.backprop = "reverse"  # store | remat_dots | remat | offload | reverse
-    config.model.stored_layers = "0"  # how many of the last layers are stored; or auto
+    config.model.stored_layers = 0  # how many of the last layers are stored; -1: as many as fit
     config.model.unroll = 1  # layers per loop iteration, with store or reverse; all: no loop
     config.model.compute_dtype = "float32"  # float32 | bfloat16
     config.model.param_dtype = "float32"  # float32 | bfloat16: of kernels, embeddings

@@ -143,6 +143,7 @@ RANGES = {
     "model.lora_alpha": real("(0, inf)"),
     "model.feed_forward_chunks": whole(1),
     "model.loss_chunk": whole(1),
+    "model.stored_layers": whole(0, _DEEP, or_else=-1),
     "model.unroll": whole(1),
     "model.grid_bits": whole(0, 22),
     "optimizer.momentum": real("[0, 1)"),

@@ -100,7 +100,7 @@ def with_layers(config: ConfigDict, layers: int) -> ConfigDict:
     if layers < 3:
         raise UserError(f"got {layers} layers, expected 3 or more: fewer may make no loop")
     config = config.copy_and_resolve_references()
-    config.model.update({"backprop": "store", "stored_layers": "0"})
+    config.model.update({"backprop": "store", "stored_layers": 0})
     config.model.update(family_of(config).depth.equal(config, layers))
     return config
 

@@ -39,7 +39,7 @@ class Variant(NamedTuple):
         """Settings by dotted key that override those of a config of the same layers and streams."""
         return {
             "model.backprop": self.backprop,
-            "model.stored_layers": str(self.stored_layers),
+            "model.stored_layers": self.stored_layers,
             "optimizer.lockstep": self.lockstep,
         }
 
@@ -94,7 +94,7 @@ def model_of(config: Mapping[str, Any]) -> Model:
     that compile could not use them.
     """
     known = as_config(config)
-    known.model.update({"backprop": "remat", "stored_layers": "0"})
+    known.model.update({"backprop": "remat", "stored_layers": 0})
     if "attention" in known.model:
         known.model.attention = "auto"
     return build_task(known, platform="cpu").network

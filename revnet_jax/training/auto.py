@@ -1,4 +1,4 @@
-"""stored_layers=auto: finds, by compiling, how many layers fit into memory when stored."""
+"""stored_layers=-1: finds, by compiling, how many layers fit into memory when stored."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def largest_stored_layers(
     limit = int(config.memory_limit_gib * 2**30) or memory_bytes(devices[0])
     if limit is None:
         raise ConfigError(
-            "config.model.stored_layers: got auto on a device that does not report its "
+            "config.model.stored_layers: got -1 on a device that does not report its "
             "memory, expected config.memory_limit_gib to say how much there is"
         )
 
@@ -42,7 +42,7 @@ def largest_stored_layers(
 
     if not fits(0):
         raise ConfigError(
-            f"config.model.stored_layers: got auto, but a step does not fit into "
+            f"config.model.stored_layers: got -1, but a step does not fit into "
             f"{limit / 2**30:.3f} GiB even with 0 stored layers: take a smaller batch"
         )
     low, high = 0, build_task(config, 0).network.most_stored_layers

@@ -37,7 +37,7 @@ def build_recipe(
     """Builds the task, the schedule and the optimizer of a config. Nothing is compiled.
 
     Args:
-      stored_layers: replaces the setting of the config, where "auto" counts as 0.
+      stored_layers: replaces the setting of the config, where -1 counts as 0.
       platform: of the devices to train on, "cpu", "gpu" or "tpu"; by default, of those here.
 
     Raises ConfigError for settings that cannot be used.

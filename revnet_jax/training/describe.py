@@ -22,16 +22,16 @@ def describe_model(config: ConfigDict) -> dict[str, Any]:
       abstract evaluation, before the compiler shares or fuses anything; nothing is computed. The
       bytes of `offload` are in host memory.
     - stored_layers: the last layers of each chain that are stored, in place of what `backprop`
-      says; null if it is "auto", which is resolved at launch.
+      says; null for -1, as many as fit, which is found at launch.
     """
     task = build_task(config)
     network = task.network
-    auto = config.model.stored_layers == "auto"
+    auto = config.model.stored_layers == -1
     kept = {strategy: None for strategy in STRATEGIES}
     for strategy in STRATEGIES:
         if strategy != "reverse" or network.invertible:
             changed = config.copy_and_resolve_references()
-            changed.model.update({"backprop": strategy, "stored_layers": "0"})
+            changed.model.update({"backprop": strategy, "stored_layers": 0})
             kept[strategy] = activation_bytes_per_example(build_task(changed))
     return {
         "family": config.model.family,

@@ -87,7 +87,7 @@ def _train(
     started: float,
 ) -> dict[str, Any]:
     """Trains in a claimed folder. changes: settings that differ from those of the last start."""
-    if config.model.stored_layers == "auto":
+    if config.model.stored_layers == -1:
         program = step_program(config, jax.devices(), resolve_auto(config, workdir))
     task, mesh = program.task.of_data(data.record), program.mesh
     sums = exact_jit(on_mesh(task.sums, mesh))
@@ -172,7 +172,7 @@ def say(line: str) -> None:
 
 
 def resolve_auto(config: ConfigDict, workdir: Path) -> int:
-    """Returns the number that stored_layers=auto stands for.
+    """Returns the number that stored_layers=-1 stands for.
 
     It is found once and kept in auto.json, so that a resumed run uses the same number, unless a
     setting changed that memory depends on.

@@ -138,7 +138,7 @@ def test_variants_store_a_quarter_a_half_and_three_quarters_of_the_layers(step_c
     ]
     assert found["reverse+2/lockstep"] == {
         "model.backprop": "reverse",
-        "model.stored_layers": "2",
+        "model.stored_layers": 2,
         "optimizer.lockstep": True,
     }
 

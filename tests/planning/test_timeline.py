@@ -100,7 +100,7 @@ def test_every_chain_gets_its_layers(step_config, family):
     step_config.model.family = family
     channels = (8, 8, 32) if family == "irevnet" else (8, 8, 16)
     step_config.model.channels = channels
-    step_config.model.update({"backprop": "reverse,store", "stored_layers": "2"})
+    step_config.model.update({"backprop": "reverse,store", "stored_layers": 2})
     chains = build_task(with_layers(step_config, 5)).network.chains.values()
     depths = [sum(group.depth for group in chain if group.unit) for chain in chains]
     assert depths == ([10] if family == "irevnet" else [5, 5])

@@ -193,10 +193,8 @@ def differences(name, device):
     """What the module's docstring says, of the parts of one network's branches."""
     of_network = name in NETWORKS
     texts = network_texts if of_network else chain_texts
-    stored = {"stored_layers": "1" if of_network else 1}
-    reversed_text, stored_text, mixed_text = texts(
-        name, device, [{"backprop": "reverse"}, {"backprop": "store"}, stored]
-    )
+    strategies = [{"backprop": "reverse"}, {"backprop": "store"}, {"stored_layers": 1}]
+    reversed_text, stored_text, mixed_text = texts(name, device, strategies)
     found = {"name": name}
     for suffix, layouts in (("", True), (" but for layouts", False)):
         parts = lambda text, scope, layouts=layouts: isolated_parts(text, scope, layouts=layouts)

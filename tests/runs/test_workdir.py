@@ -30,7 +30,7 @@ MAY = {
     "data.num_threads": 7,
     "data.prefetch": 7,
     "model.backprop": "store",
-    "model.stored_layers": "auto",
+    "model.stored_layers": -1,
     "model.unroll": 2,
     "model.check_exactness": False,
     "model.attention": "chunked",

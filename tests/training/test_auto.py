@@ -1,4 +1,4 @@
-"""stored_layers=auto fills the memory there is, and stays what it was."""
+"""stored_layers=-1 fills the memory there is, and stays what it was."""
 
 import functools
 import json
@@ -14,7 +14,7 @@ from revnet_jax.training.loop import resolve_auto
 
 @pytest.mark.thorough
 def test_the_largest_that_fits_and_the_next_does_not(tiny_config, tmp_path, monkeypatch):
-    tiny_config.model.update({"units": (8, 2), "stored_layers": "auto"})
+    tiny_config.model.update({"units": (8, 2), "stored_layers": -1})
     devices = jax.devices()[:1]
     compiled = functools.cache(lambda m: needed_bytes(tiny_config, devices, m))
     monkeypatch.setattr(auto, "needed_bytes", lambda config, devices, m: compiled(m))
@@ -27,7 +27,7 @@ def test_the_largest_that_fits_and_the_next_does_not(tiny_config, tmp_path, monk
     assert any(line.startswith("stored_layers=4 needs") for line in lines)
 
     tiny_config.memory_limit_gib = need[0] / 2 / 2**30
-    with pytest.raises(ConfigError, match=r"got auto, but a step does not fit .* smaller batch"):
+    with pytest.raises(ConfigError, match=r"got -1, but a step does not fit .* smaller batch"):
         largest_stored_layers(tiny_config, devices, lines.append)
 
     (tmp_path / "auto.json").write_text(json.dumps({"stored_layers": 1}))

@@ -56,7 +56,7 @@ def test_a_finished_run_goes_on_in_another_way_to_the_same_bits(half, tiny_confi
     assert summary["steps"] == HALF
     changes = {
         "model.backprop": "remat",
-        "model.stored_layers": "1",
+        "model.stored_layers": 1,
         "eval_batch_size": 90,
         "eval_every_steps": 2,
         "log_every_steps": 2,
