@@ -56,7 +56,9 @@ def tokenize_answers(
             "got no end_token with answers, expected a token that ends them: without one a model "
             "does not learn to stop"
         )
-    lines = sum(1 for _ in read_examples(inputs))  # before anything is written
+    # Lines are read twice: here for their number, which the split needs, and so that mistakes are
+    # found before anything is written.
+    lines = sum(1 for _ in read_examples(inputs))
     if lines < 2:
         raise DataError(f"got {lines} lines, expected two at least, one of them for the test split")
     files = TokenFiles(
@@ -67,8 +69,10 @@ def tokenize_answers(
         end_token=end_token,
         shard_tokens=shard_tokens,
     )
+    # The last lines are the test split; each split has one line at least.
     train_lines = lines - min(lines - 1, max(1, round(test_share * lines)))
     test_bytes = test_trained = 0
+    # One iterator for both splits: the second slice goes on where the first has ended.
     examples = read_examples(inputs)
     for split, left in (("train", train_lines), ("test", lines - train_lines)):
         of_split = itertools.islice(examples, left)
@@ -76,6 +80,7 @@ def tokenize_answers(
             ids, is_answer = _tokenized(some, files)
             files.append(split, ids, is_answer)
             if split == "test":
+                # End tokens are trained on, so they count as tokens, although they have no bytes.
                 test_bytes += sum(len(example.answer.encode()) for example in some)
                 test_trained += sum(is_answer)
     return files.describe(test_bytes / test_trained)
@@ -118,6 +123,7 @@ def _example(line: bytes) -> Example:
 
 def _tokenized(examples: Sequence[Example], files: TokenFiles) -> tuple[list[int], list[bool]]:
     """(the ids of the documents of these examples, whether each is part of an answer)."""
+    # Prompts and answers by turns, so that one call tokenizes all of them in parallel.
     texts = [text for example in examples for text in example]
     found = files.tokenizer.encode_batch(texts, add_special_tokens=False)
     ids, is_answer = [], []

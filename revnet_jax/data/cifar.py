@@ -43,7 +43,7 @@ _LAYOUTS = {
             test_file="test_batch.bin",
             names_file="batches.meta.txt",
             num_classes=10,
-            train_file_ratio=1,
+            train_file_ratio=1,  # every file has 10,000 images
             label_bytes=1,
         ),
         _Layout(
@@ -64,7 +64,7 @@ _LAYOUTS = {
             test_file="test.bin",
             names_file="fine_label_names.txt",
             num_classes=100,
-            train_file_ratio=5,
+            train_file_ratio=5,  # 50,000 images to train, 10,000 to test
             label_bytes=2,  # coarse, fine
         ),
         _Layout(
@@ -142,6 +142,7 @@ def _read_binary(path: Path, layout: _Layout) -> tuple[np.ndarray, np.ndarray]:
             f"{record_bytes} bytes (an image and its label); download or unpack it again"
         )
     records = np.fromfile(path, np.uint8).reshape(-1, record_bytes)
+    # The last byte before the pixels: in CIFAR-100 the coarse label comes before the fine one.
     labels = records[:, layout.label_bytes - 1]
     _check_labels(path, labels, layout.num_classes)
     return records[:, layout.label_bytes :], labels
@@ -185,6 +186,7 @@ def _field(path: Path, batch: dict[str, Any], key: str) -> Any:
 
 
 def _is_list_of(kind: type, value: Any) -> bool:
+    # The exact type, because a bool is an int too.
     return isinstance(value, list) and all(type(item) is kind for item in value)
 
 
@@ -233,6 +235,8 @@ def _read_class_names(path: Path, layout: _Layout) -> tuple[str, ...]:
 
 def _to_images(rows: Sequence[np.ndarray]) -> np.ndarray:
     """Converts rows in channel, row, column order to one contiguous uint8 [N, 32, 32, 3]."""
+    # Filled file by file. Joining the rows before channels are moved to the end would need a second
+    # copy of all images.
     images_NHWC = np.empty((sum(map(len, rows)), 32, 32, 3), np.uint8)
     start = 0
     for part in rows:

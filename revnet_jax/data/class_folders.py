@@ -38,6 +38,7 @@ def find_images(split_dirs: Sequence[Path]) -> list[dict[str, list[str]]]:
 
 
 def _check_apart(split_dirs: Sequence[Path]) -> None:
+    # In both orders, because either folder may be the link. If neither is, they lie side by side.
     for one, other in itertools.permutations(split_dirs, 2):
         real, real_other = os.path.realpath(one), os.path.realpath(other)
         if os.path.islink(one) and (_is_in(real, real_other) or _is_in(real_other, real)):
@@ -48,6 +49,7 @@ def _classes(split_dir: Path) -> list[str]:
     with os.scandir(split_dir) as entries:
         visible = sorted(entries, key=lambda entry: entry.name)
     visible = [entry for entry in visible if not entry.name.startswith(".")]
+    # Before `is_dir`, which is False for a broken link: its class would be passed over.
     for entry in visible:
         _check_leads_somewhere(entry)
     names = [entry.name for entry in visible if entry.is_dir()]
@@ -80,6 +82,8 @@ class _Search:
     def images(self, class_dir: str) -> list[str]:
         """Returns the sorted paths of the images in a class folder."""
         root = os.path.realpath(class_dir)
+        # A linked class may lie anywhere but where a search of its folder would meet another class,
+        # or where a search of another class would meet it.
         if os.path.islink(class_dir):
             for real_split in self._real_splits:
                 if _is_in(root, real_split) or _is_in(real_split, root):
@@ -89,6 +93,7 @@ class _Search:
         pending = [(class_dir, root)]
         while pending:
             folder, real = pending.pop()
+            # Two classes that link to one folder, or to a folder and one inside it, meet here.
             owner = self._owners.setdefault(real, class_dir)
             if owner != class_dir:
                 raise _astray(class_dir, real, f"is in {owner} too")
@@ -100,9 +105,11 @@ class _Search:
                     if not entry.is_dir():
                         if entry.name.lower().endswith(SUFFIXES):
                             images.append(self._image(entry, class_dir))
+                    # Not followed: it must lead into this class, where its images are found anyway.
                     elif entry.is_symlink():
                         linked_folders.append(entry.path)
                     else:
+                        # No link, so the real path is that of its parent with its name.
                         pending.append((entry.path, os.path.join(real, entry.name)))
         for link in linked_folders:
             self._check_linked_folder(link, class_dir)
@@ -111,6 +118,7 @@ class _Search:
                 f"{class_dir}: got no images, expected files ending in {', '.join(SUFFIXES)}; "
                 "add images or remove the folder"
             )
+        # scandir has no defined order, and a resumed run has to read the images in the same one.
         return sorted(images)
 
     def _image(self, entry: os.DirEntry[str], class_dir: str) -> str:
@@ -140,6 +148,8 @@ class _Search:
         """
         for link, class_dir in self._linked_images:
             target = os.path.realpath(link)
+            # The class of the folder that the image lies in, or else the first class that links to
+            # it.
             owner = self._owners.get(os.path.dirname(target))
             owner = owner or self._owners.setdefault(target, class_dir)
             if owner != class_dir:
@@ -147,6 +157,7 @@ class _Search:
 
 
 def _check_leads_somewhere(entry: os.DirEntry[str]) -> None:
+    # `exists` follows links: it is False for a missing target, and for links in a circle.
     if entry.is_symlink() and not os.path.exists(entry.path):
         raise DataError(
             f"{entry.path}: got a link to {os.readlink(entry.path)}, which does not exist or leads "
@@ -155,6 +166,7 @@ def _check_leads_somewhere(entry: os.DirEntry[str]) -> None:
 
 
 def _is_in(real: str, folder: str) -> bool:
+    # With a separator at the end, so that /data/cats2 is not in /data/cats.
     return os.path.join(real, "").startswith(os.path.join(folder, ""))
 
 

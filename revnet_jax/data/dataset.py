@@ -39,6 +39,7 @@ def file_errors(expected: str) -> Generator[None]:
 def read_file(path: Path, expected: str) -> bytes:
     """Reads a file. Raises DataError if it cannot be read, or is a pipe, which might never end."""
     with file_errors(expected):
+        # A folder is left to `read_bytes`, whose error says that it is one.
         if path.exists() and not path.is_file() and not path.is_dir():
             raise DataError(f"{path}: got a pipe, socket or device; expected {expected}")
         return path.read_bytes()
@@ -127,6 +128,7 @@ class Dataset:
 
     def normalise(self, pixels_BHWC: np.ndarray) -> np.ndarray:
         """`(pixels - mean) / scale`: uint8 [B, H, W, C] to float32 of the same shape."""
+        # From uint8 to float32 at once, then in place: one new array, and none in float64.
         image_BHWC = np.subtract(pixels_BHWC, self.mean_HWC, dtype=np.float32)
         return np.divide(image_BHWC, self.scale, out=image_BHWC)
 
@@ -170,8 +172,9 @@ def in_memory_dataset(
 def _sha256(*arrays: np.ndarray) -> str:
     digest = hashlib.sha256()
     for array in arrays:
+        # Also the shape: the same bytes may be other images.
         digest.update(repr(array.shape).encode())
-        digest.update(np.ascontiguousarray(array).data)
+        digest.update(np.ascontiguousarray(array).data)  # hashlib reads contiguous memory only
     return digest.hexdigest()
 
 
@@ -181,5 +184,6 @@ def _standard_deviation(images_NHWC: np.ndarray) -> float:
     for start in range(0, len(images_NHWC), 1000):  # bincount copies its input to int64
         counts += np.bincount(images_NHWC[start : start + 1000].reshape(-1), minlength=256)
     values = np.arange(256)
+    # The mean is subtracted before squaring: mean(x^2) - mean(x)^2 would lose digits.
     mean = (counts @ values) / counts.sum()
     return float(np.sqrt((counts @ (values - mean) ** 2) / counts.sum()))

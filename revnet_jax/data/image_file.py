@@ -37,11 +37,15 @@ def random_crop_box(width: int, height: int, uniforms_U: np.ndarray, min_crop_ar
     for u_area, u_aspect in zip(shapes[::2], shapes[1::2], strict=True):
         area = width * height * (min_crop_area + (1 - min_crop_area) * u_area)
         aspect = math.exp(math.log(_MIN_ASPECT) + u_aspect * math.log(_MAX_ASPECT / _MIN_ASPECT))
+        # width * height = area and width / height = aspect.
         box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        # A side of a tiny image may be rounded to 0.
         if 0 < box_width <= width and 0 < box_height <= height:
+            # u < 1, so the corner is at one of width - box_width + 1 places, each as likely.
             left = math.floor(u_left * (width - box_width + 1))
             top = math.floor(u_top * (height - box_height + 1))
             return left, top, left + box_width, top + box_height
+    # All of the shorter side, and as much of the longer one as the aspect ratio allows.
     box_width = min(width, max(1, round(height * _MAX_ASPECT)))
     box_height = min(height, max(1, round(width / _MIN_ASPECT)))
     left, top = (width - box_width) // 2, (height - box_height) // 2
@@ -54,6 +58,7 @@ def centre_crop_box(width: int, height: int, image_size: int) -> Box:
     It corresponds to resizing the shorter side to round(image_size * 256 / 224) and keeping the
     central image_size x image_size pixels.
     """
+    # 256 / 224 are the sizes of resizing and cropping that are usual on ImageNet.
     side = min(width, height) * image_size / round(image_size * 256 / 224)
     left, top = (width - side) / 2, (height - side) / 2
     return left, top, left + side, top + side
@@ -78,6 +83,7 @@ def read_image(path: str, choose_box: Callable[[int, int], Box], image_size: int
             # for the smallest size at which the box still has image_size pixels.
             shrink = max(1, min(right - left, bottom - top) / image_size)
             scale = _load(file, image, (math.ceil(width / shrink), math.ceil(height / shrink)))
+            # Grey, palette and CMYK images become RGB too; an alpha channel is dropped.
             rgb = image if image.mode == "RGB" else image.convert("RGB")
             resized = rgb.resize(
                 (image_size, image_size),
@@ -133,16 +139,19 @@ def _load(file: BinaryIO, image: Image.Image, min_size: tuple[int, int]) -> floa
     """
     _check_depth(image)
     width = image.width
+    # Before `load`, which decodes the image: afterwards `draft` does nothing.
     drafted = image.draft("RGB", min_size)
     image.load()
     if image.format in jpeg.FORMATS:
         jpeg.check_complete(file, image, min_size)
+    # The box that `draft` returns is the whole image in decoded pixels, not rounded as its size is.
+    # So the scale is exactly 1, 1/2, 1/4 or 1/8.
     return drafted[1][2] / width if drafted else 1
 
 
 def _check_depth(image: Image.Image) -> None:
     # Pillow clips pixels of more than 8 bits to 255 when it converts them: images become white.
-    if image.mode.startswith(("I", "F")):
+    if image.mode.startswith(("I", "F")):  # also I;16, 16-bit integers
         raise ValueError(f"more than 8 bits a channel (Pillow mode {image.mode})")
 
 

@@ -140,6 +140,7 @@ def _folder_split(
 ) -> FolderSplit:
     """Builds a split; paths: by class name; a test split may lack classes."""
     counts = [len(paths.get(name, ())) for name in class_names]
+    # By class and then by path: the labels below follow this order.
     in_order = tuple(path for name in class_names for path in paths.get(name, ()))
     labels = np.repeat(np.arange(len(class_names), dtype=np.int32), counts)
     return FolderSplit(in_order, labels, image_size)
@@ -151,6 +152,8 @@ def _sha256_of_names(split_dirs: Sequence[Path], splits: Sequence[FolderSplit]) 
     for split_dir, split in zip(split_dirs, splits, strict=True):
         start = len(os.path.join(split_dir, ""))
         for path in split.paths:
+            # File names need not be valid text. A zero byte, which no name holds, ends each, and a
+            # second one ends the split: so other lists of names cannot have the same bytes.
             digest.update(os.fsencode(path[start:]) + b"\0")
         digest.update(b"\0")
     return digest.hexdigest()

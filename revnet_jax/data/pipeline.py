@@ -99,6 +99,7 @@ def train_batches(
             crop_padding=crop_padding,
         )
         if affine:
+            # Drawn last, so that the other random numbers are the same without affine maps.
             uniforms_B6 = rng.random((batch_size, 6), np.float32)[rows]
             image_BHWC = random_affine(image_BHWC, uniforms_B6, strength=affine)
         return {"image": image_BHWC, "label": split.labels[indices_B]}
@@ -115,6 +116,7 @@ def shuffled(size: int, seed: int) -> Callable[[np.ndarray], np.ndarray]:
     Memory: 16 bytes per element, for two epochs; a batch spans at most two.
     """
 
+    # Threads may be ahead by more; what was dropped is computed again, and is the same.
     @functools.lru_cache(2)
     def permutation(epoch: int) -> np.ndarray:
         # The 1 makes it differ from the augmentation's seed [seed, step].
@@ -164,6 +166,7 @@ def eval_batches(
         num_real = len(indices_R)
         image_BHWC = np.zeros((len(rows), *dataset.image_shape), np.float32)
         label_B = np.zeros(len(rows), np.int32)
+        # The rows ascend, so the padding comes last.
         if num_real:
             image_BHWC[:num_real] = dataset.normalise(split.read(indices_R))
             label_B[:num_real] = split.labels[indices_R]

@@ -51,10 +51,12 @@ class _Dtype:
         self.order = "="
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
+        # The state of a dtype is (version, byte order, ...).
         order = state[1]
         self.order = order.decode() if isinstance(order, bytes) else order
 
     def to_numpy(self) -> np.dtype:
+        # Pixels and labels are integers; arrays of objects would hold pointers.
         if not re.fullmatch("[iu][1248]", self.name) or self.order not in ("<", ">", "=", "|"):
             raise _Refused(f"an array of {str(self.order)[:9]}{str(self.name)[:9]}")
         return np.dtype(self.name).newbyteorder(self.order)
@@ -67,9 +69,11 @@ class _Array:
     """
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
+        # The state of an array is (version, shape, dtype, whether its order is Fortran's, bytes).
         _, self.shape, self.dtype, self.fortran, self.content = state
 
     def to_numpy(self) -> np.ndarray:
+        # Neither allocates memory, and `reshape` fails if the shape asks for more than is there.
         flat = np.frombuffer(self.content, self.dtype.to_numpy())
         return flat.reshape(self.shape, order="F" if self.fortran else "C")
 
@@ -116,8 +120,10 @@ def load_pickled_dict(path: Path) -> dict[str, Any]:
         if size > _MAX_BYTES:
             raise _Refused(f"{size:,} bytes")
         with path.open("rb") as file:
+            # All instructions are checked before the first is carried out.
             _check_instructions(file)
             file.seek(0)
+            # Strings of Python 2, the pixels among them, would otherwise be decoded from ASCII.
             value = _Unpickler(file, encoding="bytes").load()
         if isinstance(value, dict):
             return {_text(key): _to_numpy(item) for key, item in value.items()}
@@ -152,13 +158,16 @@ def _check_instructions(file: Any) -> None:
         if count >= _MAX_INSTRUCTIONS:
             raise _Refused(f"more than {_MAX_INSTRUCTIONS:,} values")
         if name in _PUT:
+            # MEMOIZE takes the next number; the other instructions name theirs.
             number: Any = len(is_container) if name == "MEMOIZE" else argument
             if number >= _MAX_INSTRUCTIONS:  # Python allocates memo slots for all smaller numbers
                 raise _Refused(f"a value of number {number:,}")
+            # Filling a container leaves it on top of the stack.
             is_container[number] = on_top in _CONTAINERS or on_top in _FILL
             continue
         if name in _GET and is_container.get(argument):
             raise _Refused("one list, tuple or dictionary in two places")
+        # A tuple of arguments is used up at once and is no part of the result: not counted.
         if name in _CONSUME and on_top in _TUPLES:
             containers -= 1
         containers += name in _CONTAINERS

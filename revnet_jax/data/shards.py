@@ -32,7 +32,9 @@ class Shards:
         return int(self._ends[-1]) if len(self._files) else 0
 
     def __getitem__(self, places: np.ndarray) -> np.ndarray:
+        # "right": the place at the end of a file is the first of the next one that is not empty.
         which = np.searchsorted(self._ends, places, side="right")
+        # uint32 holds the ids of both dtypes, and the weights 0 and 1.
         tokens = np.empty(places.shape, np.uint32)
         for i in np.unique(which):
             file, here = self._files[i], which == i
@@ -78,6 +80,7 @@ def load_shards(folder: Path) -> LoadedShards:
         # Shards of text have none.
         answers = {split: _sizes(found["answers"][split]) for split in sizes if "answers" in found}
         for split, files in answers.items():
+            # Each file of weights belongs to a file of tokens, and is as long.
             if list(files.values()) != list(sizes[split].values()):
                 raise ValueError(f"got {files} for the answers of {sizes[split]}")
         per_token = float(found["test_bytes_per_token"])
@@ -106,16 +109,19 @@ def _string(value: Any) -> str:
 
 
 def _sizes(files: Any) -> dict[str, int]:
+    # A path with folders could lead to files elsewhere.
     if not isinstance(files, dict) or any(Path(name).name != name for name in files):
         raise TypeError("expected names of files in its folder, with their tokens")
     return {name: _whole(size) for name, size in files.items()}
 
 
 def _map(path: Path, dtype: np.dtype, size: int) -> np.ndarray:
+    # One comparison tells both a missing file and one that is cut short.
     got = f"{path.stat().st_size} bytes" if path.is_file() else "no file"
     expected = f"{size * dtype.itemsize} bytes"
     if got != expected:
         raise DataError(f"{path}: got {got}, expected {expected}: it is missing or cut short")
+    # An empty file cannot be mapped.
     return np.memmap(path, dtype, mode="r") if size else np.empty(0, dtype)
 
 
@@ -154,6 +160,7 @@ class TokenFiles:
         self.end = [] if end_token is None else [self.tokenizer.token_to_id(end_token)]
         if None in self.end:
             raise ValueError(f"got end_token={end_token!r}, expected a token of {tokenizer_file}")
+        # 2**16 ids, 0 to 65,535, fit into two bytes.
         self._dtype = np.dtype(np.uint16 if self._vocab_size <= 2**16 else np.uint32)
         missing = [str(path) for path in inputs if not path.is_file()]
         if missing:
@@ -175,6 +182,7 @@ class TokenFiles:
           is_answer: for each token, whether it is trained on; None in all calls for shards of text.
         """
         files = self.splits[split]
+        # A file takes whole pieces until it has enough, so sizes are approximate.
         is_new = not files or list(files.values())[-1] >= self._shard_tokens
         name = f"{split}_{len(files):05}.bin" if is_new else list(files)[-1]
         self._write(files, name, np.asarray(ids, self._dtype), is_new)
@@ -183,6 +191,7 @@ class TokenFiles:
             self._write(self._answers[split], beside, np.asarray(is_answer, np.uint8), is_new)
 
     def _write(self, files, name, array, is_new):
+        # A new file is truncated: a run that was interrupted may have left one of this name.
         with writing(self._out / name), open(self._out / name, "wb" if is_new else "ab") as file:
             file.write(array.data)
         files[name] = files.get(name, 0) + len(array)
@@ -199,6 +208,8 @@ class TokenFiles:
         }
         if self._answers["train"]:
             description["answers"] = self._answers
+        # Last, and whole or not at all: until then the folder counts as none, whatever files it
+        # holds.
         with writing(self._out / "tokens.json"):
             write_atomically(self._out / "tokens.json", json.dumps(description, indent=2) + "\n")
         return description
@@ -240,10 +251,12 @@ def tokenize_files(
     first_test_byte = int((1 - test_share) * sum(path.stat().st_size for path in inputs))
     position = test_bytes = 0
     for piece, ids in _tokenized(files.tokenizer, _pieces(inputs), files.end):
+        # A piece is in the split that its first byte is in.
         split = "train" if position < first_test_byte else "test"
         position += len(piece.encode())
         test_bytes += len(piece.encode()) if split == "test" else 0
         files.append(split, ids)
+    # Without bytes the test split would be the end of a document alone, and have no bits per byte.
     if not test_bytes or not files.splits["train"]:
         raise DataError(
             f"got {position:,} bytes of text, expected enough for two splits: take more text, or a "
@@ -270,7 +283,9 @@ def _pieces(inputs: Sequence[Path]) -> Iterator[str | None]:
     size = min(_PIECE_BYTES, 1 + sum(path.stat().st_size for path in inputs) // 100)
     for path in inputs:
         try:
+            # newline="" keeps line ends as they are, so that the pieces add up to the file.
             with open(path, encoding="utf-8", newline="") as file:
+                # Up to a line end, but at most as much again, because a file may have no line ends.
                 while piece := file.read(size) + file.readline(size):
                     yield piece
             yield None

@@ -54,6 +54,7 @@ class Arrays:
     def __post_init__(self):
         for split in (self.train_arrays, self.test_arrays):
             sizes = {name: len(array) for name, array in split.items()}
+            # Test batches use the name "weight" for what tells padding from examples.
             if len(set(sizes.values())) != 1 or not min(sizes.values()) or "weight" in sizes:
                 raise DataError(
                     f"got arrays of {sizes} examples, expected the same number of each, at least "
@@ -69,6 +70,7 @@ class Arrays:
     def train(self, *, batch_size: int, seed: int, rows: np.ndarray) -> Callable[[int], NumpyBatch]:
         """See `Source`."""
         size = len(next(iter(self.train_arrays.values())))
+        # `shuffled` keeps the permutations of two epochs, so a batch must not span three.
         if batch_size > size:
             raise ValueError(f"got batch_size={batch_size}, expected at most the {size} examples")
         order = shuffled(size, seed)

@@ -95,7 +95,9 @@ def load_text(name: str, *, path: str = "", train_share: float = 0.9) -> Text:
         raise DataError(f"{file}: got an empty file, expected a text")
     if name == "bytes":
         tokens = np.frombuffer(content, np.uint8)
+        # A prompt with other bytes is refused, since the model has not seen them.
         seen = bytes(np.unique(tokens[: int(train_share * len(tokens))]).tolist())
+        # Latin-1 makes byte i the character i.
         vocabulary = Vocabulary("bytes", 256, seen.decode("latin-1"))
     else:
         try:
@@ -105,6 +107,7 @@ def load_text(name: str, *, path: str = "", train_share: float = 0.9) -> Text:
                 f"{path}: got bytes that are not UTF-8 ({error.reason} at {error.start}), expected "
                 "characters: take data.name=bytes"
             ) from error
+        # UTF-32 has one number for each character. `unique` sorts them, and numbers them from 0.
         points = np.frombuffer(decoded.encode("utf-32-le"), np.uint32)
         known, tokens = np.unique(points, return_inverse=True)
         tokens = tokens.astype(np.uint32)
@@ -124,6 +127,7 @@ def _sha256(content: bytes) -> str:
 
 def _embedded() -> Path:
     """The path of a text that comes with CPython: half a megabyte of English prose about Python."""
+    # The package first: `find_spec` of a submodule raises an error if there is no such package.
     found = importlib.util.find_spec("pydoc_data")
     spec = importlib.util.find_spec("pydoc_data.topics") if found else None
     if spec is None or spec.origin is None:
@@ -160,6 +164,7 @@ def train_windows(
     check_threads(num_threads, prefetch)
     if seed < 0:
         raise ValueError(f"got seed={seed}, expected 0 or more")
+    # A window ends one token before the last, which is a target.
     places = len(text.train) - context
     if context < 1 or places < 1:
         raise ValueError(
@@ -168,8 +173,9 @@ def train_windows(
         )
 
     def make_batch(step: int) -> NumpyBatch:
+        # Every process draws the starts of the whole global batch, then reads its own rows.
         starts_B = np.random.default_rng([seed, step]).integers(places, size=batch_size)
-        places_BT = starts_B[:, None] + np.arange(context + 1)
+        places_BT = starts_B[:, None] + np.arange(context + 1)  # [B, T + 1]: with the last target
         batch = _checked(text.train[places_BT[rows]], text)
         if text.train_weight is None:
             return batch
@@ -210,9 +216,12 @@ def eval_windows(
 
     def make_batch(step: int) -> NumpyBatch:
         windows_B = step * batch_size + rows
+        # The last target of a window is the first token of the next one.
         places = windows_B[:, None] * context + np.arange(context + 1)
+        # Behind the end of the text the last token stands for the padding.
         there = np.minimum(places, targets)
         batch = _checked(text.test[there], text)
+        # The last window may be too long, and the last batch may have rows without a window.
         counts = (places[:, 1:] <= targets) & (windows_B < num_windows)[:, None]
         weight = counts.astype(np.float32)
         if text.test_weight is not None:
@@ -225,6 +234,7 @@ def eval_windows(
 
 def _check_some_weight(weights: np.ndarray | Shards | None, targets: int) -> None:
     """Raises ValueError if all evaluated targets, those after the first token, have weight 0."""
+    # Otherwise the mean loss would be 0 / 0, found at the first evaluation.
     if weights is None:
         return
     starts = range(1, targets + 1, _SOME)  # reads no further than the first that counts
@@ -245,6 +255,7 @@ def _with_mean_one(weights: np.ndarray) -> np.ndarray:
 
 def _checked(windows: np.ndarray, text: Text) -> NumpyBatch:
     largest, size = int(windows.max()), text.vocabulary.size
+    # Before the cast to int32, in which an id from 2**31 on would be negative.
     if largest >= size:
         raise DataError(
             f"got token id {largest}, expected ids below the vocabulary's {size}: the shards were "

@@ -38,6 +38,7 @@ class Vocabulary(NamedTuple):
         Args:
           where: what `other` belongs to, for the error message.
         """
+        # Which bytes a text has, and which token ends it, does not change what ids mean.
         mine, theirs = (
             v._replace(characters="" if v.kind == "bytes" else v.characters, end_token=None)
             for v in (self, other)
@@ -111,6 +112,7 @@ def codec(vocabulary: Vocabulary, tokenizer: Path | None = None) -> Codec:
         del prompt
         if vocabulary.kind == "characters":
             return lambda i: vocabulary.characters[i]
+        # Bytes of one character come one after another. What is not UTF-8 becomes U+FFFD.
         incremental = codecs.getincrementaldecoder("utf-8")(errors="replace")
         return lambda i: incremental.decode(bytes([i]))
 
@@ -172,6 +174,8 @@ def _of_tokenizer(vocabulary, path):
             if text.endswith("\N{REPLACEMENT CHARACTER}") and held < 3:
                 held += 1
                 return ""
+            # The text of the shorter window is decoded anew, because it may begin in another way
+            # than the end of the longer window: some decoders drop a leading space.
             new, ids, held = text[len(said) :], ids[-_LOOK_BACK:], 0
             said = read(ids)
             return new
