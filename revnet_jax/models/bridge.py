@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen, nnx
 
+# All that a module may hold, in the order in which `nnx.split` returns it.
 _STATE = (nnx.Param, nnx.BatchStat, nnx.RngState)
 
 
@@ -25,6 +26,7 @@ class PureModule:
     def __init__(self, make: Callable[[nnx.Rngs], nnx.Module]):
         is_built = isinstance(make, nnx.Module | linen.Module)
         self._make = make if is_built else _without_sharding(make)
+        # Shapes only, so that a large module takes no memory here.
         module = make if is_built else nnx.eval_shape(lambda: self._make(nnx.Rngs(0)))
         if is_built or not isinstance(module, nnx.Module):
             got = type(module).__name__
@@ -57,6 +59,7 @@ class PureModule:
         # Random streams restart at every call, so that the same key gives the same numbers.
         draw = nnx.Rngs(key)
         streams = jax.tree.map(lambda leaf: _restarted(leaf, draw), self._streams)
+        # A new module for each call: what the call changes in it does not outlive the call.
         module = nnx.merge(self._graphdef, params, stats, streams)
         output = module(*args, **kwargs)
         new_stats = nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
@@ -80,6 +83,7 @@ def _without_sharding(make):
 def _restarted(leaf, draw):
     """Resets a leaf of a random stream: a new key from `draw`, or a counter of zero."""
     is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    # As many keys as the leaf has; its shape is () for a single stream.
     return jax.random.split(draw(), leaf.shape) if is_key else jnp.zeros(leaf.shape, leaf.dtype)
 
 
@@ -114,6 +118,7 @@ class FlaxBranch(PureModule):
             raise ValueError(
                 f"got no data for {self.name!r}, expected init_layers' data_L: pass it"
             )
+        # Later keywords win, which is how `functools.partial` changes the mode.
         kwargs = self._kwargs | kwargs
         u, stats = self.apply(params, data.stats, *inputs, key=data.key, **kwargs)
         return u, {self.name: stats}
@@ -140,6 +145,7 @@ def linen_branch(module: linen.Module, name: str, /, *example: Any, **kwargs: An
     if not isinstance(module, linen.Module):
         raise ValueError(f"got {module!r}, expected a linen module: build it, or take nnx_branch")
     make = lambda rngs: nnx.bridge.ToNNX(module, rngs=rngs).lazy_init(*example, **kwargs)
+    # Linen refuses to update running averages unless their collection is "mutable".
     return FlaxBranch(make, name, {"mutable": ["batch_stats"], **kwargs})
 
 
@@ -156,6 +162,7 @@ def init_layers(branches: Sequence[FlaxBranch], key: jax.Array, depth: int) -> t
     if len(set(names)) < len(names):
         raise ValueError(f"got branches {', '.join(names)}, expected distinct names: rename one")
     params_L, data_L = [], {}
+    # Keys by branch, by use (0 for parameters, 1 for the data's random numbers) and by layer.
     for branch, keys in zip(branches, jax.random.split(key, (len(names), 2, depth)), strict=True):
         # Compiled, because XLA then removes the forward pass that linen's `init` runs for shapes.
         params, stats = jax.jit(jax.vmap(branch.init))(keys[0])

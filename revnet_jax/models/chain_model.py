@@ -33,6 +33,7 @@ class ChainModel(ABC):
         self, *, layers: int, invertible: bool = True, options: ModelOptions = ModelOptions()
     ):
         backprop, stored_layers = options.backprop, options.stored_layers
+        # A tuple is for networks of several chains, one strategy each.
         if isinstance(backprop, tuple) or backprop not in STRATEGIES:
             known = ", ".join(STRATEGIES)
             raise ValueError(f"got backprop={backprop!r}, expected one of {known}")
@@ -101,6 +102,7 @@ class ChainModel(ABC):
             unroll=self._unroll,
             update=sweep.update,
             state_L=sweep.state_L("layers"),
+            # No `.get`: a probe of another name is an error, not a chain that is never checked.
             probe=None if sweep.probes is None else sweep.probes["layers"],
             **data,
         )

@@ -14,10 +14,12 @@ def at_least_float32(dtype: Any) -> Any:
 def is_narrowed(path: Any) -> bool:
     """Whether the leaf at this path is a kernel or an embedding, which `param_dtype` applies to."""
     name = jax.tree_util.keystr(path[-1:], simple=True)
+    # Not low-rank adapters, `lora_a` and `lora_b`: they stay in float32.
     return name.endswith("kernel") or name in ("embed", "positions")
 
 
 def narrowed(params: Any, dtype: Any) -> Any:
     """Casts kernels and embeddings to this dtype; normalisations and biases keep theirs."""
     narrow = lambda path, leaf: leaf.astype(dtype) if is_narrowed(path) else leaf
+    # float32 is no cast, so that parameters that were initialised in float64 keep it.
     return params if dtype == jnp.float32 else jax.tree_util.tree_map_with_path(narrow, params)

@@ -23,6 +23,7 @@ class Strategy(NamedTuple):
     @property
     def stores(self) -> bool:
         """Whether nothing is recomputed."""
+        # A transition stores 0 of 0 layers, which does not count as all of them.
         return self.backprop == "store" or 0 < self.layers == self.stored_layers
 
     @property

@@ -42,6 +42,7 @@ def spec_of(rules: Rules, path: str, shape: Sequence[int], mesh: Any) -> Partiti
     Leaves without a rule are replicated.
     """
     for pattern, axes in rules:
+        # A rule is of the last dimensions, because stacked layers have one more in front.
         if re.search(pattern, path) and len(axes) <= len(shape):
             break
     else:
@@ -49,6 +50,7 @@ def spec_of(rules: Rules, path: str, shape: Sequence[int], mesh: Any) -> Partiti
     sizes = dict(mesh.shape)
     if sizes.get("sequence", 1) > 1:
         axes = [WEIGHTS if axis == "fsdp" else axis for axis in axes]
+    # An axis that the mesh lacks counts as size + 1 devices, which never divide the size.
     split = [
         axis if axis is not None and size % extent(axis, sizes, size + 1) == 0 else None
         for size, axis in zip(shape[len(shape) - len(axes) :], axes, strict=True)
@@ -79,6 +81,7 @@ def gather(rules: Rules, group: str, params: Any, dtype: Any) -> Any:
     Cost: one all-gather, and one reduce-scatter of the gradient.
     """
     mesh = jax.sharding.get_abstract_mesh()
+    # Without a mesh, too, nothing is split.
     if all(dict(mesh.shape).get(axis, 1) == 1 for axis in WEIGHTS):
         return params
 
@@ -88,6 +91,8 @@ def gather(rules: Rules, group: str, params: Any, dtype: Any) -> Any:
         if split == whole:
             return leaf
         leaf = leaf.astype(dtype) if trees.is_inexact(leaf) else leaf
+        # Named, so that no strategy keeps gathered weights: those of all layers would exist at
+        # once.
         return checkpoint_name(_gathered(split, whole, leaf), GATHERED)
 
     return jax.tree_util.tree_map_with_path(gathered, params)
@@ -125,6 +130,7 @@ def on_batch(tree: Any) -> Any:
     if mesh.empty:
         return tree
     spec = PartitionSpec(batch_axes(mesh), *sequence_axis(mesh))
+    # The derivative of a constraint is the same constraint, so it holds for cotangents too.
     return jax.tree.map(lambda leaf: lax.with_sharding_constraint(leaf, spec), tree)
 
 
@@ -161,11 +167,15 @@ def by_heads(
     mesh = jax.sharding.get_abstract_mesh()
     if not sequence_axis(mesh):
         return attend(q_BTNK, k_BTGK, v_BTGK)
+    # How devices hold tokens and heads outside of attention, and within it.
     of_tokens, of_heads = (BATCH, "sequence", "tensor"), (BATCH, None, ("tensor", "sequence"))
     parts, G = extent(("tensor", "sequence"), dict(mesh.shape)), k_BTGK.shape[2]
+    # Tiled: parts are joined along an axis that is there already.
     exchange = functools.partial(lax.all_to_all, axis_name="sequence", tiled=True)
     to_heads = functools.partial(exchange, split_axis=2, concat_axis=1)
     to_tokens = functools.partial(exchange, split_axis=1, concat_axis=2)
+    # The fewest copies that the devices can share evenly. Copies lie side by side, so that a group
+    # of query heads still finds its key-value head.
     repeated = lambda x: to_heads(jnp.repeat(x, math.lcm(parts, G) // G, axis=2))
     q_BTNK = by_device(to_heads, (of_tokens,), of_heads)(q_BTNK)
     k_BTGK, v_BTGK = (by_device(repeated, (of_tokens,), of_heads)(x) for x in (k_BTGK, v_BTGK))
@@ -201,6 +211,7 @@ def by_device(
     spec = lambda dims: PartitionSpec(
         *(tuple(axis for axis in _tuple(axes) if axis in mesh.axis_names) for axes in dims)
     )
+    # No check of the axes over which results vary: Pallas kernels do not declare them.
     in_specs = tuple(map(spec, in_axes))
     return jax.shard_map(function, in_specs=in_specs, out_specs=spec(out_axes), check_vma=False)
 
@@ -226,10 +237,12 @@ def by_batch(
 
     def split(path, leaf):
         spec = spec_of(rules, _name(group, path), leaf.shape, mesh)
+        # Only the axes that are mapped here may be named; "tensor" is left to the compiler.
         kept = (tuple(axis for axis in _tuple(entry) if axis in axes) for entry in spec)
         return PartitionSpec(*(entry or None for entry in kept))
 
     def whole(leaf, spec):
+        # A rule splits one dimension over these axes, so that none is left after the first.
         for dim, axis in enumerate(spec):
             if axis is not None:
                 parts = lax.all_gather(leaf.astype(dtype), axis, axis=dim, tiled=True)

@@ -107,6 +107,7 @@ class Classification(Task):
         image_BHWC, label_B = batch["image"], batch["label"]
         if self.mixup:
             share = jax.random.beta(mix_key, self.mixup, self.mixup)
+            # An image and the one as far from the end are mixed: batches are shuffled already.
             image_BHWC = share * image_BHWC + (1 - share) * image_BHWC[::-1]
         logits_BV, stats = self.network.apply(
             variables, image_BHWC, train=True, key=model_key, sweep=sweep
@@ -115,6 +116,7 @@ class Classification(Task):
         loss = nll(label_B)
         if self.mixup:
             loss = share * loss + (1 - share) * nll(label_B[::-1])
+        # With mixup, by the label of the first image alone.
         return loss, (stats, {"train_accuracy": jnp.mean(is_correct(logits_BV, label_B))})
 
     def sums(self, variables: Variables, batch: Batch) -> Sums:
@@ -179,7 +181,7 @@ class NextToken(Task):
         stats = self.network.next_stats(variables.stats)
         if not self.network.shape.experts:
             return nll, (stats, {})
-        balance = jnp.mean(aux[0])
+        balance = jnp.mean(aux[0])  # one for each layer
         metrics = {"train_nll": nll, "train_balance": balance}
         return nll + self.balance * balance, (stats, metrics)
 
@@ -193,11 +195,13 @@ class NextToken(Task):
             batch["weight"],
             jnp.where(count == 0, 1, count),  # a batch without answers adds zeros, not NaN
         )
+        # Evaluation adds up sums of batches, and `loss` has returned a mean.
         return {"loss": mean * count, "count": count}
 
     def scores(self, means: Mapping[str, float]) -> dict[str, float]:
         """`eval_loss` (nats per token), `eval_perplexity`, and `eval_bits_per_byte` if known."""
         loss = means["loss"]
+        # Above 709 `math.exp` raises an error.
         found = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
         if self.bytes_per_token:
             found["eval_bits_per_byte"] = loss / math.log(2) / self.bytes_per_token
@@ -222,6 +226,7 @@ def cross_entropy(
       label_smoothing: share of the target that is spread over all classes (Szegedy et al. 2016,
         arXiv:1512.00567, section 7).
     """
+    # No array of targets as large as the logits, unless they are smoothed.
     if label_smoothing == 0:
         return optax.softmax_cross_entropy_with_integer_labels(logits_BV, label_B)
     target_BV = jax.nn.one_hot(label_B, logits_BV.shape[-1], dtype=logits_BV.dtype)

@@ -83,12 +83,14 @@ _conv.defvjp(_conv_fwd, _conv_bwd)
 
 def _columns_grad(stride, x_BHWC, kernel, dy_BHWC):
     """Both gradients, by matrix products over columns (im2col)."""
+    # [m, n, H, W, Cin] and [m, n, H', W', Cout]: chunk i is [:, i].
     x_mnHWC = _chunked(x_BHWC, kernel, stride)
     dy_mnHWC = dy_BHWC.reshape(*x_mnHWC.shape[:2], *dy_BHWC.shape[1:])
     kernel_acc = kernel.astype(at_least_float32(kernel.dtype))
 
     def put_chunk(i, grads):
         dx_mnHWC, dkernel = grads
+        # The derivative of slicing pads and adds: the pull-back sums overlapping windows (col2im).
         _, pull = jax.vjp(partial(_columns_dot, stride), _chunk(x_mnHWC, i), kernel_acc)
         dx, dkernel_chunk = pull(_chunk(dy_mnHWC, i))
         dx_mnHWC = lax.dynamic_update_index_in_dim(dx_mnHWC, dx, i, axis=1)
@@ -107,12 +109,14 @@ def _columns_dot(stride, x_BHWC, kernel):
     kh, kw, _, Cout = kernel.shape
     (top, bottom), (left, right) = lax.padtype_to_pads((H, W), (kh, kw), (stride, stride), "SAME")
     x_BHWC = jnp.pad(x_BHWC, ((0, 0), (top, bottom), (left, right), (0, 0)))
+    # From the first to the last pixel that a tap of the kernel reads.
     h_span, w_span = ((-(-size // stride) - 1) * stride + 1 for size in (H, W))
     windows = [
         lax.slice(x_BHWC, (0, i, j, 0), (B, i + h_span, j + w_span, C), (1, stride, stride, 1))
         for i in range(kh)
         for j in range(kw)
     ]
+    # [B, H', W', kh kw Cin] @ [kh kw Cin, Cout]
     return jnp.concatenate(windows, axis=-1) @ kernel.reshape(-1, Cout)
 
 
@@ -127,7 +131,9 @@ def _chunked(x_BHWC, kernel, stride):
     image_bytes = (
         -(-H // stride) * -(-W // stride) * taps * C * at_least_float32(kernel.dtype).itemsize
     )
+    # The columns of a 1x1 kernel are the image itself, at most strided: nothing to keep small.
     most = B if taps == 1 else max(1, _COLUMN_BYTES // image_bytes)
+    # Chunks are equally large, so their size divides the batch.
     m = max(m for m in range(1, min(B, most) + 1) if B % m == 0)
     return x_BHWC.reshape(m, B // m, H, W, C)
 

@@ -18,6 +18,7 @@ def space_to_depth(x_BHWC: jax.Array) -> jax.Array:
     """
     B, H, W, C = x_BHWC.shape
     x = x_BHWC.reshape(B, H // 2, 2, W // 2, 2, C)
+    # [B, H/2, 2, W/2, 2, C] -> [B, H/2, W/2, 2, 2, C]: the four pixels of a square side by side.
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, H // 2, W // 2, 4 * C)
 
 
@@ -25,6 +26,7 @@ def depth_to_space(x_BHWC: jax.Array) -> jax.Array:
     """Undoes `space_to_depth`."""
     B, H, W, C = x_BHWC.shape
     x = x_BHWC.reshape(B, H, W, 2, 2, C // 4)
+    # The permutation swaps two axes, so that it is its own inverse.
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, 2 * H, 2 * W, C // 4)
 
 

@@ -86,6 +86,7 @@ class ConvNet:
             if unit
         }
         self._shortcuts = {
+            # One module for all streams, since it holds no parameters: each stream has its own.
             name: (shortcut(unit),) * shape.num_streams
             for name, unit, _ in self.groups
             if unit and not unit.keeps_shape
@@ -124,8 +125,10 @@ class ConvNet:
             def init_unit(key, modules=modules):
                 keys = jax.random.split(key, len(modules))
                 pairs = [module.init(k) for module, k in zip(modules, keys, strict=True)]
+                # [(params, stats) of each module] -> (params of all, stats of all)
                 return tuple(zip(*pairs, strict=True))
 
+            # The leaves of a chain get their leading axis from `vmap` over one key per layer.
             if unit.keeps_shape:
                 add(name, jax.vmap(init_unit), jax.random.split(group_key, depth))
             else:
@@ -184,6 +187,7 @@ class ConvNet:
             )
         x = on_batch(tuple(jnp.split(x_BHWC, self.shape.num_streams, axis=-1)))
         for name, _, _ in self.groups:
+            # A chain runs where its first group is, whose name it has.
             if name in self.chains:
                 chain, strategy = self.chains[name], self.strategies[name]
                 x, auxes = sequence(
@@ -193,6 +197,7 @@ class ConvNet:
                     stored_layers=strategy.stored_layers,
                     unroll=self._unroll,
                     update=sweep.update,
+                    # `.get`, because only chains that are rebuilt have a probe.
                     probe=None if sweep.probes is None else sweep.probes.get(name),
                 )
                 new_stats |= {
@@ -200,6 +205,7 @@ class ConvNet:
                     for group, aux_L in zip(chain, auxes, strict=True)
                     if group.unit
                 }
+            # Other groups without a shortcut have run with their chain.
             elif name in self._shortcuts:
                 x, new_stats[name] = self._transition(name, params[name], stats[name], x, train)
                 x = on_batch(x)
@@ -220,6 +226,7 @@ class ConvNet:
         (chain,) = self.chains.values()
         y = tuple(jnp.split(x_BHWC, shape.num_streams, axis=-1))
         x = sequence_inverse(self._sections(chain, variables, train), y)
+        # Without the channels that the stem has added.
         return jnp.concatenate(x, axis=-1)[..., : shape.image_shape[2]]
 
     def _gather(self, group, params):
@@ -260,6 +267,7 @@ class ConvNet:
 
         def residual(params, x, context):
             u_BHWC, stats = f(params[0], x[0], context)
+            # Added in the dtype of the stream: what the branch returns may be narrower.
             return (x[0] + u_BHWC.astype(x[0].dtype),), (stats,)
 
         return PlainLayer(residual)
@@ -275,6 +283,7 @@ class ConvNet:
         def run(params, stats, x):
             params = self._gather(name, params)
             n = len(branches)
+            # The averages of the branches, then those of the shortcuts, as in `init`.
             y, new_stats = [], list(stats)
             for i in range(n):
                 shortcut, new_stats[n + i] = shortcuts[i].apply(params[n + i], stats[n + i], x[i])
@@ -284,6 +293,7 @@ class ConvNet:
                 y.append(shortcut.astype(x[i].dtype) + u.astype(x[i].dtype))
             return tuple(y), tuple(new_stats)
 
+        # Without a policy the checkpoint keeps nothing but the arguments.
         unit = run if self.strategies[name].stores else jax.checkpoint(run)
         return unit(params, stats, x)
 

@@ -22,6 +22,7 @@ RULES = (
     (r"head/dense/kernel$", ("fsdp", None)),
     (r"convs/0/kernel$", ("fsdp", "tensor")),
     (r"convs/1/kernel$", ("tensor", "fsdp")),
+    # Shortcuts, and the third convolution of a bottleneck.
     (r"kernel$", ("fsdp", None)),
 )
 
@@ -42,6 +43,7 @@ class Conv(nnx.Module):
         self.stride, self.dtype = stride, dtype
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+        # Cast at use: the gradient is cast back to the dtype that the parameter is kept in.
         kernel = self.kernel[...].astype(self.dtype)
         return conv(x_BHWC.astype(self.dtype), kernel, stride=self.stride)
 
@@ -94,9 +96,11 @@ class ResidualBranch(nnx.Module):
             )
 
     def __call__(self, x_BHWC: jax.Array, *, train: bool) -> jax.Array:
+        # 1 if the first convolution has no normalisation before it, else 0.
         without = len(self.convs) - len(self.norms)
         for i, convolution in enumerate(self.convs):
             if i >= without:
+                # Normalised in float32 at least, then convolved in `dtype`.
                 x_BHWC = self.norms[i - without](x_BHWC, use_running_average=not train)
                 x_BHWC = nnx.relu(x_BHWC).astype(self.dtype)
             x_BHWC = convolution(x_BHWC)
@@ -107,6 +111,7 @@ class PooledShortcut(nnx.Module):
     """A shortcut without parameters: average pooling, and zero channels added on both sides."""
 
     def __init__(self, in_channels, out_channels, *, stride):
+        # Half of the added channels before the others; one more after them if the number is odd.
         self.before = (out_channels - in_channels) // 2
         self.after = out_channels - in_channels - self.before
         self.stride = stride

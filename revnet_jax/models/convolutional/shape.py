@@ -55,6 +55,7 @@ class ConvNetShape:
                 f"and num_classes={self.num_classes}, expected positive sizes, image_shape as "
                 "(H, W, C), and channels of the stem followed by those of each stage"
             )
+        # Streams have equal shares of the channels, and a bottleneck a quarter of a share inside.
         divisor = NUM_STREAMS[self.family] * (4 if self.bottleneck else 1)
         if self.channels[0] % self.num_streams or any(c % divisor for c in self.channels[1:]):
             raise ValueError(
@@ -69,6 +70,7 @@ class ConvNetShape:
 
         if self.family == "irevnet":
             stages = range(len(self.units))
+            # Each space-to-depth makes four channels of one.
             expected = (self.channels[0], *(self.channels[0] * 4**i for i in stages))
             if self.channels != expected or any(n % 2 ** stages[-1] for n in self.image_shape[:2]):
                 raise ValueError(
@@ -128,9 +130,12 @@ def groups(shape: ConvNetShape) -> list[Group]:
             result.append(Group(f"stage{stage + 1}_squeeze", None, 1))
             channels = out_channels
         for i in range(depth):
+            # An i-RevNet changes resolution between stages instead.
             stride = 2 if i == 0 and stage > 0 and shape.family != "irevnet" else 1
+            # Stems but "pad" end with normalisation and ReLU, so the first unit has none in front.
             units.append(Unit(channels, out_channels, stride, activate_first=bool(stage or i)))
             channels = out_channels
+        # At most two groups, because only the first unit of a stage can differ from the others.
         for i, (unit, group) in enumerate(itertools.groupby(units)):
             result.append(Group(f"stage{stage + 1}_{'ab'[i]}", unit, len(list(group))))
     return result

@@ -27,6 +27,7 @@ def assign_strategies(
     """
     backprop, stored_layers = options.backprop, options.stored_layers
     depths = {name: sum(g.depth for g in chain) for name, chain in chains(groups).items()}
+    # A network without chains has transitions only, and takes one strategy for them.
     wanted = [backprop] * max(1, len(depths)) if isinstance(backprop, str) else list(backprop)
     if len(wanted) != max(1, len(depths)) or not set(wanted) <= set(STRATEGIES):
         raise ValueError(
@@ -38,6 +39,7 @@ def assign_strategies(
             "got backprop='reverse' for a resnet, expected 'store' or 'remat': its units have no "
             "inverse. Take family='revnet' to store nothing"
         )
+    # Not strict: without chains there is a strategy, but no depth.
     free = sum(n for n, name in zip(depths.values(), wanted, strict=False) if name != "store")
     if not 0 <= stored_layers <= free:
         raise ValueError(
@@ -45,6 +47,7 @@ def assign_strategies(
             "layers in chains that do not store anyway"
         )
     found: dict[str, Strategy] = {}
+    # Backwards: stored layers count from the end, and a transition does as the chain after it.
     transition = Strategy("store" if wanted[-1] == "store" else "remat", 0, 0)
     for group in reversed(groups):
         if group.is_transition:

@@ -19,10 +19,12 @@ from revnet_jax.models.partition import BATCH, by_device
 AttentionKernel = Literal["chunked", "cudnn", "flash"]
 KERNELS: dict[str, AttentionKernel] = {
     "cpu": "chunked",
+    # JAX has two names for this platform.
     "gpu": "cudnn",
     "cuda": "cudnn",
     "tpu": "flash",
 }
+# The loop over chunks is unrolled, so more of them would make a larger program.
 _MOST_CHUNKS, _SMALLEST_CHUNK = 16, 128
 _FLASH_BLOCK = 128  # the TPU kernel needs lengths that are multiples of this
 
@@ -83,6 +85,7 @@ def attend(
         )
     if window >= T:  # the window holds every earlier token
         window = 0
+    # JAX raises an error for other dtypes and sizes (256 is allowed from Hopper on).
     if kernel == "cudnn" and segment_BT is None and half and K % 8 == 0 and K <= 128:
         # cuDNN's window is (tokens before, tokens after), not counting the token itself.
         reach = {"local_window_size": (window - 1, 0)} if window else {}
@@ -90,10 +93,12 @@ def attend(
             jax.nn.dot_product_attention, implementation="cudnn", **reach
         )
         return padded_to_even(kernel_for_even, q_BTNK, k_BTGK, v_BTGK, causal=causal)
+    # The Pallas kernel has no windows, and raises an error for other sizes.
     taken_by_flash = T % _FLASH_BLOCK == 0 and (K <= 128 or K % 128 == 0) and not window
     if kernel == "flash" and taken_by_flash:
         return _flash(q_BTNK, k_BTGK, v_BTGK, segment_BT, causal=causal)
     chunk = max(_SMALLEST_CHUNK, -(-T // _MOST_CHUNKS))
+    # Only where a block is shorter than a chunk: chunks alone also skip keys, but fewer.
     if window and chunk > max(window, _SMALLEST_CHUNK):
         return _in_blocks(q_BTNK, k_BTGK, v_BTGK, segment_BT, window=window)
     return _in_chunks(q_BTNK, k_BTGK, v_BTGK, segment_BT, causal=causal, window=window, chunk=chunk)
@@ -138,6 +143,7 @@ def _in_chunks(q_BTNK, k_BTGK, v_BTGK, segment_BT, *, causal, window, chunk):
             # everywhere, a byte for each score of one head, so that the code that reads it is the
             # same.
             mask_TS = jax.lax.optimization_barrier(causal_mask(*places, window))
+        # The maximum and the sum of each query are kept, its scores are not.
         part = jax.checkpoint(_of_segments, policy=_is_softmax_sum)
         queries, read = slice(start, stop), slice(first, last)
         arrays = q_BNTK[:, :, queries], k_BGTK[:, :, read], v_BGTK[:, :, read], mask_TS
@@ -160,6 +166,7 @@ def _in_blocks(q_BTNK, k_BTGK, v_BTGK, segment_BT, *, window):
     def split(x_BT):  # the padding of the last block comes after all real queries, so none reads it
         added = ((0, 0), (0, blocks * block - T), *[(0, 0)] * (x_BT.ndim - 2))
         x_BT = jnp.pad(x_BT, added)
+        # [B, T, ...] -> [blocks, B, block, ...]: `lax.map` goes along the first axis.
         return jnp.swapaxes(x_BT.reshape(len(x_BT), blocks, block, *x_BT.shape[2:]), 0, 1)
 
     def with_before(x_BT):
@@ -168,10 +175,12 @@ def _in_blocks(q_BTNK, k_BTGK, v_BTGK, segment_BT, *, window):
 
     def of_block(parts):
         i, queries, read = parts
+        # The keys of the block before, then those of this one: S = 2 blocks.
         k_BSGK, v_BSGK, *segment_BS = (jnp.concatenate(pair, axis=1) for pair in read)
         key_S = (i - 1) * block + jnp.arange(2 * block)
         # The first block has no block before it: mask those zeros.
         mask_TS = causal_mask(key_S[block:, None], key_S[None], window) & (key_S >= 0)[None]
+        # The segments of the queries, which are the second half, and of all keys.
         segments = [ids for each in segment_BS for ids in (each[:, block:], each)]
         arrays = (jnp.swapaxes(x, 1, 2) for x in (queries, k_BSGK, v_BSGK))
         return jnp.swapaxes(_of_segments(*arrays, mask_TS, *segments), 1, 2)
@@ -179,6 +188,7 @@ def _in_blocks(q_BTNK, k_BTGK, v_BTGK, segment_BT, *, window):
     def of_device(q_BTNK, *read):
         parts = jnp.arange(blocks), split(q_BTNK), tuple(map(with_before, read))
         mixed = lax.map(jax.checkpoint(of_block, policy=_is_softmax_sum), parts)
+        # [blocks, B, block, N, K] -> [B, T, N, K], without the padding
         return jnp.swapaxes(mixed, 0, 1).reshape(len(q_BTNK), -1, *q_BTNK.shape[2:])[:, :T]
 
     return _by_heads_of_device(of_device, q_BTNK, k_BTGK, v_BTGK, segment_BT)
@@ -214,12 +224,14 @@ def _heads_first(q_BNTK, k_BGSK, v_BGSK, mask):
     """`scores_times_values` of arrays whose second axis is the heads."""
     B, N, T, K = q_BNTK.shape
     G = k_BGSK.shape[1]
+    # Query head n = g R + r reads key-value head g.
     q_BGRTK = q_BNTK.reshape(B, G, N // G, T, K)
     wide = at_least_float32(q_BNTK.dtype)
     scores = jnp.einsum("bgrtk,bgsk->bgrts", q_BGRTK, k_BGSK, preferred_element_type=wide)
     scores = scores / math.sqrt(K)
     if mask is not None:
         mask = jnp.expand_dims(mask, (1, 2) if mask.ndim == 3 else (0, 1, 2))
+        # The smallest finite number: with -inf a row that sees no key would be NaN.
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BGSK.dtype)
     return jnp.einsum("bgrts,bgsk->bgrtk", weights, v_BGSK).reshape(B, N, T, K)
@@ -260,6 +272,7 @@ def padded_to_even(
 
 
 def _flash(q_BTNK, k_BTGK, v_BTGK, segment_BT, *, causal):
+    # Imported here, because only TPUs need Pallas.
     from jax.experimental.pallas.ops.tpu.flash_attention import SegmentIds, flash_attention
 
     scale = 1 / math.sqrt(q_BTNK.shape[-1])
@@ -268,11 +281,13 @@ def _flash(q_BTNK, k_BTGK, v_BTGK, segment_BT, *, causal):
         B, T, N, K = q_BTNK.shape
         q_BGTRK = jnp.swapaxes(q_BTNK.reshape(B, T, k_BTGK.shape[2], -1, K), 1, 2)
         q_BGRTK = jnp.swapaxes(q_BGTRK, 2, 3)
+        # Queries and keys are the same tokens.
         ids = SegmentIds(*segments * 2) if segments else None
         kernel = functools.partial(flash_attention, segment_ids=ids, causal=causal, sm_scale=scale)
         # Mapped over the query heads of a group: they share one key-value head without copies.
         kernel = jax.vmap(kernel, in_axes=(2, None, None), out_axes=2)
         mixed = kernel(q_BGRTK, jnp.swapaxes(k_BTGK, 1, 2), jnp.swapaxes(v_BTGK, 1, 2))
+        # [B, G, R, T, K] -> [B, T, G, R, K] -> [B, T, N, K]
         return jnp.moveaxis(mixed, 3, 1).reshape(B, T, N, K)
 
     return _by_heads_of_device(by_head, q_BTNK, k_BTGK, v_BTGK, segment_BT)
@@ -291,9 +306,11 @@ def rotary_angles(
     `scaling` is that of `scaled_frequency`; () for none.
     """
     half = head_size // 2
+    # Pair i of K / 2 turns by base**(-2 i / K) for each token.
     frequency = base ** (-jnp.arange(half, dtype=dtype) / half)
     if scaling:
         frequency = scaled_frequency(frequency, *scaling)
+    # Not in bfloat16, which has no whole numbers between 256 and 258, and fewer further on.
     angle_TK = position_T.astype(dtype)[:, None] * frequency[None]
     return jnp.cos(angle_TK), jnp.sin(angle_TK)
 
@@ -320,6 +337,8 @@ def rotate(x_BTNK: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
 
     Computed in the dtype of the angles, returned in the dtype of the input.
     """
-    cos, sin = (lax.stop_gradient(table)[None, :, None] for table in angles)
+    cos, sin = (lax.stop_gradient(table)[None, :, None] for table in angles)  # [1, T, 1, K / 2]
+    # Pairs are (i, i + K / 2), as in the files of Llama and Qwen for transformers. The paper has
+    # neighbours.
     a, b = jnp.split(x_BTNK.astype(cos.dtype), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNK.dtype)

@@ -69,9 +69,12 @@ class Transformer(ChainModel):
         if not self.invertible or (self.integrator == "bdia" and not training):
             return PlainLayer(residual(f, g))
         if self.integrator in ("bdia", "dual"):
+            # A factor of 1/2 shifts a bit out of the stream, which is kept; c = 2**-bits is `bits`
+            # of them.
             bits = DUAL_BITS if self.integrator == "dual" else 1
             factors = lambda context: context.data[-1]
             return bdia_block(f, g, gamma=factors, bits=bits, has_aux=True, grid=self.grid)
+        # `leapfrog(h)` adds 2 h times the update.
         coupling = leapfrog(1.0) if self.integrator == "midpoint" else None
         return reversible_block(f, g, has_aux=True, coupling=coupling, grid=self.grid)
 
@@ -93,6 +96,7 @@ class Transformer(ChainModel):
         if not isinstance(layer, Block):
             (y,), aux_L = self.run_chain(layer, params_L, (x,), sweep=sweep, **data)
             return y, aux_L
+        # Branch g is the last to update, so y2 is x[n], and y1 is x[n-1].
         (y1, y2), aux_L = self.run_chain(layer, params_L, (x, x), sweep=sweep, **data)
         if self.integrator == "streams":
             return y1 + y2, aux_L

@@ -32,6 +32,7 @@ LAYER_RULES = (
     (r"qkv/kernel$", ("fsdp", "tensor")),
     (r"up/kernel$", ("fsdp", None, "tensor")),
     (r"(out|down)/kernel$", ("tensor", "fsdp")),
+    # Of experts: [E, D, 2, F] and [E, F, D].
     (r"up_kernel$", (None, "fsdp", None, "tensor")),
     (r"down_kernel$", (None, "tensor", "fsdp")),
 )
@@ -76,6 +77,7 @@ class Linear(nnx.Module):
         if bias:
             self.bias = nnx.Param(jnp.zeros(outputs))
         if lora.rank:
+            # x A is then about as large as x.
             down = inputs**-0.5 * jax.random.normal(rngs.params(), (inputs, lora.rank))
             self.lora_a, self.lora_b = nnx.Param(down), nnx.Param(jnp.zeros((lora.rank, *outputs)))
         self.dtype, self.has_bias, self.lora = dtype, bias, lora
@@ -209,6 +211,7 @@ class Attention(nnx.Module):
         if qk_norm:
             self.q_norm, self.k_norm = norm(head_size), norm(head_size)
         linear = functools.partial(Linear, lora=lora, dtype=dtype, rngs=rngs)
+        # One product for all: R query heads, a key and a value for each key-value head.
         inner = (heads + 2 * kv_heads) * head_size
         self.qkv = linear(width, inner, std=width**-0.5, bias=bias != "none")
         has_bias = bias in ("attention", "all")
@@ -230,6 +233,7 @@ class Attention(nnx.Module):
         q, k, v = jnp.split(qkv, (R, R + 1), axis=3)
         q_BTNK, k_BTGK, v_BTGK = q.reshape(B, T, G * R, K), k[..., 0, :], v[..., 0, :]
         if self.qk_norm:
+            # Norms compute in float32 at least, attention in `dtype`.
             q_BTNK = self.q_norm(q_BTNK).astype(q_BTNK.dtype)
             k_BTGK = self.k_norm(k_BTGK).astype(k_BTGK.dtype)
         if positions.angles is not None:
@@ -244,11 +248,14 @@ class Attention(nnx.Module):
             )
             mixed = by_heads(attend_causally, q_BTNK, k_BTGK, v_BTGK)
         else:
+            # Later places keep their zeros, which the mask hides.
             write = lambda old, new: lax.dynamic_update_slice_in_dim(
                 old, new.astype(old.dtype), positions.first, axis=1
             )
             cache = Cache(write(cache.k_BSGK, k_BTGK), write(cache.v_BSGK, v_BTGK))
             position_T = positions.first + jnp.arange(T)
+            # The whole cache is read, behind a mask: one length, and so one program for all
+            # positions.
             places = position_T[:, None], jnp.arange(cache.k_BSGK.shape[1])[None]
             sees = causal_mask(*places, self.window)
             if positions.document_BT is not None:
@@ -285,6 +292,8 @@ class FeedForward(nnx.Module):
     ):
         self.norm, self.chunks, self.activation = norm(width), chunks, activation
         linear = functools.partial(Linear, bias=bias, lora=lora, dtype=dtype, rngs=rngs)
+        # Gate and value have an axis of their own, not halves of one. So a device that has a part
+        # of the hidden units has both for each.
         self.up = linear(width, ACTIVATIONS[activation][0], hidden, std=width**-0.5)
         self.down = linear(hidden, width, std=out_std)
 
@@ -292,6 +301,7 @@ class FeedForward(nnx.Module):
         B, T, D = x_BTD.shape
         if self.chunks == 1 or T % self.chunks:
             return self._apply(x_BTD)
+        # [B, T, D] -> [chunks, B, T / chunks, D]
         parts = jnp.swapaxes(x_BTD.reshape(B, self.chunks, T // self.chunks, D), 0, 1)
         u = lax.map(jax.checkpoint(self._apply), parts)
         return jnp.swapaxes(u, 0, 1).reshape(B, T, D)
@@ -327,6 +337,7 @@ class Experts(nnx.Module):
         self.norm = norm(width)
         normal = lambda std, *shape: nnx.Param(std * jax.random.normal(rngs.params(), shape))
         wide = at_least_float32(dtype)
+        # In float32 at least: a rounding could send a token to another expert.
         self.router = Linear(width, experts, std=width**-0.5, dtype=wide, rngs=rngs)
         self.up_kernel = normal(width**-0.5, experts, width, 2, hidden)
         self.down_kernel = normal(out_std, experts, hidden, width)
@@ -341,10 +352,12 @@ class Experts(nnx.Module):
         if self.experts_per_token > 1:
             weight_BTR = weight_BTR / jnp.sum(weight_BTR, axis=-1, keepdims=True)
         E = probability_BTE.shape[-1]
+        # The counts have no gradient; the router learns by the probabilities.
         share_E = jnp.mean(jax.nn.one_hot(expert_BTR, E), axis=(0, 1, 2))
         balance = E * jnp.sum(share_E * jnp.mean(probability_BTE, axis=(0, 1)))
 
         up, down = (kernel[...].astype(self.dtype) for kernel in (self.up_kernel, self.down_kernel))
+        # Dimensions of up [E, D, 2, F] and down [E, F, D].
         hidden = (None, None, None, "tensor"), (None, "tensor")
         tokens = (BATCH, "sequence")
         dispatch = by_device(_dispatch, (tokens,) * 3 + hidden, ("tensor", *tokens))
@@ -357,15 +370,18 @@ def _dispatch(x_BTD, weight_BTR, expert_BTR, up_ED2F, down_EFD):
     """The weighted sum of the experts' outputs for each token, [1, B, T, D]."""
     B, T, D = x_BTD.shape
     E, R = len(up_ED2F), expert_BTR.shape[-1]
+    # [E, D, 2 F], gates then values: here F is what one device has, so halves are whole.
     up_EDF = up_ED2F.reshape(E, D, -1)
     expert_M = expert_BTR.reshape(-1)
     # Tokens are sorted by expert, and sorted back by a gather: a scatter-add might sum in another
     # order each time, and the rewind needs the same bits.
     order_M = jnp.argsort(expert_M, stable=True)
     sizes_E = jnp.bincount(expert_M, length=E)
+    # A token's R choices lie side by side, so choice m is of token m // R.
     rows = x_BTD.astype(up_EDF.dtype).reshape(B * T, D)[order_M // R]
     gate, value = jnp.split(lax.ragged_dot(rows, up_EDF, sizes_E), 2, axis=-1)
     outputs = lax.ragged_dot(jax.nn.silu(gate) * value, down_EFD, sizes_E)
+    # Sorting a permutation gives its inverse.
     u_BTRD = outputs[jnp.argsort(order_M)].reshape(B, T, R, D)
     u_BTD = jnp.sum(u_BTRD * weight_BTR[..., None].astype(u_BTRD.dtype), axis=2)
     return u_BTD[None]

@@ -48,6 +48,7 @@ def linear_cross_entropy(
     wide = at_least_float32(x_MD.dtype)
     sums = functools.partial(_sums, compute_dtype=compute_dtype, chunk=chunk)
 
+    # Not custom_vjp, which forbids forward mode, and with it a way to second derivatives.
     @jax.custom_jvp
     def run(*arguments):
         return sums(*arguments, derivative=False)[0]
@@ -55,8 +56,10 @@ def linear_cross_entropy(
     @run.defjvp
     def run_jvp(primals, tangents):
         total, gradients = sums(*primals, derivative=True)
+        # Targets are integers, and have no tangent.
         *moves, _ = tangents
         pairs = zip(gradients, moves, strict=True)
+        # Linear in the tangents. Transposed, it scales the gradients by the cotangent of the loss.
         return total, sum(jnp.sum(gradient * move.astype(wide)) for gradient, move in pairs)
 
     return run(kernel_DV, x_MD, weight_M.astype(wide), target_M.astype(jnp.int32))
@@ -85,10 +88,13 @@ def _sums(kernel_DV, x_MD, weight_M, target_M, *, compute_dtype, chunk, derivati
         total += jnp.sum(weight_C * nll_C)
         if not derivative:
             return (total, None), None
+        # d nll / d logits = softmax(logits) - onehot(target)
         probability_CV = jnp.exp(logits_CV + mask_1V - normalizer_C[:, None])
         dlogits_CV = weight_C[:, None] * (probability_CV - is_true_CV)
+        # Narrow, like the other operand of both products; these sum in float32 at least.
         dlogits_CV = dlogits_CV.astype(compute_dtype)
         dkernel_DV += product(x_CD.T, dlogits_CV)
+        # The loss is linear in the weights, so nll is the gradient by them.
         return (total, dkernel_DV), (product(dlogits_CV, kernel_DV.T), nll_C)
 
     C = max(1, min(chunk, M))
@@ -100,12 +106,14 @@ def _sums(kernel_DV, x_MD, weight_M, target_M, *, compute_dtype, chunk, derivati
     if dkernel_DV is None:
         return total, None
     dx, nll = of_tokens
+    # Without the padding of the vocabulary and of the last chunk.
     return total, (dkernel_DV[:, :V], dx.reshape(-1, D)[:M], nll.reshape(-1)[:M])
 
 
 def _padded(kernel_DV):
     V = kernel_DV.shape[1]
     added = -V % _LANES
+    # Not where it would add more than 1/16 to the products.
     return jnp.pad(kernel_DV, ((0, 0), (0, added))) if 16 * added <= V else kernel_DV
 
 

@@ -124,6 +124,7 @@ class LanguageModel(Transformer):
         embed_key, head_key, layers_key = jax.random.split(key, 3)
         # Small compared with the sum of the layers' updates: a std of 1 generalised less well than
         # 0.1.
+        # A tied embedding is the head's kernel too: of this size it gives logits of about 1.
         std = a.width**-0.5 if a.tied else 0.1
         embedding_VD = std * jax.random.normal(embed_key, (a.vocab_size, a.width))
         head = self._norm.init(head_key)[0]
@@ -132,6 +133,7 @@ class LanguageModel(Transformer):
         layers = init_layers_of((self._f, self._g), layers_key, a.layers)
         params = {"embed": embedding_VD, "layers": layers, "head": head}
         if a.learned_positions:
+            # Derived from another key, so that the rest is what it is without learned positions.
             position_key = jax.random.fold_in(embed_key, 1)
             shape = (a.learned_positions, a.width)
             params["positions"] = std * jax.random.normal(position_key, shape)
@@ -168,6 +170,7 @@ class LanguageModel(Transformer):
         Args:
           key: for what is random in training (`is_random`); None outside of training.
         """
+        # A pair of keys for each layer, and one for the embedding and the factors of "bdia".
         keys = None if key is None else jax.random.split(key, (self.shape.layers + 1, 2))
         keys_L = None if keys is None else keys[:-1]
         x_BTD = self._embed(variables, token_BT, 0, None if keys is None else keys[-1, :1])
@@ -219,6 +222,7 @@ class LanguageModel(Transformer):
         )
         kernel_DV = kernel.T if self.shape.tied else kernel
         options = {"compute_dtype": self.compute_dtype, "chunk": self.loss_chunk}
+        # [1, 1], for `by_batch` joins the results of devices along batch and sequence.
         return linear_cross_entropy(kernel_DV, x_MD, target_M, weight_M, **options)[None, None]
 
     def logits(self, variables: Variables, token_BT: jax.Array) -> jax.Array:
@@ -271,6 +275,7 @@ class LanguageModel(Transformer):
         x_BTD = self._embed(variables, token_BT, position, None)
         positions, document_B = self._positions(position, token_BT, cache.document_B)
         factors_L, weight = self._scheduled(variables.stats)
+        # A layer gets its cache as its data, and returns it as its auxiliary output.
         x_BTD, (cache, _) = self._run(
             self._layer(*self._branches(), training=False),
             variables.params["layers"],
@@ -304,7 +309,9 @@ class LanguageModel(Transformer):
         B, T = token_BT.shape
         document_B1 = jnp.zeros((B, 1), jnp.int32) if document_B is None else document_B[:, None]
         following_1T = first + 1 + jnp.arange(T, dtype=jnp.int32)[None]
+        # Whole sequences, because a document may start on another device than its tokens.
         ends_BT = whole_sequences(token_BT) == a.end_token
+        # Positions grow, so the largest start so far is that of the present document.
         next_BT = lax.cummax(jnp.where(ends_BT, following_1T, document_B1), axis=1)
         document_BT = whole_sequences(jnp.concatenate([document_B1, next_BT[:, :-1]], axis=1))
         return Positions(first, on_sequence(angles), document_BT), next_BT[:, -1]

@@ -87,6 +87,7 @@ class LanguageModelShape:
     def __post_init__(self):
         sizes = ("vocab_size", "layers", "width", "heads", "kv_heads", "hidden", "integrator_steps")
         check_positive(self, sizes)
+        # Rotary positions turn one half of a head against the other.
         if not self.head_size and self.width % (2 * self.heads):
             raise ValueError(
                 f"got width={self.width} and heads={self.heads}, expected a width that heads of an "

@@ -25,6 +25,7 @@ from revnet_jax.models.transformer.base import Transformer, check_positive, drop
 
 # Sharding of the weights: heads and hidden units over "tensor", the other axis over "fsdp".
 RULES = (
+    # First, because "out" of the layers matches it too.
     (r"head/out/kernel$", ("fsdp", None)),
     (r"embed/kernel$", (None, "fsdp")),
     (r"(qkv|up)/kernel$", ("fsdp", "tensor")),
@@ -127,6 +128,7 @@ class VisionTransformer(Transformer):
         """
         rate = self.shape.dropout
         keys = None
+        # A pair of keys for each layer; the first of the last pair is for the embedding.
         if train and rate and key is not None:
             keys = jax.random.split(key, (self.shape.layers + 1, 2))
 
@@ -162,6 +164,7 @@ def _linear(inputs, outputs, *, dtype, rngs, kernel_init=None):
 
 def _norm(width, dtype, rngs):
     wide = at_least_float32(dtype)
+    # flax's own default, which the published network has.
     return nnx.LayerNorm(width, epsilon=1e-6, dtype=wide, rngs=rngs)
 
 
@@ -175,6 +178,7 @@ class Patches(nnx.Module):
         height, width, channels = shape.image_shape
         self.patch = patch = shape.patch
         self.embed = _linear(patch * patch * channels, shape.width, dtype=dtype, rngs=rngs)
+        # As published: a token of zeros, and positions of standard deviation 0.02.
         tokens = height // patch * (width // patch)
         self.has_token = shape.pool == "token"
         if self.has_token:
@@ -187,7 +191,9 @@ class Patches(nnx.Module):
         """Embeds images: [B, T, D], in the dtype of the positions."""
         B, H, W, C = image_BHWC.shape
         p = self.patch
+        # [B, H/p, p, W/p, p, C] -> [B, H/p, W/p, p, p, C]: the pixels of a patch side by side.
         x = image_BHWC.reshape(B, H // p, p, W // p, p, C).transpose(0, 1, 3, 2, 4, 5)
+        # `param_dtype` does not narrow the positions, so that streams stay in float32.
         x_BTD = self.embed(x.reshape(B, -1, p * p * C)).astype(self.position[...].dtype)
         if self.has_token:
             token = jnp.broadcast_to(self.token[...], (B, 1, x_BTD.shape[-1]))
