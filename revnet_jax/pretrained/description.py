@@ -22,6 +22,7 @@ class Description:
     def whole(self, name: str, default: int | None = None) -> int:
         """A whole number from 1."""
         value = self._value(name, default)
+        # The exact type, because a bool is an int too.
         if type(value) is not int or value < 1:
             raise self._wrong(name, value, "a whole number from 1")
         return value
@@ -53,6 +54,7 @@ class Description:
 
     def end_token(self) -> int:
         """The id of the token that ends a text; -1 if there is none, or several."""
+        # Models for chats may list several, but a run has one, so that it gets none of them.
         value = self._fields.get("eos_token_id")
         return value if type(value) is int and value >= 0 else -1
 
@@ -62,10 +64,13 @@ class Description:
         Before version 5 transformers wrote `rope_theta` and `rope_scaling`, now `rope_parameters`.
         """
         scaling, parameters = (self._group(name) for name in ("rope_scaling", "rope_parameters"))
+        # Should a file have both, the newer one counts.
         rope = {**scaling, **parameters}
+        # Older files have this field at the top, newer ones beside `rope_theta`: see below.
         self.only("partial_rotary_factor", 1.0)
         base = rope.get("rope_theta")
         base = self._value("rope_theta", 10_000.0) if base is None else base
+        # "type" is the older name of "rope_type".
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
             raise self._wrong("rope_scaling", rope, "of type default or llama3, for whole heads")
@@ -90,6 +95,7 @@ class Description:
 
     def _number(self, name: str, value: Any) -> float:
         fits = isinstance(value, int | float) and not isinstance(value, bool)
+        # NaN, which Python's JSON reads, fails the second comparison.
         if not fits or not 0 < value < math.inf:
             raise self._wrong(name, value, "a number above 0")
         return float(value)

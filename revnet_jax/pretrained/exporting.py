@@ -55,6 +55,7 @@ def export_weights(
     """
     if dtype not in WRITTEN:
         raise WeightsError(f"got dtype={dtype!r}, expected one of {', '.join(WRITTEN)}")
+    # From the config alone, so that a run of no family is refused before weights are restored.
     family = family_for(load_config(workdir))
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise WeightsError(f"{target} exists, expected a new or an empty folder")
@@ -65,15 +66,18 @@ def export_weights(
 
     def parameter(path: str, layer: int | None) -> np.ndarray:
         """A parameter, of one layer if it has several, with its adapters merged."""
+        # Indexed as a JAX array, so that one layer comes to the host and not all of them.
         take = lambda path: np.asarray(leaves[path] if layer is None else leaves[path][layer])
         module, _, name = path.rpartition("/")
         if name != "kernel" or f"{module}/lora_a" not in leaves:
             return take(path)
         adapters = (take(f"{module}/{each}") for each in ("lora_a", "lora_b"))
+        # The product is added once, here; in training it is never formed.
         return merged_kernel(take(path), *adapters, shape.lora.scale)
 
     def read(name: str) -> np.ndarray:
         tensor = tensors[name]
+        # A view has axes of groups and heads, [G, R, K, D], that are one axis in the file.
         return tensor.part(parameter(tensor.path, tensor.layer)).reshape(tensor.shape)
 
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -84,6 +88,7 @@ def export_weights(
         if (workdir / "tokenizer.json").exists():
             with writing(target / "tokenizer.json"):
                 shutil.copyfile(workdir / "tokenizer.json", target / "tokenizer.json")
+        # Last, so that a folder that is cut short is not taken for a model.
         write_json_object(target / "config.json", description_of(run.config, family, dtype))
     num_params = sum(math.prod(shape) for shape in shapes.values())
     return {"model_type": family.model_type, "step": run.step, "num_params": num_params}
@@ -107,11 +112,13 @@ def family_for(config: ConfigDict) -> PublishedFamily:
     model = config.model
     if model.family != "decoder":
         raise WeightsError(f"got a run of {model.family}, expected one of decoder")
+    # Outside of training BDIA is the network of one stream.
     if model.reversible and model.integrator != "bdia":
         raise WeightsError(
             f"config.model.reversible: got True with integrator={model.integrator!r}, expected "
             "False, or the integrator bdia: published models have one stream"
         )
+    # What only one of the families has. A decoder with none of these is a Llama.
     kinds = {"gpt2": model.learned_positions, "qwen3": model.qk_norm, "qwen2": model.bias == "qkv"}
     family = FAMILIES[next((kind for kind, fits in kinds.items() if fits), "llama")]
     for name, value in (FIXED | dict(family.fixed)).items():

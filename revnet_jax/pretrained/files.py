@@ -21,6 +21,7 @@ from revnet_jax.files import write_atomically
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 READ = ("F32", "BF16", "F16", "F64")  # dtypes whose tensors are read
+# NumPy has no bfloat16; JAX brings one that NumPy's arrays can have.
 WRITTEN = {"float32": ("F32", np.float32), "bfloat16": ("BF16", jnp.bfloat16)}
 
 
@@ -40,6 +41,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises WeightsError if it is missing, broken, or no object."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+    # RecursionError: deeply nested brackets.
     except (OSError, ValueError, RecursionError) as error:
         what = getattr(error, "strerror", None) or str(error)
         raise WeightsError(
@@ -64,8 +66,10 @@ class Weights:
         self.stored: dict[str, Stored] = {}
         for path, file in self._files.items():
             for name in file.keys():  # noqa: SIM118 (no mapping)
+                # Which of two tensors of one name is meant would depend on the order of files.
                 if name in self.stored:
                     raise WeightsError(f"{path}: got {name} again, expected it in one file")
+                # A slice knows dtype and shape from the header; no data are read.
                 part = file.get_slice(name)
                 self.stored[name] = Stored(path, part.get_dtype(), tuple(part.get_shape()))
         if (folder / INDEX).exists():
@@ -84,6 +88,7 @@ def _paths(folder):
         raise WeightsError(f"{folder} holds neither {SINGLE} nor {INDEX}: expected one of them")
     names = sorted(set(_weight_map(folder / INDEX).values()))
     for name in names:
+        # A path with folders could lead to files elsewhere.
         if Path(name).name != name or not (folder / name).is_file():
             raise WeightsError(f"{folder / INDEX} names {name}, expected a file in its folder")
     return [folder / name for name in names]
@@ -98,6 +103,7 @@ def _weight_map(path):
 
 def _check_index(path, stored):
     listed = _weight_map(path)
+    # Both ways: listed tensors that no file has, and stored ones that are not listed.
     wrong = [
         n for n in {**listed, **stored} if n not in stored or listed.get(n) != stored[n].file.name
     ]
@@ -147,14 +153,17 @@ def write_weights(
     shards, total = [[]], 0
     for name, shape in shapes.items():
         total += (bytes_of := size * int(np.prod(shape)))
+        # A tensor that is larger than a shard gets a file of its own.
         if shards[-1] and bytes_of + sum(n for _, n in shards[-1]) > shard_bytes:
             shards.append([])
         shards[-1].append((name, bytes_of))
+    # The names that transformers gives to several files, and to a single one.
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = [SINGLE]
     for file, shard in zip(names, shards, strict=True):
         _write_file(folder / file, {name: shapes[name] for name, _ in shard}, read, dtype)
+    # After all files, so that it never lists one that is not there.
     if len(shards) > 1:
         places = {
             name: file for file, shard in zip(names, shards, strict=True) for name, _ in shard
@@ -167,6 +176,7 @@ def _write_file(path, shapes, read, dtype):
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
     end = 0
     for name, shape in shapes.items():
+        # int, because np.prod(()) is the float 1.0.
         begin, end = end, end + np.dtype(as_numpy).itemsize * int(np.prod(shape))
         header[name] = {"dtype": name_of_dtype, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
@@ -187,6 +197,7 @@ def removed_on_error(*paths: Path) -> Generator[None]:
     existing = {path for path in paths if path.is_dir()}
     try:
         yield
+    # BaseException, because an interrupt would leave files too.
     except BaseException:
         for path in paths:
             for made in path.iterdir() if path in existing else (path,):

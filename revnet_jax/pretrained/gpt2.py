@@ -17,7 +17,9 @@ from revnet_jax.pretrained.layout import PublishedFamily, Tensor, as_it_is, tran
 
 def settings_of_gpt2(found: Description) -> dict[str, Any]:
     """The settings of a GPT-2."""
+    # Both names mean the approximation by tanh, which is ours; "gelu" would be the exact one.
     found.only("activation_function", "gelu_new", "gelu_pytorch_tanh")
+    # Variants that our decoder has no setting for.
     found.only("scale_attn_weights", True)
     found.only("scale_attn_by_inverse_layer_idx", False)
     found.only("add_cross_attention", False)
@@ -46,6 +48,7 @@ def describe_gpt2(model: Any, data: Any) -> dict[str, Any]:
         "activation_function": "gelu_new",
         "layer_norm_epsilon": model.norm_eps,
         "tie_word_embeddings": model.tied,
+        # The weights of attention have no dropout here.
         "attn_pdrop": 0.0,
         "embd_pdrop": model.dropout,
         "resid_pdrop": model.dropout,
@@ -80,6 +83,7 @@ def _layer(a):
     yield "attn.c_attn.bias", (3 * D,), "0/qkv/bias", lambda x: np.swapaxes(heads_last(x), 0, 1)
     yield "attn.c_proj.weight", (D, D), "0/out/kernel", as_it_is
     yield "attn.c_proj.bias", (D,), "0/out/bias", as_it_is
+    # Ours has an axis for gate and value; with GELU its length is 1.
     yield "mlp.c_fc.weight", (D, F), "1/up/kernel", lambda kernel: kernel[:, 0]
     yield "mlp.c_fc.bias", (F,), "1/up/bias", lambda bias: bias[0]
     yield "mlp.c_proj.weight", (F, D), "1/down/kernel", as_it_is
@@ -102,5 +106,6 @@ GPT2 = PublishedFamily(
     tensors=tensors_of_gpt2,
     context="n_positions",
     prefix="transformer.",
+    # Causal masks, which old versions of transformers stored beside the weights.
     ignored=r"\.attn\.(masked_)?bias$",
 )

@@ -53,11 +53,14 @@ def import_weights(
     found = Description(source / "config.json")
     family = published_family(found)
     config = config_of(found, family, dtype=dtype, context=context)
+    # The platform chooses the kernel of attention, which has no parameters.
     task = build_task(config, platform="cpu")
     assert isinstance(task, NextToken)
     weights = Weights(source)
     names = names_in_files(family.tensors(task.network.shape), family, weights)
     vocabulary = vocabulary_of(source, config.data.vocab_size)
+    # Early, because reading the weights takes long, and once more under the lock, because another
+    # process may have begun a run in the meantime.
     _check_holds_no_run(workdir)
     shapes = jax.eval_shape(task.network.init, jax.random.key(0))
     variables = read_variables(weights, names, shapes)
@@ -93,6 +96,7 @@ def published_family(found: Description) -> PublishedFamily:
     """The family that a config.json names. Raises WeightsError for one that is not known."""
     name = found.text("model_type")
     found.only("model_type", *FAMILIES)
+    # Quantized tensors are integers or narrow floats whose scales are tensors apart.
     found.only("quantization_config", None)
     return FAMILIES[name]
 
@@ -111,6 +115,7 @@ def config_of(
         }
     )
     config.model.update({**family.fixed, **family.settings(found)})
+    # One stream has no inverse: activations are stored or, in less memory, recomputed.
     config.model.update({"reversible": False, "backprop": "remat"})
     config.model.update({"compute_dtype": dtype, "param_dtype": dtype})
     return config
@@ -124,11 +129,13 @@ def names_in_files(
     Raises WeightsError if tensors are missing, unexpected, or of another shape or dtype.
     """
     stored = {n: s for n, s in weights.stored.items() if not re.search(family.ignored, n)}
+    # OpenAI's files of GPT-2 have no prefix; those that transformers writes do.
     bare = not any(name.startswith(family.prefix) for name in stored)
     in_file = lambda name: name.removeprefix(family.prefix) if bare else name
     names = {tensor: in_file(tensor.name) for tensor in tensors}
     missing = [name for name in names.values() if name not in stored]
     extra = sorted(stored.keys() - set(names.values()) - {HEAD})
+    # The head of a tied model is not read, but has to equal the embedding.
     if HEAD in stored and HEAD not in names.values():
         names |= {t._replace(name=HEAD): HEAD for t in names if t.path == EMBED}
     if missing or extra:
@@ -157,6 +164,7 @@ def read_variables(weights: Weights, names: Mapping[Tensor, str], wanted: Variab
             if tensor.path != path:
                 continue
             view, read = tensor.view(leaf), weights.read(name)
+            # The embedding itself has been read: `names` has this head last.
             if tensor.name == HEAD and path == EMBED:
                 if not np.array_equal(view, read.astype(leaf.dtype)):
                     raise WeightsError(
@@ -164,8 +172,11 @@ def read_variables(weights: Weights, names: Mapping[Tensor, str], wanted: Variab
                         "expected the same, since config.json ties them"
                     )
                 continue
+            # Assignment casts to the dtype of the parameter.
             view[...] = read.reshape(view.shape)
+        # On a CPU without a copy, see `_empty`.
         leaves[path] = jax.device_put(leaf)
+    # `by_path` has the order of the tree.
     params = jax.tree.unflatten(jax.tree.structure(wanted.params), leaves.values())
     return Variables(params, {})
 

@@ -91,11 +91,15 @@ def of_heads(a: LanguageModelShape, which: str) -> View:
     key, the value. A bias has no D. Returns [G, R, K, D], or [G, K, D] for keys and values.
     """
     R = a.heads // a.kv_heads
+    # A slice keeps the axis of the R query heads, a number drops it.
     index: Any = {"q": slice(R), "k": R, "v": R + 1}[which]
 
     def part(leaf):
+        # [D, outputs] or [outputs] becomes [..., G, R + 2, K]. Splitting an axis, indexing and
+        # moving axes all give views, so that an import can write through them.
         split = leaf.reshape(*leaf.shape[:-1], a.kv_heads, R + 2, a.size_of_head)
         found = split[..., index, :]
+        # PyTorch has inputs last.
         return np.moveaxis(found, 0, -1) if leaf.ndim == 2 else found
 
     return part

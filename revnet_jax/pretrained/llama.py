@@ -33,6 +33,7 @@ def shared_settings(found: Description, *, head_size: int | None = None) -> dict
         "width": width,
         "heads": heads,
         "kv_heads": found.whole("num_key_value_heads", heads),
+        # Files older than this field have heads that divide the width.
         "head_size": found.whole("head_dim", head_size or max(1, width // heads)),
         "hidden": found.whole("intermediate_size"),
         "norm_eps": found.number("rms_norm_eps", 1e-6),
@@ -44,6 +45,7 @@ def shared_settings(found: Description, *, head_size: int | None = None) -> dict
 def settings_of_llama(found: Description) -> dict[str, Any]:
     """The settings of a Llama."""
     attention, feed_forward = (found.flag(f"{of}_bias", False) for of in ("attention", "mlp"))
+    # We have no bias of the feed-forward network alone, so `only` raises an error.
     if feed_forward and not attention:
         found.only("mlp_bias", False)
     bias = "all" if feed_forward else "attention" if attention else "none"
@@ -54,6 +56,7 @@ def describe_shared(model: Any, data: Any) -> dict[str, Any]:
     """The fields of config.json that Llama and Qwen share."""
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     scaling = dict(zip(names, model.rotary_scaling, strict=False))
+    # config.json has a whole number here; the setting is a tuple of floats.
     if scaling:
         scaling[names[-1]] = int(scaling[names[-1]])
     return {
@@ -68,6 +71,7 @@ def describe_shared(model: Any, data: Any) -> dict[str, Any]:
         "hidden_act": "silu",
         "rms_norm_eps": model.norm_eps,
         "rope_theta": model.rotary_base,
+        # The style before version 5 of transformers, which newer versions read too.
         "rope_scaling": {"rope_type": "llama3", **scaling} if scaling else None,
         "tie_word_embeddings": model.tied,
     }
@@ -106,6 +110,7 @@ def _layer(a):
             yield f"self_attn.{which}_norm.weight", (K,), f"0/{which}_norm/scale", as_it_is
     yield "self_attn.o_proj.weight", (D, NK), "0/out/kernel", transposed
     yield "post_attention_layernorm.weight", (D,), "1/norm/scale", as_it_is
+    # Ours are one kernel [D, 2, F], gate first.
     for i, name in enumerate(("gate", "up")):
         yield f"mlp.{name}_proj.weight", (F, D), "1/up/kernel", one_of(i)
     yield "mlp.down_proj.weight", (D, F), "1/down/kernel", transposed
@@ -127,5 +132,6 @@ LLAMA = PublishedFamily(
     tensors=tensors_of_llama,
     context="max_position_embeddings",
     prefix="model.",
+    # Rotary frequencies, which old versions of transformers stored beside the weights.
     ignored=r"\.rotary_emb\.inv_freq$",
 )

@@ -32,6 +32,7 @@ def describe_qwen3(model: Any, data: Any) -> dict[str, Any]:
 QWEN2 = PublishedFamily(
     model_type="qwen2",
     class_name="Qwen2ForCausalLM",
+    # All Qwen2 have these biases, so config.json has no field for them.
     fixed={**SHARED, "qk_norm": False, "bias": "qkv"},
     biases=("qkv",),
     settings=settings_of_qwen2,
