@@ -67,14 +67,19 @@ class Checkpoints:
         # Orbax logs dozens of lines per save. Its failures come back as exceptions anyway.
         logging.get_absl_logger().addFilter(_not_from_orbax)
         std_logging.getLogger("asyncio").addFilter(_not_of_orbax)
+        # Once per process: a run may open checkpoints twice, and hooks would nest.
         if not isinstance(sys.unraisablehook, _WithoutAbandoned):
             sys.unraisablehook = _WithoutAbandoned(sys.unraisablehook)
         path = epath.Path(directory)
         self.directory = path if "://" in str(path) else path.resolve()
+        # With the sign, larger scores are better in both modes.
         self._best_metric, self._sign = best_metric, 1.0 if best_mode == "max" else -1.0
         self._report, self._read_only = report, read_only
         self._scores: dict[int, float] = {}
+        # A killed save leaves a folder of a temporary name, which the next start removes. A reader
+        # beside a live run must not: it may be the save in progress.
         options = ocp.CheckpointManagerOptions(
+            # The policy holds this very dictionary, in which later scores are noted.
             preservation_policy=_NewestAndBest(keep_newest, keep_best, self._scores),
             cleanup_tmp_directories=not read_only,
             create=not read_only,
@@ -82,6 +87,7 @@ class Checkpoints:
         )
         with self._explained():
             self._manager = ocp.CheckpointManager(self.directory, options=options)
+        # The scores of earlier starts, so that their best checkpoint is not deleted.
         for step in self._manager.all_steps():
             with contextlib.suppress(Damaged):  # it has no score, and restore will report it
                 self._note_score(step, self._read_manifest(step)["metrics"])
@@ -104,6 +110,7 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for the save in progress and frees the threads. Raises what `wait` raises."""
         self.wait()
+        # After `wait`, which says in one line what `close` would raise as orbax's own error.
         self._manager.close()
 
     def save(self, step: int, state: PyTree, metrics: Mapping[str, float] | None = None) -> bool:
@@ -129,11 +136,15 @@ class Checkpoints:
             return False
         self.wait()
         leaves = manifest.by_path(state)
+        # Checksums are of the arrays on the devices, before anything copies or writes them, so that
+        # they cover the whole way to the disk and back.
         sealed = manifest.make(leaves, metrics or {})
+        # Before the save, which asks the policy what to keep.
         self._note_score(step, sealed["metrics"])
         arrays = ocp.args.PyTreeSave(manifest.storable(leaves))
         args = ocp.args.Composite(state=arrays, manifest=ocp.args.JsonSave(sealed))
         with self._explained():
+            # force: the training loop decides which steps are saved, and orbax would decide again.
             return self._manager.save(step, args=args, force=True)
 
     def evaluated(self, step: int) -> bool:
@@ -142,6 +153,7 @@ class Checkpoints:
 
     def _add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         self.wait()
+        # Only the manifest is replaced; the arrays stay as they were saved.
         sealed = self._read_manifest(step)
         if sealed["metrics"]:
             return
@@ -191,6 +203,7 @@ class Checkpoints:
         if which not in ("newest", "best"):
             raise ValueError(f"got which={which!r}, expected 'newest' or 'best'")
         self.wait()
+        # Beside a live run, checkpoints have come and gone since the manager listed them.
         self._manager.reload()
         steps = sorted(self._manager.all_steps(), reverse=True)
         damaged: dict[int, str] = {}
@@ -215,9 +228,11 @@ class Checkpoints:
         for step in newest_first:
             with contextlib.suppress(Damaged):  # it may have been the best, so it stays first
                 self._note_score(step, self._read_manifest(step)["metrics"])
+                # Whole checkpoints without a score come last.
                 ranks[step] = self._scores.get(step, -math.inf)
         if set(ranks.values()) == {-math.inf}:
             self._report(f"no checkpoint in {self.directory} has {self._best_metric}: newest used")
+        # The sort is stable, also in reverse: the newest of equals comes first.
         return sorted(newest_first, key=ranks.__getitem__, reverse=True)
 
     def _note_score(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -234,6 +249,8 @@ class Checkpoints:
             raise  # these say nothing about the checkpoint, which may be good
         except Exception as error:
             problem = f"{item} unreadable ({_first_line(error)})"
+        # Processes decide together that a checkpoint is damaged. Each by itself, some would go on
+        # to an older one while others restore this one.
         if np.any(multihost_utils.process_allgather(np.asarray(problem != ""))):
             raise Damaged(problem or f"{item} unreadable in another process")
         return found
@@ -242,13 +259,17 @@ class Checkpoints:
         return manifest.check_seal(self._read(step, "manifest", ocp.args.JsonRestore()))
 
     def _read_state(self, step: int, abstract_state: PyTree, partial: bool) -> PyTree:
+        # The manifest first: another architecture is told before any array is read.
         records = self._read_manifest(step)["leaves"]
         leaves = manifest.by_path(abstract_state)
         wanted = {path: manifest.as_abstract(leaf) for path, leaf in leaves.items()}
+        # Whole parts may be left out, but in a part that is wanted every leaf has to agree.
         parts = {_part(path) for path in wanted}
         saved = {path: r for path, r in records.items() if _part(path) in parts or not partial}
         manifest.check_same_tree(self.directory / str(step), saved, wanted)
         specs = manifest.storable(wanted)
+        # Without a sharding orbax would take the one it has recorded, whose devices may not be
+        # here. As numpy arrays, leaves are placed on no device yet.
         plain = ocp.RestoreArgs(restore_type=np.ndarray)
         restore_args = {
             path: ocp.ArrayRestoreArgs(sharding=spec.sharding) if spec.sharding else plain
@@ -275,6 +296,7 @@ class Checkpoints:
                         _move(self.directory / str(step), aside)
             self._report(f"checkpoint {step} is damaged: {what}; {fate}; step {used} used instead")
         if damaged and not self._read_only:
+            # Nobody lists the folder, or saves these steps again, before process 0 has moved them.
             multihost_utils.sync_global_devices("damaged checkpoints moved")
             self._manager.reload()
 
@@ -303,6 +325,7 @@ class _NewestAndBest:
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         steps = [info.step for info in checkpoints]  # oldest first
         scored = sorted((s for s in steps if s in self.scores), key=lambda s: (self.scores[s], s))
+        # Not scored[-keep_best:], which is the whole list for 0.
         kept = {*steps[-self.keep_newest :], *scored[max(0, len(scored) - self.keep_best) :]}
         return [step in kept for step in steps]
 

@@ -60,6 +60,7 @@ class RunGroup:
     @property
     def label(self) -> str:
         """The settings of the group, such as "learning_rate=0.1, backprop=store"."""
+        # Only the last part of a key is shown, unless two settings share it.
         last = [key.rpartition(".")[2] for key in self.settings]
         short = lambda key: key if last.count(name := key.rpartition(".")[2]) > 1 else name
         return ", ".join(f"{short(key)}={value}" for key, value in self.settings.items()) or "all"
@@ -80,6 +81,7 @@ def find_runs(paths: Sequence[str], report: Callable[[str], None]) -> list[Run]:
             raise UserError(f"got {path}, expected the --workdir of a run, or a folder of several")
         for workdir in inside:
             try:
+                # By its resolved path, so that a run named twice counts once.
                 runs[workdir.resolve()] = read_run(workdir)
             except NoMetricsError as error:
                 if workdir == path:
@@ -97,8 +99,10 @@ class NoMetricsError(UserError):
 def _workdirs(path: Path) -> Iterator[Path]:
     for folder, folders, files in os.walk(path):
         if "config.json" in files:
+            # os.walk goes on into what is left in this list: a run holds no other runs.
             folders.clear()
             yield Path(folder)
+        # Runs are found in the same order on every file system.
         folders.sort()
 
 
@@ -114,6 +118,7 @@ def read_run(workdir: Path) -> Run:
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     rows = []
     for number, line in enumerate(lines, 1):
+        # A row ends with its newline, so this one is still being written, or was cut off.
         if not line.endswith("\n"):
             break
         try:
@@ -153,8 +158,10 @@ def grouped(runs: Sequence[Run]) -> list[RunGroup]:
     differing = [key for key in keys if len(values(key)) > 1]
     groups: dict[str, RunGroup] = {}
     for run in runs:
+        # JSON identifies a group, because settings may be lists, which cannot be keys.
         settings = {key: run.settings.get(key) for key in differing}
         groups.setdefault(json.dumps(settings), RunGroup(settings, [])).runs.append(run)
+    # Numbers before text, because Python cannot compare the two.
     number = lambda x: isinstance(x, int | float)
     order = lambda x: (0, x, "") if number(x) else (1, 0, str(x))
     return sorted(groups.values(), key=lambda g: [order(x) for x in g.settings.values()])
@@ -189,6 +196,7 @@ def compare_runs(groups: Sequence[RunGroup], metrics: Sequence[str]) -> list[dic
         }
         for metric in metrics:
             found = [x for run in group.runs if (x := run.final(metric)) is not None]
+            # stdev is defined from two values on, and fails for infinities.
             spread = statistics.stdev(found) if len(found) > 1 and _finite(found) else None
             mean = math.fsum(found) / len(found) if found else None
             row[metric] = {"mean": mean, "spread": spread}

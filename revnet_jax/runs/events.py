@@ -30,14 +30,18 @@ class EventFile:
 
     def __init__(self, folder: Path, *, purge_step: int):
         now = time.time_ns()  # two starts within one second would otherwise share a file
+        # TensorBoard takes every file with `tfevents` in its name. The seconds are padded, so that
+        # the order of names is that of starts.
         host = f"{socket.gethostname()}.{os.getpid()}"
         self._path = folder / f"events.out.tfevents.{now // 10**9:010}.{now % 10**9:09}.{host}"
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
+            # Unbuffered, so that a write that fails raises at once and not when a buffer is full.
             self._file = open(self._path, "xb", buffering=0)  # noqa: SIM115 - close() closes it
         try:
             # TensorBoard expects this version as the first record of a file.
             self._write(Event(file_version="brain.Event:2"))
+            # From version 2 on, START makes TensorBoard drop these points of earlier files.
             self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
         except StorageError:
             self._file.close()
@@ -60,6 +64,7 @@ class EventFile:
         event.wall_time = time.time()
         content = event.SerializeToString()
         length = struct.pack("<Q", len(content))
+        # TFRecord masks its CRCs, because a CRC over data that contain plain CRCs is unreliable.
         sums = (struct.pack("<I", masked_crc32c(part)) for part in (length, content))
         with writing(self._path):
             write_all(self._file, length + next(sums) + content + next(sums))

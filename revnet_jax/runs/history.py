@@ -42,6 +42,7 @@ def record_start(
     # Steps after this one are run again, with the current settings.
     history = [{**entry, "step": min(entry["step"], step)} for entry in record["changes"]]
     updated = {**record, "changes": history}
+    # config.json still has the last start's intervals, at which the rows were due.
     lost = lost_rows(workdir, updated, load_config(workdir), step, evaluated)
     if lost:
         say(
@@ -60,6 +61,7 @@ def record_start(
     updated["config"] = config.to_dict()
     if json.dumps(updated) != json.dumps(record):
         write_json(workdir / "config.json", updated)
+    # A summary says that the run has ended, so it goes before the first new step.
     (workdir / "summary.json").unlink(missing_ok=True)
     append_row(workdir / "starts.jsonl", {"step": step, **describe_start()})
 
@@ -79,8 +81,10 @@ def lost_rows(
     the "changes" of `record`. Rows in its "lost_rows" are known already, and not reported again.
     """
     rows = read_rows(workdir)
+    # Rows of training steps have a train_loss, those of evaluations have none.
     logged = {row["step"] for row in rows if "train_loss" in row}
     scored = {row["step"] for row in rows if "train_loss" not in row}
+    # An evaluation that is still to be made is not lost.
     scored |= set() if evaluated else {step}
     known = [
         range(entry["first_step"], entry["last_step"] + 1)
@@ -105,9 +109,11 @@ def _due(key: str, record: Mapping[str, Any], config: ConfigDict, step: int) -> 
         for entry in record["changes"]
         if key in entry["settings"]
     ]
+    # Each interval holds up to the step of its change, and the current one up to `step`.
     start = 0
     for end, every in [*intervals, (step, config[key])]:
         if not isinstance(every, int) or every < 1:  # the file was edited by hand
             continue
+        # The multiples of `every` after `start`, up to `end`.
         yield from range(start // every * every + every, min(end, step) + 1, every)
         start = end

@@ -37,14 +37,18 @@ def file_lock(path: Path, say: Callable[[str], None] = _to_stderr) -> Generator[
     Raises ConfigError, in one line that names host and process, if another process holds the lock.
     """
     try:
+        # a+ creates the file if need be and does not empty it: the holder's name is read below.
         file = open(path, "a+")  # noqa: SIM115 - closed below, outside this `try`
     except OSError as error:
         raise ConfigError(
             f"cannot write {path}: {error}; choose a --workdir of your own"
         ) from error
     with file:
+        # Locked before it is read, so that nobody else writes a name in between.
         has_flock = _flock(file, path)
         holder = _read(file)
+        # With flock, a name from this host is that of a killed process. flock may not reach other
+        # hosts, and may be missing: then the name is all there is to go by.
         if holder and holder["host"] != socket.gethostname():
             say(
                 f"{path.parent} was last used by {_describe(holder)}, which did not say that it "
@@ -57,6 +61,7 @@ def file_lock(path: Path, say: Callable[[str], None] = _to_stderr) -> Generator[
         try:
             yield
         finally:
+            # Emptied while the lock is still held. An error here must not hide the run's own.
             with contextlib.suppress(ConfigError):
                 _write(file, path, "")
 
@@ -64,10 +69,12 @@ def file_lock(path: Path, say: Callable[[str], None] = _to_stderr) -> Generator[
 def _flock(file: TextIO, path: Path) -> bool:
     """Locks the file; returns False if the file system cannot."""
     try:
+        # LOCK_NB refuses at once. Waiting could last as long as the other run.
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ConfigError(_in_use(path, _read(file))) from None
     except OSError:
+        # The file system has no locks, like NFS without its lock daemon (ENOLCK).
         return False
     return True
 
@@ -100,6 +107,7 @@ def _read(file: TextIO) -> dict[str, Any] | None:
         holder = json.loads(file.read())
     except (OSError, ValueError, RecursionError):
         return None
+    # A file that was cut off by a full disk, or edited by hand, names nobody.
     if not isinstance(holder, dict) or not _me().keys() <= holder.keys():
         return None
     return holder if isinstance(holder["process_id"], int) else None
@@ -107,6 +115,7 @@ def _read(file: TextIO) -> dict[str, Any] | None:
 
 def _write(file: TextIO, path: Path, text: str) -> None:
     try:
+        # In append mode text goes to the end of the file, which this makes its start.
         file.truncate(0)
         file.write(text)
         file.flush()
@@ -119,6 +128,7 @@ def _write(file: TextIO, path: Path, text: str) -> None:
 def _is_running(holder: dict[str, Any]) -> bool:
     """Whether the process that wrote its name, on this host, is still running."""
     try:
+        # Signal 0 is not delivered. It only asks whether the process exists.
         os.kill(holder["process_id"], 0)
     except (ProcessLookupError, OverflowError):
         return False

@@ -45,7 +45,9 @@ def by_path(tree: PyTree) -> dict[str, Any]:
     """The leaves by path, such as `params/w`, in the order of the tree. Numbers become arrays."""
     leaves: dict[str, Any] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        # A state that is a single array has an empty path, so it gets this name.
         path = jax.tree_util.keystr(keys, simple=True, separator="/") or "."
+        # A key with a '/' of its own can spell the path of another leaf.
         if path in leaves:
             raise CheckpointError(f"got two leaves of the path {path}: rename a key with a '/'")
         try:
@@ -64,6 +66,7 @@ def as_abstract(leaf: jax.Array | ABSTRACT) -> ABSTRACT:
 
 def storable(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """The arrays (or shapes) to store: PRNG keys as uint32 words, leaves of size 0 left out."""
+    # Orbax refuses arrays of size 0; their shape in the manifest is all there is to them.
     return {path: _words(leaf) for path, leaf in leaves.items() if leaf.size}
 
 
@@ -103,18 +106,21 @@ def make(leaves: Mapping[str, jax.Array], metrics: Mapping[str, float]) -> dict[
     for path, x in leaves.items():
         records[path] = {"shape": list(x.shape), "dtype": str(x.dtype), "checksum": sums.get(path)}
         if _is_key(x):
+            # The words of a key do not tell which generator they belong to.
             records[path]["key_impl"] = str(jax.random.key_impl(x))
     return with_metrics({"format": 1, "leaves": records}, metrics)
 
 
 def with_metrics(manifest: dict[str, Any], metrics: Mapping[str, float]) -> dict[str, Any]:
     """The manifest with its metrics replaced by the finite ones of `metrics`, sealed again."""
+    # JSON has no NaN, and a score that is not finite ranks nothing.
     finite = {name: float(x) for name, x in metrics.items() if math.isfinite(x)}
     return _seal({**manifest, "metrics": finite})
 
 
 def _seal(manifest: dict[str, Any]) -> dict[str, Any]:
     """Adds the manifest's own checksum."""
+    # Keys are sorted, so that the sum depends on the content and not on the order of keys.
     return {**manifest, "crc32": zlib.crc32(json.dumps(manifest, sort_keys=True).encode())}
 
 
@@ -135,6 +141,7 @@ def check_same_tree(
     where: Any, records: dict[str, ArrayRecord], wanted: dict[str, ABSTRACT]
 ) -> None:
     """Raises OtherTree (a CheckpointError) unless a checkpoint has exactly the wanted leaves."""
+    # As `_describe` writes it: float32[64, 48].
     saved = {path: "{dtype}{shape}".format(**record) for path, record in records.items()}
     expected = {path: _describe(leaf) for path, leaf in wanted.items()}
     differences = [
@@ -171,6 +178,7 @@ def checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
     # Replicated, so that every process can read them.
     out = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
     sums = np.asarray(jax.jit(_stack_checksums, out_shardings=out)(list(arrays.values())))
+    # Dtype and shape are part of the checksum: the same bits may stand for other numbers.
     kinds = [zlib.crc32(_describe(x).encode()) for x in arrays.values()]
     return {path: int(x) ^ kind for path, x, kind in zip(arrays, sums, kinds, strict=True)}
 
@@ -186,19 +194,25 @@ def checksum(x: jax.Array) -> jax.Array:
     Any other change goes unnoticed with a probability of about 2^-32. (If words were multiplied by
     odd weights only, changes of the top bits of two words, such as two signs, would cancel.)
     """
+    # lax.bitcast_convert_type takes neither complex numbers nor bools.
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         x = jnp.stack([x.real, x.imag], axis=-1)
     if x.dtype == jnp.bool_ or (jnp.issubdtype(x.dtype, jnp.integer) and x.dtype.itemsize <= 4):
+        # Conversion keeps these apart: sign extension is one-to-one.
         words = x.astype(jnp.uint32)
     else:
+        # Values of eight bytes become two words each, along a new last axis.
         word = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
         words = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
     # The flat position from one iota per axis, because flattening would gather a sharded array.
     position, stride = jnp.zeros(words.shape, jnp.uint32), 1
     for axis in reversed(range(words.ndim)):
         position += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * np.uint32(stride)
+        # Modulo 2^32 by hand, because np.uint32 refuses larger integers. Positions wrap around in
+        # the same way, on every device.
         stride = stride * words.shape[axis] % 2**32
     # The finalizer of MurmurHash3: xor-shifts and odd factors.
+    # 0x9E3779B1 is a prime near 2^32 / golden ratio, which sets neighbouring positions apart.
     words = (words ^ (position * np.uint32(0x9E3779B1))) * np.uint32(0x85EBCA6B)
     words = (words ^ (words >> np.uint32(13))) * np.uint32(0xC2B2AE35)
     return jnp.sum(words ^ (words >> np.uint32(16)), dtype=jnp.uint32)

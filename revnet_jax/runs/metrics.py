@@ -60,8 +60,10 @@ class MetricsWriter:
 
             folder = self.path.parent / "tensorboard"
             try:
+                # Points of the checkpoint's own step stay visible, as its rows stay in the file.
                 events = EventFile(folder, purge_step=(resume_step or 0) + 1)
             except StorageError:
+                # `with` closes nothing if this constructor raises.
                 self._rows.close()
                 raise
             self._files.append(events)
@@ -86,6 +88,7 @@ class MetricsWriter:
     ) -> None:
         """Writes one row. `timings`, which differ from run to run, are not in metrics.jsonl."""
         numbers = {name: _python_number(value) for name, value in values.items()}
+        # metrics.jsonl first: it is the record to rely on if one of the others fails.
         self._rows.write(int(step), numbers)
         scalars = {name: float(x) for name, x in {**numbers, **(timings or {})}.items()}
         for writer in self._others:
@@ -127,9 +130,12 @@ class DelayedFetch:
         self, step: int, metrics: Mapping[str, jax.Array] | None = None
     ) -> list[tuple[int, dict[str, float]]]:
         """Holds the metrics of a step just dispatched, and returns those held before."""
+        # Waits for the earlier step only, while the device works on the one just dispatched.
         before = self.flush()
         if metrics is not None:
             for value in metrics.values():
+                # The copy starts when the step ends, so that a later `flush` finds the values on
+                # the host.
                 value.copy_to_host_async()
             self._held = (step, metrics)
         return before
@@ -180,6 +186,7 @@ class Progress:
         """Shows the figures of `step`; returns the speed since the last call, None if unknown."""
         now = self._clock()
         rate = None
+        # Between two very short steps the clock may stand still.
         if self._previous is not None and now > self._previous[1] and step > self._previous[0]:
             rate = (step - self._previous[0]) * self.examples_per_step / (now - self._previous[1])
         self._first = self._first or (step, now)
@@ -216,6 +223,7 @@ class Progress:
             parts.append(f"{rate:,.0f} {self._unit}/s")
         first_step, first_time = self._first or (step, now)
         if step > first_step:
+            # By the mean since the first update, which is steadier than the last interval.
             seconds = (now - first_time) / (step - first_step) * (self.total_steps - step)
             parts.append(f"{_duration(seconds)} left")
         return [*parts, _memory()]
@@ -224,6 +232,7 @@ class Progress:
         if self._in_place:
             columns = self._columns()
             line = _fitted(parts, columns)
+            # Padded to the length of the line before, so that nothing of that is left.
             self._put(f"\r{line.ljust(min(self._width, columns))}")
             self._width = len(line)
         else:
@@ -233,6 +242,7 @@ class Progress:
     def _columns(self) -> int:
         """The terminal's width less one, because some terminals wrap after the last column."""
         try:
+            # Some pseudo-terminals report 0 columns.
             return (os.get_terminal_size(self._stream.fileno()).columns or 80) - 1
         except OSError:
             return 79
@@ -246,6 +256,7 @@ class Progress:
 
 def _fitted(parts: list[str], columns: int) -> str:
     """Joins as many parts, from the first, as fit into a line of `columns` characters."""
+    # Two spaces stand between parts, and none after the last.
     ends = itertools.accumulate(len(part) + 2 for part in parts)
     fitting = sum(end - 2 <= columns for end in ends)
     return "  ".join(parts[: max(1, fitting)])[:columns]

@@ -61,6 +61,8 @@ def versions() -> dict[str, str | None]:
 
 def _config_file() -> str | None:
     """The value of `--config`; None if it is not given or not defined, as in a notebook."""
+    # FLAGS has no `get`. The value of the flag is the config; ml_collections keeps the file's name
+    # beside it, in `config_filename`.
     flag = flags.FLAGS["config"] if "config" in flags.FLAGS else None  # noqa: SIM401
     return getattr(flag, "config_filename", None) if flag is not None and flag.present else None
 
@@ -68,6 +70,8 @@ def _config_file() -> str | None:
 @functools.cache
 def git_commit() -> str | None:
     """The git commit of the package, with "-dirty" if files differ from it; None outside git."""
+    # --exclude=* leaves out tags, so that every commit is named by its whole hash. --dirty looks at
+    # every file, which may take long on a network file system: hence the timeout below.
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         folder = Path(__file__).parent

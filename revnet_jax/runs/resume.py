@@ -31,15 +31,15 @@ COST = (
 # Settings of how long a run is, and how often it is logged, evaluated and saved.
 WATCHED = (
     "checkpoint_every_steps",
-    "data.eval_batches",
+    "data.eval_batches",  # its product with eval_batch_size is kept: `_check_evaluated_windows`
     "eval_batch_size",
     "eval_every_steps",
     "log_every_steps",
-    "num_steps",
+    "num_steps",  # where the schedule allows it: `_check_num_steps`
     "on_mismatch",
     "profile.num_steps",
     "profile.start_step",
-    "schedule.decay_steps",
+    "schedule.decay_steps",  # before the decay begins: `check_decay`
     "tracker",
 )
 MAY_CHANGE = frozenset((*PER_HOST, *COST, *WATCHED))
@@ -58,6 +58,7 @@ def changed_settings(config: ConfigDict, before: ConfigDict, workdir: Path) -> d
     Raises ConfigError, in one line that names them all, if some of them must not change.
     """
     now, was = flatten(config), flatten(before)
+    # A setting that only one of the two has counts as None in the other.
     changes = {
         key: Change(was.get(key), now.get(key))
         for key in sorted(now.keys() | was.keys())
@@ -103,7 +104,9 @@ def check_decay(config: ConfigDict, before: ConfigDict, step: int, workdir: Path
     if config.schedule.name != "wsd":
         return
     now, was = ((c.num_steps, c.schedule.decay_steps) for c in (config, before))
+    # The steps up to which the peak is held, now and before.
     first, first_was = now[0] - now[1], was[0] - was[1]
+    # Up to the earlier of them, the steps made are the same under both.
     if now != was and step > min(first, first_was):
         raise ConfigError(
             f"config.num_steps: got {now[0]} with schedule.decay_steps={now[1]}, expected {was[0]} "

@@ -50,6 +50,7 @@ def check_tracker(name: str) -> None:
             "MODULE:FUNCTION of your own"
         )
     try:
+        # Imported before anything is compiled: in the tracker's thread, a failure only warns.
         importlib.import_module(name)
     except ImportError as error:
         raise ConfigError(
@@ -62,6 +63,7 @@ def _check_signature(name: str, function: Callable[..., Any]) -> None:
     kinds = inspect.Parameter
     for argument, parameter in inspect.signature(function).parameters.items():
         is_needed = parameter.default is kinds.empty
+        # *args and **kwargs have no default either, but need no argument.
         is_needed &= parameter.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
         if is_needed and argument not in TrackedRun._fields:
             raise ConfigError(
@@ -89,6 +91,7 @@ def open_tracker(
     """
     if not name:
         return None
+    # The id is made here, not in the thread, because a folder that cannot be written is an error.
     run = TrackedRun(workdir, settings, _run_id(workdir), step)
     open_writer = lambda: _of_reference(name, run) if ":" in name else TRACKERS[name](run)
     return BackgroundWriter(f"config.tracker {name}", open_writer, say)
@@ -98,6 +101,7 @@ def _run_id(workdir: Path) -> str:
     """The id of a run for trackers, the same at every start."""
     path = workdir / "tracker.json"
     if not path.exists():
+        # Before its first use, so that a run killed at any moment goes on under the same id.
         write_json(path, {"run_id": uuid.uuid4().hex[:12]})
     found = read_json(path).get("run_id")
     if not isinstance(found, str):
@@ -131,6 +135,7 @@ def _wandb(run: TrackedRun) -> Writer:
     return _Logged(
         importlib.import_module("wandb").init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
+            # With resume="allow", wandb goes on with the run of this id, or begins it.
             id=run.run_id,
             name=run.workdir.name,
             dir=str(run.workdir),

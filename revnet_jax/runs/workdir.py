@@ -44,6 +44,7 @@ def claim(workdir: Path, config: ConfigDict, data: Mapping[str, Any]) -> dict[st
     """
     path = workdir / "config.json"
     checkpoints, metrics = workdir / "checkpoints", workdir / "metrics.jsonl"
+    # A run writes config.json before anything else, so somebody has removed it.
     if not path.exists() and (checkpoints.exists() or metrics.exists()):
         raise ConfigError(
             f"{workdir} holds a run but no config.json to compare with: bring it back, or "
@@ -77,6 +78,7 @@ def check_same(workdir: Path, config: ConfigDict, data: Mapping[str, Any]) -> di
             f"{data_record.summary(recorded)}: files were added, removed, renamed or changed. "
             "Choose another --workdir, or bring the data of that run back to resume it"
         )
+    # As it will be read back: JSON has no tuples, and a user's own config may have lists.
     now = ConfigDict(_tuples(config.to_dict()))
     return changed_settings(now, load_config(workdir, compared_with=now), workdir)
 
@@ -98,6 +100,7 @@ def check_can_go_on(workdir: Path, config: ConfigDict, step: int) -> None:
         )
     before = load_config(workdir)
     check_decay(config, before, step, workdir)
+    # The metrics may have been written under either interval.
     every_steps = max(config.checkpoint_every_steps, before.checkpoint_every_steps)
     last_step = max((row["step"] for row in read_rows(workdir)), default=0)
     if step == 0 and last_step > 2 * every_steps:
@@ -116,6 +119,7 @@ def finished_summary(workdir: Path, num_steps: int) -> dict[str, Any] | None:
 
 def known_stored_layers(path: Path, found_for: Mapping[str, Any]) -> int:
     """The number in auto.json, if it was found for these settings; else -1."""
+    # Older versions wrote no found_for: their number holds for all settings.
     found = read_json(path, "stored_layers") if path.exists() else {"stored_layers": -1}
     return found["stored_layers"] if found.get("found_for", found_for) == found_for else -1
 
@@ -132,8 +136,11 @@ def load_config(workdir: Path, *, compared_with: ConfigDict | None = None) -> Co
     record = load_record(workdir)
     saved = record["config"]
     references.look_in(record["folders"], first=False)  # after PYTHONPATH
+    # Only the user's config file has the defaults of a model or data of one's own.
     if references.named_in(flatten(ConfigDict(saved))):
         return _with_newer_settings(ConfigDict(_tuples(saved)), compared_with)
+    # Today's settings and defaults first, for those that are newer than the run. The update then
+    # refuses a key or a type that they do not have.
     config = FAMILIES.get(saved.get("model", {}).get("family"), CONVOLUTIONAL).settings()
     defaults, path = flatten(config), workdir / "config.json"
     try:
@@ -159,6 +166,7 @@ def _with_newer_settings(config: ConfigDict, compared_with: ConfigDict | None) -
     if compared_with is not None:
         missing &= flatten(compared_with).keys()
     newer = {key: value for key, value in defaults.items() if key in missing}
+    # A config is locked against new keys.
     with config.unlocked():
         config.update_from_flattened_dict(newer)
     return config
@@ -223,6 +231,7 @@ def read_json(path: Path, *numbers: str) -> dict[str, Any]:
     """Reads what `write_json` wrote. Raises UserError unless `numbers` name integers in it."""
     try:
         found = json.loads(path.read_text())
+        # Not isinstance, for which true and false are integers.
         if isinstance(found, dict) and all(type(found.get(name)) is int for name in numbers):
             return found
         problem = f"got {str(found)[:50]}"
@@ -248,6 +257,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
+        # The parser runs out of stack (RecursionError) on a damaged line of many brackets.
         return None
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
@@ -256,6 +266,7 @@ def last_values(workdir: Path) -> dict[str, Any]:
     """The last value of every metric in metrics.jsonl."""
     values: dict[str, Any] = {}
     for row in read_rows(workdir):
+        # Rows are in the order of steps, so the latest value of each name stays.
         values |= row
     return values
 

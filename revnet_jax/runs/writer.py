@@ -45,12 +45,14 @@ class RowFile:
         self._path = path
         with writing(path):
             _trim(path, resume_step)
+            # Unbuffered: once `write` returns, the row survives a kill of the process.
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - close() closes it
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends a row in one system call. What is not finite becomes "nan", "inf" or "-inf"."""
         row = {"step": step, **{name: _json_value(x) for name, x in values.items()}}
         with writing(self._path):
+            # allow_nan=False would raise here rather than write NaN, which is not JSON.
             write_all(self._file, json.dumps(row, allow_nan=False).encode() + b"\n")
 
     def sync(self) -> None:
@@ -109,6 +111,7 @@ class BackgroundWriter:
         patience_seconds: float = 20.0,
     ):
         self._name, self._say, self._patience_seconds = name, say, patience_seconds
+        # Bounded, because the rows that wait for a tracker that hangs are in memory.
         self._rows: queue.Queue[tuple[int, Mapping[str, float]] | None] = queue.Queue(most_waiting)
         self._error = ""  # set by the thread, at its end
         self._given_up = False
@@ -118,10 +121,12 @@ class BackgroundWriter:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Hands a row to the thread; returns at once."""
+        # A copy, because other writers get the same dictionary.
         self._put((step, dict(values)))
 
     def close(self) -> None:
         """Waits for the rows that are left, but not for ever."""
+        # Comes after all waiting rows, and ends the thread's loop.
         self._put(None)
         if self._given_up:
             return
@@ -137,6 +142,7 @@ class BackgroundWriter:
         if self._error:
             return self._give_up(self._error)
         try:
+            # Never waits: a full queue is the end of the tracker, not of the run.
             self._rows.put_nowait(row)
         except queue.Full:
             self._give_up(f"it is {self._rows.maxsize:,} rows behind")
@@ -158,4 +164,5 @@ class BackgroundWriter:
             writer.close()
         except BaseException as error:  # SystemExit too, by which some packages give up
             what = " ".join(str(error).split())[:300]
+            # A single assignment, so no lock: the other thread only reads it.
             self._error = f"{type(error).__name__}: {what}"
