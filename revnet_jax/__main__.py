@@ -22,6 +22,7 @@ def main() -> None:
     if name not in programs:
         sys.exit(f"error: got program {name!r}, expected one of {', '.join(programs)}")
     path = str(folder("scripts") / f"{name}.py")
+    # The program gets the arguments after its name, as if Python had been given its file.
     sys.argv[:2] = [path]
     runpy.run_path(path, run_name="__main__")
 

@@ -15,6 +15,7 @@ def program_bytes(stats: Any, platform: str) -> int:
         # seen to exceed, by 1.9 GiB, the memory of a chip for which the compiler accepted the
         # program. The compiler's out-of-memory error counts this peak instead.
         return stats.peak_memory_in_bytes
+    # A donated argument and the result in its place are one buffer (alias), counted in both.
     return (
         stats.argument_size_in_bytes
         + stats.output_size_in_bytes
@@ -28,6 +29,7 @@ def memory_bytes(device: jax.Device) -> int | None:
     if device.platform == "cpu":
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return total // jax.local_device_count("cpu")
+    # What JAX's allocator may fill, which is less than the chip has: on GPUs 75 % by default.
     stats = device.memory_stats()
     return stats["bytes_limit"] if stats and "bytes_limit" in stats else None
 
@@ -41,5 +43,6 @@ def peak_memory_bytes() -> int | None:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether XLA or a device raised this error because memory is too small for a program."""
+    # By the message, because XLA's errors are of one class, whatever went wrong.
     message = str(error)
     return "RESOURCE_EXHAUSTED" in message or "out of memory" in message.lower()

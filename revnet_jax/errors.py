@@ -65,14 +65,18 @@ def file_system(path: str | os.PathLike[str]) -> str:
     if "://" in str(path):
         return "remote storage"
     place = os.path.realpath(path)
+    # A file that cannot be written is often not there yet. Its folder tells the file system.
     while not os.path.exists(place):
         place = os.path.dirname(place)
     stats = os.statvfs(place)
     while not os.path.ismount(place):
         place = os.path.dirname(place)
+    # f_bavail, not f_bfree, which counts blocks that are kept for root.
     free, total = (
         f"{n * stats.f_frsize / 2**20:,.1f} MiB" for n in (stats.f_bavail, stats.f_blocks)
     )
+    # Small files can use up all inodes while blocks are free. f_files is 0 where a file system has
+    # no fixed number of them.
     inodes = ", no inode" if stats.f_files and not stats.f_favail else ""
     return f"file system {place}: {free} of {total} free{inodes}"
 
@@ -86,10 +90,12 @@ def exit_status() -> Generator[None]:
     """
     try:
         yield
+        # Output that cannot be written fails here and not at exit, after this context.
         sys.stdout.flush()
     except UserError as error:
         sys.exit(f"error: {error}")
     except Preempted as stop:
+        # sys.exit with a text would print it, but exit with status 1.
         print(stop, file=sys.stderr)
         sys.exit(PREEMPTED_STATUS)
     except KeyboardInterrupt:
@@ -102,5 +108,7 @@ def exit_status() -> Generator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if error.filename is not None:
             sys.exit(f"error: {error.filename}: {error.strerror}")
+        # An error without a file's name came from an open stream. A full disk or a closed pipe is
+        # then most likely that of stdout.
         to_stdout = error.errno in (errno.ENOSPC, errno.EPIPE)
         sys.exit(f"error: {'cannot write to standard output: ' if to_stdout else ''}{error}")

@@ -84,6 +84,8 @@ def family_of(config: ConfigDict) -> Family:
     if references.is_reference(name):
         _check_experiment(config)
         return ONES_OWN
+    # Families of equal settings (revnet, resnet, irevnet) can be exchanged by a flag. The settings
+    # of others would be missing or left over.
     fitting = [known for known, row in FAMILIES.items() if set(row.settings().model) == model]
     if name in fitting:
         return FAMILIES[name]
@@ -183,6 +185,7 @@ def _classification(config, network):
 def _decoder(config, options, platform):
     model = _own(config)
     attention = _kernel(model.pop("attention"), platform)
+    # These two change memory and time, not the function, so they are no part of the shape.
     chunks = {name: model.pop(name) for name in ("feed_forward_chunks", "loss_chunk")}
     end_token = _end_token(config) if model.pop("separate_documents") else None
     with settings("model"):
@@ -225,6 +228,7 @@ def _ones_own(config, options, platform):
     members = ("init", "probes", "rules", "grid", "invertible", "strategies", "stacked")
     expected = "a Model (revnet_jax/models/model.py) as its network"
     check(network, (*members, "most_stored_layers"), expected)
+    # Shapes are enough, and cost no memory however large the model is.
     variables = jax.eval_shape(lambda: network.init(jax.random.key(0)))
     if not isinstance(variables, Variables) or not set(network.stacked) <= set(variables.params):
         raise ConfigError(
@@ -235,6 +239,7 @@ def _ones_own(config, options, platform):
 
 
 def _kernel(name, platform):
+    # Besides plain JAX (chunked), every platform has at most one kernel of its own.
     own = kernel_for(platform)
     if name not in ("auto", "chunked", own):
         raise ConfigError(
@@ -250,6 +255,8 @@ def _equal_units(config, layers):
     A unit that changes width or resolution is not part of a chain, so it is added to them.
     """
     config = config.copy_and_resolve_references()
+    # The network with one unit per stage tells which stages begin with a transition. A platform is
+    # named, so that JAX need not start a backend to ask.
     config.model.units = (1,) * len(config.model.units)
     config.model.update({"backprop": "store", "stored_layers": 0})
     network: Any = build_task(config, platform="cpu").network
@@ -275,6 +282,7 @@ UNITS = Depth(
     times=lambda model, n: {"units": tuple(n * units for units in model["units"])},
     equal=_equal_units,
 )
+# A model of one's own has a depth if it has the setting `config.model.layers`.
 ONES_OWN = Family(experiment, _ones_own, None, LAYERS)
 CONVOLUTIONAL = Family(image_classification, _convolutional, "images", UNITS)
 FAMILIES = {

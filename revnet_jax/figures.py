@@ -17,6 +17,7 @@ def load_figure_class(flag: str, path: str) -> Any:
     """
     check_output(flag, path, suffix=".png")
     try:
+        # Not pyplot, which has global state and may look for a display.
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError(f"--{flag} needs matplotlib: run scripts/setup.sh plots") from None

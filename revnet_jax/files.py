@@ -20,9 +20,11 @@ def write_atomically(path: Any, content: str | bytes) -> None:
     try:
         with partial.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
+            # Remote storage has no file descriptor to sync.
             if "://" not in str(path):
                 file.flush()
                 os.fsync(file.fileno())  # or a crash may leave an empty file of the new name
+        # Within one folder a rename is atomic.
         partial.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):  # the first error is the one to tell

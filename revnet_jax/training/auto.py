@@ -27,6 +27,7 @@ def largest_stored_layers(
 
     Raises ConfigError if not even m = 0 fits, or if the device does not report its memory.
     """
+    # 0 stands for all the memory that the device reports.
     limit = int(config.memory_limit_gib * 2**30) or memory_bytes(devices[0])
     if limit is None:
         raise ConfigError(
@@ -46,8 +47,10 @@ def largest_stored_layers(
             f"{limit / 2**30:.3f} GiB even with 0 stored layers: take a smaller batch"
         )
     low, high = 0, build_task(config, 0).network.most_stored_layers
+    # Storing everything may fit; then there is nothing to search.
     if high == 0 or fits(high):
         return high
+    # Bisection: `low` layers fit and `high` do not. More stored layers need more memory.
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
@@ -67,6 +70,7 @@ def needed_bytes(
     try:
         compiled = program.step.lower(program.state, program.batch).compile()
     except jax.errors.JaxRuntimeError as error:
+        # The compiler of a TPU knows its memory, and refuses a program that does not fit.
         if not out_of_memory(error):
             raise
         return None

@@ -69,16 +69,19 @@ def build_optimizer(config: ConfigDict, network: Model, schedule: optax.Schedule
     """Builds the optimizer, in lockstep with the backward sweep if the config says so."""
     options = dict(config.optimizer)
     lockstep, trainable = options.pop("lockstep"), Trainable(options.pop("trainable"))
+    # Paths and shapes are enough for the checks; nothing is initialised.
     params = jax.eval_shape(network.init, jax.random.key(0)).params
     trainable.check(params)
     options["param_dtype"] = DTYPES[config.model.param_dtype]
     if references.is_reference(config.optimizer.name):
+        # The package's clipping and narrow moments work around any optimizer.
         names = ("clip_norm", "clip", "state_dtype", "param_dtype")
         make = functools.partial(
             completed, ones_own(config, schedule), **{name: options[name] for name in names}
         )
     else:
         make = functools.partial(make_optimizer, schedule, rules=network.rules, **options)
+    # Made for lockstep too: `check_layerwise` tries what it does with several layers at once.
     ordinary = make(stacked=network.stacked)
     if config.batch_size % config.microbatches:
         raise ConfigError(
@@ -105,6 +108,7 @@ def build_optimizer(config: ConfigDict, network: Model, schedule: optax.Schedule
             "matches no parameter of a chain, expected False: there is nothing to update in it"
         )
     check_layerwise(ordinary, trained)
+    # Outside of chains no leaf has an axis of layers; within, updates see one layer's tree.
     return LockstepOptimizer(
         make(stacked=()), make(stacked=None), tuple(network.stacked), trainable
     )
@@ -117,6 +121,8 @@ def ones_own(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTran
     and those of the package (`b1`, `weight_decay`) that its signature names.
     """
     name, known = config.optimizer.name, experiment().optimizer
+    # The function has to accept its own settings, so a misspelt one is an error. Those of the
+    # package are there in every config, and it takes the ones it names.
     own = {knob: x for knob, x in config.optimizer.items() if knob not in known}
     optional = {knob: x for knob, x in config.optimizer.items() if knob in known and knob != "name"}
     given = {"learning_rate": schedule}
@@ -129,6 +135,7 @@ def ones_own(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTran
 def check_split(config: ConfigDict, mesh: Mesh | AbstractMesh) -> None:
     """Raises ConfigError unless batches, heads and tokens split evenly over the mesh."""
     parts = batch_parts(mesh)
+    # Every device gets as many examples as the others, in each microbatch.
     for name, microbatches in (("batch_size", config.microbatches), ("eval_batch_size", 1)):
         if config[name] % (parts * microbatches):
             each = f", each of {microbatches} microbatches" if microbatches > 1 else ""
@@ -143,13 +150,17 @@ def check_split(config: ConfigDict, mesh: Mesh | AbstractMesh) -> None:
         raise ConfigError(
             f"config.mesh.sequence: got {sequence} for images, expected 1: it splits texts"
         )
+    # Settings that a family does not have count as 0, which is a multiple of everything.
     known = flatten(config)
     experts = known.get("model.experts", 0) > 0
     for name, axes, unit, what in (
         ("data.context", "sequence", sequence, "the tokens of a sequence"),
+        # shard_map splits experts, and needs equal parts. In dense layers an axis that does not
+        # divide stays whole (`spec_of`).
         ("model.hidden", "tensor", tensor if experts else 1, "hidden units of experts"),
         ("model.kv_heads", "tensor", tensor, "heads"),
         ("model.heads", "tensor", tensor, "heads"),
+        # Tokens are exchanged for heads over both axes: see `by_heads`.
         ("model.heads", "sequence times config.mesh.tensor", sequence * tensor, "heads"),
     ):
         if known.get(name, 0) % unit:

@@ -31,6 +31,7 @@ def describe_model(config: ConfigDict) -> dict[str, Any]:
     for strategy in STRATEGIES:
         if strategy != "reverse" or network.invertible:
             changed = config.copy_and_resolve_references()
+            # One strategy for all layers, whatever mixture the config asks for.
             changed.model.update({"backprop": strategy, "stored_layers": 0})
             kept[strategy] = activation_bytes_per_example(build_task(changed))
     return {
@@ -67,6 +68,7 @@ def _kept_bytes(task, batch_size):
         # A pullback is a pytree of its residuals. One array needed by two operations counts once.
         return list({id(leaf): leaf for leaf in jax.tree.leaves(pullback)}.values())
 
+    # All arguments are shapes, so that a model of any size can be described anywhere.
     key = jax.eval_shape(lambda: jax.random.key(0))
     variables = jax.eval_shape(task.network.init, key)
     leaves = jax.eval_shape(kept, *variables, task.batch_shapes(batch_size), key)

@@ -62,12 +62,14 @@ def start(
     _check(explicit, heartbeat_timeout_seconds)
     if num_processes == 1 and coordinator_address is None:
         return
+    # After ten seconds, because JAX waits five minutes for a missing process before it says so.
     waiting = threading.Timer(10, logging.warning, ("waiting for the other processes of the run",))
     waiting.daemon = True
     waiting.start()
     try:
         jax.distributed.initialize(**explicit, heartbeat_timeout_seconds=heartbeat_timeout_seconds)
     except ValueError as error:
+        # JAX's message where it finds no cluster: "coordinator_address should be defined."
         if num_processes is None and "coordinator_address" in str(error):
             return  # no cluster
         raise LaunchError(
@@ -125,6 +127,7 @@ def check_agreement(settings: Mapping[str, Any]) -> None:
     """
     if jax.process_count() == 1:
         return
+    # As text, which compares alike after its way through the store (tuples become lists).
     mine = {name: json.dumps(value) for name, value in settings.items()}
     if is_first():
         _store().key_value_set(_SETTINGS, json.dumps(mine))
@@ -177,8 +180,11 @@ def shared_fate() -> Generator[None]:
     except Preempted:
         raise  # all processes stop at the same step, so none has to be told
     except BaseException as error:
+        # First, or this process's own watcher would end it before its error is printed.
         over.set()
+        # Exit handlers run last in, first out: this one runs before JAX's own, and never returns.
         atexit.register(_leave)
+        # Without the first process there is no store. The others then miss its heartbeats.
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             _store().key_value_set(f"{_FAILURES}{jax.process_index()}", _line(error))
         raise
@@ -191,6 +197,7 @@ def _watch(over: threading.Event) -> None:
     while not over.wait(timeout=1):
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             for key, line in _store().key_value_dir_get(_FAILURES):
+                # The question took time, in which this process may have ended by itself.
                 if over.is_set():
                     return
                 who = key.rpartition("/")[2]
@@ -207,6 +214,7 @@ def _leave() -> None:
     try:
         jax.distributed.shutdown()
     finally:
+        # os._exit flushes nothing.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
@@ -236,6 +244,7 @@ class Stop:
     def __enter__(self) -> Stop:
         in_main_thread = threading.current_thread() is threading.main_thread()
         if in_main_thread and not jax.distributed.is_initialized():  # otherwise JAX catches it
+            # `signal` returns None for a handler from outside Python, and cannot set None.
             self._handler = signal.signal(signal.SIGTERM, self._note) or signal.SIG_DFL
         return self
 
@@ -244,6 +253,7 @@ class Stop:
             signal.signal(signal.SIGTERM, self._handler)
 
     def _note(self, *signal_and_frame: Any) -> None:
+        # Only a note: a handler runs between any two bytecodes, where saving would not be safe.
         self._requested = True
 
     def requested(self) -> bool:

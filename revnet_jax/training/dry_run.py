@@ -45,10 +45,12 @@ def dry_run(
         traced.model.attention = "chunked"  # cuDNN attention needs cuDNN even for tracing
         task, schedule, optimizer = build_recipe(traced)
     with settings("profile"):
+        # The constructor checks the steps to profile. Nothing is traced before `with`.
         Trace(Path(), **config.profile, last_step=config.num_steps)
     step = make_train_step(task, optimizer, schedule, ema_decay=config.ema_decay)
     if num_devices is not None:
         sizes = mesh_sizes(num_devices, slices=num_slices, **config.mesh)
+        # Names and sizes of axes without devices: all that tracing asks of a mesh.
         mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
         check_split(config, mesh)
         check_data_dir(config)

@@ -48,6 +48,8 @@ def evaluate(
                 return None
             fetched += fetch.exchange(number, sums(variables, put_batch(batch, mesh)))
     fetched += fetch.flush()
+    # In Python's floats of 64 bits: float32 would lose digits over a large split.
     totals = {name: sum(values[name] for _, values in fetched) for name in fetched[0][1]}
+    # Padding has weight 0, so the last batch counts by its real examples.
     count = totals.pop("count")
     return {name: total / count for name, total in totals.items()}

@@ -132,11 +132,13 @@ def generate(
     seen = list(token_T)[-context:]
     cache, position, unread = empty_cache(), 0, seen
     for i in range(num_tokens):
+        # The cache is full. Half of it is read again, so this is due every context / 2 tokens.
         if position + len(unread) > context:
             unread = seen[-max(1, context // 2) :]
             cache, position = empty_cache(), 0
+        # Earlier pieces fill the cache; only the token sampled after the last one is used.
         for piece in _pieces(unread, few_shapes):
-            token_BT = jnp.asarray([piece], jnp.int32)
+            token_BT = jnp.asarray([piece], jnp.int32)  # [1, T]
             token, cache = advance(variables, cache, token_BT, position, keys(i))
             position += len(piece)
         unread = [int(token)]
@@ -159,6 +161,7 @@ def _pieces(tokens, few_shapes):
     """Yields parts of the tokens of at most _PIECE, which limits the size of attention scores."""
     while tokens:
         most = min(_PIECE, len(tokens))
+        # The largest power of two that fits: 1 to 256, so at most nine lengths are compiled.
         size = 1 << (most.bit_length() - 1) if few_shapes else most
         yield tokens[:size]
         tokens = tokens[size:]
@@ -177,5 +180,6 @@ def sample(logits_V: jax.Array, key: jax.Array, *, temperature: float, top_p: fl
     # Minus the maximum before the division: at a tiny temperature values overflow only to -inf.
     sorted_V = (logits_V[order_V] - jnp.max(logits_V)) / temperature
     probability_V = jax.nn.softmax(sorted_V)
+    # The probability of all likelier tokens: 0 for the first, which is thus always kept.
     before_V = jnp.cumsum(probability_V) - probability_V
     return order_V[jax.random.categorical(key, jnp.where(before_V < top_p, sorted_V, -jnp.inf))]

@@ -30,6 +30,7 @@ def harness_model(
     base = load_harness("lm_eval.api.model").LM  # first, because restoring takes longer
     scorer = Scorer(workdir, which, tokenizer=tokenizer, batch_size=batch_size)
 
+    # Defined here, because the package must load without lm_eval.
     class RunModel(base):
         """The requests of the harness; each has its arguments as `args`."""
 
@@ -49,6 +50,7 @@ def harness_model(
         def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
             """Text after a prompt, until one of the strings that stop it."""
             return [
+                # The number of a request is its seed, so that answers are the same in every run.
                 scorer.answer(request.args[0], **_options(request.args[1], number))
                 for number, request in enumerate(requests)
             ]
@@ -69,6 +71,7 @@ def load_harness(module: str) -> Any:
 def _options(given: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """The options of `Scorer.answer` for the generation options of a task, which may lack any."""
     until = given.get("until", [])
+    # Greedy decoding unless a task asks for samples, as the harness's own models do.
     is_random = given.get("do_sample", False)
     return {
         "until": [until] if isinstance(until, str) else until,

@@ -59,6 +59,7 @@ def load_weights(workdir: Path, wanted: Variables, data: dict[str, Any]) -> tupl
             "of a run that has saved some"
         )
     if "vocabulary" in data and (workdir / "config.json").exists():
+        # Weights that were imported without a tokenizer have no vocabulary to compare.
         there = load_record(workdir)["data"].get("vocabulary")
         if there is not None:
             found, expected = vocabulary_from(data["vocabulary"]), vocabulary_from(there)
@@ -88,8 +89,10 @@ def _restored(checkpoints, wanted):
     try:
         return checkpoints.restore(TrainState.of_variables(wanted), partial=True)
     except OtherTree as error:
+        # Anything else that is missing, or has another shape, means another model.
         if not all(ADAPTER.search(line) and ": got nothing," in line for line in error.differences):
             raise
+    # Read without adapters: `init_state` initialises what is None.
     is_adapter = lambda path: ADAPTER.search(jax.tree_util.keystr(path, simple=True, separator="/"))
     without = jax.tree_util.tree_map_with_path(
         lambda path, leaf: None if is_adapter(path) else leaf, wanted

@@ -63,6 +63,7 @@ def build_data(config: ConfigDict, mesh: Mesh, eval_batch_size: int | None = Non
         found = _images(config, loaded, train, test)
     else:
         found = _source(config, loaded, train, test)
+    # Whether batches of a user's data or for a user's model fit is seen by reading one.
     if any(map(references.is_reference, (data.name, config.model.family))):
         with settings("data"):
             weighted = isinstance(loaded, Text) and loaded.train_weight is not None
@@ -85,6 +86,7 @@ def load_data(config: ConfigDict) -> Dataset | Text | Source:
             expected = "a Source, such as Arrays (revnet_jax/data/source.py), a Dataset or a Text"
             references.check_members("data.name", name, loaded, ("train", "test"), expected)
         return loaded
+    # A user's own model has no kind of data, so the data set's name decides.
     kind = family_of(config).data or ("text" if name in TEXT_NAMES else "images")
     if kind == "text":
         _check_knobs(config, ("dir", "train_share", "vocab_size", "context", "eval_batches"))
@@ -96,6 +98,7 @@ def load_data(config: ConfigDict) -> Dataset | Text | Source:
     )
 
 
+# The settings of `config.data` that the package defines, for images and for text.
 PACKAGE_KNOBS = frozenset({**image_classification().data, **language_model().data})
 
 
@@ -123,6 +126,8 @@ def _text(config, text, train, test):
     if separate and text.vocabulary.kind == "tokenizer":
         _check_end_token(data.end_token, text.vocabulary.end_token)
     windows = {"seed": config.seed, "context": data.context, **train}
+    # In sequences, by the config's batch size: evaluation elsewhere may take larger batches, but
+    # scores the same sequences.
     most = data.eval_batches * config.eval_batch_size
     return Data(
         lambda step: train_windows(text, start_step=step, **windows),
@@ -177,7 +182,7 @@ def _check_batches(task, data, train, test, weighted):
             batch = next(batches)
         got = {name: f"{x.dtype}{list(x.shape)}" for name, x in batch.items() if name != "weight"}
         expected = {
-            name: f"{leaf.dtype}{[len(of['rows']), *leaf.shape[1:]]}"
+            name: f"{leaf.dtype}{[len(of['rows']), *leaf.shape[1:]]}"  # rows of this process
             for name, leaf in task.batch_shapes(of["batch_size"]).items()
         }
         has_weight = split == "test" or weighted

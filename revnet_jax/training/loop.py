@@ -65,8 +65,10 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """
     started = time.monotonic()
     check_agreement({k: v for k, v in flatten(config).items() if k not in PER_HOST})
+    # Before the data, which may take long to load: mistakes in the model are told in seconds.
     program = step_program(config, jax.devices())
     if is_first():
+        # Only this process tracks, so only its host needs the tracker's package.
         check_tracker(config.tracker)
     data = build_data(config, program.mesh)
     with settings("data"), contextlib.closing(data.train(0)), contextlib.closing(data.test()):
@@ -88,6 +90,7 @@ def _train(
 ) -> dict[str, Any]:
     """Trains in a claimed folder. changes: settings that differ from those of the last start."""
     if config.model.stored_layers == -1:
+        # Not earlier, because the number is kept in the folder, which is claimed by now.
         program = step_program(config, jax.devices(), resolve_auto(config, workdir))
     task, mesh = program.task.of_data(data.record), program.mesh
     sums = exact_jit(on_mesh(task.sums, mesh))
@@ -96,6 +99,8 @@ def _train(
         start = restored[0] if restored else 0
         workdirs.check_can_go_on(workdir, config, start)
         summary = workdirs.finished_summary(workdir, start) if start == config.num_steps else None
+        # Process 0 decides for all. A shared file system may show them the file at different times,
+        # and those who went on to train would wait for the others for ever.
         if value_of_first(summary is not None):
             return summary if summary and is_first() else {}
         state, init_from = (
@@ -115,9 +120,11 @@ def _train(
             for step in range(start if owed else start + 1, config.num_steps + 1):
                 if step > start:
                     traced.before(step)
+                    # Donates the old state: after a bad step only the checkpoint is left.
                     state, metrics = program.step(state, put_batch(next(batches), mesh))
                     traced.after(step, metrics)
                     recorder.training(step, metrics)
+                # All processes evaluate this alike, so they ask `stop` equally often.
                 if evaluates(step) or stop.requested() or step % config.checkpoint_every_steps == 0:
                     recorder.flush()  # raises if the loss is not finite, before the state is saved
                     scores = {}
@@ -126,8 +133,11 @@ def _train(
                         means = evaluate(sums, state.for_evaluation, parts, mesh, stop.requested)
                         scores = recorder.evaluation(step, means)
                     recorder.doing(step, "saving")
+                    # Rows up to here are on disk: a run resumed from this save never writes them.
                     checkpoints.save(step, state, scores)
+                    # A run that has made its last evaluation is finished, not preempted.
                     if stop.requested() and not (step == config.num_steps and scores):
+                        # Files are written in the background, which a kill would end.
                         checkpoints.wait()
                         raise Preempted(step)
     if not is_first():
@@ -154,6 +164,7 @@ def claimed(
         if is_first():
             held.enter_context(workdirs.workdir_lock(workdir))
             changes = workdirs.claim(workdir, config, data)
+        # After this barrier config.json is there, for all who see the same folder.
         wait_for_all("workdir claimed")
         if not is_first():
             if not (workdir / "config.json").exists():
@@ -225,6 +236,7 @@ class Recorder:
         say = lambda line: None
         if is_first():
             say = self._progress.say
+            # At step 0 (no checkpoint, or another run's weights) the file begins anew.
             self._writer = MetricsWriter(workdir, resume_step=start or None)
             tracker = open_tracker(config.tracker, workdir, flatten(config), start, say)
             if tracker:
@@ -275,6 +287,7 @@ class Recorder:
     @property
     def per_second(self) -> float | None:
         """The median speed over the intervals between logged steps; None before there are two."""
+        # The median, because some intervals include an evaluation or a save.
         return statistics.median(self._rates) if self._rates else None
 
     def _check_finite(self, step: int, values: Mapping[str, float], names: Iterable[str]) -> None:
@@ -288,6 +301,7 @@ class Recorder:
 
     def _record(self, rows: list[tuple[int, dict[str, float]]]) -> None:
         for step, values in rows:
+            # At every step, logged or not, for the values are on the host anyway.
             self._check_finite(step, values, ("train_loss", "gradient_norm", "variables_norm"))
             if self._writer and (step % self._log_every == 0 or step == self._num_steps):
                 rate = self._progress.update(
@@ -307,6 +321,7 @@ def summarize(
     started: float,
 ) -> dict[str, Any]:
     """Returns the content of summary.json. Speed and time are of this start; null if unknown."""
+    # From the file: a run that was killed after its last step has no values in memory.
     last = workdirs.last_values(workdir)
     device = jax.devices()[0]
     return {

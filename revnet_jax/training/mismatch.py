@@ -36,6 +36,7 @@ class MismatchAlarm:
         Raises MismatchError for a mismatch if the action is "stop".
         """
         total = values.get("exact_mismatches", 0.0)
+        # The total never falls, and earlier starts have told of what they have seen.
         if self._silent or total <= self._seen:
             return
         line = describe_mismatch(step, total - self._seen, values)
@@ -44,6 +45,7 @@ class MismatchAlarm:
                 f"{line}. config.on_mismatch=stop ended the run; the last checkpoint before, if "
                 "any, is kept, and --config.on_mismatch=warn goes on from it"
             )
+        # Once per start, because streams that drift differ at every step.
         self._silent = True
         self._say(
             f"WARNING: {line}. --config.on_mismatch=stop would end the run here; mismatches of "
@@ -67,6 +69,7 @@ def _advice(range_used):
     otherwise = "--config.model.backprop=store or remat, which rebuild nothing"
     if range_used is None:
         return f"Streams drift without a grid: try --config.model.grid=True, or {otherwise}"
+    # Beyond the range float32 has no room for the grid's bits, and sums are rounded.
     if range_used >= 1:
         return (
             f"Streams reached {range_used:.3g} times the range of the grid: try fewer "

@@ -72,6 +72,7 @@ def recipe_on(
     The step is not traced. Raises ConfigError for settings that cannot be used.
     """
     platform = devices[0].platform
+    # A user's own model need not have this setting.
     pools = "stem" in config.model and config.model.stem == "imagenet"
     if config.deterministic and pools and platform in ("gpu", "cuda"):
         raise ConfigError(
@@ -93,5 +94,6 @@ def jit_step(
       state: shapes and shardings, from `shapes_on_mesh`. Without fixed output shardings the
         compiler may choose others, and the next step would be compiled again.
     """
+    # None leaves the placement of metrics to the compiler.
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jit(on_mesh(step, mesh), donate_argnums=0, out_shardings=(shardings, None))

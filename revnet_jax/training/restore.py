@@ -53,6 +53,7 @@ def restore_run(workdir: Path, which: Which = "newest") -> Restored:
         config.model.attention = "auto"  # the run may have used other devices
     task, _, optimizer = build_recipe(config)
 
+    # Only leaves of this state are read: no optimizer state, and no weights if all are averaged.
     def init():
         variables = task.network.init(jax.random.key(config.seed))
         if not config.ema_decay:
@@ -66,6 +67,7 @@ def restore_run(workdir: Path, which: Which = "newest") -> Restored:
             f"{workdir} holds no checkpoints: has its run saved any, and were they fetched?"
         )
     with open_checkpoints(workdir, task, read_only=True) as checkpoints:
+        # Nothing is initialised; these are the shardings that the arrays are read into.
         state = shapes_on_mesh(init, task.network.rules, all_fsdp())
         restored = checkpoints.restore(state, which=which, partial=True)
     if restored is None:
@@ -94,6 +96,7 @@ def evaluate_run(
     # Rounded up to a multiple of the devices. Test batches are padded, so scores do not change.
     parts = batch_parts(mesh)
     batch_size = -(-config.eval_batch_size // parts) * parts
+    # Before the weights, because missing data should be told at once.
     data = build_data(config, mesh, batch_size)
     run = restore_run(workdir, which)
     if "vocabulary" in run.data:

@@ -63,6 +63,7 @@ class Scorer:
         assert isinstance(run.task, NextToken)
         self._network, self._variables = run.task.network, run.variables
         self.context = run.task.context
+        # Shards may record an end token that the config does not name (-1).
         end = run.config.data.end_token
         recorded = vocabulary_from(run.data["vocabulary"]).end_token
         self.prefix: int | None = recorded if end < 0 else end
@@ -84,6 +85,7 @@ class Scorer:
             kept = before.rstrip()
             before, after = kept, before[len(kept) :] + after
             first = self._codec.encode(before) if before else self._prefix()
+            # Encoded together, as in training: tokenizers may join text across the border.
             whole = self._codec.encode(before + after)
             after_tokens = whole[len(first) :] if before else whole
             documents.append((first + after_tokens, len(first)))
@@ -127,6 +129,7 @@ class Scorer:
             if token == self.prefix:
                 break
             text += decode(token)
+            # In all of the text, because a stop may begin in one token and end in another.
             found = [text.index(stop) for stop in until if stop in text]
             if found:
                 return text[: min(found)]
@@ -159,18 +162,20 @@ class Scorer:
 
     def _of_batch(self, windows: Sequence[Window]) -> list[Score]:
         longest = max(len(window.tokens) for window in windows) - 1
+        # A power of two, so that few lengths are compiled.
         length = min(self.context, max(_SHORTEST, 1 << (longest - 1).bit_length()))
         # Padding comes after the tokens that count, which do not look ahead.
         tokens = np.zeros((self._batch_size, length + 1), np.int32)
         for row, window in enumerate(windows):
             tokens[row, : len(window.tokens)] = window.tokens
-        batch = {"token_BT": tokens[:, :-1], "target_BT": tokens[:, 1:]}
+        batch = {"token_BT": tokens[:, :-1], "target_BT": tokens[:, 1:]}  # [B, T] from [B, T + 1]
         nats, is_likeliest = jax.device_get(
             self._likelihoods(self._variables, put_batch(batch, self._mesh))
         )
         scores = []
         for row, window in enumerate(windows):
             last = len(window.tokens) - 1
+            # Targets are the tokens from the second on: `last` of them, before the padding.
             part = slice(last - window.scored, last)
             scores.append(
                 Score(nats[row, part].sum(dtype=np.float64), is_likeliest[row, part].all())
@@ -185,6 +190,9 @@ def windows_of(tokens: Sequence[int], first: int, context: int) -> Iterator[Wind
     """
     position = first
     while position < len(tokens):
+        # Full windows do not overlap: the first score in one has a single token to go by. The last
+        # window reaches back to fill the context.
         end = min(len(tokens), position + context)
+        # One token more than the context: the first is only read, and the last only scored.
         yield Window(tokens[max(0, end - 1 - context) : end], end - position)
         position = end

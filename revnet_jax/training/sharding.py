@@ -42,6 +42,7 @@ def mesh_sizes(
             raise ConfigError(f"config.mesh: got {count} {name}, expected at least 1")
     sizes = [data, fsdp, sequence, tensor]
     known = math.prod(size for size in sizes if size != -1)
+    # Otherwise -1 stays, and is refused with the other sizes below.
     if sizes.count(-1) == 1 and known > 0 and num_devices % known == 0:
         sizes[sizes.index(-1)] = num_devices // known
     if min(sizes) < 1 or math.prod(sizes) != num_devices:
@@ -78,12 +79,15 @@ def make_mesh(
         len(devices), data=data, fsdp=fsdp, sequence=sequence, tensor=tensor, slices=slices
     )
     if slices == 1:
+        # Axes of the torus may be split, so sizes need not be those of its axes.
         array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     else:
+        # The mesh of one slice. Slices are laid out along "data" alone.
         inside = [sizes[0] // slices, *sizes[1:]]
         array = mesh_utils.create_hybrid_device_mesh(
             inside, [slices, 1, 1, 1], devices, allow_split_physical_axes=True
         )
+    # Auto: XLA spreads shardings from a few constraints. With Explicit, types would have them.
     return Mesh(array, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 
 
@@ -92,6 +96,7 @@ def on_mesh(function: Callable[..., Any], mesh: Mesh | AbstractMesh) -> Callable
 
     @functools.wraps(function)
     def traced(*args):
+        # Runs while tracing only. Abstract, because the devices need not be there.
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return function(*args)
 
@@ -129,6 +134,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     They need not be contiguous, because a mesh is ordered by the network of the devices and not by
     host. Processes whose devices differ only along "sequence" or "tensor" hold the same rows.
     """
+    # A slice of rows per device. Devices along "sequence" and "tensor" repeat it.
     held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held]))
 
@@ -136,12 +142,14 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows of a global batch, as global arrays split along their first axis."""
     sharding, parts = batch_sharding(mesh), batch_parts(mesh)
+    # As if a batch had one row per part: the numbers of the parts that this process holds.
     held = local_rows(mesh, parts)
 
     def put(array):
         rows = len(array) // len(held)  # rows per part
 
         def part(index):
+            # `index` counts rows of the global batch; the array has the parts held, in order.
             at = rows * np.searchsorted(held, index[0].indices(rows * parts)[0] // rows)
             return array[at : at + rows]
 

@@ -38,6 +38,7 @@ class TrainState(NamedTuple):
     @classmethod
     def of_variables(cls, variables: Any, ema: Variables | None = None) -> TrainState:
         """Returns a state of variables or their average alone, to read one from a checkpoint."""
+        # None has no leaves, so nothing else is asked of the checkpoint.
         nothing: Any = None
         return cls(nothing, variables, nothing, nothing, nothing, ema)
 
@@ -46,6 +47,7 @@ class TrainState(NamedTuple):
         """The variables that evaluation, generation and export use: the average, if it is kept."""
         if self.ema is None:
             return self.variables
+        # The average has None for frozen parameters, which are those of the weights.
         return self.ema if self.variables is None else trees.join(self.ema, self.variables)
 
 
@@ -71,6 +73,7 @@ def init_state(
         variables=variables,
         opt_state=optimizer.init(variables.params),
         key=run_key,
+        # A float, because the count of each step is a cotangent (see `Exactness`).
         exact_mismatches=jnp.zeros((), jnp.float32),
         ema=first_average(variables, optimizer.trainable) if ema else None,
     )
@@ -96,6 +99,7 @@ def make_train_step(
     network = task.network
 
     def train_step(state, batch):
+        # By the step and not by splitting on, so that nothing random depends on earlier steps.
         key = jax.random.fold_in(state.key, state.step)
         new = optimizer.step(
             task.loss, state.variables, state.opt_state, batch, key, network.probes()

@@ -46,11 +46,13 @@ class Trace:
     def after(self, step: int, results: Any) -> None:
         """Call after a step is dispatched. Waits for `results`, only at the end of the trace."""
         if self._tracing and step == self._steps[-1]:
+            # The step was only dispatched: a trace that ends now would not have it.
             jax.block_until_ready(results)
             self._stop()
 
     def _stop(self) -> None:
         if self._tracing:
+            # First, so that a trace that cannot be written is not stopped again at exit.
             self._tracing = False
             with writing(self._folder):
                 try:
