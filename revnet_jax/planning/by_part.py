@@ -57,12 +57,15 @@ def kernels(text: str, chip: Chip) -> list[Kernel]:
     found, of_most = [], {}
     for instruction, computation, times, moved in leaves(module):
         products = _products(module, computation, instruction)
+        # Products in one fusion take turns; the kernel's memory traffic overlaps with them.
         seconds = sum(flops / (share * chip.peak_flops) for flops, share in products)
         seconds = max(seconds, moved.hbm_bytes / (MEMORY * chip.hbm_bandwidth))
+        # What neither computes nor moves anything, as the end of a copy, launches no kernel.
         if seconds:
             flops = sum(flops for flops, _ in products)
             if not (part := _part(instruction)):
                 # Without a name of its own, a kernel counts to the part of most around it.
+                # Keyed by id, because a computation holds a dict and cannot be hashed.
                 key = id(computation)
                 part = of_most[key] = of_most.get(key) or _part_of_most(computation)
             seconds = max(seconds, LAUNCH)
@@ -99,6 +102,7 @@ def _part(instruction: Instruction) -> str | None:
     """The part of an instruction; None if the compiler kept no JAX name for it."""
     if not (op_name := re.search(r'op_name="([^"]*)"', instruction.attributes)):
         return None
+    # Transformations wrap the scopes of a name: jit(step)/transpose(jvp(head))/dot_general.
     scopes = (scope for scope in PARTS if re.search(rf"(^|[/(]){scope}[/)]", op_name[1]))
     return next(scopes, _OTHER)
 
@@ -118,6 +122,8 @@ def _products(
         return [p for i in inner.instructions.values() for p in _products(module, inner, i)]
     count = _COUNTS.get(instruction.opcode)
     if instruction.opcode == "custom-call":
+        # cuBLAS and cuDNN are known by their targets. Other calls, such as kernels written by hand,
+        # count by their bytes alone.
         target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
         count = next((c for name, c in _LIBRARIES if target and target[1].startswith(name)), None)
     if count is None:
@@ -127,21 +133,27 @@ def _products(
 
 
 def _dot(instruction: Instruction, operands: Sequence[Array]) -> tuple[int, float]:
+    # An outer product contracts no axis: its attribute is empty or missing.
     axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
     contracted = [operands[0].dims[int(i)] for i in axes[1].split(",") if i] if axes else []
     return _of_product(instruction, operands, contracted)
 
 
 def _cublas(instruction: Instruction, operands: Sequence[Array]) -> tuple[int, float]:
+    # A cuBLAS call has its axes in JSON, as strings, in place of HLO's own attributes.
     axes = re.search(r'"lhs_contracting_dimensions":(\[[^\]]*\])', instruction.attributes)
     contracted = [operands[0].dims[int(i)] for i in json.loads(axes[1])] if axes else []
     return _of_product(instruction, operands, contracted)
 
 
 def _of_product(instruction, operands, contracted):
+    # cuBLAS returns its workspace after the product, hence the first result only.
     (result, *_), sizes = instruction.result, math.prod(contracted)
+    # 2 m n k: a multiplication and an addition for each element of each sum.
     flops = 2 * math.prod(result.dims) * sizes
     arrays = [array for array in (*operands[:2], result) if array.dims]
+    # Fast kernels load 16 bytes at a time, 8 numbers of bfloat16. `MISALIGNED` was measured for
+    # bfloat16 products alone.
     aligned = all(array.dims[-1] % 8 == 0 for array in arrays) or operands[0].dtype == "f32"
     return flops, _share(instruction, operands[0].dtype) * (1 if aligned else MISALIGNED)
 
@@ -151,12 +163,15 @@ def _convolution(instruction: Instruction, operands: Sequence[Array]) -> tuple[i
     target = instruction.attributes
     result, (first, second) = instruction.result[0], operands[:2]
     output, weights = result, second
+    # Both gradients take the multiplications of the forward convolution.
     if "$convBackwardInput" in target:
         output = first
     elif "$convBackwardFilter" in target:
         output, weights = second, result
     labels = re.search(r"dim_labels=\w+_(\w+)->", instruction.attributes)
     outputs = weights.dims[labels[1].index("o")] if labels else 1
+    # 2 x output elements x taps x input channels. The filter has taps x input channels elements for
+    # each output channel.
     flops = 2 * math.prod(output.dims) * math.prod(weights.dims) // max(outputs, 1)
     return flops, _share(instruction, first.dtype)
 
@@ -173,13 +188,16 @@ def _attention(instruction: Instruction, operands: Sequence[Array]) -> tuple[int
 
 
 def _share(instruction, dtype):
+    # HLO writes the precision in small letters, the settings of a cuBLAS call in capitals.
     if dtype == "f32" and re.search(r"highest|HIGHEST", instruction.attributes):
         return FULL_FLOAT32
+    # Dtypes whose rate was not measured, such as float8, count as bfloat16.
     return PRODUCTS.get(dtype, PRODUCTS["bf16"])
 
 
 _Count = Callable[[Instruction, Sequence[Array]], tuple[int, float]]
 _COUNTS: dict[str, _Count] = {"dot": _dot, "convolution": _convolution}
+# Beginnings of targets, which name the operation too: __cublas$lt$matmul, __cudnn$fmhaSoftmax.
 _LIBRARIES: tuple[tuple[str, _Count], ...] = (
     ("__cublas", _cublas),
     ("__cudnn$fmha", _attention),

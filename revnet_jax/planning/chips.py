@@ -44,6 +44,7 @@ class Chip:
 
 
 CHIPS = {
+    # Google publishes no bandwidth of v4 pods in the data center, hence the None.
     "v4": Chip("TPU v4", 275e12, int(30.75 * GIB), 1228e9, 300e9, 16e9, None, f"{_TPU_PAGES}v4"),
     # A pod of 256 chips has 6.4 Tbit/s of data-center network.
     "v5e": Chip(
@@ -86,6 +87,7 @@ _MEM_FRACTION = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  #
 
 def chip_of(device_kind: str) -> Chip | None:
     """The chip that `device.device_kind` names; None for a chip that is not in the table."""
+    # TPUs by their whole name: "TPU v5" (v5p) is also the beginning of "TPU v5 lite" (v5e).
     exact = [chip for chip in CHIPS.values() if chip.device_kind == device_kind]
     gpus = [
         chip
@@ -167,6 +169,7 @@ def step_seconds(
     )
     between = sum(dcn_bytes.values())
     dcn = 0.0
+    # What sends nothing between slices needs no figure of that network.
     if between:
         if chip.dcn_bandwidth is None:
             return None

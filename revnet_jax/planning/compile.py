@@ -91,6 +91,7 @@ class Compiler:
         """
         process = self._ask({"configs": {name: dict(each) for name, each in settings.items()}})
         lines = process.stdout.splitlines()
+        # The answer is the last line: a library may have printed before it.
         return json.loads(lines[-1]).get("refusals", {}) if lines else {}
 
     def steps(
@@ -98,6 +99,7 @@ class Compiler:
     ) -> dict[str, CompiledStep | NotCompiled]:
         """Compiles a step for each named config. settings: by config name, then by dotted key."""
         results: dict[str, CompiledStep | NotCompiled] = {}
+        # Threads suffice, because they only wait for processes.
         with ThreadPoolExecutor(PROCESSES) as threads:
             names = {threads.submit(self._step, each): name for name, each in settings.items()}
             try:
@@ -107,14 +109,17 @@ class Compiler:
                     outcome = _outcome(result)
                     self.report(f"[{len(results)}/{len(names)}] {name}: {outcome}, {seconds:.0f} s")
             except BaseException:
+                # Also on Ctrl-C: what waits in line is not begun.
                 threads.shutdown(cancel_futures=True)
                 raise
+        # In the order of the request, not of completion.
         return {name: results[name] for name in settings}
 
     def _step(self, settings):
         started = time.monotonic()
         process = self._ask({"config": dict(settings)})
         for line in process.stderr.splitlines():
+            # Notes tell of what did not stop the worker, as a cache that cannot be written.
             if line.startswith("note: "):
                 self.report(line)
         return _result(process), time.monotonic() - started
@@ -127,6 +132,7 @@ class Compiler:
         environment["JAX_TRACEBACK_FILTERING"] = "off"
         environment["PYTHONPATH"] = references.search_path()  # to import the user's own models
         return subprocess.run(
+            # -P: the current folder is not searched. PYTHONPATH has this program's own search path.
             [sys.executable, "-P", "-m", "revnet_jax.planning.worker"],
             input=json.dumps(request),
             capture_output=True,
@@ -142,6 +148,7 @@ def _result(process):
         if "step" in answer:
             return CompiledStep(**answer["step"])
         return NotCompiled(answer["error"])
+    # A crash inside a compiler leaves a status, and at best a last line that says why.
     said = [line for line in process.stderr.splitlines() if line.strip()] or ["nothing said"]
     return NotCompiled(f"the compiling process ended with status {process.returncode}: {said[-1]}")
 

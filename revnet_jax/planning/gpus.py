@@ -88,6 +88,7 @@ def gpu_devices(chip: str, *, hosts: int, gpus_per_host: int) -> list[Any]:
     """
     from jax.experimental import topologies
 
+    # Before anything is traced: JAX asks for the version of cuDNN where it traces attention.
     _tell_cudnn_version()
     return topologies.get_topology_desc(
         platform="cuda",
@@ -103,6 +104,8 @@ def target_config(gpu: Gpu) -> str:
     # sm_90a and sm_100a add instructions of one architecture only, which XLA uses if available.
     extension = "ACCELERATED_FEATURES" if major >= 9 else "NONE"
     cudnn_major, cudnn_minor, cudnn_patch = CUDNN_VERSION
+    # A block may ask for all shared memory but 1 KiB, which CUDA keeps for itself. The limits of
+    # threads, blocks and registers are the same for all of `GPUS`.
     return f"""
 gpu_device_info {{
   threads_per_block_limit: 1024
@@ -139,5 +142,6 @@ def _tell_cudnn_version() -> None:
     """
     fused_attention: Any = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
     major, minor, patch = CUDNN_VERSION
+    # The encoding of cuDNN 9: version 9.10.0 is 91000.
     version = 10_000 * major + 100 * minor + patch
     fused_attention.check_cudnn_version = lambda: version

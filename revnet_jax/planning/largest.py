@@ -42,7 +42,11 @@ def largest_that_fits(
     tried = {size: needed_bytes(size) for size in (start, min(2 * start, most))}
     while len(tried) < most_compiled:
         fitting, failing = _split(tried, limit_bytes)
+        # As long as nothing has failed, one step beyond `most` counts as failed: `most` may be
+        # tried.
         low, high = max(fitting, default=0), min(failing, default=most + step)
+        # Strictly between the largest that fits and the smallest that fails: if nothing is left
+        # there, the guess was tried before, and the search ends.
         guess = min(max(_guess(tried, limit_bytes, low, high, step), low + step), high - step)
         if guess < step or guess in tried:
             break
@@ -59,6 +63,7 @@ def _split(tried, limit_bytes):
     fitting = [
         size for size, needed in tried.items() if needed is not None and needed <= limit_bytes
     ]
+    # A size without a figure has failed: the compiler ran out of memory.
     return fitting, [size for size in tried if size not in fitting]
 
 
@@ -72,8 +77,10 @@ def _guess(tried, limit_bytes, low, high, step):
     halfway = (low + high) // 2 // step * step
     if len(known) < 2:
         return halfway
+    # The two nearest to the limit, because memory is only nearly affine.
     (_, size1, needed1), (_, size2, needed2) = known[:2]
     slope = (needed2 - needed1) / (size2 - size1)
+    # Memory does not grow here, so no line meets the limit: try the largest size, then bisect.
     if slope <= 0:
         return halfway if high in tried else high - step
     return int(size1 + (limit_bytes - needed1) / slope) // step * step

@@ -62,6 +62,7 @@ def plan(
         raise UserError(errors[0])
     any_step = next(iter(compiled.values()))
     chip = chip_of(any_step.device_kind)
+    # MFU counts the model's own arithmetic: that of the strategy that computes no product twice.
     stored = compiled.get("store") or compiled.get("store/lockstep")
     rows = [
         _failed(name, step)
@@ -70,12 +71,14 @@ def plan(
         for name, step in steps.items()
     ]
     if by_part:
+        # TPU topologies were refused above; what this machine's devices are is known only now.
         if not any(step.parts for step in compiled.values()):
             raise _no_parts(any_step.device_kind)
         for row in rows:
             step = compiled.get(row["strategy"])
             row["parts"] = step and step.parts
     for row in rows:
+        # Without a limit, every size would fit.
         if row["error"] is None and any_step.limit_bytes is not None:
             name = row["strategy"]
             for searched in largest:
@@ -103,6 +106,7 @@ def refused(settings: Mapping[str, Mapping[str, Any]], compiler: Compiler) -> di
     found = compiler.refusals(settings)
     if len(found) == len(settings):
         raise UserError(next(iter(found.values())))
+    # One line for all strategies that share a reason.
     for error in dict.fromkeys(found.values()):
         names = [name for name in found if found[name] == error]
         compiler.report(f"left out {', '.join(names)}: {error}")
@@ -121,6 +125,7 @@ def recommend(rows: Sequence[PlanRow], limit_bytes: int | None) -> dict[str, str
     known = [row for row in rows if row["error"] is None]
     fitting = [row for row in known if row["fits"]]
     if not fitting:
+        # A program that was refused may lack a figure.
         said = [row for row in known if row["needed_bytes"] is not None]
         least = min(said, key=lambda row: row["needed_bytes"], default=None)
         asks = f" ({least['strategy']} asks for {size(least['needed_bytes'])})" if least else ""
@@ -149,10 +154,12 @@ def row_of(
     Args:
       model_flops: FLOPs of `store`, without any recomputation, for the utilization (MFU).
     """
+    # `arithmetic` counts all devices together; traffic and memory are of one device.
     flops = step.flops // step.num_devices
     seconds = step_seconds(chip, flops=flops, **step.traffic) if chip and step.traffic else None
     utilization = None
     if chip and seconds and model_flops is not None:
+        # MFU = FLOPs of `store` / (seconds x FLOP/s of all devices).
         utilization = model_flops / (seconds.overlapped * chip.peak_flops * step.num_devices)
     return {
         "strategy": name,
@@ -219,9 +226,12 @@ def _largest(searched, strategy, settings, compiler, step):
 
     if searched == "batch":
         changes = lambda n: {"batch_size": n}
+        # Multiples that suit every mesh: it splits a batch over all devices at most.
         return search(changes, settings["batch_size"], step.num_devices * settings["microbatches"])
     if searched == "context":
         changes = lambda n: {"data.context": n}
+        # Multiples stay divisible by what divides the config's context: chunks, the sequence axis.
         return search(changes, settings["data.context"], settings["data.context"])
+    # Depth goes in multiples of the config's, so that stages keep their proportions.
     times = search(lambda n: deeper(settings, n), 1, 1)
     return times._replace(size=times.size and times.size * model_depth(settings))

@@ -41,6 +41,7 @@ def plan_table(report: Mapping[str, Any]) -> str:
     is_gpu = report["device_kind"].startswith("NVIDIA")
     names = ("by NVLink", "between hosts") if is_gpu else ("sent", "by DCN")
     networks = dict(zip(("ici_bytes", "dcn_bytes"), names, strict=True))
+    # A network has a column only if something crosses it.
     networks = {key: n for key, n in networks.items() if any(r.get(key) for r in report["rows"])}
     header = ["strategy", "fits", "peak", *PARTS.values(), "GFLOP", "moved", *networks.values()]
     header += ["ms at least", "ms in turn", "MFU at most, %"]
@@ -105,12 +106,14 @@ def _cells(row, networks, length):
 def _largest_cell(found):
     if found["size"] is None:
         return "none"
+    # Not exact: the search ended before the next size was compiled.
     return f"{found['size']:,}" if found["exact"] else f"{found['size']:,} or more"
 
 
 def draw_plan(report: Mapping[str, Any], figure_class: Any) -> Any:
     """Plots a stacked bar of memory per strategy, and a line at the device's limit."""
     rows = [row for row in report["rows"] if row["error"] is None][::-1]  # the first on top
+    # Programs that the compiler refused may lack a figure.
     rows = [row for row in rows if row["needed_bytes"] is not None]
     figure = figure_class(figsize=(8, 0.45 * len(rows) + 1.6), layout="constrained")
     axes = figure.subplots()

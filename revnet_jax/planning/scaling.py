@@ -46,6 +46,7 @@ def scaling(
             f"{compilers[0].topology.name}: the batch of a device stays the same"
         )
     settings = grown(config, batch // first, compilers[0].topology)
+    # Checked on the first topology alone: what fails on a larger one is a row of its own.
     refused({name: {**settings, **overrides}}, compilers[0])
     rows = []
     for compiler in compilers:
@@ -62,6 +63,7 @@ def scaling(
             ("in_turn_ms", "in_turn_efficiency"),
         ):
             known = rows[0].get(name_ms) and row[name_ms]
+            # The work of a device is the same in all rows, so throughputs relate as 1 / time.
             row[efficiency] = rows[0][name_ms] / row[name_ms] if known else None
     return {"strategy": name, "batch_per_device": batch // first, "rows": rows}
 
@@ -72,7 +74,9 @@ def grown(config: Mapping[str, Any], batch_per_device: int, topology: Topology) 
     return {
         **config,
         "batch_size": batch,
+        # Evaluation's batch has to divide over the devices, too.
         "eval_batch_size": batch,
+        # -1 already takes all devices that are left.
         "mesh.data": data if data == -1 else data * topology.slices,
     }
 

@@ -63,6 +63,7 @@ def timeline(config: ConfigDict, backprop: str, device: jax.Device | None = None
     config.model.backprop = backprop
     task = build_task(config, platform=device.platform)
     lowered = lowered_gradient(task, config.batch_size, device)
+    # NVIDIA's compiler gives no buffers with a program, but writes them where it is asked to.
     if device.platform == "gpu":
         compiled, program = compiled_for_gpu(lowered)
     else:
@@ -100,6 +101,7 @@ def with_layers(config: ConfigDict, layers: int) -> ConfigDict:
     if layers < 3:
         raise UserError(f"got {layers} layers, expected 3 or more: fewer may make no loop")
     config = config.copy_and_resolve_references()
+    # Replaced, because stored layers, or a strategy for each chain, may not fit the new depth.
     config.model.update({"backprop": "store", "stored_layers": 0})
     config.model.update(family_of(config).depth.equal(config, layers))
     return config
@@ -108,6 +110,7 @@ def with_layers(config: ConfigDict, layers: int) -> ConfigDict:
 def lowered_gradient(task: Task, batch_size: int, device: jax.Device) -> jax.stages.Lowered:
     """Lowers the gradient of the loss in all parameters, as a training step computes it."""
     on_device = jax.sharding.SingleDeviceSharding(device)
+    # Shapes alone: no array is made, so that the device need not exist.
     shapes = lambda init, *args: jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_device),
         jax.eval_shape(init, *args),
@@ -118,8 +121,10 @@ def lowered_gradient(task: Task, batch_size: int, device: jax.Device) -> jax.sta
 
     key = shapes(lambda: jax.random.key(0))
     variables = shapes(task.network.init, key)
+    # In probes too, as in training: their cotangents are the exactness check.
     gradient = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
     # The CPU program never runs: compile it with little optimization of machine code.
+    # Others get plain `jax.jit`, since `exact_jit` takes options for this machine's backend.
     on_cpu = device.platform == "cpu"
     program = exact_jit(gradient, quickly=True) if on_cpu else jax.jit(gradient)
     probes = shapes(task.network.probes)

@@ -65,6 +65,7 @@ class Topology(NamedTuple):
     def environment(self) -> dict[str, str]:
         """Environment variables of a process that compiles for it, set before JAX is imported."""
         if self.chip is None:
+            # Several processes compile at a time: none may take the GPU's memory for itself.
             return {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         if self.is_gpu:
             return gpus.environment()
@@ -82,6 +83,7 @@ def parse_topology(name: str) -> Topology:
     """Parses a name; TopologyError if it is unknown or its compiler is not installed."""
     if name == LOCAL:
         return Topology(name, None, "")
+    # 4xv5e:16x16 is 4 slices of the chip v5e in the shape 16x16.
     found = re.fullmatch(r"(?:([1-9]\d*)x)?(\w+):([\dx]+)", name)
     slices, chip, shape = found.groups() if found else (None, "", "")
     if shape not in TOPOLOGIES.get(chip, ()):
@@ -118,6 +120,7 @@ def topology_devices(topology: Topology) -> list[Any]:
         )
     settings: dict[str, Any] = {}
     if set(topology.shape) <= set("1x"):
+        # Hosts have several chips by default, into which a slice of one cannot be divided.
         settings["chips_per_host_bounds"] = (1, 1, 1)
     if topology.chip == "v4":
         settings["chip_config_name"] = "megacore"  # two cores as one device

@@ -1,5 +1,6 @@
 """Formats sizes in bytes for people, and parses them from compilers' messages."""
 
+# XLA writes 1.5G for 1.5 GiB.
 _BYTES = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 

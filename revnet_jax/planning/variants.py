@@ -55,6 +55,7 @@ def parse_variant(name: str, layers: int | None = None) -> Variant:
     mixture, slash, suffix = name.partition("/")
     is_twin = mixture == "twin"
     backprop, plus, stored = ("store" if is_twin else mixture).partition("+")
+    # A plus needs a number, and a number a plus.
     known = backprop in STRATEGIES and bool(plus) == stored.isdecimal()
     suffixes = ("unroll",) if is_twin else ("lockstep", "unroll")
     if not known or suffix not in (suffixes if slash else ("",)):
@@ -65,6 +66,7 @@ def parse_variant(name: str, layers: int | None = None) -> Variant:
         )
     if layers is not None and int(stored or 0) > layers:
         raise UserError(f"got strategy {name!r} for {layers} layers, expected +0 to +{layers}")
+    # The same string, but taken from STRATEGIES, whose type is that of the literals.
     (strategy,) = (known for known in STRATEGIES if known == backprop)
     return Variant(
         strategy, int(stored or 0), suffix == "lockstep", suffix == "unroll", is_twin=is_twin
@@ -81,6 +83,7 @@ def variants(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     model = model_of(config)
     if model.invertible:
         layers = model.most_stored_layers
+        # Without all layers, which would be `store` again. A model without chains keeps the 0.
         stored = {0, layers // 4, layers // 2, 3 * layers // 4} - ({layers} if layers else set())
         mixtures += [("reverse", number) for number in sorted(stored)]
     found = [Variant(*mixture, lockstep) for lockstep in (False, True) for mixture in mixtures]
@@ -94,6 +97,7 @@ def model_of(config: Mapping[str, Any]) -> Model:
     that compile could not use them.
     """
     known = as_config(config)
+    # Kernels of accelerators are refused for a CPU. They change neither layers nor shapes.
     known.model.update({"backprop": "remat", "stored_layers": 0})
     if "attention" in known.model:
         known.model.attention = "auto"

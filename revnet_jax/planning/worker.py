@@ -49,6 +49,7 @@ def main() -> None:
         step = measure_step(as_config(request["config"]), topology, Path(request["cache_dir"]))
         print(json.dumps({"step": step}))
     except UserError as error:
+        # Any other error ends the process; the planner then shows its last line.
         print(json.dumps({"error": str(error)}))
 
 
@@ -73,8 +74,10 @@ def measure_step(config: ConfigDict, topology: Topology, cache_dir: Path) -> dic
         config = config.copy_and_resolve_references()
         config.deterministic = False
     program = step_program(config, targets)
+    # Traced before the cache is asked, because the program itself is the key.
     traced = program.step.trace(program.state, program.batch)
     lowered = traced.lower()
+    # Options of `jit` are not in the program's text.
     text = f"{lowered.as_text()}\ndeterministic: {config.deterministic}"
     path = cache_dir / f"{_digest(text, topology, targets)}.json"
     cached = path.exists()
@@ -86,6 +89,7 @@ def measure_step(config: ConfigDict, topology: Topology, cache_dir: Path) -> dic
     return {
         "num_devices": len(targets),
         "device_kind": targets[0].device_kind,
+        # 0 GiB stands for all that the device has.
         "limit_bytes": int(config.memory_limit_gib * 2**30) or _limit_bytes(targets[0]),
         "flops": arithmetic(traced.jaxpr, platform=targets[0].platform),
         "cached": cached,
@@ -105,6 +109,7 @@ def _keep(path: Path, compiled: str) -> None:
 
 
 def _check_offload(config, targets):
+    # A CPU's memory is the host's: offloading would free nothing.
     if targets[0].platform == "cpu" and "offload" in config.model.backprop:
         raise ConfigError(
             "config.model.backprop: got offload on a CPU, expected a device with memory of its own"
@@ -113,6 +118,7 @@ def _check_offload(config, targets):
 
 def asked_bytes(message: str) -> int | None:
     """The bytes that a program needs, from an out-of-memory error; None if it does not say."""
+    # The TPU compiler says "(16.50G) exceeds available HBM" or "Used 512.00M of 15.75G hbm".
     found = re.search(r"\(([\d.]+)([BKMGT])\) exceeds", message) or re.search(
         r"Used ([\d.]+)([BKMGT]) of", message
     )
@@ -126,10 +132,12 @@ def _compile(lowered, device, slices):
     except jax.errors.JaxRuntimeError as error:
         if not out_of_memory(error):
             raise
+        # A finding like others, which is kept in the cache, too.
         found = {"out_of_memory": True, "needed_bytes": asked_bytes(str(error))}
         found |= {"argument_bytes": None, "traffic": None, "parts": None}
     else:
         stats, text = compiled.memory_analysis(), compiled.as_text()
+        # By part for GPUs alone: how fast kernels are was measured on one.
         chip = chip_of(device.device_kind) if device.platform == "gpu" else None
         found = {
             "out_of_memory": False,
@@ -143,6 +151,7 @@ def _compile(lowered, device, slices):
 
 def _slices(program: StepProgram) -> list[int]:
     """The slice of each device (on GPUs its host), in the order of the mesh."""
+    # Groups of a collective number the devices by their places in the mesh.
     devices = jax.tree.leaves(program.batch)[0].sharding.mesh.devices.flat
     name = "process_index" if devices[0].platform == "gpu" else "slice_index"
     return [getattr(device, name, None) or 0 for device in devices]
@@ -158,6 +167,7 @@ def _digest(text: str, topology: Topology, targets: list[Any]) -> str:
     options = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
     planning = [sys.modules[__name__], by_part, chips, gpus, units]
     modules = [*planning, hlo, collectives, traffic, memory, compiler]
+    # By source, so that whoever changes how programs are read has no version to count up.
     readers = [Path(str(module.__file__)).read_text() for module in modules]
     parts = [text, topology.name, str(len(targets)), *versions, *options, *readers]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
@@ -192,6 +202,7 @@ def _gradient_bytes(program: StepProgram, config: ConfigDict) -> int:
     if config.optimizer.lockstep:
         outside = tree_bytes([tree for name, tree in params.items() if name not in in_chains])
         in_layers = [(params[name], jax.tree.leaves(params[name])) for name in in_chains]
+        # All leaves of a stack have one index per layer in front. A frozen chain has no leaves.
         a_layer = [tree_bytes(tree) // leaves[0].shape[0] for tree, leaves in in_layers if leaves]
         return outside + max(a_layer, default=0)
     return tree_bytes(params) * (2 if config.microbatches > 1 else 1)
