@@ -72,6 +72,7 @@ def assignment(compiled: jax.stages.Compiled) -> Assignment:
     Temporary buffers are as in `memory_analysis`: neither arguments, nor results, nor constants.
     """
     memory = compiled.memory_analysis()
+    # Missing or empty unless the backend reports its buffers, as that of CPUs does.
     buffers = getattr(memory, "serialized_buffer_assignment_proto", None)
     executable = compiled.runtime_executable()
     if not buffers or executable is None:
@@ -90,6 +91,7 @@ def compiled_for_gpu(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, 
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_proto": True}
         compiled = lowered.compile(compiler_options=options)
+        # The dump is named after the module, the GPU's architecture, and the stage of compiling.
         (dumped,) = Path(folder).glob("*.sm_*gpu_after_optimizations.hlo.pb")
         fields = dict(_fields(dumped.read_bytes()))
     computations, entry = _computations(fields[1])  # hlo_module
@@ -123,6 +125,7 @@ def _instruction(message):
     """
     fields = dict(_fields(message))
     opcode = fields[2].decode()
+    # Other instructions have settings of their own there, which need not be JSON.
     config = fields.get(43, b"") if opcode == "while" else b""
     trips = json.loads(config).get("known_trip_count", {}).get("n", 1) if config else 1
     return AssignedInstruction(
@@ -130,9 +133,13 @@ def _instruction(message):
         opcode=opcode,
         operands=tuple(_numbers(message, 36)),
         callees=tuple(_numbers(message, 38)),
+        # Proto3 leaves out fields that are 0.
         index=fields.get(13, 0),
+        # ShapeProto: 3 dimensions. A tuple has none, its elements have.
         dims=tuple(_numbers(fields[3], 3)),
+        # The JSON of protocol buffers writes 64-bit integers as strings.
         trips=int(trips),
+        # OpMetadata: 2 op_name.
         name=dict(_fields(fields.get(7, b""))).get(2, b"").decode(),
     )
 
@@ -142,12 +149,14 @@ def _temporary(message):
     defined = {}
     for logical in _all(message, 1):
         fields = dict(_fields(logical))
+        # LogicalBufferProto: 1 id, 3 defined_at.
         defined[fields.get(1, 0)] = _place(fields[3])
     buffers = []
     for index, allocation in enumerate(_all(message, 3)):
         fields = dict(_fields(allocation))
         if any(fields.get(kind) for kind in (3, 5, 7, 12)):
             continue  # thread-local, an argument, a result, a constant
+        # Field 9: the buffers in it. In each: 1 the logical buffer's id, 2 offset, 3 size.
         for assigned in _all(allocation, 9):
             fields = dict(_fields(assigned))
             number, offset, num_bytes = (fields.get(i, 0) for i in (1, 2, 3))

@@ -19,11 +19,16 @@ KINDS = (
     "collective-broadcast",
 )
 
+# The forms in which XLA prints the devices that exchange data. Axes of a mesh: mesh['a'=4,'b'=2],
+# device_ids=([2,4]T(1,0)) {'b'}.
 _MESH = re.compile(
     r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(((?:[^()]|\([\d,]*\))*)\))? \{([^}]*)\}"
 )
+# [2,4]<=[4,2]T(1,0): the numbers from 0 to 7 as [4, 2], transposed, then as [2, 4]: two groups.
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+# {{0,1},{2,3}}: two groups of two.
 _LISTS = re.compile(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}")
+# {{0,1},{1,0}}: 0 sends to 1, and 1 to 0.
 _PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
 _AXIS = re.compile(r"'?(\w+)'?=(\d+)")
 _USED = re.compile(r"'?(\w+)'?(?::\((\d+)\)(\d+))?(?:,|$)")
@@ -63,15 +68,19 @@ def sent_by_network(
     position in their slices exchange their 1/k of it. Both together send as much as one stage.
     """
     slice_of = np.asarray(slices)[members] if len(slices) else np.zeros_like(members)
+    # All groups count like the one that spans the most slices: the slowest group decides.
     h = max(len(set(row)) for row in slice_of.tolist())
     if h == 1:
         return sent_bytes(kind, payload_bytes, members.shape[1]), 0
     if kind in ("collective-permute", "collective-broadcast"):
         return 0, sent_bytes(kind, payload_bytes, members.shape[1])
+    # Rounded up where a group has more devices in one slice than in another.
     k = -(-members.shape[1] // h)
     if kind == "all-to-all":  # every pair has its own data, so that two stages would save nothing
+        # k - 1 of the h k parts are for devices of the same slice.
         inside = payload_bytes * (k - 1) // (h * k)
         return inside, sent_bytes(kind, payload_bytes, h * k) - inside
+    # (k - 1) / k + (h - 1) / (h k) = (h k - 1) / (h k): together as much as in one stage.
     return sent_bytes(kind, payload_bytes, k), sent_bytes(kind, payload_bytes // k, h)
 
 
@@ -90,6 +99,7 @@ def members(instruction: Instruction, num_devices: int) -> np.ndarray:
         return _numbered(*numbering).reshape(_integers(shape))
     if found := _LISTS.search(text):
         groups = [_integers(group) for group in re.findall(r"\{([\d,]*)\}", found[1])]
+        # No lists, as in replica_groups={}, mean all devices.
         if groups:
             return np.asarray(groups, int)
     elif "replica_groups=" in text:
@@ -107,6 +117,7 @@ def megascale(instruction: Instruction) -> tuple[str, int] | None:
         return None
     target = re.search(r'_xla_megascale_target="\{([\d,:]*)\}', instruction.attributes)
     slices = 0
+    # {0,2:4} are the slices 0, 2, 3 and 4.
     for part in target[1].split(",") if target else ():
         first, _, last = part.partition(":")
         slices += int(last or first) - int(first) + 1
@@ -126,10 +137,13 @@ def _of_mesh(mesh, device_ids, used):
             for other, before, length in used
             if other == name
         ]
+        # Cut the axis wherever a sub-axis begins or ends. Each piece is an axis of its own, which
+        # groups run along or not.
         bounds = sorted({1, int(size), *itertools.chain(*spans)})
         for low, high in itertools.pairwise(bounds):
             shape.append(high // low)
             grouped.append(any(first <= low < last for first, last in spans))
+    # Axes along which groups run go last, so that each row is a group.
     order = [i for i, inside in enumerate(grouped) if not inside]
     inside = [i for i, inside in enumerate(grouped) if inside]
     size = int(np.prod([shape[i] for i in inside], dtype=int))

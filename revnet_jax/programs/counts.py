@@ -23,7 +23,9 @@ def arithmetic(jaxpr: ClosedJaxpr, *, platform: str) -> int:
     and 5 backward, where the scores are recomputed; half of that if causal, and with a window only
     the scores inside it.
     """
+    # Drops what nobody reads, as the compiler will: some of what `jax.checkpoint` computes again.
     needed, _ = dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.out_avals))
+    # JAX lowers for CUDA or ROCm, so that no branch is for "gpu".
     return _count(needed, {"gpu": "cuda"}.get(platform, platform))
 
 
@@ -48,6 +50,7 @@ def _count_equation(equation, platform):
     if name == "scan":
         return params["length"] * _count(params["jaxpr"], platform)
     if name == "pallas_call":
+        # The kernel's jaxpr is of one block of the grid.
         return math.prod(params["grid_mapping"].grid) * sum(
             _count(inner, platform) for inner in jaxprs_in_params(params)
         )
@@ -59,9 +62,11 @@ def _count_equation(equation, platform):
         return _CUDNN_PRODUCTS[name] * _scores(equation)
     if name == "ragged_dot_general":
         lhs, (out,) = equation.invars[0].aval, equation.outvars
+        # [rows, in] x [groups, in, out]: each row meets the kernel of its own group only.
         return 2 * lhs.size * out.aval.shape[-1]
     if name == "cond":
         counts = [_count(branch, platform) for branch in params["branches"]]
+        # `platform_dependent` is a conditional over platforms, decided at lowering.
         platforms = params.get("branches_platforms")
         return max(counts) if platforms is None else counts[_chosen(platforms, platform)]
     return sum(_count(inner, platform) for inner in jaxprs_in_params(params))
@@ -76,6 +81,7 @@ def _chosen(platforms, platform):
 def _dot(equation):
     (contracted, _), _ = equation.params["dimension_numbers"]
     lhs, (out,) = equation.invars[0].aval, equation.outvars
+    # Batch and free axes are in the result; each of its elements sums over the contracted axes.
     return 2 * math.prod(out.aval.shape) * math.prod(lhs.shape[i] for i in contracted)
 
 
@@ -101,6 +107,7 @@ def pairs_read(T: int, S: int, *, causal: bool, window: int | None) -> int:
         return T * S
     window = window or 0
     # The first tokens have fewer tokens before them than the window: a triangle is missing.
+    # window T - window^2 / 2 pairs.
     return window * (2 * T - window) // 2 if 0 < window < T else T * S // 2
 
 
@@ -119,6 +126,8 @@ def _convolution(equation):
             lhs_dilation=params["lhs_dilation"][i],
             rhs_dilation=params["rhs_dilation"][i],
         )
+    # Specs list batch and channels before the spatial axes, for a kernel output before input
+    # channels. These are the input channels of one group.
     batch, out_channels = (out[numbers.out_spec[i]] for i in (0, 1))
     return 2 * batch * out_channels * rhs[numbers.rhs_spec[1]] * taps
 
@@ -128,6 +137,8 @@ def _valid_taps(size, kernel, out, *, padding_low, stride, lhs_dilation, rhs_dil
 
     The others read padding, or zeros between the elements of a dilated input.
     """
+    # Output o and kernel element k meet at position stride o + rhs_dilation k - padding of the
+    # dilated input, whose elements lie lhs_dilation apart.
     positions = (
         stride * o + rhs_dilation * k - padding_low for o in range(out) for k in range(kernel)
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+# As bf16[8,128]{1,0:T(8,128)(2,1)S(1)}: dtype, shape, layout.
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLEES = re.compile(r"\b(calls|body|to_apply|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)")
@@ -69,12 +70,14 @@ class Computation:
     @cached_property
     def parameters(self) -> list[Instruction]:
         found = [i for i in self.instructions.values() if i.opcode == "parameter"]
+        # By their numbers, which the operands of a call follow; the text has them in any order.
         return sorted(found, key=lambda parameter: int(parameter.arguments))
 
     @cached_property
     def users(self) -> dict[str, list[Instruction]]:
         users: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
         for instruction in self.instructions.values():
+            # A set, because x * x uses x once.
             for name in set(instruction.operands):
                 users[name].append(instruction)
         return users
@@ -108,6 +111,7 @@ def parse(text: str) -> Module:
                 root = instruction.name
     if entry is None:
         raise ValueError(f"got {text[:80]!r}, expected the text of a compiled program")
+    # Both are in the first line, and missing there where they are 1.
     counts = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", text.split("\n", 1)[0])
     return Module(computations, entry, math.prod(map(int, counts)))
 
@@ -125,6 +129,7 @@ def trip_count(module: Module, loop: Instruction) -> int:
     counter, bound = (condition[operand] for operand in test.operands)
     if bound.opcode != "constant":
         return 1
+    # Rounded up, since the last step may pass the bound.
     return -(-int(bound.arguments) // _step(module, loop, counter))
 
 
@@ -136,12 +141,14 @@ def _step(module, loop, counter):
     if counter.opcode != "get-tuple-element" or root.opcode != "tuple" or not index:
         return 1
     added = 0
+    # From the counter's next value back to the parameter, adding up what is added on the way.
     value = body.instructions[root.operands[int(index[1])]]
     while value.opcode in ("add", "copy"):
         terms = [body.instructions[name] for name in value.operands]
         constants = [term for term in terms if term.opcode == "constant"]
         added += sum(int(constant.arguments) for constant in constants)
         others = [term for term in terms if term.opcode != "constant"]
+        # Not one variable and constants: the increment is unknown.
         if len(others) != 1:
             return 1
         (value,) = others
@@ -149,12 +156,15 @@ def _step(module, loop, counter):
 
 
 def _instruction(line):
+    # The text counts the elements of long tuples in comments, as /*index=5*/.
     left, _, right = re.sub(r"/\*.*?\*/", "", line).partition(" = ")
+    # A result that is a tuple has spaces in it, and may be nested.
     result, rest = _cut(right, 0) if right.startswith("(") else right.split(" ", 1)
     opening = rest.index("(")
     opcode = rest[:opening].strip()
     arguments, attributes = _cut(rest, opening)
     return Instruction(
+        # Names are printed with % or without, after ROOT or not.
         name=_NAME.findall(left if "%" in left else f"%{left.split()[-1]}")[0],
         opcode=opcode,
         result=tuple(_array(*match.groups()) for match in _ARRAY.finditer(result)),
@@ -179,9 +189,12 @@ def _array(dtype, dims, layout):
     shape = tuple(int(n) for n in dims.split(",") if n)
     order, _, rest = (layout or "").partition(":")
     minor_to_major = [int(n) for n in order.split(",") if n]
+    # From the outermost axis to the innermost, since tiles pad the innermost ones.
     sizes = [shape[i] for i in reversed(minor_to_major)] if minor_to_major else list(shape)
+    # Only the first tile pads. A second one, as (2,1), packs narrow numbers within it.
     if tile := re.search(r"T\(([\d,]+)\)", rest):
         tile = [int(n) for n in tile[1].split(",")]
+        # A tile may have more axes than the array.
         sizes = [1] * (len(tile) - len(sizes)) + sizes
         for i, n in enumerate(tile, start=len(sizes) - len(tile)):
             sizes[i] = -(-sizes[i] // n) * n
@@ -192,5 +205,6 @@ def _array(dtype, dims, layout):
 
 def _bits(dtype):
     """Bits of one element; 0 for tokens."""
+    # The first number in a name is its width: bf16, s4, f8e4m3fn.
     bits = re.search(r"\d+", dtype)
     return 8 if dtype == "pred" else int(bits[0]) if bits else 0

@@ -61,6 +61,8 @@ class _Walk:
             start = self.time
             turns = self._step(instruction, depth)
             if instruction.opcode not in _FORWARDING:
+                # Operands are read until the instruction ends; for a loop or call, until what it
+                # runs ends.
                 for operand in instruction.operands:
                     for buffer in _flat(held[operand]):
                         spans[buffer] = (spans[buffer][0], self.time)
@@ -68,6 +70,7 @@ class _Walk:
                 spans.setdefault(buffer, (start, self.time))
             if turns:
                 loops.append((instruction, turns))
+        # The caller still reads the result.
         for buffer in _flat(held[computation.root]):
             spans[buffer] = (spans[buffer][0], self.time)
         self.intervals += [_Interval(*span, buffer) for buffer, span in spans.items()]
@@ -84,6 +87,7 @@ class _Walk:
             if self.turn is None and instruction.trips > 1 and "transpose(" in instruction.name:
                 self.turn = self.time
             turns = []
+            # One iteration of an inner loop stands for all: otherwise trip counts would multiply.
             for _ in range(instruction.trips if depth == 0 else 1):
                 turns.append(self.time)
                 self.run(instruction.callees[0], depth=depth + 1)
@@ -91,6 +95,7 @@ class _Walk:
         if instruction.opcode == "call":
             self.run(instruction.callees[0], depth=depth)
         elif instruction.opcode == "conditional":
+            # Which branch runs is not known; the longest is taken to be the one that does the work.
             longest = lambda i: len(self.program.computations[i].instructions)
             self.run(max(instruction.callees, key=longest), depth=depth)
         elif instruction.opcode not in _FORWARDING:
@@ -102,12 +107,14 @@ class _Walk:
         for index, fills in _stacked(self.program, loop):
             carried = held[loop.id].get((index,), ())
             if fills:
+                # Nothing of an array that the loop will fill is live before it.
                 for buffer in held[loop.operands[0]].get((index,), ()):
                     self.shares.append(_Interval(spans[buffer][0], turns[0], buffer, 0.0))
             elif any(spans[buffer][1] > turns[-1] for buffer in carried):
                 continue  # read again after the loop, so that it stays live as a whole
             for buffer in carried:
                 for i in range(loop.trips):
+                    # In iteration i, i + 1 slices are written, or trips - i have yet to be read.
                     share = (i + 1 if fills else loop.trips - i) / loop.trips
                     self.shares.append(_Interval(turns[i], turns[i + 1], buffer, share))
 
@@ -142,6 +149,7 @@ class _Holders:
         if opcode == "get-tuple-element":
             of = held[operands[0]].items()
             return {path[1:]: buffers for path, buffers in of if path[:1] == (instruction.index,)}
+        # These return the memory of their operand: a loop updates what it carries in place.
         if opcode in ("while", "bitcast", "opt-barrier"):
             return held[operands[0]]
         if opcode == "call":
@@ -169,6 +177,7 @@ def liveness(program: Assignment) -> Liveness:
         edges[allocation] = np.unique(points)
     live, allocated = np.zeros(walk.time), np.zeros(walk.time)
     for allocation, points in edges.items():
+        # [cells, instructions]: the live share of each cell of the allocation.
         cells = np.zeros((len(points) - 1, walk.time), np.float32)
 
         def rows(buffer, points=points):
@@ -179,6 +188,7 @@ def liveness(program: Assignment) -> Liveness:
             if interval.buffer.allocation == allocation:
                 cells[rows(interval.buffer), interval.start : interval.stop] = 1
         sizes = np.diff(points).astype(float)
+        # Before stacked arrays are reduced to their live shares.
         allocated += sizes @ cells
         for interval in walk.shares:
             if interval.buffer.allocation == allocation:
@@ -200,12 +210,14 @@ def _stacked(program: Assignment, loop: AssignedInstruction) -> list[tuple[int, 
     found = []
     for index, operand in enumerate(by_id[body.root].operands):
         result = by_id[operand]
+        # A stack has a slice for each iteration, and is carried at the same index throughout.
         if loop.trips == 1 or result.dims[:1] != (loop.trips,) or index not in taken:
             continue
         if result.id != taken[index].id:
             if _contains(program, result, "dynamic-update-slice"):
                 found.append((index, True))
             continue
+        # Returned as it came, so only read: slice by slice, unless another reader needs all of it.
         readers = [i for i in body.instructions if result.id in i.operands and i.id != body.root]
         if readers and all(_contains(program, i, "dynamic-slice") for i in readers):
             found.append((index, False))

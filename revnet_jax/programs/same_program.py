@@ -66,6 +66,7 @@ def isolated_parts(text: str, scope: str, *, layouts: bool = True) -> list[Part]
         count as different.
     """
     program = _Program(text if layouts else _LAYOUT.sub("", text), layouts)
+    # What is inside a fusion is compared together with the fusion.
     fused = {
         name for c in program.computations.values() for line in c.values() for name in _fused(line)
     }
@@ -84,6 +85,7 @@ def isolated_parts(text: str, scope: str, *, layouts: bool = True) -> list[Part]
 
 def not_found(these: list[Part], those: list[Part]) -> list[Part]:
     """The parts in `these` without an equal in `those`; such parts may round differently."""
+    # Counted, since a program may have the same part several times.
     left = Counter(part.program for part in those)
     missing = []
     for part in these:
@@ -114,6 +116,7 @@ class _Program:
         labels: dict[str, str] = {}
 
         def operand(name):
+            # Without layouts a transposed or copied array counts as the array itself.
             while (found := _INSTRUCTION.match(lines.get(name, ""))) and found[2] in self.moves:
                 (name,) = _operands(lines[name])
             dtype = _type(lines.get(name, "")).partition("[")[0]
@@ -126,6 +129,7 @@ class _Program:
         called, operands = _CALLED.findall(line), _operands(line)
         for noise in _NOISE:
             line = re.sub(noise, "", line)
+        # Names differ between equal computations: their digests stand for them, at the end.
         _, _, line = _CALLED.sub("", line).partition(" = ")
         if fusion := re.search(r"(?<= fusion\()[^()]*(?=\))", line):
             # Replace the fusion's operands by its body: their order is up to the compiler.
@@ -147,11 +151,14 @@ class _Program:
         """The digest of a computation: of its root, and so of all that the root depends on."""
         lines = self.computations[name]
 
+        # Each value once: through values that are read twice, recursion would take exponential
+        # time.
         @cache
         def value(name: str) -> str:
             line = lines[name]
             if parameter := _PARAMETER.search(line):
                 given = argument(int(parameter[1]))
+                # With layouts, also how the fusion sees its operand in memory.
                 return given if self.moves else _hash(given, _type(line))
             if (found := _INSTRUCTION.match(line)) and found[2] in self.moves:
                 return value(*_operands(line))

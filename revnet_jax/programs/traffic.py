@@ -24,6 +24,7 @@ _FREE = {
 }
 _RUNS_OTHERS = ("call", "call-start", "async-start")
 _HBM, _HOST = 0, 5  # memory spaces in XLA's numbering
+# They reserve memory, or view arrays that lie side by side as one, without a copy.
 _FREE_CUSTOM_CALLS = ('"AllocateBuffer"', '"ConcatBitcast"')
 _NVIDIA_LIBRARIES = ('"__cublas', '"__cudnn')  # targets of custom calls
 # Asynchronous collectives whose result is a tuple of the operands, followed by the output.
@@ -94,6 +95,7 @@ class _Counter:
         self._known: dict[str, Traffic] = {}
 
     def computation(self, name: str) -> Traffic:
+        # Computed once: loops nest, and a computation may be called from several places.
         if name not in self._known:
             computation = self._module.computations[name]
             parts = [self._instruction(i, computation) for i in computation.instructions.values()]
@@ -130,6 +132,7 @@ class _Counter:
             return max(inner, key=lambda branch: branch.hbm_bytes)
         if opcode in _RUNS_OTHERS:
             return _total(inner)
+        # The end of an asynchronous operation: all was counted at its start.
         if opcode in _FREE or opcode.endswith("-done") or opcode == "async-update":
             return _NOTHING
         if opcode == "custom-call" and any(t in instruction.attributes for t in _FREE_CUSTOM_CALLS):
@@ -147,6 +150,7 @@ class _Counter:
         """The bytes that one collective sends. payload: bytes of its operands."""
         if exchange := collectives.megascale(instruction):
             kind, n = exchange
+            # What is sent is the slice's own part of what will be gathered.
             gathered = n * payload if kind == "all-gather" else payload
             return _NOTHING._replace(dcn_bytes={kind: collectives.sent_bytes(kind, gathered, n)})
         kind = collectives.kind_of(instruction)
@@ -173,6 +177,7 @@ class _Counter:
         if opcode in ("dynamic-slice-start", "slice-start"):
             moved = result[len(operands) : len(operands) + 1]  # after the operands themselves
             return _through(operands[0], space, _bytes(moved)) + _bytes(moved, space)
+        # In place: the update is read, and written over a part of the longer array.
         if opcode in ("dynamic-update-slice", "dynamic-update-slice-start"):
             return _bytes(operands[1], space) + _through(operands[0], space, _bytes(operands[1]))
         if opcode == "copy-start":  # its result is the copy, the original, and a context
@@ -198,6 +203,7 @@ class _Counter:
         body = self._module.computations[instruction.callees[0]]
         given, made = _passed_on(instruction, body)
         read = sum(
+            # Once at most, however many instructions of the fusion read it.
             min(_bytes(arrays, space), self._read(body, parameter.name))
             for i, (arrays, parameter) in enumerate(zip(operands, body.parameters, strict=True))
             if i not in given
@@ -209,6 +215,7 @@ class _Counter:
         """Bytes of `name` that a fused computation reads."""
         total = 0
         for user in body.users[name]:
+            # Another view of the same bytes: what is read of it is read here.
             if user.opcode == "bitcast":
                 total += self._read(body, user.name)
             elif user.opcode == "fusion":
@@ -225,6 +232,7 @@ class _Counter:
             elif _is_by_rows(user) and user.operands[0] == name:
                 rows = user if user.opcode == "gather" else body.instructions[user.operands[-1]]
                 total += _bytes(rows.result)
+            # The longer array that is updated in place is not read, everything else is read whole.
             elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
                 total += _bytes(body.instructions[name].result)
         return total
@@ -276,6 +284,7 @@ def _passed_on(instruction: Instruction, body: Computation) -> tuple[set[int], s
     if not any("chain_id=" in inner.attributes for inner in body.instructions.values()):
         return set(), set()
     _, _, aliases = instruction.attributes.partition("output_to_operand_aliasing={")
+    # {0}: (2, {}) says that result 0 is operand 2; {} in its place that there is one result.
     pairs = re.findall(r"\{(\d*)\}: \((\d+), \{\}\)", aliases)
     return {int(operand) for _, operand in pairs}, {int(result or 0) for result, _ in pairs}
 
