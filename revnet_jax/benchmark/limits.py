@@ -55,6 +55,7 @@ def find_limit(
         with _Exhaustion() as caught:
             entrant = Entrant(strategy, model.program(strategy, **{**sizes, axis: n}))
             entrant.compile()
+            # Kept, so that the size that is found need not be compiled again.
             entrants[n] = entrant
         return None if caught.exhausted else entrants[n].step_bytes()
 
@@ -68,6 +69,7 @@ def find_limit(
                 seconds = _step_seconds(entrants[n])
         if seconds is None:  # the compiler does not count what other programs hold in memory
             entrants.pop(n, None)
+            # A multiple of the start, as all sizes; 0, where nothing is left to try, ends the loop.
             n = n * 7 // 8 // start * start
     row: dict[str, Any] = {
         "model": model.name,

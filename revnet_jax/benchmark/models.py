@@ -69,6 +69,7 @@ class Chain:
     def program(self, strategy: str, layers: int, batch: int) -> Program:
         """The training step: value and gradient, SGD with momentum, and the exactness check."""
         variant = parse_variant(strategy, layers)
+        # Where all layers are stored, nothing is rebuilt and there is nothing to check.
         rebuilds = variant.backprop == "reverse" and variant.stored_layers < layers
         settings: dict[str, Any] = {
             "backprop": variant.backprop,
@@ -100,6 +101,7 @@ class Chain:
             params_key, *keys = jax.random.split(jax.random.key(0), 3)
             params_L = jax.vmap(self.init_layer)(jax.random.split(params_key, layers))
             x = tuple(jax.random.normal(key, self.stream_shape(batch)) for key in keys)
+            # Mismatches are counted in float32, since they come as a cotangent.
             return (params_L, jax.tree.map(jnp.zeros_like, params_L), jnp.zeros(())), x
 
         # The state is donated, as in training: the new one takes its memory.
@@ -117,6 +119,7 @@ class MlpChain(Chain):
     def block(self) -> Block:
         def branch(activation):
             def run(params, x, context):
+                # Normalised in the stream's float32, and only then narrowed.
                 hidden = activation(linear(params[0], standardise(x).astype(DTYPES[self.dtype])))
                 return linear(params[1], hidden)
 
@@ -149,8 +152,9 @@ class TransformerChain(Chain):
 
     def block(self) -> Block:
         def attention(params, x_BTD, context):
-            qkv = linear(params[0], standardise(x_BTD).astype(DTYPES[self.dtype]))
+            qkv = linear(params[0], standardise(x_BTD).astype(DTYPES[self.dtype]))  # [B, T, 3D]
             heads = self.width // self.head_size
+            # [B, T, N, K] each. Split, since the derivative of indexing pads each part with zeros.
             q, k, v = jnp.split(qkv.reshape(*qkv.shape[:2], 3 * heads, self.head_size), 3, axis=2)
             mixed_BTNK = jax.nn.dot_product_attention(q, k, v, is_causal=True)
             return linear(params[1], mixed_BTNK.reshape(x_BTD.shape))
@@ -220,6 +224,7 @@ class ConfigModel:
         config.model.unroll = layers if variant.unrolled else 1
         if variant.is_twin:
             config.model.reversible = False
+            # Integrators make a network of one stream reversible, which the twin is not.
             if "integrator" in config.model:
                 config.model.integrator = "streams"
         task, schedule, optimizer = build_recipe(config)
@@ -251,6 +256,7 @@ class ConfigModel:
         return Program(jitted, jax.jit(init), gradient)
 
     def _random(self, key, shape):
+        # Whole numbers are tokens or labels, and have to stay in their range.
         if shape.dtype != jnp.int32:
             return jax.random.normal(key, shape.shape, shape.dtype)
         data = self.config.data
@@ -264,11 +270,13 @@ BenchmarkModel = Chain | ConfigModel
 def linear(params: Any, x: jax.Array) -> jax.Array:
     """x @ kernel + bias, in the dtype of x."""
     kernel, bias = (leaf.astype(x.dtype) for leaf in params)
+    # Tests forbid to broadcast arrays of different ranks, hence the axes in front.
     return x @ kernel + jnp.expand_dims(bias, tuple(range(x.ndim - 1)))
 
 
 def init_linear(key: jax.Array, inputs: int, outputs: int) -> tuple[jax.Array, jax.Array]:
     """(kernel, bias), float32."""
+    # Variance 1 / inputs, so that the product of a normalised input has variance 1.
     return jax.random.normal(key, (inputs, outputs)) / inputs**0.5, jnp.zeros(outputs)
 
 

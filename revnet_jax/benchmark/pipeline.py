@@ -38,6 +38,7 @@ def feed(config: ConfigDict, seconds: float) -> dict[str, Any]:
             next(batches)
             read += 1
         pipeline_seconds = (time.monotonic() - started) / read
+    # The pipeline is closed by now: reading ahead would take cores from the step.
     state = initialized(program.init, program.state)
     step = program.step.lower(program.state, program.batch).compile()
     batch, steps = put_batch(batch, mesh), []
@@ -47,6 +48,7 @@ def feed(config: ConfigDict, seconds: float) -> dict[str, Any]:
         state, _ = jax.block_until_ready(step(state, batch))
         steps.append(time.monotonic() - started)
     units = task.units(config.batch_size)
+    # The first step is left out, as it may still load the program.
     made, needed = units / pipeline_seconds, units / statistics.median(steps[1:])
     return {
         "unit": task.unit,

@@ -77,6 +77,7 @@ def _baselines(rows):
 
 
 def _size(row):
+    # Rows of deterministic kernels are compared with a `store` of such kernels.
     return *(row[key] for key in ("model", "dtype", "layers", "batch")), row.get("deterministic")
 
 

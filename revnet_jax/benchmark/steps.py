@@ -67,6 +67,7 @@ class Entrant:
 
     def __init__(self, strategy: str, program: Program):
         self.strategy, self.program = strategy, program
+        # By shapes: until `start`, no array of the model exists.
         self.traced = program.step.trace(*jax.eval_shape(program.init))
         self.compiled: Any = None
         self.state: Any = None
@@ -94,10 +95,12 @@ class Entrant:
 
         On GPUs it does so twice, because some kernels add in any order.
         """
+        # A device's peak never goes down: it tells of this program only if it rises above `before`.
         before, others = peak_memory_bytes() or 0, _bytes_in_use()
         init = jit_initialization(self.program.init)
         self.state, self.batch = init()
         jax.block_until_ready(self.state)
+        # Here, so that the peak is the step's and not that of the initialization.
         rss = _reset_peak_rss()
         self._advance()
         self.rss_bytes = None if rss is None else _memory_bytes("VmHWM") - rss
@@ -114,6 +117,7 @@ class Entrant:
             self.gradient_noise = float(relative_l2(again, self.gradient))
 
     def take_turn(self) -> None:
+        # A CPU is the host itself: steps in a row would hide nothing.
         steps = 1 if jax.default_backend() == "cpu" else STEPS
         started, cpu_started = time.perf_counter(), time.process_time()
         self._advance(steps)
@@ -138,6 +142,7 @@ def compare_strategies(setting: Setting) -> Iterator[dict[str, Any]]:
     model, layers, batch, strategies, seconds, deterministic = setting
     for name in strategies:
         parse_variant(name, layers)
+    # All names are known by now: a mistake should not wait for models to be traced.
     entrants = [Entrant(name, model.program(name, layers, batch)) for name in strategies]
     # On GPUs one after the other: XLA's autotuner times the kernels for a matrix product and caches
     # the fastest. Programs tuned in parallel may pick different kernels, which round differently.
@@ -175,6 +180,7 @@ def take_turns(entrants: Sequence[Entrant], seconds: float, least: int = 3) -> N
     """
     ends, turn = time.monotonic() + seconds, 0
     while turn < least or time.monotonic() < ends:
+        # In a fixed order the first strategy of a round would always be the same.
         first = turn % len(entrants)
         for entrant in (*entrants[first:], *entrants[:first]):
             entrant.take_turn()
@@ -258,6 +264,7 @@ def _reset_peak_rss():
         # Give freed memory back to the kernel: reusing it would not show as growth.
         ctypes.CDLL(None).malloc_trim(0)
         with open("/proc/self/clear_refs", "w") as file:
+            # 5 resets the peak, VmHWM, to the present size (Linux, Documentation/filesystems/proc).
             file.write("5")
         return _memory_bytes("VmRSS")
     except (OSError, AttributeError):  # not Linux, or not glibc
@@ -267,4 +274,5 @@ def _reset_peak_rss():
 def _memory_bytes(name):
     with open("/proc/self/status") as file:
         (line,) = (line for line in file if line.startswith(f"{name}:"))
+    # The kernel writes kB and means 1,024 bytes.
     return 1024 * int(line.split()[1])

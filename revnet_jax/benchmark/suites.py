@@ -91,6 +91,7 @@ def laptop(revnet: ConfigModel, lm: ConfigModel) -> Suite:
             Setting(mlp, layers=64, batch=1024, strategies=some, seconds=0),
             Setting(transformer, layers=12, batch=8, strategies=BASIC, seconds=70),
             Setting(lm, layers=12, batch=8, strategies=("twin", "store", "reverse"), seconds=60),
+            # The 3 x 9 units of RevNet-110.
             Setting(revnet, layers=27, batch=10, strategies=BASIC, seconds=60),
         )
     )
@@ -127,6 +128,7 @@ def gpu(config: ConfigDict, lm: ConfigModel, minutes: float = 5.0) -> Suite:
         "decoder": ("store", "twin", *BASIC[1:]),
         "revnet": BASIC,
     }
+    # Unrolled too, since loops copy what layers keep (docs/decisions.md).
     fastest = ("store", "store/unroll", "reverse", "reverse/unroll", "twin/unroll")
     layers = lm.config.model.layers
     trained = [Setting(lm, layers, batch, fastest, seconds=8) for batch in (16, 64)]
@@ -139,6 +141,7 @@ def gpu(config: ConfigDict, lm: ConfigModel, minutes: float = 5.0) -> Suite:
         (
             Search(half["transformer"], "batch", layers=24, batch=4, strategies=most),
             Search(half["transformer"], "layers", layers=12, batch=16, strategies=most),
+            # With 32,768 rows a layer's streams, 2 x 256 MiB, outweigh its weights, 64 MiB.
             Search(half["mlp"], "layers", layers=16, batch=32768, strategies=most),
             Search(half["revnet"], "batch", layers=27, batch=512, strategies=BASIC),
         ),
@@ -183,6 +186,7 @@ def select(
             raise UserError(f"got model {name!r}, expected some of {', '.join(known)}")
     settings = [setting for setting in suite.settings if setting.model.name in names]
     if layers or batch:
+        # What is only compiled is a model at a second size, which would be the same size now.
         timed = [setting for setting in settings if setting.seconds]
         settings = [
             setting._replace(layers=n, batch=b)
@@ -212,6 +216,7 @@ def _merged(settings, strategies):
     """Merges the settings of each model and size; `strategies` replaces their own if given."""
     found: dict[tuple, Setting] = {}
     for setting in settings:
+        # setting[1:3]: layers and batch.
         key = setting.model.name, setting.model.dtype, *setting[1:3], setting.deterministic
         first = found.get(key, setting)
         names = strategies or dict.fromkeys((*first.strategies, *setting.strategies))
@@ -247,6 +252,7 @@ class Budget:
         try:
             yield
         finally:
+            # After a failure, too: its time is gone as well.
             self._spent += time.monotonic() - started
             self._expected += may_take_seconds
 
@@ -275,8 +281,10 @@ def run_suite(
         say(f"{title} (may take {needed:.0f} s)")
         try:
             with budget.spend(may_take_seconds):
+                # All rows of a part before any is yielded: a part that fails is one row, its error.
                 rows = list(measure())
         except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+            # Out of memory, or what a device lacks. Any other error is a mistake and ends the run.
             message = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             say(f"failed: {title}: {message}")
             rows = [sizes | {"error": message}]
@@ -305,4 +313,5 @@ def _parts(suite: Suite, limit_bytes: int | None) -> Iterator[tuple[str, Any, fl
             )
             named = {"model": model.name, "dtype": model.dtype, "strategy": strategy, "axis": axis}
             title = f"{model.name} in {model.dtype}, the largest {axis} under {strategy}"
+            # `find=find` binds this turn's search, whenever it is called.
             yield title, named | sizes, SEARCH_SECONDS, lambda find=find: [find()]
