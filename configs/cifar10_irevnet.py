@@ -16,8 +16,10 @@ def get_config(arm: str = ""):
     config.model.update(
         {
             "family": "irevnet",
+            # Zeros are added to the 3 channels, which loses nothing.
             "stem": "pad",
             "units": (3, 3, 1),
+            # 32 x 32 x 16 = 16 x 16 x 64 = 8 x 8 x 256: no stage loses a number.
             "channels": (16, 16, 64, 256),
             "bottleneck": False,
         }

@@ -15,6 +15,7 @@ def get_config(arm: str = ""):
     config.model.update(
         {
             "family": "resnet",
+            # 164 = 2 + 3 stages x 18 units x 3 convolutions; the 2 are the stem and the classifier.
             "units": (18, 18, 18),
             "channels": (16, 64, 128, 256),
             "bottleneck": True,

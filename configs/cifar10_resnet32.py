@@ -15,6 +15,7 @@ def get_config(arm: str = ""):
     config.model.update(
         {
             "family": "resnet",
+            # 32 = 2 + 3 stages x 5 units x 2 convolutions; the 2 are the stem and the classifier.
             "units": (5, 5, 5),
             "channels": (16, 16, 32, 64),
             "bottleneck": False,

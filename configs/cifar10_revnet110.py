@@ -15,7 +15,9 @@ def get_config(arm: str = ""):
     config.model.update(
         {
             "family": "revnet",
+            # 110 = 2 + 3 stages x 9 units x 2 branches x 2 convolutions.
             "units": (9, 9, 9),
+            # Both streams together, so each is as wide as ResNet-110, which has twice the units.
             "channels": (32, 32, 64, 128),
             "bottleneck": False,
         }

@@ -15,6 +15,7 @@ def get_config(arm: str = ""):
     config.model.update(
         {
             "family": "revnet",
+            # 164 = 2 + 3 stages x 9 units x 2 branches x 3 convolutions.
             "units": (9, 9, 9),
             "channels": (32, 128, 256, 512),
             "bottleneck": True,

@@ -11,6 +11,7 @@ from revnet_jax.config import digits, with_arms
 
 def get_config(arm: str = ""):
     config = digits()
+    # 8 x 8 x 16 = 4 x 4 x 64: the second stage loses no number.
     config.model.update(
         {"family": "irevnet", "stem": "pad", "units": (2, 2), "channels": (16, 16, 64)}
     )

@@ -15,6 +15,7 @@ def get_config(arm: str = ""):
     config.model.update(
         {
             "family": "resnet",
+            # 101 = 2 + 33 units x 3 convolutions; the 2 are the stem and the classifier.
             "units": (3, 4, 23, 3),
             "channels": (64, 256, 512, 1024, 2048),
             "bottleneck": True,

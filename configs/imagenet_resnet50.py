@@ -14,6 +14,7 @@ def get_config(arm: str = ""):
     config.model.update(
         {
             "family": "resnet",
+            # 50 = 2 + 16 units x 3 convolutions; the 2 are the stem and the classifier.
             "units": (3, 4, 6, 3),
             "channels": (64, 256, 512, 1024, 2048),
             "bottleneck": True,

@@ -14,6 +14,7 @@ def get_config(arm: str = ""):
     config.model.update(
         {
             "family": "revnet",
+            # 56 = 2 + 9 units x 2 branches x 3 convolutions.
             "units": (2, 2, 3, 2),
             "channels": (128, 512, 1024, 2048, 3328),
             "bottleneck": True,

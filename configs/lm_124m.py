@@ -11,12 +11,15 @@ from revnet_jax.config import LM_LAPTOP, language_model, with_arms
 
 def get_config(arm: str = ""):
     config = language_model()
+    # 480 x 1,024 tokens, half a million a step: 9.8 billion in all.
     config.num_steps = 20_000
     config.batch_size = config.eval_batch_size = 480
     config.log_every_steps = 20
     config.eval_every_steps = config.checkpoint_every_steps = 1_000
     config.data.update({"name": "shards", "vocab_size": 50_257, "context": 1024})
     config.data.eval_batches = 100
+    # Three matrices of 768 x 2,048 (SwiGLU) have as many parameters as GPT-2's two of 768 x 3,072.
+    # Tied, because the embedding has 39 of the 124 million.
     config.model.update(
         {"layers": 12, "width": 768, "heads": 12, "kv_heads": 12, "hidden": 2048, "tied": True}
     )

@@ -26,6 +26,7 @@ def get_config(arm: str = ""):
     config.batch_size = config.eval_batch_size = 8
     config.data.name = "shards"
     config.data.context = 1024
+    # Published decoders have one stream, which cannot be reversed as it is.
     config.model.update({"reversible": False, "backprop": "remat"})
     config.optimizer.weight_decay = 0.0
     config.schedule.learning_rate = 2e-5
@@ -39,8 +40,10 @@ def get_config(arm: str = ""):
 def _start_from(config, workdir):
     try:
         found = json.loads((workdir / "config.json").read_text())["config"]
+        # JSON has no tuples: a list there is a tuple of settings here.
         model = {k: tuple(v) if isinstance(v, list) else v for k, v in found["model"].items()}
         config.model.update(model)
+        # These data settings belong to the model; where the data are is a matter of this run.
         for name in ("vocab_size", "context", "end_token"):
             config.data[name] = found["data"][name]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -29,6 +29,7 @@ def get_config(arm: str = ""):
     config.batch_size = 64
     config.eval_every_steps = config.checkpoint_every_steps = 500
     config.log_every_steps = 50
+    # The plays have 65 different characters.
     config.data.update({"name": "characters", "vocab_size": 65, "context": 256})
     config.model.update({"layers": 6, "width": 384, "heads": 6, "kv_heads": 6, "hidden": 1024})
     config.model.dropout = 0.2

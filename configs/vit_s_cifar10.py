@@ -11,6 +11,7 @@ LAPTOP = CIFAR_LAPTOP | {
     "model.width": 192,
     "model.heads": 3,
     "model.hidden": 384,
+    # CIFAR_LAPTOP sets it for SGD, and AdamW has none.
     "optimizer.nesterov": False,
 }
 
@@ -18,6 +19,7 @@ LAPTOP = CIFAR_LAPTOP | {
 def get_config(arm: str = ""):
     config = vision_transformer("S")
     config.data = cifar().data
+    # 8 x 8 patches; the default of 16 would leave 4 of an image of 32 x 32.
     config.model.patch = 4
     config.num_steps = 100_000  # 256 epochs
     config.batch_size = 128

@@ -51,14 +51,17 @@ JSON = flags.DEFINE_bool("json", False, "Print JSON lines rather than tables.")
 JSONL = flags.DEFINE_string("jsonl", None, "Also append the JSON lines to this file, row by row.")
 PLOT = flags.DEFINE_string("plot", None, "Also draw time and memory into this PNG file.")
 
+# The configs that suites measure, in the order of the arguments of `suites`.
 MEASURED = "cifar10_revnet110", "lm_124m"
 
 
 def main(argv):
     del argv
+    # Files are checked now: a suite takes minutes, and its results would be lost.
     figure_class = load_figure_class("plot", PLOT.value) if PLOT.value else None
     if JSONL.value:
         cli.check_output("jsonl", JSONL.value)
+    # Imported after the flags are checked, because JAX takes seconds to import.
     import jax
 
     from revnet_jax.benchmark import report
@@ -66,6 +69,7 @@ def main(argv):
     from revnet_jax.benchmark.suites import run_suite, select, suites
 
     if CONFIG.value is not None:
+        # These would be ignored here, so they are refused.
         for_suites = (SUITE, MODELS, STRATEGIES, LAYERS, BATCH, LIMIT_GIB, MINUTES, DETERMINISTIC)
         for_suites += (JSONL, PLOT)
         if given := [f"--{flag.name}" for flag in for_suites if flag.present]:
@@ -84,6 +88,7 @@ def main(argv):
         deterministic=DETERMINISTIC.value,
     )
     limit_bytes = None if LIMIT_GIB.value is None else int(LIMIT_GIB.value * 2**30)
+    # In each row, so that a file with rows of many runs says how each was made.
     common = {
         "suite": SUITE.value,
         "jax": jax.__version__,
@@ -98,6 +103,7 @@ def main(argv):
         rows.append(row)
         line = json.dumps(row | common)
         if JSONL.value:
+            # At once: a run that is stopped keeps the rows it has.
             append(JSONL.value, line + "\n")
         if JSON.value:
             print(line, flush=True)
@@ -107,6 +113,7 @@ def main(argv):
     if figure_class:
         save(report.draw_benchmark(measured, figure_class), PLOT.value)
     if len(measured) < len(rows):
+        # After what was measured has been printed: the exit status tells of the rest.
         raise UserError(f"{len(rows) - len(measured)} of {len(rows)} rows failed, as told above")
 
 
@@ -120,6 +127,7 @@ def whole_numbers(name, texts):
     """The numbers of a list flag; None if the flag is not given."""
     if texts is None:
         return None
+    # Six digits at most: larger numbers would fail in the compiler, with its error.
     if not all(re.fullmatch("[0-9]{1,6}", text) and int(text) for text in texts):
         raise ConfigError(f"got --{name}={','.join(texts)}, expected numbers from 1 to 999,999")
     return [int(text) for text in texts]

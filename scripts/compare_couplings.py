@@ -28,6 +28,7 @@ COUPLINGS = flags.DEFINE_list("couplings", None, "Some of the rows, by name; all
 JSON = flags.DEFINE_bool("json", False, "Print JSON rather than a table.")
 PLOT = flags.DEFINE_string("plot", None, "Also draw accuracy and memory into this PNG file.")
 
+# Couplings are compared at equal size: the share by which parameters may differ.
 PARAMETER_TOLERANCE = 0.02
 MIB = 2**20
 
@@ -35,6 +36,7 @@ MIB = 2**20
 def main(argv):
     del argv
     figure_class = load_figure_class("plot", PLOT.value) if PLOT.value else None
+    # Imported after the flags are checked, because JAX takes seconds to import.
     import jax
 
     from revnet_jax.couplings.comparison import compare_couplings
@@ -88,6 +90,7 @@ def as_table(report):
 def _cells(row):
     either = lambda value, text: "-" if value is None else text(value)
     memory = row["temporary_bytes"]
+    # A single seed has no deviation, and then no dash stands in its place.
     std = either(row["accuracy_std"], lambda std: f" +- {100 * std:.1f}").removeprefix("-")
     return [
         row["coupling"],
@@ -117,7 +120,9 @@ def draw(report, figure_class):
         accuracy.plot(100 * row["accuracy_mean"], i, "|", color="black", markersize=18)
         for strategy, offset, color in (("store", 0.2, "0.7"), ("reverse", -0.2, "tab:blue")):
             temporary_bytes = row["temporary_bytes"][strategy]
+            # The legend lists a label as often as it is given: one row gives it.
             label = strategy if i == len(rows) - 1 else None
+            # A coupling without an inverse has no bar for `reverse`, and a text says so.
             width = (temporary_bytes or 0) / MIB
             memory.barh(i + offset, width, 0.38, color=color, label=label)
             text = f" {width:.1f}" if temporary_bytes else " no inverse"

@@ -31,6 +31,7 @@ def main(argv):
     if not argv[1:]:
         raise UserError("got no run, expected workdirs, or a folder of them: see --help")
     figure_class = load_figure_class("out", OUT.value) if OUT.value else None
+    # What is left out is told on stderr: stdout has the table, or JSON alone.
     found = runs.find_runs(argv[1:], lambda line: print(line, file=sys.stderr))
     metrics, groups = runs.chosen_metrics(found, METRICS.value), runs.grouped(found)
     rows = runs.compare_runs(groups, metrics)

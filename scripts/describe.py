@@ -15,6 +15,7 @@ JSON = flags.DEFINE_bool("json", False, "Print JSON rather than a table.")
 
 def main(argv):
     del argv
+    # Imported after the flags are checked, because JAX takes seconds to import.
     from revnet_jax.training.describe import describe_model
 
     report = describe_model(CONFIG.value)

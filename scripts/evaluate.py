@@ -24,7 +24,9 @@ def main(argv):
     from revnet_jax.training import distributed
     from revnet_jax.training.restore import evaluate_run
 
+    # Joins the other hosts before anything asks JAX for its devices.
     distributed.start(**PROCESSES())
+    # An error on one host ends all: the others would wait for it in a collective.
     with distributed.shared_fate():
         report = evaluate_run(Path(WORKDIR.value), WHICH.value, DATA_DIR.value)
     if distributed.is_first():

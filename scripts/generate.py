@@ -40,6 +40,7 @@ def main(argv):
     )
     first = next(pieces, "")  # invalid arguments raise here, before the prompt is printed
     print(PROMPT.value, end=first, flush=True)
+    # Flushed one by one: stdout would otherwise hold them back until a line ends.
     for piece in pieces:
         print(piece, end="", flush=True)
     print()

@@ -39,6 +39,7 @@ def main(argv):
     found = load_harness("lm_eval").simple_evaluate(
         model=model, tasks=TASKS.value, num_fewshot=NUM_FEWSHOT.value, limit=LIMIT.value
     )
+    # The rest, such as every sample with its answers, is long.
     print(json.dumps(found["results"], indent=2))
 
 

@@ -34,6 +34,7 @@ def main(argv):
     report = import_weights(
         Path(SOURCE.value), Path(WORKDIR.value), dtype=DTYPE.value, context=CONTEXT.value
     )
+    # No error: token ids suffice to train and to evaluate.
     if not report["tokenizer"]:
         print(
             f"note: {SOURCE.value} has no tokenizer.json: generate.py cannot turn text into tokens "

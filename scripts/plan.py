@@ -39,6 +39,7 @@ PLOT = flags.DEFINE_string("plot", None, "Also draw the memory into this PNG fil
 
 def main(argv):
     del argv
+    # Imported after the flags are checked, because JAX takes seconds to import.
     from revnet_jax.planning import report as plan_report
     from revnet_jax.planning import scaling
     from revnet_jax.planning.plan import plan
@@ -51,7 +52,9 @@ def main(argv):
     names = SCALING.value or [TOPOLOGY.value]
     cache_dir = Path(CACHE_DIR.value).expanduser()
     cache_dir.mkdir(parents=True, exist_ok=True)
+    # Progress goes to stderr: stdout has the table, or JSON alone.
     report = lambda line: print(line, file=sys.stderr, flush=True)
+    # Names, and the picture's file, are checked before minutes of compiling.
     compilers = [Compiler(parse_topology(name), cache_dir, report) for name in names]
     figure_class = load_figure_class("plot", PLOT.value) if PLOT.value else None
     config, strategies = flatten(CONFIG.value), STRATEGIES.value

@@ -43,6 +43,7 @@ def main(argv):
     more = model.experts or model.dropout or model.window or model.separate_documents
     usual = language_model().model
     more = more or any(model[name] != usual[name] for name in MUST_BE_USUAL)
+    # Refused rather than ignored: the two would be different models.
     plain = model.kv_heads == model.heads and model.tied and not more
     if not plain or optimizer.name != "adamw":
         raise UserError(
@@ -51,6 +52,7 @@ def main(argv):
             "none of these and adamw: the twin in PyTorch has no other"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    # TensorFloat-32 for float32 products, as JAX computes them on GPUs by default.
     torch.set_float32_matmul_precision("high")
     for batch in map(int, BATCH.value):
         torch.manual_seed(0)
@@ -58,6 +60,7 @@ def main(argv):
         torch._dynamo.reset()
         if device == "cuda":
             torch.cuda.empty_cache()
+            # The peak is then of this batch size alone.
             torch.cuda.reset_peak_memory_stats()
         row = measure(torch, CONFIG.value, batch, device)
         row["command"] = " ".join(["scripts/pytorch_decoder.py", *sys.argv[1:]])
@@ -77,6 +80,7 @@ def measure(torch, config, batch, device):
     compiled = torch.compile(twin)
     context, vocab_size = config.data.context, config.data.vocab_size
     token = torch.randint(0, vocab_size, (batch, context), device=device)
+    # Each token's target is the next; the last one's is the first, which costs the same.
     target = token.roll(-1, 1)
 
     def step():
@@ -90,7 +94,9 @@ def measure(torch, config, batch, device):
         return loss
 
     on_gpu = device == "cuda"
+    # Kernels run asynchronously: without waiting, only their launches would be timed.
     wait = torch.cuda.synchronize if on_gpu else (lambda: None)
+    # These compile, and are not timed.
     for _ in range(4):
         step()
     wait()
@@ -120,7 +126,7 @@ def decoder(torch, config):
     linear = lambda inputs, outputs: nn.Linear(inputs, outputs, bias=False)
 
     def rotate(x, cos, sin):
-        a, b = x.chunk(2, -1)
+        a, b = x.chunk(2, -1)  # [B, heads, T, head size / 2] each
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
     class Layer(nn.Module):
@@ -133,6 +139,7 @@ def decoder(torch, config):
 
         def forward(self, x, cos, sin):
             B, T, _ = x.shape
+            # [B, T, 3, heads, head size], then each of the three as [B, heads, T, head size].
             qkv = self.qkv(self.norms[0](x)).view(B, T, 3, heads, width // heads)
             q, k, v = qkv.permute(2, 0, 3, 1, 4)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -158,7 +165,9 @@ def decoder(torch, config):
             x = self.embedding(token)
             for layer in self.layers:
                 x = layer(x, self.cos, self.sin)
+            # Tied: the output layer is the embedding, transposed.
             logits = functional.linear(self.norm(x), self.embedding.weight)
+            # All tokens at once, in float32: 12 GiB for 64 sequences of lm_124m.
             logits = logits.view(-1, logits.shape[-1]).float()
             return functional.cross_entropy(logits, target.reshape(-1))
 

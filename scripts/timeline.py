@@ -57,6 +57,7 @@ def main(argv):
     config = CONFIG.value
     device = topology_devices(topology)[0]
     lines = timeline.timelines(config, LAYERS.value, STRATEGIES.value, device)
+    # For the title: the shape of the batch's first array.
     shapes = build_task(config).batch_shapes(config.batch_size).values()
     shape = "x".join(map(str, next(iter(shapes)).shape))
     title = f"{config.model.family}, {LAYERS.value} layers a chain, batch {shape}"

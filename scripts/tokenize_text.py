@@ -38,6 +38,7 @@ def main(argv):
 
     tokenize = tokenize_answers if ANSWERS.value else tokenize_files
     inputs = [Path(name) for name in INPUT.value]
+    # Makes a ValueError, as of an unknown end token, an error of one line.
     with settings("data"):
         written = tokenize(
             inputs,

@@ -69,9 +69,12 @@ def main(argv):
             f"got --workdir={WORKDIR.value}, expected a folder: one of the bucket, mounted"
         )
     else:
+        # Before anything asks JAX for its devices, which fixes the number of processes.
         distributed.start(**PROCESSES())
+        # An error on one host ends all: the others would wait for it in a collective.
         with distributed.shared_fate():
             report = train(CONFIG.value, Path(WORKDIR.value))
+    # The first process has the summary; the others return nothing.
     if report:
         print(json.dumps(report, indent=2))
 
