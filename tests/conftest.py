@@ -31,6 +31,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
+def pytest_xdist_auto_num_workers():
+    """One process more than there are cores, as some tests wait for programs that they start."""
+    return (os.cpu_count() or 1) + 1
+
+
 @pytest.fixture
 def tiny_config():
     from revnet_jax.config import image_classification

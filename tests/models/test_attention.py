@@ -91,7 +91,7 @@ def test_padded_attention_is_attention(causal, length, groups, dtype, atol):
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
-    ("groups", "segments"), [thorough(1, False), (2, False), thorough(4, False), (2, True)]
+    ("groups", "segments"), [thorough(1, False), thorough(2, False), thorough(4, False), (2, True)]
 )
 def test_the_kernel_for_tpus_is_attention(causal, groups, segments, monkeypatch):
     """Interpreted, as there is no TPU; heads that share keys read them where they are."""

@@ -101,7 +101,8 @@ def test_a_step_is_that_of_the_paper(integrator):
             assert np.linalg.norm(a - b) <= 1e-12 * np.linalg.norm(b)
 
 
-@pytest.mark.parametrize("integrator", ["bdia", thorough("dual"), thorough("midpoint")])
+@pytest.mark.thorough
+@pytest.mark.parametrize("integrator", ["bdia", "dual", "midpoint"])
 def test_reverse_is_store_and_exact(integrator):
     variables = jit(model(integrator).init)(jax.random.key(0))
     loss, (expected, _) = gradient(model(integrator, "store"), variables)

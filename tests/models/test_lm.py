@@ -141,7 +141,7 @@ def test_no_gradient_leaks_to_later_tokens():
         ("reversible", None, 1e-5),
         ("twin", None, 1e-5),
         ("experts", None, 1e-5),
-        ("tied", None, 1e-5),
+        thorough("tied", None, 1e-5),
         thorough("as Qwen", None, 1e-5),
         thorough("as GPT-2", None, 1e-5),
         # Sums in another order may round to the neighbouring point of the grid.

@@ -88,7 +88,7 @@ def test_reverse_is_store(blocks):
     check_same(reverse, store)
 
 
-@pytest.mark.parametrize("changes", [thorough({"window": 4}), {"end_token": END}, NEAR])
+@pytest.mark.parametrize("changes", [thorough({"window": 4}), thorough({"end_token": END}), NEAR])
 def test_token_by_token_is_all_at_once(changes):
     """Ends within a prompt, the last of it, and between tokens that are read one by one."""
     lm, token_BT = model(options={"grid": None}, **changes), packed()

@@ -17,6 +17,7 @@ from revnet_jax.optimizers.build import make_optimizer
 from revnet_jax.optimizers.muon import COEFFICIENTS, ITERATIONS, orthogonalize
 from revnet_jax.optimizers.rounding import apply_updates
 from revnet_jax.training.build import build_recipe
+from tests import thorough
 from tests.optimizers.test_optimizer import OPTIMIZER
 from tests.training.test_sharding import FAMILIES, check, differences
 
@@ -142,7 +143,7 @@ def config_of(family, **settings):
             {"qkv/kernel", "out/kernel", "router/kernel", "up_kernel", "down_kernel"},
         ),
         ("vit", {}, {"qkv/kernel", "out/kernel", "up/kernel", "down/kernel"}),
-        ("revnet", {}, {"convs/0/kernel", "convs/1/kernel"}),
+        thorough("revnet", {}, {"convs/0/kernel", "convs/1/kernel"}),
     ],
 )
 def test_hidden_kernels_get_muon_in_stacks_and_in_lockstep(family, settings, kernels):

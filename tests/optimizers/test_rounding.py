@@ -48,6 +48,7 @@ def test_slow_averages_move(moments, error):
     assert averages_of_squares(adam, jnp.bfloat16) < 0.5  # rounded to the nearest they stop
 
 
+@pytest.mark.thorough
 def test_averages_of_noise_in_float8_are_near_those_in_float32():
     """Gradients are noise, for four times the averages' memory. Rounded anew in every step, as with
     scales that follow the largest of a block, they would scatter by several times themselves."""

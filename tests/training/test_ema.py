@@ -115,6 +115,7 @@ def test_it_is_split_over_devices_like_the_parameters(decoder):
     assert any(axis for place in places(state.ema) for axis in place.spec)
 
 
+@pytest.mark.thorough
 def test_frozen_parameters_have_no_average(decoder, tmp_path):
     """An evaluation reads them from the variables, also from those of a checkpoint."""
     decoder.update_from_flattened_dict(
