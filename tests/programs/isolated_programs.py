@@ -156,6 +156,10 @@ NETWORKS = {
     "decoder, unrolled": (language_model, {**DECODER, "model.unroll": LAYERS}),
     "decoder, dropout": (language_model, {**DECODER, "model.dropout": 0.1}),
     "decoder, experts": (language_model, {**DECODER, "model.experts": 4}),
+    "decoder, windows": (
+        language_model,
+        {**DECODER, "model.window": 64, "data.end_token": 0, "model.separate_documents": True},
+    ),
     "decoder, BDIA": (language_model, {**DECODER, "model.integrator": "bdia"}),
     "decoder, LoRA": (language_model, {**DECODER, **ADAPTED}),
     "RevViT": (
