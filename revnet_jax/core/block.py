@@ -72,6 +72,7 @@ class Rewound(NamedTuple):
     checksum: Any = 0
 
 
+# So that `validate.check_invertible` can ask by isinstance whether a layer has the methods.
 @runtime_checkable
 class ReversibleLayer(Layer, Protocol):
     """A layer that `reverse` can use: `Block`, `Invertible`, or any class with these methods."""
@@ -102,6 +103,7 @@ def check_branch(branch: Any, num_reads: int) -> None:
     except (TypeError, ValueError):  # some callables written in C have no signature
         return
     try:
+        # Any values will do, because only the number of arguments is tried.
         signature.bind(*range(num_reads + 2))
     except TypeError as error:
         name = getattr(branch, "__name__", type(branch).__name__)
@@ -177,6 +179,8 @@ class HalfStep:
         def merge(x, u):
             return trees.pair(self.coupling.merge(x, u, grid), "a coupling's merge", "(y, residue)")
 
+        # Elementwise and, on a grid, exact, so it may be fused with its neighbours. Its derivative
+        # is isolated, so that `store` and the rewind round it alike.
         return isolated_derivative(merge, x, u)
 
 
@@ -236,6 +240,7 @@ class Block:
         cost is one recompute and one backward pass: 4/3 of a training step that stores, not 5/3.
         """
         streams, dstreams = list(y), list(dy)
+        # Only floats have cotangents. Integers and keys bypass the vjp.
         shared, shared_rest = trees.split(context.shared)
         dparams, dshared = [], jax.tree.map(jnp.zeros_like, shared)
         checksum = jnp.int32(0)
@@ -243,20 +248,26 @@ class Block:
         for step, step_params, step_daux, step_residue in reversed(list(steps)):
             step_params, params_rest = trees.split(step_params)
 
+            # All streams are arguments, not only those that are read: the others pass through, and
+            # so the pullback returns the cotangents of all.
             def branch(params, streams, shared, step=step, params_rest=params_rest):
                 full_context = context._replace(shared=trees.join(shared, shared_rest))
                 params = trees.join(params, params_rest)
                 u, aux, streams, checksum = step.evaluate(params, streams, full_context)
                 return (u, trees.split(aux)[0], streams), checksum
 
+            # The half-step did not change what its branch reads, so u has the same bits as before.
             (u, *_), pullback, step_checksum = jax.vjp(
                 branch, step_params, streams, shared, has_aux=True
             )
             i = step.updates
+            # x comes first, because the merge is differentiated at x. The merge's value is y once
+            # more; nobody reads it, so compilers compute the pullback alone.
             streams[i] = step.coupling.unmerge(streams[i], u, step_residue, self.grid)
             merge = lambda x, u, step=step: step.merge(x, u, self.grid)
             _, pullback_merge, _ = jax.vjp(merge, streams[i], u, has_aux=True)
             dstreams[i], du = pullback_merge(dstreams[i])
+            # `dstreams` goes in as well, so that the pullback itself adds the branch's share to it.
             step_dparams, dstreams, step_dshared = pullback((du, step_daux, dstreams))
             dparams.append(step_dparams)
             dshared = trees.add(dshared, step_dshared)

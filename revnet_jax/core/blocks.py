@@ -96,6 +96,7 @@ def symplectic_block(
 
     return Block(
         (
+            # q moves first, by the force at the old p. Then p moves, by the force at the new q.
             HalfStep(_with_aux(force(kinetic)), 0, (1,), additive(step)),
             HalfStep(_with_aux(force(potential)), 1, (0,), additive(-step)),
         ),
@@ -115,6 +116,7 @@ def momentum_block(
     return Block(
         (
             HalfStep(_with_aux(f, has_aux), 1, (0,), momentum(gamma)),
+            # x' = x + v': a branch without parameters, which returns what it reads.
             HalfStep(lambda params, v, context: (v, None), 0, (1,), additive()),
         ),
         grid,
@@ -170,10 +172,12 @@ def bdia_block(
                     f"got {count} gammas for a layer, expected 2, one for each half-step"
                 )
             gamma_i = gammas[i]
+            # Before it meets x: broadcasting may make a larger array without an error.
             check_gamma(gamma_i, x)
             u, aux = trees.pair(h(params, x, context), "a branch with has_aux=True", "(u, aux)")
 
             def update(x, u):
+                # The coupling adds the rest, gamma x[n-1].
                 c = gamma_i.astype(x.dtype)
                 return (1 - c) * x + (1 + c) * u
 
@@ -189,4 +193,5 @@ def bdia_block(
 
 def _with_aux(branch: Branch, has_aux: bool = False, num_reads: int = 1) -> Branch:
     check_branch(branch, num_reads)
+    # Inside a half-step every branch returns a pair, so that there is one form to handle.
     return branch if has_aux else lambda *args: (branch(*args), None)

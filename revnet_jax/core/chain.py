@@ -151,6 +151,7 @@ def sequence(
     validate.check_invertible([sections[r.section] for r in runs if r.backprop == "reverse"])
     x = _on_grid(sections, x)
     sections = tuple(
+        # Under `store` and `remat` JAX would otherwise differentiate data, as it does everything.
         section._replace(data_L=lax.stop_gradient(section.data_L), length=depth)
         for section, depth in zip(sections, depths, strict=True)
     )
@@ -293,17 +294,20 @@ def _swept(runs, sections, x, shared, unroll, update, probe):
 
     @jax.custom_vjp
     def run(params, states, x, shared, probe, not_differentiated):
+        # Runs only where no gradient is taken, so it keeps nothing.
         sections, shared = joined(params, shared, not_differentiated)
         return _forward(sections, x, shared)[:2]
 
     def forward(*marked):
         values = jax.tree.map(lambda leaf: leaf.value, marked, is_leaf=_is_marked)
         params, states, x, shared, probe, not_differentiated = values
+        # `perturbed` is False for parameters that `jax.grad` is not taken by: those are frozen.
         is_trained = jax.tree.map(lambda leaf: leaf.perturbed, marked[0], is_leaf=_is_marked)
         params, frozen = trees.partition(params, is_trained)
         sections, full_shared = joined(params, shared, not_differentiated, frozen)
         validate.check_update(sections, trees.partition(given, is_trained)[0], update)
         y, auxes, kepts = forward_keeping(runs, sections, x, full_shared, unroll)
+        # The input is rebuilt only if the first run reverses. Otherwise keeping it would be waste.
         true_x = None if probe is None or runs[0].backprop != "reverse" else x
         return (y, auxes), (params, frozen, states, shared, not_differentiated, kepts, true_x)
 
@@ -323,8 +327,10 @@ def _swept(runs, sections, x, shared, unroll, update, probe):
                 track_range=true_x is not None,
             )
         dprobe = vary_over(axes, probe and _exactness(true_x, swept, kepts))
+        # With an update the new values leave in the place of cotangents (see `chain`).
         dparams = swept.written if update is None else [new[0] for new in swept.written]
         dstates = states if update is None else [new[1] for new in swept.written]
+        # The last argument holds data, keys and integers, which have no cotangents.
         return dparams, dstates, swept.dx, swept.dshared, dprobe, None
 
     # With symbolic zeros the forward pass is told which parameters are differentiated.

@@ -96,6 +96,7 @@ def check_reversible(
         validate.check_sections([section], x, shared, "reverse", STRATEGIES)
     except Exception as error:
         return Report((Finding("maps streams to streams", False, _line(error), "as it says"),))
+    # As a chain does, so that what is rebuilt is compared with what entered.
     x = snap(getattr(layer, "grid", None), x)
     findings = [
         Finding("maps streams to streams", True, f"{len(x)} streams, shapes and dtypes kept"),
@@ -127,6 +128,7 @@ def _line(error: Exception) -> str:
 def _closed_over(layer, params, x, shared, data) -> Finding:
     forward = lambda *args: layer.forward(*args[:2], Context(*args[2:]))[0]
     consts = jax.make_jaxpr(forward)(params, x, shared, data).consts
+    # Scalars are taken for constants, like the size of a step.
     arrays = [trees.describe_array(c) for c in consts if trees.is_inexact(c) and jnp.ndim(c)]
     law = "closes over no arrays"
     return Finding(
@@ -141,6 +143,7 @@ def _randomness(layer, params, x, shared, data) -> Finding:
     """Traces the layer twice: randomness that is not drawn from a key would then differ."""
 
     def trace_and_run():
+        # A new function each time, because jit would not trace the same one again.
         return jax.jit(lambda *args: layer.forward(*args[:2], Context(*args[2:]))[0])(
             params, x, shared, data
         )
@@ -171,10 +174,12 @@ def _range_and_resolution(section, x, shared) -> Iterator[Finding]:
     layers_L = section.params_L, section.data_L
     run = jax.jit(lambda x, layers_L: jax.lax.scan(one, x, layers_L, length=section.length))
     _, (largest_L, lost_L) = run(x, layers_L)
+    # Half of the spacing: a smaller update is rounded to zero.
     smallest = 2.0 ** -(grid.bits + 1)
     most, limit = float(jnp.max(largest_L)), grid.limit(jnp.float32)
     yield Finding(
         _RANGE,
+        # Half of the range, because other inputs and trained weights may reach further.
         most < limit / 2,
         f"|x| up to {most:.3g} of {limit:g} after {section.length} layers",
         "normalise what the branches read, or what they return; or take a grid of fewer bits",
@@ -182,6 +187,7 @@ def _range_and_resolution(section, x, shared) -> Iterator[Finding]:
     share = max(float(lost / max(total, 1)) for lost, total in jnp.sum(lost_L, axis=0))
     yield Finding(
         "resolution of the grid",
+        # Over a half fails. Between a tenth and a half the advice is shown without a verdict.
         None if 0.1 < share <= 0.5 else share <= 0.5,
         f"{share:.1%} of a branch's updates rounded to nothing, below {smallest:.2g}",
         f"take a grid of more bits (here {grid.bits}; each halves the range), or larger updates",
@@ -246,6 +252,7 @@ def _exactness_advice(layer, *, is_in_range) -> str:
 def _gradients(section, x, shared, dtype) -> Iterator[Finding]:
     law = f"gradient = store, {dtype}"
     try:
+        # Otherwise JAX makes float32 of float64.
         with jax.enable_x64(dtype == "float64"):
             error, exactness = _gradient_error(section, x, shared, jnp.dtype(dtype))
     except Exception as error:
@@ -255,6 +262,8 @@ def _gradients(section, x, shared, dtype) -> Iterator[Finding]:
     grid = getattr(section.layer, "grid", None)
     yield Finding(
         law,
+        # Without a grid the input is rebuilt with rounding errors, which are no fault by
+        # themselves.
         error <= TOLERANCES[dtype] and not (grid and mismatches),
         f"relative error {error:.2g}, {mismatches} elements of the input not rebuilt",
         "see the first law that fails above; if there is none, compare with fewer layers",
@@ -266,6 +275,7 @@ def _gradient_error(section, x, shared, dtype) -> tuple[float, Exactness]:
     layer, arguments = section.layer, (section.params_L, x, shared, section.data_L)
     if dtype == jnp.float64:
         arguments = _cast(arguments, wide)
+    # Mixed precision: branches compute in bfloat16, streams stay in float32.
     elif dtype == jnp.bfloat16 and isinstance(layer, Block):
         steps = [
             dataclasses.replace(step, branch=_computed_in(dtype, step.branch))
@@ -277,6 +287,8 @@ def _gradient_error(section, x, shared, dtype) -> tuple[float, Exactness]:
 
     def gradient(backprop):
         loss = _loss(layer, backprop, length=section.length)
+        # All but the per-layer data, which has no gradient; the last is the probe. Integers among
+        # the parameters are allowed, and their empty gradients are dropped below.
         gradient = jax.grad(loss, argnums=(0, 1, 2, 4), allow_int=True)
         return jax.jit(gradient)(*arguments, Exactness.probe())
 
@@ -285,6 +297,7 @@ def _gradient_error(section, x, shared, dtype) -> tuple[float, Exactness]:
     got, expected = (jax.tree.leaves(trees.split(tree)[0]) for tree in (got, expected))
     norm = lambda leaves: sum(float(jnp.sum(jnp.abs(leaf).astype(wide) ** 2)) for leaf in leaves)
     difference = norm([a - b for a, b in zip(got, expected, strict=True)])
+    # A layer may have a gradient of zero: 1e-300 avoids 0 / 0.
     return (difference / max(norm(expected), 1e-300)) ** 0.5, exactness
 
 
@@ -302,6 +315,8 @@ def _loss(layer, backprop, *, length=None, with_aux=True) -> Callable[..., jax.A
         )
         leaves = jax.tree.leaves((y, trees.split(aux_L)[0] if with_aux else None))
         wide = trees.dtype_of(jax.tree.leaves(y)[0])
+        # A sine of each leaf, at a frequency of its own, so that cotangents differ between elements
+        # and between leaves. A plain sum would not notice streams that were exchanged.
         return sum(jnp.mean(jnp.sin(leaf.astype(wide) * (i + 1))) for i, leaf in enumerate(leaves))
 
     return loss
@@ -329,6 +344,8 @@ def _memory(section, x, shared) -> Iterator[Finding]:
 
     try:
         growth = {
+            # Bytes a layer, from chains of `depth` and of 9 times `depth` layers: what does not
+            # grow with depth cancels.
             backprop: (temporary_bytes(backprop, 9) - temporary_bytes(backprop, 1)) / (8 * depth)
             for backprop in ("reverse", "store")
         }

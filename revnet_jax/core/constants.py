@@ -13,6 +13,7 @@ from revnet_jax.core import trees
 
 def is_whole(value: Any) -> bool:
     """Whether the value is a Python or NumPy integer; booleans do not count."""
+    # A bool is an integer to Python: without the second test True would pass as 1 bit or 1 layer.
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
@@ -29,6 +30,8 @@ def constant(name: str, value: Any) -> float:
             "by what differs from layer to layer (in `data_L`)"
         )
     try:
+        # `float` would also parse a string like "0.5". NaN stands for all that is no number, so
+        # that one message covers it and infinity.
         number = math.nan if isinstance(value, str) else float(value)
     except (TypeError, ValueError):
         number = math.nan

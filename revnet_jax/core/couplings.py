@@ -53,12 +53,15 @@ def additive(scale: float = 1.0) -> Coupling:
 
     def update(u, x, grid):
         u = like_stream(u, x)
+        # Cast before scaling, to round in the stream's precision. Snapped last, because what is
+        # added has to be on the grid.
         return snap(grid, u if scale == 1 else jax.tree.map(lambda leaf: scale * leaf, u))
 
     def merge(x, u, grid):
         return trees.add(x, update(u, x, grid)), None
 
     def unmerge(y, u, residue, grid):
+        # y takes the place of x in `update`, which looks at structure, shapes and dtypes alone.
         return jax.tree.map(jnp.subtract, y, update(u, y, grid))
 
     return Coupling(merge, unmerge)
@@ -94,6 +97,7 @@ def affine(bound: float = 2.0) -> Coupling:
     by up to `bound` per layer.
     """
     bound = constant("bound", bound)
+    # A scale below 1/2 would map more than two grid points to one: too many for one bit.
     if not 1 < bound <= 2:
         raise ValueError(f"got bound={bound}, expected more than 1 and at most 2")
 
@@ -107,6 +111,7 @@ def affine(bound: float = 2.0) -> Coupling:
         # Isolated, so that the forward pass and the inverse compute the same bits.
         exponential = lambda leaf: jnp.exp2(math.log2(bound) * jnp.tanh(leaf))
         scale = isolate(lambda raw: jax.tree.map(exponential, raw), raw)
+        # Scales have a grid of their own, the multiples of 2**-12 that `multiply` takes.
         return (scale if grid is None else Grid(SCALE_BITS).snap(scale)), snap(grid, shift)
 
     def merge(x, u, grid):
@@ -136,6 +141,8 @@ def momentum(gamma: float = 0.9) -> Coupling:
     rounding error by gamma.
     """
     gamma = constant("gamma", gamma)
+    # gamma and 1 - gamma are both exact then, and add up to 1. The rounded value is checked:
+    # 0.99999 becomes 1, with which v would never change.
     rounded = round(gamma * 2**SCALE_BITS) / 2**SCALE_BITS
     if not 0.5 <= rounded < 1:
         raise ValueError(f"got gamma={gamma}, expected at least 0.5 and less than 1")
@@ -166,11 +173,13 @@ def bdia(bits: int = 1) -> Coupling:
     multiple of 2**-12, and each product leaves one bit (for 1/2: whether x is an odd grid point).
     """
     add = additive()
+    # A float32 stream has 24 digits on its grid. Halved 24 times it has none left.
     if not is_whole(bits) or not 1 <= bits <= 24:
         raise ValueError(f"got bits={bits!r}, expected a whole number from 1 to 24")
 
     def factor(gamma, x, grid):
         """What x is multiplied by `bits` times."""
+        # `multiply` takes positive scales. The sign is applied to the stream by itself, exactly.
         size = jnp.abs(gamma)
         if bits > 1:  # isolated, so that the forward pass and the inverse compute the same bits
             size = isolate(lambda size: size ** (1 / bits), size)
@@ -196,6 +205,7 @@ def bdia(bits: int = 1) -> Coupling:
         gamma, update = gamma_and_update(u, y)
         x = signed(add.unmerge(y, update, None, grid), gamma)
         by = factor(gamma, x, grid)
+        # The last product is undone first, with the bit that it left.
         for each in reversed([None] * bits if residue is None else residue):
             x = _divide(x, each, by, grid)
         return x
@@ -206,6 +216,8 @@ def bdia(bits: int = 1) -> Coupling:
 def check_gamma(gamma: Any, x: Any) -> None:
     """Raises ValueError unless gamma broadcasts to every leaf of the stream."""
     for leaf in jax.tree.leaves(x):
+        # Shapes broadcast from the last axis on. More axes than the stream's would widen the
+        # stream.
         pairs = zip(reversed(jnp.shape(gamma)), reversed(leaf.shape), strict=False)
         if jnp.ndim(gamma) > leaf.ndim or any(a not in (1, b) for a, b in pairs):
             raise ValueError(
@@ -255,11 +267,13 @@ def like_stream(u: Any, x: Any) -> Any:
             f"a branch returned {', '.join(got) or type(u).__name__}, expected the shape of the "
             f"stream it updates, {', '.join(expected)}: an update changes no shape"
         )
+    # The cast below would drop imaginary parts without an error.
     if any(map(_drops_imaginary, jax.tree.leaves(u), jax.tree.leaves(x))):
         raise ValueError(
             f"a branch returned {', '.join(got)}, expected real numbers for a stream of them, "
             f"{', '.join(expected)}: take their real part, or their size"
         )
+    # A branch may compute in bfloat16; sums on the grid need all digits of the stream.
     return jax.tree.map(lambda a, b: a.astype(trees.dtype_of(b)), u, x)
 
 

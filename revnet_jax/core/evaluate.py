@@ -25,6 +25,7 @@ from revnet_jax.core.isolate import call_witnessed, isolate
 from revnet_jax.core.residuals import computing_again, fewest_residuals
 
 GATHERED = "gathered"  # checkpoint_name of weights that a branch has all-gathered
+# A context variable in place of a global, because threads may trace at the same time.
 _in_the_open = contextvars.ContextVar("in_the_open", default=False)
 
 
@@ -66,6 +67,7 @@ def evaluate_branch(
     # the streams that are read costs memory.
     of_reads = (False, True, False)
     outputs, passed, checksum = _evaluate(function, arguments, call_witnessed, of_reads, of_reads)
+    # `passed` are the floating-point leaves of `reads`, in their order.
     floats, others = trees.split(reads)
     reads = trees.join(jax.tree.unflatten(jax.tree.structure(floats), passed), others)
     return outputs, reads, checksum
@@ -91,6 +93,7 @@ def _evaluate(function, arguments, run_program, costly, passes):
     others = [leaf for leaf, is_it in zip(leaves, is_float, strict=True) if not is_it]
 
     def by_float(by_argument):
+        # From one value for each argument to one for each of its leaves, then for floats alone.
         by_leaf = [
             value
             for tree, value in zip(arguments, by_argument, strict=True)
@@ -106,6 +109,7 @@ def _evaluate(function, arguments, run_program, costly, passes):
         leaves = [next(floats if is_it else others) for is_it in is_float]
         return function(*structure.unflatten(leaves))
 
+    # A rule for forward mode serves reverse mode too: JAX transposes the isolated linear map.
     @jax.custom_jvp
     def run(floats, others):
         program, shapes = jax.make_jaxpr(called, return_shape=True)(floats, others)
@@ -114,11 +118,14 @@ def _evaluate(function, arguments, run_program, costly, passes):
         return outputs, select(floats, passes), checksum
 
     def run_jvp(primals, tangents):
+        # What has no tangent (a frozen weight, a constant) asks for no residuals.
         moves = [not isinstance(tangent, SymbolicZero) for tangent in tangents[0]]
         (floats, others), given, linear_map, checksum = _linearize(
             called, *primals, moves, run_program, costs
         )
 
+        # Transposed, it adds two cotangents of each read: that by the branch, and that by later
+        # uses of the stream that was passed on.
         def linear_map_and_reads(given, moving):
             return linear_map(given, moving), select(moving, select(passes, moves))
 
@@ -154,21 +161,27 @@ def _linearize(called, floats, others, moves, run_program, costs):
             return trees.split(called(full, others))
 
         moving = [leaf for leaf, does in zip(floats, moves, strict=True) if does]
+        # The linear map is a tree whose leaves are the intermediates that it needs. Returned from
+        # here, they become outputs of the traced program.
         outputs, linear_map, other_outputs = jax.linearize(of_moving, *moving, has_aux=True)
         return (outputs, other_outputs), linear_map
 
     program, shapes = jax.make_jaxpr(linearized, return_shape=True)(floats, others)
     num_outputs = len(jax.tree.leaves(shapes[0]))
+    # Found before `_gather_first` puts other inputs in front. Floats come first among the inputs,
+    # and `costs` covers them alone.
     costly = [v for v, cost in zip(program.jaxpr.invars, costs, strict=False) if cost]
     arguments, program = _gather_first([*floats, *others], program)
     jaxpr, constants = program.jaxpr, program.consts
     outputs, needed = jaxpr.outvars[:num_outputs], jaxpr.outvars[num_outputs:]
+    # Inputs that are kept go to the derivative as arguments; only intermediates are returned.
     kept = [v for v in fewest_residuals(jaxpr, needed, costly) if v not in jaxpr.invars]
     results, checksum = run_program(
         ClosedJaxpr(jaxpr.replace(outvars=[*outputs, *kept]), constants), arguments
     )
     again, is_read = computing_again(jaxpr, kept, needed)
     given = [*arguments, *results[num_outputs:]]
+    # An argument that the derivative does not read would be kept for nothing.
     given = [value for value, is_it in zip(given, is_read, strict=True) if is_it]
 
     def linear_map(given, moving):
@@ -190,11 +203,13 @@ def _gather_first(arguments, program):
     gathered = [v for e in jaxpr.eqns if is_gather(e) for v in e.outvars]
     if not gathered:
         return arguments, program
+    # Whatever the gathered weights are computed from: casts and all-gathers.
     before, used = pe.dce_jaxpr(jaxpr.replace(outvars=gathered), [True] * len(gathered))
     inputs = [a for a, is_used in zip(arguments, used, strict=True) if is_used]
     values = jaxpr_as_fun(ClosedJaxpr(before, program.consts))(*inputs)
     after = jaxpr.replace(
         invars=[*gathered, *jaxpr.invars], eqns=[e for e in jaxpr.eqns if not is_gather(e)]
     )
+    # Deletes the gathers, whose results are inputs now; `instantiate` keeps all the inputs.
     after, _ = pe.dce_jaxpr(after, [True] * len(after.outvars), instantiate=True)
     return [*values, *arguments], ClosedJaxpr(after, program.consts)

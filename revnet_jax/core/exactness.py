@@ -22,6 +22,7 @@ from jax import lax
 
 # A bin is the bits of a float32 without the lowest 20: the exponent and 3 bits of the mantissa.
 _CUT = 20
+# 31 bits and not 32, because sizes have no sign.
 _BINS = 2 ** (31 - _CUT)
 
 
@@ -74,6 +75,8 @@ def compare_inputs(
         more mismatch if they differ.
     """
     pairs = list(zip(jax.tree.leaves(rebuilt), jax.tree.leaves(true), strict=True))
+    # NaN differs from NaN, so it counts. Counts are float32, because cotangents are floats.
+    # `initial` is for empty streams, which have no maximum.
     mismatches = [jnp.sum(a != b, dtype=jnp.float32) for a, b in pairs]
     differences = [jnp.max(jnp.abs(a - b), initial=0).astype(jnp.float32) for a, b in pairs]
     forward, rewind = checksums
@@ -94,12 +97,14 @@ def largest(streams: Any) -> jax.Array:
 
 def _counted(value: jax.Array) -> jax.Array:
     """float32 [2048]: 1 in the bin of a value > 0, eight bins per power of two; all 0 for 0."""
+    # The bits of positive floats are ordered like the floats. The mask removes the sign of a NaN.
     found = (lax.bitcast_convert_type(value, jnp.int32) >> _CUT) & (_BINS - 1)
     return ((jnp.arange(_BINS, dtype=jnp.int32) == found) & (found > 0)).astype(jnp.float32)
 
 
 def _largest_counted(counts: jax.Array) -> jax.Array:
     """The lower edge of the last nonempty bin, over the last axis; 0 if all bins are empty."""
+    # Counts may have been summed or averaged over devices and steps; any positive one marks a bin.
     found = jnp.where(counts > 0, jnp.indices(counts.shape, jnp.int32)[-1], 0)
     return lax.bitcast_convert_type(jnp.max(found, axis=-1) << _CUT, jnp.float32)
 
@@ -117,6 +122,7 @@ def vary_over(axes: Iterable[str], tree: Any) -> Any:
     """
 
     def cast(leaf):
+        # Only those that are missing: `pcast` refuses axes over which an array varies already.
         missing = sorted(set(axes) - varying_axes(leaf))
         return lax.pcast(leaf, tuple(missing), to="varying") if missing else leaf
 

@@ -32,6 +32,8 @@ def freeze(section: Any, frozen_L: Any) -> Any:
     """
     layer = section.layer
     if isinstance(layer, Block):
+        # A block's parameters are a tuple by half-step, so branch i finds its frozen ones in entry
+        # i. `i=i` binds the number at once; a plain closure would see the last one.
         steps = tuple(
             dataclasses.replace(step, branch=_thawing(step.branch, lambda frozen, i=i: frozen[i]))
             for i, step in enumerate(layer.half_steps)
@@ -43,6 +45,7 @@ def freeze(section: Any, frozen_L: Any) -> Any:
     elif isinstance(layer, PlainLayer):
         layer = dataclasses.replace(layer, apply=_thawing(layer.apply))
     else:
+        # The functions of a class of the caller's own are not known, so its methods are wrapped.
         layer = _Thawing(layer)
     return section._replace(layer=layer, data_L=(section.data_L, frozen_L))
 
@@ -54,6 +57,7 @@ def _thawing(function: Callable[..., Any], part: Callable[[Any], Any] = lambda t
     """
 
     def run(params, *others):
+        # The context is the last argument of a branch, of `apply` and `undo`, and of every method.
         *others, context = others
         data, frozen = context.data
         params = trees.join(params, part(frozen))
@@ -80,5 +84,7 @@ class _Thawing:
     def rewind(
         self, params: Any, y: Streams, dy: Streams, daux: Any, residue: Any, context: Context
     ) -> Rewound:
+        # The caller's method knows nothing of frozen parameters and returns their cotangents too,
+        # which the sweep has no place for.
         found = Rewound(*_thawing(self.layer.rewind)(params, y, dy, daux, residue, context))
         return found._replace(dparams=trees.like(params, found.dparams))

@@ -20,6 +20,7 @@ from jax.interpreters import ad, batching, mlir
 from revnet_jax.core import trees
 from revnet_jax.core.constants import is_whole
 
+# 2**-12 is 32 times finer than bfloat16 is near 1 (2**-7), and leaves float32 streams +-2**12.
 DEFAULT_BITS = 12
 
 
@@ -40,6 +41,8 @@ class Grid:
     bits: int = DEFAULT_BITS
 
     def __post_init__(self):
+        # At 22 bits a float32 stream, of 24 binary digits, still reaches +-4; at 24 it would reach
+        # +-1.
         if not is_whole(self.bits) or not 0 <= self.bits <= 22:
             raise ValueError(f"got a grid of {self.bits!r} bits, expected a whole number, 0 to 22")
 
@@ -54,6 +57,8 @@ class Grid:
 
     def limit(self, dtype: Any) -> float:
         """The range inside which streams of `dtype` are exact: 4096.0 for float32 at 12 bits."""
+        # The leading 1 of a mantissa is not stored. A float of p digits holds every integer up to
+        # 2**p, and so every multiple of 2**-bits up to 2**(p - bits).
         precision = jnp.finfo(dtype).nmant + 1
         return 2.0 ** (precision - self.bits)
 
@@ -70,9 +75,12 @@ class Grid:
 
 
 def _snap(x: jax.Array, bits: int) -> jax.Array:
+    # Rounding is not differentiated: `straight_through` takes the tangent of x alone.
     constant_x = lax.stop_gradient(x)
     scale = jnp.asarray(2.0**bits, x.dtype)
+    # The scale is a power of two, so product and quotient are exact, and only `round` rounds.
     snapped = jnp.round(constant_x * scale) / scale
+    # -0.0 == 0 holds, so this replaces both zeros by +0.0.
     snapped = jnp.where(snapped == 0, jnp.zeros_like(snapped), snapped)
     # If x * scale overflows, x is so large that it is on the grid already.
     return straight_through(x, jnp.where(jnp.isinf(snapped), constant_x, snapped))
@@ -95,6 +103,8 @@ _straight_through_p = Primitive("straight_through")
 _straight_through_p.def_impl(lambda x, value: value)
 _straight_through_p.def_abstract_eval(lambda x, value: x)
 mlir.register_lowering(_straight_through_p, lambda context, x, value: [value])
+# The tangent of x passes unchanged, also where it is a symbolic zero. No transpose rule is needed,
+# because tangents never go through the primitive itself.
 ad.primitive_jvps[_straight_through_p] = lambda primals, tangents: (
     _straight_through_p.bind(*primals),
     tangents[0],
@@ -104,6 +114,7 @@ ad.primitive_jvps[_straight_through_p] = lambda primals, tangents: (
 def _batch_straight_through(arrays, axes):
     pairs = list(zip(arrays, axes, strict=True))
     (size,) = {a.shape[i] for a, i in pairs if i is not None}
+    # Both get the batch as axis 0: the primitive takes two arrays of equal shape.
     x, value = (
         jnp.broadcast_to(a, (size, *a.shape)) if i is None else jnp.moveaxis(a, i, 0)
         for a, i in pairs

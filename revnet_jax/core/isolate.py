@@ -57,6 +57,7 @@ def depending_on(variables: Iterable[Any], jaxpr: Any) -> Callable[[Any], bool]:
     The test is False for literals.
     """
     found = set(map(id, variables))  # by id, because literals are not hashable
+    # The equations of a jaxpr stand in the order of evaluation, so one pass finds all.
     for equation in jaxpr.eqns:
         if any(id(variable) in found for variable in equation.invars):
             found.update(map(id, equation.outvars))
@@ -75,12 +76,14 @@ def _witness(first, *others):
 
     The value of `first` does not change.
     """
+    # The leading axis of the first array is taken for that of the examples.
     sums = _checksums((first, *others), rows=first.shape[0] if first.ndim else 1)
     # n (n + 1) is always even, but compilers do not know that, so `first` seems to depend on the
     # sums. A barrier alone would not do: compilers remove unread operands from it.
     # The value selected there is the sums rather than a constant, because a compiler would merge a
     # constant array with an equal one inside the isolated program.
     by_example = sums.reshape((-1,) + (1,) * (first.ndim - 1) if first.ndim else ())
+    # The product may wrap around modulo 2**32, which keeps it even.
     never = (by_example * (by_example + 1)) & 1 == 1
     first = jnp.where(never, by_example.astype(first.dtype), first)
     return first, jnp.sum(sums, dtype=jnp.int32)
@@ -92,10 +95,14 @@ def _checksums(leaves, rows):
     With one sum per example, devices that hold different examples need no communication. The first
     elements of each array are taken: a shard has its first elements locally.
     """
+    # int32 throughout: `jnp.sum` would widen to int64 where 64-bit types are enabled, and loops
+    # carry the checksum as int32. Sums that wrap around do not depend on their order. The list
+    # begins with a zero, because an empty one cannot be concatenated.
     sums, of_none = jnp.zeros(rows, jnp.int32), [jnp.zeros(1, jnp.int32)]
     for leaf in leaves:
         if leaf.size:
             has_examples = leaf.shape[:1] == (rows,)
+            # What is sliced: all examples, and the first element along every other axis.
             limits = [rows] * has_examples + [1] * (leaf.ndim - has_examples)
             # Two elements of each example, not one: the sum of a single element would be a reshape,
             # and TPU compilers would then lay out the whole array with examples side by side in
@@ -148,14 +155,18 @@ def _compute(*arguments, **params):
 
 @_call_p.def_abstract_eval
 def _abstract(*avals, program, witnessed):
+    # `witnessed` is a bool: the list of the checksum is repeated once, or not at all.
     return [*program.out_avals, *[ShapedArray((), jnp.int32)] * witnessed]
 
 
 def _lower_between_barriers(context, *arguments, program, witnessed, lay=list):
+    # The scope marks the operations in the compiled text, where tests look for isolated parts.
     run = jax.named_scope(SCOPE)(jaxpr_as_fun(program))
     # A constraint of layouts would gather sharded arrays: XLA does not split it over devices.
+    # The context is private to JAX. Within a `shard_map` it has a mesh, and no number of devices.
     if getattr(context.module_context.axis_context, "num_devices", None) != 1:
         lay = list
+    # Layouts are fixed on the inner side of each barrier, where the program itself sees them.
     enter, leave = lambda *leaves: lay(_barrier(*leaves)), lambda *leaves: _barrier(*lay(leaves))
     arguments = _lowered(context, enter, context.avals_in, arguments)
     outputs = mlir.lower_fun(lambda *arguments: run(*arguments))(context, *arguments)
@@ -168,10 +179,12 @@ def _lower_as_call(context, *arguments, program, witnessed):
 
     The mark is the frontend attribute `inlineable`, which has no public API in JAX.
     """
+    # The function returns the program's outputs alone; the checksum is added after the call.
     context = context.replace(avals_out=program.out_avals)
     outputs = mlir.core_call_lowering(context, *arguments, name=SCOPE, call_jaxpr=program)
     if outputs:
         attributes: dict[str, Any] = {"inlineable": mlir.ir.StringAttr.get("false")}
+        # The owner of an MLIR value is the operation that computed it: here the call.
         function_call = mlir.ir_tree_registry.flatten(outputs)[0][0].owner
         function_call.attributes["mhlo.frontend_attributes"] = mlir.ir.DictAttr.get(attributes)
     return _lower_witness(context, outputs, program) if witnessed else outputs
@@ -179,6 +192,7 @@ def _lower_as_call(context, *arguments, program, witnessed):
 
 def _lower_witness(context, outputs, program):
     avals = program.out_avals
+    # PRNG keys have an extended dtype, whose bits are out of reach here.
     seen = [i for i, a in enumerate(avals) if not jnp.issubdtype(a.dtype, jax.dtypes.extended)]
     first, checksum = _lowered(
         context, _witness, [avals[i] for i in seen], [outputs[i] for i in seen]
@@ -210,6 +224,8 @@ def _row_major(leaves):
 
 
 def _jvp(primals, tangents, *, program, witnessed):
+    # The values are those of the isolated program, so that differentiating changes none of their
+    # bits. Below `jax.jvp` evaluates it once more, and only the tangents are used.
     outputs = _call_p.bind(*primals, program=program, witnessed=witnessed)
     moves = [not isinstance(tangent, ad.Zero) for tangent in tangents]
 
@@ -220,6 +236,8 @@ def _jvp(primals, tangents, *, program, witnessed):
 
     select = lambda values: [v for v, does in zip(values, moves, strict=True) if does]
     _, output_tangents = jax.jvp(of_moving, select(primals), select(tangents))
+    # `jax.jvp` gives integers tangents of dtype float0, where rules of primitives use symbolic
+    # zeros. The zip is not strict, because a checksum may follow the outputs.
     no_tangent = lambda leaf: ad.Zero(jax.typeof(leaf).to_tangent_aval())
     output_tangents = [
         no_tangent(leaf) if tangent.dtype == jax.dtypes.float0 else tangent
@@ -229,7 +247,9 @@ def _jvp(primals, tangents, *, program, witnessed):
 
 
 def _transpose(cotangents, *arguments, program, witnessed):
+    # An argument without a value is a linear one, whose cotangent is asked for.
     moves = [ad.is_undefined_primal(argument) for argument in arguments]
+    # Outputs whose cotangent is zero are left out, so that nothing is computed for them.
     given = [i for i, cotangent in enumerate(cotangents) if not isinstance(cotangent, ad.Zero)]
     known = [a for a, does in zip(arguments, moves, strict=True) if not does]
     avals = [a.aval for a, does in zip(arguments, moves, strict=True) if does]
@@ -258,6 +278,7 @@ def _batch(axis, arguments, places, *, program, witnessed):
     mapped = jax.vmap(
         jaxpr_as_fun(program), places, out_places, axis_name=axis.name, axis_size=axis.size
     )
+    # The batched form is one isolated program too, and one checksum covers all of its batch.
     program = jax.make_jaxpr(mapped)(*arguments)
     outputs = _call_p.bind(*arguments, program=program, witnessed=witnessed)
     return outputs, out_places + [None] * witnessed
@@ -272,6 +293,7 @@ def _delete_unread(used, *others):
     program, witnessed = equation.params["program"], equation.params["witnessed"]
     if witnessed and (used[0] or used[-1]):
         return [True] * len(equation.invars), equation
+    # Without the flag of the checksum, which nobody reads if the program gets here.
     used = used[: len(program.out_avals)]
     if not any(used):
         return [False] * len(equation.invars), None
@@ -287,11 +309,13 @@ def _delete_unread(used, *others):
     return used_inputs, equation
 
 
+# The rule without a platform is used on TPUs. NVIDIA's GPUs get fixed layouts as well.
 mlir.register_lowering(_call_p, _lower_between_barriers)
 mlir.register_lowering(_call_p, _lower_as_call, platform="cpu")
 _lower_on_gpu = functools.partial(_lower_between_barriers, lay=_row_major)
 mlir.register_lowering(_call_p, _lower_on_gpu, platform="cuda")
 ad.primitive_jvps[_call_p] = _jvp
 ad.primitive_transposes[_call_p] = _transpose
+# A "fancy" rule is also given the axis, which collectives inside the program refer to by name.
 batching.fancy_primitive_batchers[_call_p] = _batch
 pe.dce_rules[_call_p] = _delete_unread

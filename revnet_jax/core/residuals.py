@@ -28,6 +28,7 @@ transpose unstack xor
 """
 _CHEAP = frozenset(_CHEAP_NAMES.split())
 # Primitives that only call another jaxpr, and the parameter that holds it.
+# `jit` was called pjit in earlier versions of JAX.
 _CALLS = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
@@ -46,17 +47,23 @@ def fewest_residuals(jaxpr: Any, needed: Sequence[Any], costly: Sequence[Any]) -
 
     Among cuts of equal size, takes the one nearest to the needed variables.
     """
+    # What no input enters (tables, masks) is made anew in the derivative and costs no memory.
     varies = depending_on(jaxpr.invars, jaxpr)
     at_hand = set(map(id, jaxpr.invars)) - set(map(id, costly))
     is_in_graph = lambda variable: varies(variable) and id(variable) not in at_hand
+    # Each variable is two nodes, "in" and "out". Cutting the edge between them means keeping it;
+    # all other edges are infinite and cannot be cut. Nodes go by id: literals are not hashable.
     written, source, sink = set(map(id, costly)), "source", "sink"
     given, edges = list(costly), []
     for equation in jaxpr.eqns:
         outputs = [v for v in equation.outvars if is_in_graph(v)]
         inputs = [v for v in equation.invars if is_in_graph(v)]
         if _is_cheap(equation):
+            # To compute b again, each input a must be kept, or computed again in its turn.
             edges += [((id(a), "out"), (id(b), "in"), math.inf) for a in inputs for b in outputs]
             continue
+        # Costly results are never computed again. The source feeds them, so something is kept on
+        # each path from them to what is needed.
         given += outputs
         written |= set(map(id, outputs))
         # A product or convolution reads its inputs from memory, so they are written anyway. A
@@ -70,6 +77,7 @@ def fewest_residuals(jaxpr: Any, needed: Sequence[Any], costly: Sequence[Any]) -
         edges.append(((key, "in"), (key, "out"), _bytes(variable) * (1 if key in written else 2)))
     edges += [(source, (id(v), "in"), math.inf) for v in given]
     edges += [((id(v), "out"), sink, math.inf) for v in needed if is_in_graph(v)]
+    # Kept are the variables whose own edge crosses the cut.
     behind = _behind_minimum_cut(edges, source, sink)
     return [v for k, v in variables.items() if (k, "out") in behind and (k, "in") not in behind]
 
@@ -80,6 +88,8 @@ def computing_again(jaxpr: Any, kept: Sequence[Any], needed: Sequence[Any]) -> t
     The second is a list of bools: inputs of the original jaxpr first, then the kept variables.
     """
     given = set(map(id, kept))
+    # What computed a kept variable now writes to a fresh name, which nobody reads, so it is
+    # deleted. The old name becomes an input.
     renamed = lambda variable: type(variable)(variable.aval) if id(variable) in given else variable
     equations = [e.replace(outvars=list(map(renamed, e.outvars))) for e in jaxpr.eqns]
     again = jaxpr.replace(invars=[*jaxpr.invars, *kept], outvars=list(needed), eqns=equations)
@@ -106,6 +116,7 @@ def _behind_minimum_cut(edges, source, sink):
     room: dict[Any, dict[Any, float]] = defaultdict(dict)
     for start, end, capacity in edges:
         room[start][end] = room[start].get(end, 0) + capacity
+        # Backwards there is room only for flow that was sent forwards, to take it back.
         room[end].setdefault(start, 0)
 
     def reaching_sink():
@@ -124,6 +135,7 @@ def _behind_minimum_cut(edges, source, sink):
         while node != sink:
             path.append((node, follows[node]))
             node = follows[node]
+        # As much as the narrowest edge lets through. That edge is then full, so the path is closed.
         flow = min(room[start][end] for start, end in path)
         for start, end in path:
             room[start][end] -= flow

@@ -18,6 +18,7 @@ from jax import lax
 
 from revnet_jax.core.grid import Grid, straight_through
 
+# With 12 digits for a scale and 24 for a float32 stream, `multiply` does with 32-bit integers.
 SCALE_BITS = 12
 _ONE = 2**SCALE_BITS  # the denominator of every scale
 _HALF = _ONE // 2
@@ -40,8 +41,11 @@ def multiply(x: jax.Array, scale: jax.Array, grid: Grid | None) -> tuple[jax.Arr
     in_range = (jnp.abs(x) < grid.limit(x.dtype)) & ~jnp.isnan(scale)
     n, p = _to_integer(x, grid.bits), _to_integer(scale, SCALE_BITS)
     # round(n * p / 2**12), computed from n's high and low bits so that no product overflows.
+    # n * p = 2**12 (n >> 12) p + (n & 4095) p, for negative n too, because >> rounds down. With |n|
+    # < 2**24 and p <= 2**13 all terms are below 2**26; n * p may have 37 bits.
     m = (n >> SCALE_BITS) * p + (((n & (_ONE - 1)) * p + _HALF) >> SCALE_BITS)
     rounded = jnp.where(in_range, _to_float(m, x.dtype, grid.bits), lax.stop_gradient(product))
+    # As p >= 2**11, no more than two neighbouring n have the same m.
     is_second = in_range & (n != _first_preimage(m, p))
     return straight_through(product, rounded), pack(is_second)
 
@@ -83,12 +87,16 @@ def unpack(packed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def _first_preimage(m, p):
     """The smallest integer n with round(n * p / 2**12) == m, if there is one (a ceiling)."""
+    # A scale of 0, as bdia has at inference, has no inverse, but must not divide by zero.
     p = jnp.maximum(p, 1)
+    # round(n p / 2**12) = m means m 2**12 - 2**11 <= n p < m 2**12 + 2**11. So n is the ceiling of
+    # (m 2**12 - 2**11) / p. Dividing m by p first avoids m 2**12, which may overflow.
     return (m // p) * _ONE + ((m % p) * _ONE - _HALF + p - 1) // p
 
 
 def _to_integer(x, bits):
     """Grid points as integers. int32 holds the whole range of float32 streams, int64 of float64."""
+    # Beyond the grid's range the conversion may give any integer, which callers discard.
     integer = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
     return (lax.stop_gradient(x) * jnp.asarray(2.0**bits, x.dtype)).astype(integer)
 

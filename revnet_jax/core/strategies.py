@@ -50,11 +50,14 @@ def plan_runs(depths: Sequence[int], backprop: Backprop, stored_layers: int) -> 
     Args:
       depths: layers of each section.
     """
+    # Counted from the start of the chain: how many layers do not store.
     left = sum(depths) - stored_layers
     runs = []
     for section, depth in enumerate(depths):
         turn = depth if backprop == "store" else min(depth, max(left, 0))
         left -= depth
+        # Before `turn` a section's layers use `backprop`, from there on they store. Either part may
+        # be empty.
         parts = (LayerRun(section, 0, turn, backprop), LayerRun(section, turn, depth, "store"))
         runs += [run for run in parts if run.length]
     return runs
@@ -77,11 +80,13 @@ def remembering(forward: Callable[..., Any], backprop: Backprop, *, alone: bool)
         happen, and preventing it would cost copies.
     """
     policies = jax.checkpoint_policies
+    # `store` needs a checkpoint only so as not to keep gathered weights, which exist on several
+    # devices alone.
     if backprop == "reverse" or (backprop == "store" and not _several_devices()):
         return forward
     policy = {
         "store": policies.save_anything_except_these_names(GATHERED),
-        "remat": None,
+        "remat": None,  # keeps the inputs alone
         "remat_dots": _is_product,
         "offload": policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
@@ -93,6 +98,7 @@ def remembering(forward: Callable[..., Any], backprop: Backprop, *, alone: bool)
 
     def named(params, x, context):
         if backprop == "offload":
+            # The policy finds what to move to the host by its name.
             x = jax.tree.map(lambda leaf: checkpoint_name(leaf, _LAYER_INPUT), x)
         with without_isolation() if backprop == "remat_dots" else contextlib.nullcontext():
             return forward(params, x, context)

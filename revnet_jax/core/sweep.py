@@ -53,6 +53,7 @@ def update_in_place(params_L: Any, state_L: Any, update: Update) -> Consumer:
 
     @jax.named_scope("update")
     def write(written, i, params, dparams):
+        # A section whose parameters are all frozen has nothing to update.
         if not jax.tree.leaves(dparams):
             return written
         state, floats = _at(written[1], i), trees.split(params)[0]
@@ -100,12 +101,16 @@ def _forward_run(run, section, x, shared, unroll):
     @jax.named_scope("forward")
     def body(carry, _):
         i, x, checksum = carry
+        # By index rather than as scan inputs: a run may be part of a section, and taking its part
+        # out of the stacks would copy it.
         params, data = _at((section.params_L, section.data_L), i)
         context = Context(shared, data)
         # Also for reversed layers, which drop the pullback: the forward loop must run the same
         # program as the rewind, residuals included, so that both round alike.
         found, pullback = differentiate(remembered, params, x, context)
         reverses = run.backprop == "reverse"
+        # The pullback without what the backward pass has anyway: the loop stacks what it returns,
+        # and would copy the weights of all layers.
         kept = found.residue if reverses else Kept.of(pullback, (params, context))
         return (i + 1, found.y, checksum + found.checksum), (found.aux, kept)
 
@@ -157,6 +162,8 @@ def sweep(
     dshared = jax.tree.map(jnp.zeros_like, trees.split(shared)[0])
     written = [consumer.start for consumer in consumers]
     for run, kept_L in reversed(list(zip(runs, kepts.runs, strict=True))):
+        # The last run that reverses starts from its output, which was kept; those before it start
+        # from what has been rebuilt.
         if run.backprop == "reverse" and x is None:
             x = kepts.last_reversed
         daux_L = jax.tree.map(lambda leaf, run=run: leaf[run.start : run.stop], dauxes[run.section])
@@ -190,8 +197,10 @@ def _sweep_run(run, section, consumer, carry, daux_L, kept_L, shared, unroll):
             # Layers that are not separated by loop iterations need a barrier: a compiler might
             # otherwise rebuild the streams of all layers first, and hold them all.
             x, dx = isolate(lambda x, dx: (x, dx), x, dx)
+        # x is the output of layer i here. `compare_inputs` adds the range of the chain's input.
         if run.backprop == "reverse" and max_abs is not None:
             max_abs = jnp.maximum(max_abs, largest(x))
+        # With an update, layer i still has its old values: it is written only below.
         params, data = _at((consumer.read(written), section.data_L), i)
         with jax.named_scope("rewind" if run.backprop == "reverse" else "backward"):
             found = layer(params, x, dx, daux, kept, Context(shared, data))
@@ -212,6 +221,7 @@ def loop(
     if length != 1:
         return lax.scan(body, carry, xs, length, reverse=reverse, unroll=min(unroll, length))
     carry, ys = body(carry, jax.tree.map(lambda leaf: leaf[0], xs))
+    # With a leading axis of one layer, as a scan would return it.
     return carry, jax.tree.map(lambda leaf: jnp.expand_dims(leaf, 0), ys)
 
 

@@ -23,6 +23,7 @@ def split(tree: Any) -> tuple[Any, Any]:
     """Splits a tree into (floating-point leaves, other leaves), each with None at the rest."""
     leaves, structure = jax.tree.flatten(tree)
     pairs = [(leaf, is_inexact(leaf)) for leaf in leaves]
+    # To JAX None is a subtree without leaves, so each half is an ordinary tree of fewer arrays.
     select = lambda kind: [v if is_it == kind else None for v, is_it in pairs]
     try:
         return structure.unflatten(select(True)), structure.unflatten(select(False))
@@ -43,12 +44,14 @@ def partition(tree: Any, is_first: Any) -> tuple[Any, Any]:
 
 def like(tree: Any, values: Any) -> Any:
     """The values at the leaves of `tree`, with None where `tree` has None."""
+    # By default None is no leaf, and JAX would refuse the two trees for their different structure.
     is_none = lambda leaf: leaf is None
     return jax.tree.map(lambda a, b: None if a is None else b, tree, values, is_leaf=is_none)
 
 
 def join(floats: Any, others: Any) -> Any:
     """Joins what `split` returned."""
+    # None counts as a leaf here, so that the two halves have the same structure.
     return jax.tree.map(
         lambda a, b: b if a is None else a, floats, others, is_leaf=lambda leaf: leaf is None
     )

@@ -32,6 +32,8 @@ def arrays(name: str, tree: Any) -> Any:
         try:
             if hasattr(leaf, "__array__"):
                 return jnp.asarray(leaf)
+            # Raises for what is neither array nor number. Python numbers stay as they are, so that
+            # they take the dtype of what they meet.
             jnp.result_type(leaf)
         except TypeError:
             got = f"{name}{jax.tree_util.keystr(path)} of type {type(leaf).__name__}"
@@ -46,8 +48,10 @@ def arrays(name: str, tree: Any) -> Any:
 
 def checked_sections(sections: Iterable[Any]) -> tuple[Any, ...]:
     """Returns the sections as a tuple, with JAX arrays; raises unless each is a valid `Section`."""
+    # A Section is a tuple itself, so that iterating over it would give its fields.
     if hasattr(sections, "layer"):
         raise TypeError("got a Section as a sequence, expected a list of them: [Section(...)]")
+    # A generator can be read once only, and every check reads the sections.
     sections = tuple(sections)
     if not sections:
         raise ValueError("got no sections, expected at least one")
@@ -56,6 +60,7 @@ def checked_sections(sections: Iterable[Any]) -> tuple[Any, ...]:
             got = type(section).__name__
             raise TypeError(f"got a {got} in a sequence, expected Section(layer, params_L)")
         layer = section.layer
+        # A class has `forward` too, as a function that still lacks its instance.
         if isinstance(layer, type) or not callable(getattr(layer, "forward", None)):
             got = getattr(layer, "__name__", repr(layer))
             raise TypeError(
@@ -78,6 +83,7 @@ def check_sections(
     for section in sections:
         check_block(section, x)
         depths.append(section_depth(section))
+        # The shapes that the next section gets: a section of one layer may change them.
         x = _one_layer(section, x, shared, depths[-1], backprop == "reverse")
     return depths
 
@@ -137,6 +143,7 @@ def check_states(sections: Sequence[Any], depths: Sequence[int], update: Any) ->
 
 def common_grid(sections: Sequence[Any]) -> Any:
     """Returns the grid of all layers that have one, or None; raises ValueError if grids differ."""
+    # A block with grid=None counts as one with another grid.
     grids = {section.layer.grid for section in sections if hasattr(section.layer, "grid")}
     if len(grids) > 1:
         raise ValueError(
@@ -148,6 +155,7 @@ def common_grid(sections: Sequence[Any]) -> Any:
 
 def check_streams(x: Any, who: str = "got") -> None:
     """Raises unless x is a tuple of trees of floats."""
+    # No NamedTuple either: layers return plain tuples, and a loop's carry has to keep its type.
     if type(x) is not tuple:
         raise TypeError(
             f"{who} streams of type {type(x).__name__}, expected a plain tuple: (x1, x2)"
@@ -162,6 +170,7 @@ def section_depth(section: Any) -> int:
     length = section.length
     if length is not None and not is_whole(length):
         raise TypeError(f"got length={length!r}, expected a whole number of layers")
+    # Each depth that occurs, with the first place that has it, for the error message.
     depths: dict[Any, str] = {} if length is None else {length: "length"}
     for name, tree in (("params_L", section.params_L), ("data_L", section.data_L)):
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -266,6 +275,7 @@ def _one_update(floats_L, state_L, update):
         jax.tree_util.tree_leaves_with_path(new), jax.tree.leaves(got), strict=True
     ):
         if trees.describe_array(leaf) != trees.describe_array(before):
+            # The results are a pair, so each path begins with the index into it.
             where = ("params", "state")[path[0].idx] + jax.tree_util.keystr(path[1:])
             raise ValueError(
                 f"update returned {where} {trees.describe_array(leaf)}, expected "
@@ -294,8 +304,10 @@ def _one_layer(section, x, shared, depth, reverses):
         return layer.inverse(params, y, residue, Context(shared, data))
 
     name = type(layer).__name__
+    # Traced rather than evaluated by shape alone, to see what the layer closes over.
     program, (y, residue) = jax.make_jaxpr(forward, return_shape=True)(params, x, shared, data)
     check_streams(y, f"the {name} returned")
+    # A loop's carry has to keep its shapes. One layer runs without a loop.
     if depth > 1:
         _check_kept(x, y)
     _check_closed_over(program)
