@@ -55,16 +55,20 @@ class Trainer:
         self.step_seconds: list[float] = []
         self.accuracies: list[float] = []
         self.exactness: list[Exactness] = []
+        # [seeds, 2]: for each seed a key for its parameters and one for its steps, the same in all
+        # rows.
         keys = jax.random.split(jax.random.key(0), (seeds, 2))
         init = lambda: (jax.vmap(network.init)(keys[:, 0]), keys[:, 1])
         self._fresh = jit_initialization(init)()  # all seeds by one program
         self._programs: dict[Backprop, jax.stages.Compiled] = {}
+        # The state is donated: the new one is written into the memory of the old.
         self._update = exact_jit(self._updated, donate_argnums=0)
         self._eval_step = exact_jit(self._sums)
         self.start(0)
 
     def start(self, seed: int) -> None:
         """Replaces the state by the initial state of a seed."""
+        # Indexing copies, so that the donated state is not part of `_fresh`.
         params, key = jax.tree.map(lambda leaf: leaf[seed], self._fresh)
         step, opt_state = jnp.zeros((), jnp.int32), self.optimizer.init(params)
         self.state = RunState(params, opt_state, key, step, Exactness.probe())
@@ -74,6 +78,7 @@ class Trainer:
         if backprop not in self._programs:
             program = exact_jit(lambda *args: self._gradient(*args, backprop))
             args = self.state.params, batch, self.state.key, self.state.step
+            # Compiled ahead: its memory can be asked for, and no step's time includes compiling it.
             self._programs[backprop] = program.lower(*args).compile()
         return self._programs[backprop]
 
@@ -82,6 +87,7 @@ class Trainer:
         gradient, state = self.gradient(batch, self.network.train_backprop), self.state
         started = time.perf_counter()
         loss, grads_and_exactness = gradient(state.params, batch, state.key, state.step)
+        # JAX returns before a device is done, so the time is taken when the new state is there.
         self.state = jax.block_until_ready(self._update(state, *grads_and_exactness))
         self.step_seconds.append(time.perf_counter() - started)
         return float(loss)
@@ -106,6 +112,7 @@ class Trainer:
                 params,
                 batch["image"],
                 backprop=backprop,
+                # Another key in each step, for bdia's gammas.
                 key=jax.random.fold_in(key, step),
                 probe=probe,
             )
@@ -208,6 +215,7 @@ def make_recipe(
         boundaries=(),
         factor=1.0,
     )
+    # Arguments without a default: SGD reads no b1 and b2, and nothing is clipped.
     rest: dict[str, Any] = {"b1": 0.0, "b2": 0.0, "clip_norm": 0.0, "clip": "global"}
     rest |= {"state_dtype": "float32", "stacked": None}
     rest |= {"name": "sgd", "momentum": 0.9, "nesterov": True, "weight_decay": weight_decay}
@@ -220,6 +228,7 @@ def load_images(name: str, dir: str | None) -> tuple[Dataset, dict[str, Any]]:
         known = ", ".join(DATA_SETTINGS)
         raise UserError(f"got data {name!r}, expected one of {known}")
     try:
+        # A copy, because the caller takes the stride out of it.
         return load_dataset(name, dir=dir or None), dict(DATA_SETTINGS[name])
     except UserError:
         raise
@@ -234,6 +243,7 @@ def measure_coupling(trainer: Trainer, batch: Batch, num_steps: int) -> dict[str
     """
     network = trainer.network
     reverses = network.train_backprop == "reverse"
+    # i % num_steps is 0 at a seed's first step. Seeds of a single step keep it, to have any time.
     seconds = [s for i, s in enumerate(trainer.step_seconds) if i % num_steps or num_steps == 1]
     memory = {
         "reverse": trainer.temporary_bytes(batch, "reverse") if reverses else None,

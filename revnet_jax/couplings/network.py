@@ -64,10 +64,13 @@ class CouplingNetwork:
     @property
     def hidden_width(self) -> int:
         """The hidden width that gives a branch the same 9 * hidden * (reads + writes) weights."""
+        # A branch that reads and writes a half has reads + writes = channels, so its width is
+        # `hidden`.
         return round(self.hidden * self.channels / (self._reads + self._writes))
 
     @property
     def _reads(self) -> int:
+        # Multiplied first: channels are a multiple of 6, so a half or a third of them is whole.
         return self.channels * self.row.reads[0] // self.row.reads[1]
 
     @property
@@ -80,8 +83,10 @@ class CouplingNetwork:
         Equal keys give stem and head equal parameters in every row.
         """
         stem_key, head_key, chain_key = jax.random.split(key, 3)
+        # [branches, layers]: each branch of the layer has one tree, stacked over layers.
         keys = jax.random.split(chain_key, (self.row.branches, self.num_layers))
         chain_L = tuple(jax.vmap(self._init_branch)(branch_keys) for branch_keys in keys)
+        # `pool` returns the four quadrants of every channel.
         shape = 4 * self.channels, self.num_classes
         dense = jax.random.normal(head_key, shape, jnp.float32) / math.sqrt(4 * self.channels)
         return {
@@ -91,6 +96,8 @@ class CouplingNetwork:
             "head": {
                 "norm": _init_norm(self.channels),
                 "kernel": dense,
+                # [1, classes], because adding arrays of different rank may be an error (JAX's
+                # setting `jax_numpy_rank_promotion`).
                 "bias": jnp.zeros((1, self.num_classes), jnp.float32),
             },
         }
@@ -99,6 +106,7 @@ class CouplingNetwork:
         first, second = jax.random.split(key)
         reads, hidden, writes = self._reads, self.hidden_width, self._writes
         params = {"norm1": _init_norm(reads), "conv1": _init_conv(first, reads, hidden)}
+        # The gradient of an energy uses one kernel twice, in place of a second convolution.
         if self.row.energy:
             params["conv1"]["bias"] = jnp.zeros((1, 1, 1, hidden), jnp.float32)
             return params
@@ -128,6 +136,8 @@ class CouplingNetwork:
         x = self.streams(x_BHWC)
         layer, chain_L = self.row.layer, params["chain"]
         y, _ = chain(layer, chain_L, x, data_L=data_L, backprop=backprop, probe=probe)
+        # [B, H, W, channels] in every row: split streams are put together, and otherwise each
+        # stream has all channels.
         joined = jnp.concatenate(y, axis=-1) if self.row.split > 1 else y[self.row.reads_out]
         head = params["head"]
         features_BF = pool(jax.nn.relu(group_normalise(head["norm"], joined)))
@@ -145,8 +155,10 @@ class CouplingNetwork:
         """Per-layer data: bdia's gammas, one per example and half-step."""
         if self.name != "bdia":
             return None
+        # [L, half-steps, B, 1, 1, 1]: one gamma for a whole image.
         shape = (self.num_layers, 2, batch_size, 1, 1, 1)
         if key is None:
+            # The mean of gamma. The layers are then those of an ordinary residual network.
             return {"gamma": jnp.zeros(shape, jnp.float32)}
         return {"gamma": jax.random.rademacher(key, shape, jnp.float32) / 2}
 
@@ -176,11 +188,12 @@ def pool(x_BHWC: jax.Array) -> jax.Array:
     """Averages each quadrant, [B, 4 * C], so that the head gets some spatial information."""
     B, H, W, C = x_BHWC.shape
     quadrants = x_BHWC.reshape(B, 2, H // 2, 2, W // 2, C)
+    # [B, 2, H/2, 2, W/2, C] -> [B, 2, 2, C] -> [B, 4 C]
     return jnp.mean(quadrants, axis=(2, 4)).reshape(B, 4 * C)
 
 
 def _init_norm(channels):
-    shape = (1, 1, 1, channels)
+    shape = (1, 1, 1, channels)  # of the rank of images, for the same reason as the head's bias
     return {"scale": jnp.ones(shape, jnp.float32), "bias": jnp.zeros(shape, jnp.float32)}
 
 

@@ -63,6 +63,7 @@ def group_normalise(params: Any, x_BHWC: jax.Array) -> jax.Array:
 
 def residual_branch(params: Any, *args: Any) -> jax.Array:
     """(Normalisation, ReLU, 3x3 convolution) twice, on the concatenated streams it reads."""
+    # The last argument is the context, which these branches do not need.
     *streams, _ = args
     x_BHWC = streams[0] if len(streams) == 1 else jnp.concatenate(streams, axis=-1)
     for norm, kernel in (("norm1", "conv1"), ("norm2", "conv2")):
@@ -90,12 +91,15 @@ def _residual(params, x, context):
     return (x[0] + residual_branch(params[0], x[0], context),), None
 
 
+# `_halves` splits the stem's channels between two streams, as RevNet does. `_twice` gives all of
+# them to both, whose values are two states of one network (x[n-1] and x[n], or x and v).
 _halves = functools.partial(CouplingRow, branches=2, reads=(1, 2), writes=(1, 2), split=2)
 _twice = functools.partial(CouplingRow, reads=(1, 1), writes=(1, 1), split=1)
 _f = residual_branch
 ROWS: dict[str, CouplingRow] = {
     "additive": _halves(reversible_block(_f, _f), note="RevNet: halves update each other"),
     "leapfrog": _twice(
+        # 2 h = 1, so that updates are as large as in the additive row.
         reversible_block(_f, _f, coupling=leapfrog(0.5)),
         branches=2,
         reads_out=1,
@@ -120,6 +124,7 @@ ROWS: dict[str, CouplingRow] = {
     ),
     "symplectic": _halves(
         symplectic_block(energy, energy, step=0.5),
+        # What is written comes through the transposed kernel, so writing costs no weights.
         writes=(0, 1),
         energy=True,
         note="a branch is an energy's gradient: one kernel, used twice; h = 1/2",

@@ -47,6 +47,7 @@ def make_schedule(
     if name == "constant":
         schedule = optax.constant_schedule(learning_rate)
     elif name == "cosine":
+        # Counted from the end of the warm-up, so that the rate is 0 at `num_steps`.
         decay = optax.cosine_decay_schedule(learning_rate, num_steps - warmup_steps)
         schedule = lambda step: decay(step - warmup_steps)
     elif name == "wsd":
@@ -55,6 +56,7 @@ def make_schedule(
                 f"got decay_steps={decay_steps} for wsd, expected 1 to {num_steps - warmup_steps}: "
                 f"with warmup_steps={warmup_steps} they are part of num_steps={num_steps}"
             )
+        # optax holds the first value until `transition_begin`: that is the stable phase.
         schedule = optax.linear_schedule(
             learning_rate, 0.0, decay_steps, transition_begin=num_steps - decay_steps
         )
@@ -69,6 +71,7 @@ def make_schedule(
         )
     else:
         raise ValueError(f"got name={name!r}, expected one of piecewise, cosine, wsd, constant")
+    # Without warm-up `where` never takes this; optax would log that it has 0 steps.
     warmup = optax.linear_schedule(0.0, learning_rate, max(1, warmup_steps))
 
     def rate(step):
@@ -121,6 +124,7 @@ def make_optimizer(
     decay: dict[str, Any] = {"weight_decay": weight_decay, "mask": is_kernel}
     if name == "sgd":
         optimizer = optax.chain(
+            # In front of the momentum: an L2 penalty is part of the gradient.
             optax.add_decayed_weights(**decay),
             optax.sgd(schedule, momentum=momentum, nesterov=nesterov),
         )
@@ -131,6 +135,7 @@ def make_optimizer(
     elif name == "muon":
         optimizer = optax.chain(
             scale_by_muon(b1=b1, b2=b2, stacked=stacked, rules=rules),
+            # After the direction is known: decoupled from the gradient.
             optax.add_decayed_weights(**decay),
             optax.scale_by_learning_rate(schedule),
         )
@@ -163,9 +168,11 @@ def completed(
     if state_dtype not in MOMENTS:
         raise ValueError(f"got state_dtype={state_dtype!r}, expected one of {', '.join(MOMENTS)}")
     optimizer = _promoting(optimizer)
+    # From the outside in: `rounded` widens to float32, then gradients are clipped, then used.
     if clip_norm and clip == "layer" and stacked is not None:
         optimizer = optax.chain(clip_by_layer_norm(clip_norm, stacked), optimizer)
     elif clip_norm:
+        # Also "layer" without `stacked`: the tree is then that of one layer, and so is its norm.
         optimizer = optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
     if state_dtype == "float32" and param_dtype == jnp.float32:
         return optimizer

@@ -123,10 +123,13 @@ class LockstepOptimizer(NamedTuple):
         def update(dparams, carried, params):
             layer_state = self._join(params, carried.floats, counters)
             updates, layer_state = self.layer.update(dparams, layer_state, params)
+            # In the dtype of the placeholder below, because it returns as the cotangent of that.
             squared_norm = optax.tree.norm(widened(dparams), squared=True).astype(jnp.float32)
             floats, _ = trees.split(layer_state)
             return apply_updates(params, updates), Carried(floats, squared_norm)
 
+        # The zeros are placeholders: the sweep returns the squared norms of gradients in their
+        # place.
         carried = {
             name: Carried(layers.floats_L, jnp.zeros(_depth(params[name]), jnp.float32))
             for name, layers in state.layers.items()
@@ -151,16 +154,19 @@ class LockstepOptimizer(NamedTuple):
         gradients, new_layers = self._split(cotangents)
         updates, outside_state = self.outside.update(gradients, state.outside, outside)
         squared_norm = optax.tree.norm(widened(gradients), squared=True)
+        # |g|^2 is a sum over layers, so the gradients of a chain need not exist together.
         squared_norm += sum(jnp.sum(group.squared_norm) for group in carried.values())
         new_state = {
             name: LayerState(carried[name].floats, self._count(layers[name], state.layers[name]))
             for name in layers
         }
+        # A group in neither part, a chain without trained parameters, stays as it is.
         new_params = {**params, **apply_updates(outside, updates), **new_layers}
         return new_params, LockstepState(outside_state, new_state), jnp.sqrt(squared_norm)
 
     def _init_layers(self, params_L):
         floats_L, counters_L = trees.split(jax.vmap(self.layer.init)(params_L))
+        # `vmap` made a counter for each layer. All are equal, so one is kept.
         return LayerState(floats_L, [leaf[0] for leaf in jax.tree.leaves(counters_L)])
 
     def _count(self, params_L, state):
@@ -174,6 +180,7 @@ class LockstepOptimizer(NamedTuple):
         return jax.tree.leaves(trees.split(new)[1])
 
     def _join(self, params, floats, counters):
+        # By shape alone, to learn where the state's tree has its counters.
         _, others = trees.split(jax.eval_shape(self.layer.init, params))
         return trees.join(floats, jax.tree.unflatten(jax.tree.structure(others), counters))
 
@@ -202,6 +209,8 @@ def check_layerwise(optimizer: optax.GradientTransformation, params: Any) -> Non
         updates, state = optimizer.update(gradient, optimizer.init(tiny), tiny)
         return [leaf[0] for leaf in jax.tree.leaves(updates)], trees.split(state)[1]
 
+    # NaN survives sums, norms and clipping. So if layer 0 or a counter has seen the gradient of
+    # layer 1, it differs here, or is NaN, which equals nothing.
     pairs = zip(*(jax.tree.leaves(update(other)) for other in (0.5, jnp.nan)), strict=True)
     if not all(jnp.array_equal(a, b) for a, b in pairs):
         raise ValueError(

@@ -87,18 +87,24 @@ def orthogonalize(x: jax.Array) -> jax.Array:
     small singular values fast (Jordan et al. 2024). The factor then makes the root mean square of
     the elements about 0.2. Zeros stay zeros.
     """
+    # [m, n] with m <= n from here on, so that Gram matrices are [m, m], the smaller ones.
     tall = x.shape[-2] > x.shape[-1]
     x = jnp.swapaxes(x, -1, -2) if tall else x
     a, b, c = COEFFICIENTS
+    # The Frobenius norm is no less than the largest singular value, so all are in [0, 1], where the
+    # iterations work. 1e-8 lets a matrix of zeros stay one.
     x = x / (jnp.sqrt(jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True)) + 1e-8)
+    # Each singular value s becomes a s + b s^3 + c s^5.
     for _ in range(ITERATIONS):
         gram = x @ jnp.swapaxes(x, -1, -2)
         x = a * x + (b * gram + c * (gram @ gram)) @ x
+    # The elements of orthonormal rows of length n have a root mean square of 1 / sqrt(n).
     x = UPDATE_RMS * math.sqrt(x.shape[-1]) * x
     return jnp.swapaxes(x, -1, -2) if tall else x
 
 
 def _is_hidden_kernel(path, stacked):
+    # Without `stacked` the tree is of one layer, and its paths do not begin with a group.
     at_an_end = stacked is not None and _name(path[:1]) in ENDS
     return _name(path[-1:]).endswith("kernel") and not at_an_end
 
@@ -110,6 +116,7 @@ def _orthogonal_on_mesh(path, leaf, stacked, rules):
     mesh = jax.sharding.get_abstract_mesh()
     split = spec_of(rules, _name(path), leaf.shape, mesh)
     sizes = dict(mesh.shape)
+    # For each dimension that is really split: (mesh axis, dimension).
     cuts = [(axis, dim) for dim, axis in enumerate(split) if axis and extent(axis, sizes) > 1]
     if not cuts:
         return _orthogonal(leaf, leading)
@@ -121,6 +128,7 @@ def _orthogonal_on_mesh(path, leaf, stacked, rules):
     if not leading:
         return mapped(leaf)
     devices = math.prod(extent(axis, sizes) for axis, _ in cuts)
+    # Matrices of zeros fill up the last devices. They stay zeros, and are cut off again.
     missing = [(0, -len(leaf) % devices)] + [(0, 0)] * (leaf.ndim - 1)
     return mapped(jnp.pad(leaf, missing))[: len(leaf)]
 
@@ -128,8 +136,10 @@ def _orthogonal_on_mesh(path, leaf, stacked, rules):
 def _exchanged(cuts, function, part):
     """Applies `function` between two all-to-alls, so that each device has whole layers in it."""
     for axis, dim in cuts:
+        # [L, .., n / d] -> [L / d, .., n]: whole matrices of fewer layers.
         part = lax.all_to_all(part, axis, 0, dim, tiled=True)
     part = function(part)
+    # In the opposite order, so that each layer returns to its place.
     for axis, dim in reversed(cuts):
         part = lax.all_to_all(part, axis, dim, 0, tiled=True)
     return part
@@ -150,11 +160,11 @@ def _gathered(cuts, function, part):
 def _orthogonal(leaf, leading):
     """Orthogonalizes each matrix of a kernel. leading: number of axes of layers and experts."""
     dims = leaf.ndim - leading
-    if dims == 2:
+    if dims == 2:  # [.., in, out]
         return orthogonalize(leaf)
-    if dims == 3:
+    if dims == 3:  # [.., in, parts, out], as matrices [.., parts, in, out]
         return jnp.swapaxes(orthogonalize(jnp.swapaxes(leaf, -3, -2)), -3, -2)
-    if dims == 4:
+    if dims == 4:  # [.., h, w, in, out], as matrices [.., h * w * in, out]
         flat = leaf.reshape(*leaf.shape[:leading], -1, leaf.shape[-1])
         return orthogonalize(flat).reshape(leaf.shape)
     raise ValueError(

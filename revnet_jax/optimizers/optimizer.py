@@ -118,6 +118,7 @@ class OrdinaryOptimizer(NamedTuple):
         with jax.named_scope("update"):
             updates, state = self.transformation.update(grads, state, params)
             params = apply_updates(params, updates)
+        # The gradient is the one before clipping, which is part of the transformation.
         norm = optax.tree.norm(widened(grads))
         variables = Variables(trees.join(params, frozen), stats)
         return StepResult(value, others, variables, state, exactness, norm)
@@ -151,17 +152,22 @@ def accumulate(
 
     def parts(array):
         # Strided, not contiguous: every device keeps a share of each part, without communication.
-        split = array.reshape(-1, microbatches, *array.shape[1:])
+        split = array.reshape(-1, microbatches, *array.shape[1:])  # [B / m, m, ...]
         return jnp.swapaxes(split, 0, 1)
 
     def body(carry, part):
         stats, total = carry
         (loss, (stats, others)), (grads, exactness) = gradient(params, stats, *part)
+        # Running averages go from part to part. Gradients are added in float32, because a long sum
+        # in bfloat16 loses its small terms.
         return (stats, jax.tree.map(jnp.add, total, widened(grads))), (loss, others, exactness)
 
     start = stats, jax.tree.map(jnp.zeros_like, widened(params))
+    # A key for each part, so that dropout differs between them.
     inputs = jax.tree.map(parts, batch), jax.random.split(key, microbatches)
     (stats, total), (losses, others, exactness) = jax.lax.scan(body, start, inputs)
+    # The check's figures are counts, which add up. Losses and gradients are means over parts of
+    # equal size, so their mean is that of the batch.
     exactness = jax.tree.map(lambda counts: jnp.sum(counts, axis=0), exactness)
     grads = jax.tree.map(lambda leaf: leaf / microbatches, total)
     return (jnp.mean(losses), (stats, jax.tree.map(jnp.mean, others))), (grads, exactness)

@@ -65,6 +65,7 @@ def rounded(
         return RoundedState(jnp.zeros((), jnp.int32), *_narrow(state, moments, None))
 
     def update(updates, state, params=None):
+        # Part of the hash that decides how to round, so that every step rounds in another way.
         count = state.count + 1
         wide = None if params is None else widened(params)
         updates, inner = optimizer.update(widened(updates), _widen(state), wide)
@@ -129,6 +130,7 @@ def _widen(state: RoundedState) -> Any:
 
     if state.scales is None:
         return widened(state.inner)
+    # Where a leaf has no scales their tree has None, which JAX hands over as a subtree.
     return jax.tree_util.tree_map_with_path(widen, state.inner, state.scales)
 
 

@@ -15,6 +15,7 @@ from jax import lax
 
 FLOAT8 = jnp.float8_e4m3fn  # a sign, 4 bits of exponent, 3 of mantissa; up to 448, no infinity
 SMALLEST_NORMAL = 2.0**-6  # smaller numbers are subnormal, with a gap of 2**-9
+# The scale's 2 bytes add an eighth to the smallest block, and a sixty-fourth to the largest.
 BLOCK_SIZES = (16, 128)
 
 
@@ -25,6 +26,7 @@ def round_to_bfloat16(x: jax.Array, step: jax.Array) -> jax.Array:
     # Truncation cuts off the low 16 bits. Adding 16 random bits before carries into the upper half
     # with exactly the probability of rounding up.
     rounded = lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
+    # A NaN would become a zero where its mantissa overflows, an infinity where it is cut off.
     return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
 
 
@@ -37,6 +39,7 @@ def round_to_float8(x: jax.Array, step: jax.Array, *, roots: bool = False) -> ja
     """
     bits = _bits(x)
     size = jnp.abs(x.astype(jnp.float32))
+    # 3 bits of mantissa are 8 steps from a power of two to the next.
     gap = jnp.maximum(_power_of_two(size), SMALLEST_NORMAL) / 8
     gaps = size / gap  # exact; below 8 for subnormal numbers, from 8 to 16 for others
     low = jnp.floor(gaps)
@@ -44,8 +47,10 @@ def round_to_float8(x: jax.Array, step: jax.Array, *, roots: bool = False) -> ja
     if roots:  # (gaps**2 - low**2) / ((low + 1)**2 - low**2)
         chance = chance * (gaps + low) / (2 * low + 1)
         chance = jnp.where((low == 0) & (gaps > 0), 1.0, chance)
+    # 24 bits, because float32 holds every integer of that length exactly.
     drawn = (_random_bits(bits, step) >> 8).astype(jnp.float32) * 2.0**-24  # in [0, 1)
     rounded = jnp.where(drawn < chance, low + 1, low) * gap
+    # This dtype has no infinity, so what is not finite becomes NaN.
     return jnp.where(jnp.isfinite(x), jnp.copysign(rounded, x), jnp.nan).astype(FLOAT8)
 
 
@@ -84,11 +89,14 @@ def compress(
         1,000 steps, such as Adam's average of squares, adds such noise up to several times itself.
     """
     kept = jnp.sqrt(x) if squares else x
+    # [.., n / size, size]; the scales keep an axis of 1 to divide by.
     blocks = kept.astype(jnp.float32).reshape(*x.shape[:-1], -1, block_size(x.shape))
     largest = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True)
     # The largest number is scaled into [128, 256), so that rounding up stays below 448.
+    # 2**-126, the smallest normal number, is for blocks of zeros, which must not divide by zero.
     scales = jnp.maximum(_power_of_two(largest) * 2.0**-7, 2.0**-126)
     values = round_to_float8(blocks / scales, step, roots=squares)
+    # bfloat16 has the exponents of float32, so it holds these powers of two exactly.
     return values.reshape(x.shape), scales[..., 0].astype(jnp.bfloat16)
 
 
