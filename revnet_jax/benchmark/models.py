@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from revnet_jax.config import settings
 from revnet_jax.core import Block, Exactness, chain, reversible_block
 from revnet_jax.errors import UserError
 from revnet_jax.families import DTYPES
@@ -252,6 +253,8 @@ class ConfigModel:
             groups = optimizer.moments(state.opt_state).items()
             return {name: jax.tree.leaves(trees) for name, trees in groups}
 
+        with settings("optimizer"):  # told before anything compiles
+            gradient(jax.eval_shape(init)[0])
         jitted = exact_jit(step, deterministic=config.deterministic, donate_argnums=0)
         return Program(jitted, jax.jit(init), gradient)
 

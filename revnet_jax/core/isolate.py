@@ -121,12 +121,15 @@ def _checksums(leaves, rows):
 def _bits(leaf):
     """The bits of each element as int32.
 
-    Narrow floats are first widened, exactly; for a float64 it is the sum of its two halves.
+    Narrow numbers are first widened, exactly; numbers of 64 bits give the sum of their halves.
     """
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        # Mixed, because in a plain sum two flipped signs would cancel.
+        return _bits(lax.real(leaf)) + _mixed(_bits(lax.imag(leaf)))
+    if leaf.dtype.itemsize == 8:
+        return jnp.sum(lax.bitcast_convert_type(leaf, jnp.int32), axis=-1, dtype=jnp.int32)
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return leaf.astype(jnp.int32)
-    if leaf.dtype == jnp.float64:
-        return jnp.sum(lax.bitcast_convert_type(leaf, jnp.int32), axis=-1, dtype=jnp.int32)
     return lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.int32)
 
 

@@ -2,7 +2,7 @@
 
 | backprop   | kept per layer                 | extra compute                        |
 |------------|--------------------------------|--------------------------------------|
-| store      | all of f's intermediates       | none                                 |
+| store      | products, convolutions, sums   | none, or cheap arithmetic            |
 | remat_dots | matrix products, convolutions  | the rest of a forward                |
 | remat      | the streams                    | one forward, less what is not needed |
 | offload    | the streams, in host memory    | as remat, and two transfers          |

@@ -110,7 +110,8 @@ class LockstepOptimizer(NamedTuple):
     def moments(self, state: LockstepState) -> dict[str, Any]:
         """First moments by group of parameters."""
         layers = {name: first_moments(group.floats_L) for name, group in state.layers.items()}
-        return {**first_moments(state.outside), **layers}
+        outside = first_moments(state.outside)
+        return {group: [tree[group] for tree in outside] for group in outside[0]} | layers
 
     def _start(
         self, params: Mapping[str, Any], state: LockstepState

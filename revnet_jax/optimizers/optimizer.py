@@ -68,7 +68,10 @@ class Optimizer(Protocol):
         ...
 
     def moments(self, state: Any) -> dict[str, Any]:
-        """First moments by group of parameters: SGD's momentum, Adam's average of gradients."""
+        """First moments by group of parameters: SGD's momentum, Adam's average of gradients.
+
+        Raises ValueError for an optimizer that has none.
+        """
         ...
 
 
@@ -125,12 +128,24 @@ class OrdinaryOptimizer(NamedTuple):
 
     def moments(self, state: Any) -> dict[str, Any]:
         """First moments by group of parameters."""
-        return dict(first_moments(state))
+        trees = first_moments(state)
+        return {group: [tree[group] for tree in trees] for group in trees[0]}
 
 
-def first_moments(state: Any) -> Any:
-    """The tree of first moments in a state of optax: `trace` of SGD, or `mu` of Adam and others."""
-    return optax.tree.get(state, "trace", default=None) or optax.tree.get(state, "mu")
+def first_moments(state: Any) -> list[Any]:
+    """The trees of first moments in a state of optax: `trace` of SGD, `mu` of Adam and others.
+
+    Muon has both, one for the matrices and one for the other parameters.
+
+    Raises ValueError for a state that has none.
+    """
+    named = [optax.tree.get_all_with_path(state, name) for name in ("trace", "mu")]
+    if not any(named):
+        raise ValueError(
+            "got an optimizer without first moments, expected a `trace` as SGD's with momentum, or "
+            "a `mu` as Adam's: they stand for gradients when strategies are compared"
+        )
+    return [tree for found in named for _, tree in found]
 
 
 def accumulate(

@@ -153,6 +153,35 @@ def test_differences_do_not_cancel_in_a_checksum():
     assert checksum([1, 2], [3, 4]) == checksum([3, 4], [1, 2])  # in whatever order
 
 
+def test_a_checksum_has_all_bits_of_wide_numbers():
+    identity = lambda x: jax.make_jaxpr(lambda x: x)(x)
+    checksum = lambda x: int(call_witnessed(identity(x), [x])[1])
+    of_complex = lambda z: checksum(jnp.asarray(z, jnp.complex64))
+    assert len({of_complex(z) for z in (1 + 2j, -1 - 2j, 1 - 2j, 2 + 1j, 1.5 + 2j)}) == 5
+    with jax.enable_x64(True):
+        assert checksum(jnp.int64(1)) != checksum(jnp.int64(1 + 2**40))
+
+
+def test_a_branch_may_compute_complex_numbers():
+    """A Fourier transform along the features: its intermediates are in the checksum too."""
+
+    def filtered(params, x, context):
+        return jnp.fft.irfft(jnp.fft.rfft(x) * jnp.fft.rfft(params[:1]), n=WIDTH)
+
+    x = (jax.random.normal(jax.random.key(1), (ROWS, WIDTH)),) * 2
+    block = reversible_block(filtered, branch)
+
+    def value(params, probe, backprop):
+        y, _ = chain(block, params, x, probe=probe, backprop=backprop)
+        return jnp.mean(y[0] ** 2) + jnp.mean(y[1])
+
+    gradient = toy.jit(jax.grad(value, (0, 1)), static_argnums=2)
+    got, found = gradient(params_L(3), Exactness.probe(), "reverse")
+    assert found.mismatches == 0
+    expected, _ = gradient(params_L(3), Exactness.probe(), "store")
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
 def test_a_program_that_nobody_reads_in_full_is_computed_in_full():
     """On CPU as a function of its own, with every intermediate among its results."""
     run = toy.jit(jax.grad(lambda params, x: loss(params, x)))

@@ -5,6 +5,7 @@ import optax
 import pytest
 
 from revnet_jax.optimizers.build import is_kernel, make_optimizer, make_schedule
+from revnet_jax.optimizers.optimizer import first_moments
 
 SCHEDULE = {
     "name": "piecewise",
@@ -118,6 +119,18 @@ def test_unknown_optimizer():
 def test_schedules_run_under_jit():
     schedule = make_schedule(**SCHEDULE | {"warmup_steps": 3})
     assert jax.jit(schedule)(jnp.asarray(1, jnp.int32)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lion", "muon"])
+def test_first_moments_are_of_all_parameters(name):
+    """The benchmark takes them for gradients: Muon's of matrices, and Adam's of what is left."""
+    params = {"layers": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}, "head": jnp.ones(3)}
+    optimizer = make_optimizer(1.0, **OPTIMIZER | {"name": name})
+    found = first_moments(optimizer.init(params))
+    sizes = {g: sum(x.size for x in jax.tree.leaves([m[g] for m in found])) for g in params}
+    assert sizes == {"layers": 20, "head": 3}
+    with pytest.raises(ValueError, match="got an optimizer without first moments, expected a"):
+        first_moments(optax.sgd(1.0).init(params))
 
 
 @pytest.mark.parametrize(("dtype", "share"), [("bfloat16", 1 / 2), ("float8", 1 / 4 + 1 / 128)])
