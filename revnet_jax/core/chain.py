@@ -29,18 +29,18 @@ from revnet_jax.core.sweep import (
 
 
 class Section(NamedTuple):
-    """Equal layers in a row, run by one `lax.scan`; or one layer, which may change shapes.
+    """Layers of one structure, run by one `lax.scan`; or one layer, which may change shapes.
 
     Attributes:
       layer: a `Block` or another reversible layer, or any `Layer` under `store` and `remat`.
       params_L: the layers' parameters, stacked: every leaf has a leading axis L. Differentiated.
-        Leaves that `jax.grad` is not taken by are frozen: no gradient is computed or stacked for
+        Leaves that are not differentiated are frozen: no gradient is computed or stacked for
         them, and `update` does not get them.
       data_L: per-layer data, stacked (PRNG keys, statistics). Not differentiated.
       length: L; needed only if params_L and data_L have no arrays, as for a layer without
         parameters.
-      state_L: the optimizer's state, stacked, floating point. Used by `update` only, which gets it
-        beside the parameters that are trained: leaves like parameters are None at frozen ones.
+      state_L: the optimizer's state, stacked, floating point. Used by `update` only. Where a
+        parameter is frozen, the leaves of its state are None.
     """
 
     layer: Layer | ReversibleLayer
@@ -65,7 +65,7 @@ def chain(
     state_L: Any = None,
     probe: Exactness | None = None,
 ) -> tuple[Streams, Any]:
-    """Applies L equal layers in order and returns `(y, aux_L)`.
+    """Applies L layers of one structure in order and returns `(y, aux_L)`.
 
     Args:
       layer: see `Section`.
@@ -91,17 +91,20 @@ def chain(
         update is not differentiated; it may close over constants, and over values traced outside of
         `jax.grad`.
       state_L: the state that `update` carries from step to step (an optimizer's moments), stacked.
-      probe: `Exactness.probe()`; its cotangent is the run-time exactness check of `reverse`. The
-        check keeps the chain's input in memory. One probe may be passed to several chains, and be
-        used within `scan`, `vmap` and `shard_map`.
+      probe: `Exactness.probe()`; its cotangent is the run-time exactness check of `reverse`: the
+        rebuilt input against the true one, and a checksum of what the branches returned in the
+        forward pass against that of the rewind. The check keeps the chain's input in memory. One
+        probe may be passed to several chains, and be used within `scan`, `vmap` and `shard_map`.
 
     aux_L: the layers' auxiliary outputs, stacked; floating-point leaves are differentiable.
 
-    Cost of the gradient, in evaluations of the branches: 1 forward + 2 backward for store; remat
-    and reverse add one forward, except for stored layers. Memory with reverse, besides parameters
+    Cost of the gradient: under `store` a forward and a backward pass, about three forward passes of
+    arithmetic. `remat`, `offload` and `reverse` add one forward pass, except for stored layers, and
+    `remat_dots` a part of one. Memory with `reverse`, besides parameters
     and their gradients: the streams, their cotangents and one layer's intermediates, at any
     depth, plus each layer's residue if its couplings have one (see `Coupling`).
-    `reverse`, mixtures and `update` have no forward-mode derivative: take `store` for a jvp.
+    `reverse`, mixtures of strategies and `update` have no forward-mode derivative: take `store` for
+    a jvp.
     Second derivatives are right under all strategies, but not through `update`.
 
     Raises ValueError or TypeError, while tracing, for an unknown strategy, unequal leading axes, a
@@ -151,7 +154,7 @@ def sequence(
     validate.check_invertible([sections[r.section] for r in runs if r.backprop == "reverse"])
     x = _on_grid(sections, x)
     sections = tuple(
-        # Under `store` and `remat` JAX would otherwise differentiate data, as it does everything.
+        # Otherwise JAX would differentiate floating-point data under `store` and `remat`.
         section._replace(data_L=lax.stop_gradient(section.data_L), length=depth)
         for section, depth in zip(sections, depths, strict=True)
     )
@@ -301,7 +304,7 @@ def _swept(runs, sections, x, shared, unroll, update, probe):
     def forward(*marked):
         values = jax.tree.map(lambda leaf: leaf.value, marked, is_leaf=_is_marked)
         params, states, x, shared, probe, not_differentiated = values
-        # `perturbed` is False for parameters that `jax.grad` is not taken by: those are frozen.
+        # `perturbed` is False for parameters that are not differentiated: those are frozen.
         is_trained = jax.tree.map(lambda leaf: leaf.perturbed, marked[0], is_leaf=_is_marked)
         params, frozen = trees.partition(params, is_trained)
         sections, full_shared = joined(params, shared, not_differentiated, frozen)
@@ -335,7 +338,8 @@ def _swept(runs, sections, x, shared, unroll, update, probe):
 
     # With symbolic zeros the forward pass is told which parameters are differentiated.
     run.defvjp(forward, backward, symbolic_zeros=True)
-    # Made to vary over the devices of a shard_map: JAX then sums its cotangents over all of them.
+    # Within a shard_map the probe is made to vary over the devices, so that JAX sums its cotangents
+    # over all of them.
     axes = varying_axes((given, x, shared, data, probe)) if probe else frozenset()
     with _explaining_forward_mode():
         rest = params_rest, shared_rest, data
@@ -373,15 +377,15 @@ def _explaining_forward_mode():
             raise
         raise TypeError(
             "got forward-mode differentiation (jvp) of a chain that reverses, mixes or updates, "
-            "expected reverse mode: take backprop='store' for all layers, which has both"
+            "expected reverse mode: take backprop='store' for all layers, which supports both modes"
         ) from error
 
 
 @contextlib.contextmanager
 def _explaining_axes():
-    """Explains JAX's error about an axis name that the rewind does not know.
+    """Explains JAX's error about an axis name that is unknown in the backward pass.
 
-    JAX runs the backward pass of a custom gradient outside of the `vmap` that it was traced in.
+    JAX runs the backward pass of a custom gradient outside of the `vmap` around its forward pass.
     """
     try:
         yield
@@ -389,7 +393,7 @@ def _explaining_axes():
         if "axis name" not in str(error):
             raise
         raise NameError(
-            f"got a collective in a branch over an axis that its rewind does not know "
+            f"got a collective in a branch over an axis that is unknown in the backward pass "
             f"({str(error).splitlines()[0]}), expected the gradient to be taken within the "
             "`jax.vmap` that names the axis: vmap(grad(loss)), or take backprop='store' or 'remat'"
         ) from error

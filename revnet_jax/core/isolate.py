@@ -1,9 +1,10 @@
 """Isolated functions: compiled apart from the code around them, to the same program everywhere.
 
 Compilers fuse a sum with its neighbours and delete results that nobody reads, and either may
-change the order of summation. A function that must give the same bits twice is therefore isolated:
-nothing is fused across its boundary. If it is also `witnessed`, all of its outputs are computed,
-even those that nobody reads.
+change the order of summation. What must give the same bits twice is therefore isolated: nothing is
+fused across its boundary. That is each branch with its residuals, which the forward pass of every
+strategy and the rewind of `reverse` evaluate, and the derivative that is computed from them. If an
+isolated program is also `witnessed`, all of its outputs are computed, even those that nobody reads.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def call_witnessed(program: ClosedJaxpr, arguments: Sequence[Any]) -> tuple[list
     If the first output or the checksum is read, all outputs are computed.
 
     checksum: int32, of the bits of a few elements of each output; it does not depend on the order
-      of summation. A few elements, because reading all would cost as much as computing them.
+      of summation. A few elements, because reading all would double the memory traffic.
     """
     arguments, program = _without_constants(arguments, program)
     *outputs, checksum = _call_p.bind(*arguments, program=program, witnessed=True)
@@ -80,8 +81,8 @@ def _witness(first, *others):
     sums = _checksums((first, *others), rows=first.shape[0] if first.ndim else 1)
     # n (n + 1) is always even, but compilers do not know that, so `first` seems to depend on the
     # sums. A barrier alone would not do: compilers remove unread operands from it.
-    # The value selected there is the sums rather than a constant, because a compiler would merge a
-    # constant array with an equal one inside the isolated program.
+    # Where `never` holds, the sums are selected rather than a constant, because a compiler would
+    # merge a constant array with an equal one inside the isolated program.
     by_example = sums.reshape((-1,) + (1,) * (first.ndim - 1) if first.ndim else ())
     # The product may wrap around modulo 2**32, which keeps it even.
     never = (by_example * (by_example + 1)) & 1 == 1
@@ -98,24 +99,24 @@ def _checksums(leaves, rows):
     # int32 throughout: `jnp.sum` would widen to int64 where 64-bit types are enabled, and loops
     # carry the checksum as int32. Sums that wrap around do not depend on their order. The list
     # begins with a zero, because an empty one cannot be concatenated.
-    sums, of_none = jnp.zeros(rows, jnp.int32), [jnp.zeros(1, jnp.int32)]
+    sums, unbatched = jnp.zeros(rows, jnp.int32), [jnp.zeros(1, jnp.int32)]
     for leaf in leaves:
         if leaf.size:
             has_examples = leaf.shape[:1] == (rows,)
             # What is sliced: all examples, and the first element along every other axis.
             limits = [rows] * has_examples + [1] * (leaf.ndim - has_examples)
             # Two elements of each example, not one: the sum of a single element would be a reshape,
-            # and TPU compilers would then lay out the whole array with examples side by side in
-            # memory: 4 of them in place of 128.
+            # and TPU compilers would then make the axis of examples the innermost one in memory. A
+            # row of 128 numbers would hold as many as there are examples, say 4.
             if longer := [i for i, n in enumerate(leaf.shape) if n > limits[i]]:
                 limits[longer[-1]] = 2
             bits = _bits(lax.slice(leaf, [0] * leaf.ndim, limits))
             if has_examples:
                 sums += _mixed(jnp.sum(bits, axis=tuple(range(1, leaf.ndim)), dtype=jnp.int32))
             else:
-                of_none.append(bits.reshape(-1))
+                unbatched.append(bits.reshape(-1))
     # Concatenated, so that they take one kernel in total: a branch of a RevNet has ten such arrays.
-    return sums + jnp.sum(_mixed(jnp.concatenate(of_none)), dtype=jnp.int32)
+    return sums + jnp.sum(_mixed(jnp.concatenate(unbatched)), dtype=jnp.int32)
 
 
 def _bits(leaf):
@@ -158,17 +159,18 @@ def _compute(*arguments, **params):
 
 @_call_p.def_abstract_eval
 def _abstract(*avals, program, witnessed):
-    # `witnessed` is a bool: the list of the checksum is repeated once, or not at all.
-    return [*program.out_avals, *[ShapedArray((), jnp.int32)] * witnessed]
+    checksum = [ShapedArray((), jnp.int32)] if witnessed else []
+    return [*program.out_avals, *checksum]
 
 
-def _lower_between_barriers(context, *arguments, program, witnessed, lay=list):
+def _lower_between_barriers(context, *arguments, program, witnessed, fix_layouts=None):
     # The scope marks the operations in the compiled text, where tests look for isolated parts.
     run = jax.named_scope(SCOPE)(jaxpr_as_fun(program))
-    # A constraint of layouts would gather sharded arrays: XLA does not split it over devices.
+    # On several devices layouts are left free: XLA would gather sharded arrays, because it does not
+    # split a constraint of layouts over devices.
     # The context is private to JAX. Within a `shard_map` it has a mesh, and no number of devices.
-    if getattr(context.module_context.axis_context, "num_devices", None) != 1:
-        lay = list
+    on_one = getattr(context.module_context.axis_context, "num_devices", None) == 1
+    lay = fix_layouts if fix_layouts and on_one else lambda leaves: leaves
     # Layouts are fixed on the inner side of each barrier, where the program itself sees them.
     enter, leave = lambda *leaves: lay(_barrier(*leaves)), lambda *leaves: _barrier(*lay(leaves))
     arguments = _lowered(context, enter, context.avals_in, arguments)
@@ -217,9 +219,9 @@ def _barrier(*leaves):
 def _row_major(leaves):
     """The arrays in memory with the last axis contiguous.
 
-    XLA lets layouts through a barrier. Where residuals are stacked it may choose another than where
-    they are used at once, transpose the operands of a product, and round it differently. Seen on
-    GPUs; TPUs choose layouts of their own and are left to it.
+    A barrier does not fix layouts. XLA may lay out residuals that are stacked in another way than
+    those that are used at once. It then transposes the operands of a product, and the product
+    rounds differently. Seen on GPUs. TPUs choose layouts of their own and are left to it.
     """
     is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
     laid = lambda leaf: with_layout_constraint(leaf, Layout(tuple(range(leaf.ndim))))
@@ -228,17 +230,17 @@ def _row_major(leaves):
 
 def _jvp(primals, tangents, *, program, witnessed):
     # The values are those of the isolated program, so that differentiating changes none of their
-    # bits. Below `jax.jvp` evaluates it once more, and only the tangents are used.
+    # bits. `jax.jvp` evaluates the program again, and only its tangents are used.
     outputs = _call_p.bind(*primals, program=program, witnessed=witnessed)
-    moves = [not isinstance(tangent, ad.Zero) for tangent in tangents]
+    has_tangent = [not isinstance(tangent, ad.Zero) for tangent in tangents]
 
-    def of_moving(*moving):
-        moving = iter(moving)
-        pairs = zip(primals, moves, strict=True)
-        return jaxpr_as_fun(program)(*(next(moving) if does else leaf for leaf, does in pairs))
+    def of_differentiated(*values):
+        values = iter(values)
+        pairs = zip(primals, has_tangent, strict=True)
+        return jaxpr_as_fun(program)(*(next(values) if has else leaf for leaf, has in pairs))
 
-    select = lambda values: [v for v, does in zip(values, moves, strict=True) if does]
-    _, output_tangents = jax.jvp(of_moving, select(primals), select(tangents))
+    select = lambda values: [v for v, has in zip(values, has_tangent, strict=True) if has]
+    _, output_tangents = jax.jvp(of_differentiated, select(primals), select(tangents))
     # `jax.jvp` gives integers tangents of dtype float0, where rules of primitives use symbolic
     # zeros. The zip is not strict, because a checksum may follow the outputs.
     no_tangent = lambda leaf: ad.Zero(jax.typeof(leaf).to_tangent_aval())
@@ -251,29 +253,29 @@ def _jvp(primals, tangents, *, program, witnessed):
 
 def _transpose(cotangents, *arguments, program, witnessed):
     # An argument without a value is a linear one, whose cotangent is asked for.
-    moves = [ad.is_undefined_primal(argument) for argument in arguments]
+    is_linear = [ad.is_undefined_primal(argument) for argument in arguments]
     # Outputs whose cotangent is zero are left out, so that nothing is computed for them.
     given = [i for i, cotangent in enumerate(cotangents) if not isinstance(cotangent, ad.Zero)]
-    known = [a for a, does in zip(arguments, moves, strict=True) if not does]
-    avals = [a.aval for a, does in zip(arguments, moves, strict=True) if does]
+    known = [a for a, linear in zip(arguments, is_linear, strict=True) if not linear]
+    avals = [a.aval for a, linear in zip(arguments, is_linear, strict=True) if linear]
 
     def transposed(known, cotangents):
-        def linear(*moving):
-            rest, moving = iter(known), iter(moving)
-            outputs = jaxpr_as_fun(program)(*(next(moving if does else rest) for does in moves))
+        def linear(*values):
+            rest, values = iter(known), iter(values)
+            outputs = jaxpr_as_fun(program)(*(next(values if is_ else rest) for is_ in is_linear))
             return [outputs[i] for i in given]
 
         like = [ad.instantiate_zeros(ad.Zero(aval)) for aval in avals]  # zeros keep the sharding
         return jax.linear_transpose(linear, *like)(cotangents)
 
     found = iter(isolate(transposed, known, [cotangents[i] for i in given]))
-    return [next(found) if does else None for does in moves]
+    return [next(found) if linear else None for linear in is_linear]
 
 
 def _batch(axis, arguments, places, *, program, witnessed):
     """The rule for `vmap`: outputs that depend on no batched input stay unbatched.
 
-    Examples are weights that were cast to another dtype.
+    Weights that were cast to another dtype are such outputs.
     """
     batched = {v for v, i in zip(program.jaxpr.invars, places, strict=True) if i is not None}
     is_batched = depending_on(batched, program.jaxpr)
@@ -296,7 +298,7 @@ def _delete_unread(used, *others):
     program, witnessed = equation.params["program"], equation.params["witnessed"]
     if witnessed and (used[0] or used[-1]):
         return [True] * len(equation.invars), equation
-    # Without the flag of the checksum, which nobody reads if the program gets here.
+    # Without the flag of the checksum, which is unread in this case.
     used = used[: len(program.out_avals)]
     if not any(used):
         return [False] * len(equation.invars), None
@@ -312,10 +314,10 @@ def _delete_unread(used, *others):
     return used_inputs, equation
 
 
-# The rule without a platform is used on TPUs. NVIDIA's GPUs get fixed layouts as well.
+# The rule without a platform is used on TPUs. On a single NVIDIA GPU layouts are fixed as well.
 mlir.register_lowering(_call_p, _lower_between_barriers)
 mlir.register_lowering(_call_p, _lower_as_call, platform="cpu")
-_lower_on_gpu = functools.partial(_lower_between_barriers, lay=_row_major)
+_lower_on_gpu = functools.partial(_lower_between_barriers, fix_layouts=_row_major)
 mlir.register_lowering(_call_p, _lower_on_gpu, platform="cuda")
 ad.primitive_jvps[_call_p] = _jvp
 ad.primitive_transposes[_call_p] = _transpose

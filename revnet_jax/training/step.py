@@ -37,8 +37,8 @@ class TrainState(NamedTuple):
 
     @classmethod
     def of_variables(cls, variables: Any, ema: Variables | None = None) -> TrainState:
-        """Returns a state of variables or their average alone, to read one from a checkpoint."""
-        # None has no leaves, so nothing else is asked of the checkpoint.
+        """Returns a state with only the variables, or only their average, to restore just these."""
+        # None has no leaves, so nothing else is read from the checkpoint.
         nothing: Any = None
         return cls(nothing, variables, nothing, nothing, nothing, ema)
 
@@ -47,7 +47,7 @@ class TrainState(NamedTuple):
         """The variables that evaluation, generation and export use: the average, if it is kept."""
         if self.ema is None:
             return self.variables
-        # The average has None for frozen parameters, which are those of the weights.
+        # Frozen parameters are None in the average, and are taken from the variables.
         return self.ema if self.variables is None else trees.join(self.ema, self.variables)
 
 
@@ -85,21 +85,25 @@ def make_train_step(
     """Returns the pure function `(state, batch) -> (state, metrics)`.
 
     It is meant to be jitted with the state donated, so that parameters and moments are updated in
-    place and do not exist twice.
+    place and do not exist twice. Gradient accumulation and updates in lockstep are the optimizer's:
+    see `Optimizer.step`.
 
-    Metrics are scalars: loss and gradient norm of the batch before the update, and the norm of all
-    variables after it. If chains are reversed and checked, they include the run-time exactness
-    check: `exact_mismatches` (since the start of the run), `exact_max_difference`, and
-    `grid_range_used` (from 1.0 on, streams are no longer exact).
+    Metrics are scalars: loss, the task's other metrics and gradient norm of the batch before the
+    update, the learning rate, and the norm of all variables after the update. If chains are
+    reversed and checked, they include the run-time exactness check: `exact_mismatches` (since the
+    start of the run), `exact_max_difference`, and `grid_range_used` (from 1.0 on, streams are no
+    longer exact).
 
     Args:
-      ema_decay: of the average of the variables (see `next_average`), which is updated last. Only
-        for states that have one.
+      schedule: the optimizer's learning rate, for the metrics only.
+      ema_decay: decay of the average of the variables (see `next_average`), which is updated last.
+        Used only if the state has an average.
     """
     network = task.network
 
     def train_step(state, batch):
-        # By the step and not by splitting on, so that nothing random depends on earlier steps.
+        # Derived from the step, not split from the last key, so that random numbers depend on the
+        # seed and the step alone.
         key = jax.random.fold_in(state.key, state.step)
         new = optimizer.step(
             task.loss, state.variables, state.opt_state, batch, key, network.probes()
@@ -111,7 +115,7 @@ def make_train_step(
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "gradient_norm": new.gradient_norm,
             **checked,
-            # Not finite if anything that goes into the next step or a checkpoint is not.
+            # Not finite if any variable is not: such a state must not reach a checkpoint.
             "variables_norm": optax.tree.norm(widened(new.variables)),
         }
         ema = state.ema
