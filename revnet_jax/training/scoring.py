@@ -70,9 +70,9 @@ class Scorer:
         self._mesh = all_fsdp()
         parts = batch_parts(self._mesh)
         self._batch_size = -(-batch_size // parts) * parts
-        likelihoods = self._network.likelihoods
-        self._likelihoods = exact_jit(
-            on_mesh(lambda variables, batch: likelihoods(variables, **batch), self._mesh)
+        log_likelihoods = self._network.log_likelihoods
+        self._log_likelihoods = exact_jit(
+            on_mesh(lambda variables, batch: log_likelihoods(variables, **batch), self._mesh)
         )
 
     def continuations(self, pairs: Sequence[tuple[str, str]]) -> list[Score]:
@@ -170,7 +170,7 @@ class Scorer:
             tokens[row, : len(window.tokens)] = window.tokens
         batch = {"token_BT": tokens[:, :-1], "target_BT": tokens[:, 1:]}  # [B, T] from [B, T + 1]
         nats, is_likeliest = jax.device_get(
-            self._likelihoods(self._variables, put_batch(batch, self._mesh))
+            self._log_likelihoods(self._variables, put_batch(batch, self._mesh))
         )
         scores = []
         for row, window in enumerate(windows):

@@ -140,13 +140,13 @@ def test_rolling_likelihoods_equal_a_naive_evaluation(model, naive):
 def test_few_lengths_are_compiled(workdir, monkeypatch):
     monkeypatch.setattr(scoring, "_SHORTEST", 2)
     scorer, shapes = Scorer(workdir, batch_size=2), set()
-    likelihoods = scorer._likelihoods
+    likelihoods = scorer._log_likelihoods
 
     def noted(variables, batch):
         shapes.add(batch["token_BT"].shape)
         return likelihoods(variables, batch)
 
-    monkeypatch.setattr(scorer, "_likelihoods", noted)
+    monkeypatch.setattr(scorer, "_log_likelihoods", noted)
     scorer.texts([LETTERS[:n] for n in range(1, 8)] + ["ab" * 8])
     assert shapes == {(2, 2), (2, 4), (2, 8), (2, CONTEXT)}
 

@@ -90,7 +90,7 @@ class Transformer(ChainModel):
     ) -> tuple[jax.Array, Any]:
         """Runs the chain on embeddings x: (what the head reads, stacked auxiliary outputs).
 
-        weight: of x[n-1] in what the head reads, for "dual".
+        weight: weight of x[n-1] in what the head reads, for "midpoint" (1/2) and "dual".
         data: `shared` and `data_L` of `chain`.
         """
         if not isinstance(layer, Block):

@@ -1,7 +1,7 @@
 """A reversible language model, and an irreversible one with the same parameters.
 
-Branch f is causal attention, branch g a feed-forward network. The sum of the streams, normalised,
-goes to the head, which predicts tokens (see `Transformer`).
+Branch f is causal attention, branch g a feed-forward network. The head reads the streams, combined
+as the integrator says (see `Transformer`) and normalised, and predicts tokens.
 
 Dims: B batch, T tokens, D stream width, V vocabulary, L layers.
 """
@@ -147,13 +147,14 @@ class LanguageModel(Transformer):
     def _scheduled(self, stats):
         """(factors c of "dual", [L, 2, 1, 1, 1], weight of x[n-1] in what the head reads).
 
-        They follow from the batches counted so far. Other integrators have no such factors.
+        See the table of `Transformer`. They follow from the batches counted so far. Other
+        integrators have no such factors.
         """
         if self.integrator != "dual":
             return None, 0.5
         done = jnp.minimum(1.0, stats["batches"] / self.shape.integrator_steps)
-        # The coupling multiplies by its fourth root, rounded to a multiple of 2**-12. Rounded here
-        # too, so that the weights of x[n-1] and x[n] sum to 1.
+        # c = r**4 rises from 1/16 to 1. The coupling multiplies by r four times (DUAL_BITS), with r
+        # rounded to a multiple of 2**-12. It is rounded here too, so that the head has the same c.
         c = Grid(12).snap(jnp.exp2(done - 1)) ** DUAL_BITS
         return jnp.full((self.shape.layers, 2, 1, 1, 1), c), c / 2
 
@@ -200,9 +201,9 @@ class LanguageModel(Transformer):
         """(the mean negative log-likelihood of the targets in nats, auxiliary outputs).
 
         Args:
-          weight_BT: of each target in the mean; all equal by default.
+          weight_BT: weight of each target in the mean; all equal by default.
           count: what the weighted sum is divided by; the sum of the weights by default.
-          options: of `features`.
+          options: keyword arguments of `features`.
 
         The logits of all tokens never exist together (see `loss_chunk`).
         """
@@ -222,7 +223,7 @@ class LanguageModel(Transformer):
         )
         kernel_DV = kernel.T if self.shape.tied else kernel
         options = {"compute_dtype": self.compute_dtype, "chunk": self.loss_chunk}
-        # [1, 1], for `by_batch` joins the results of devices along batch and sequence.
+        # [1, 1], because `by_batch` joins the results of devices along batch and sequence.
         return linear_cross_entropy(kernel_DV, x_MD, target_M, weight_M, **options)[None, None]
 
     def logits(self, variables: Variables, token_BT: jax.Array) -> jax.Array:
@@ -230,10 +231,10 @@ class LanguageModel(Transformer):
         x_BTD, _ = self.features(variables, token_BT)
         return self._logits(self._head_kernel(variables)[1], x_BTD)
 
-    def likelihoods(
+    def log_likelihoods(
         self, variables: Variables, token_BT: jax.Array, target_BT: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """(the log probability of each target in nats, whether it is the likeliest), [B, T].
+        """(log probability of each target in nats, whether it is the likeliest token), [B, T].
 
         Only the logits of one sequence per device exist at a time.
         """
@@ -267,10 +268,10 @@ class LanguageModel(Transformer):
         """(logits_BV of the token after the last one, the KV cache with these tokens added).
 
         Args:
-          position: of the first of these tokens. Position plus number of tokens must not exceed the
-            length of the cache.
+          position: position of the first of these tokens. Position plus number of tokens must not
+            exceed the length of the cache.
 
-        Documents are separate as in `features`: tokens after an end token read none before it.
+        Attention does not cross an end token (see `end_token` of `LanguageModelShape`).
         """
         x_BTD = self._embed(variables, token_BT, position, None)
         positions, document_B = self._positions(position, token_BT, cache.document_B)
@@ -291,7 +292,8 @@ class LanguageModel(Transformer):
     def _positions(self, first, token_BT, document_B=None):
         """(positions of the tokens, document_B of the token that comes after them).
 
-        document_B: the position at which the document of the first token starts; 0 by default.
+        document_B: the position at which the document of a token starts, here of the first one; 0
+        by default.
         """
         a = self.shape
         first = jnp.asarray(first, jnp.int32)
@@ -348,14 +350,15 @@ class LanguageModel(Transformer):
     def _embed(self, variables, token_BT, first, keys):
         """The input of the first layer. first: the position of the first token."""
         embed_VD = variables.params["embed"]
-        # Streams are wide, and so is the gradient, which sums over equal tokens.
-        wide = at_least_float32(embed_VD.dtype)
-        look_up = lambda embed_VD, token_BT: embed_VD.astype(wide)[token_BT]
+        # Streams are float32 or wider, and so is the embedding's gradient, which sums over all
+        # occurrences of a token.
+        dtype = at_least_float32(embed_VD.dtype)
+        look_up = lambda embed_VD, token_BT: embed_VD.astype(dtype)[token_BT]
         x_BTD = by_batch(look_up, self.rules, "embed", embed_VD.dtype)(embed_VD, token_BT)
         if self.shape.learned_positions:
             T = token_BT.shape[1]
             self._check_length(T)
-            table = variables.params["positions"].astype(wide)
+            table = variables.params["positions"].astype(dtype)
             x_BTD = x_BTD + on_sequence(lax.dynamic_slice_in_dim(table, first, T))[None]
         return drop(x_BTD, self.shape.dropout, keys, 0)
 
@@ -373,13 +376,13 @@ class LanguageModel(Transformer):
         return self._norm.apply(norm, {}, x_BTD)[0]
 
     def _head_kernel(self, variables):
-        """(its path, the kernel): [V, D] if tied, else [D, V]."""
+        """(path of the kernel for the sharding rules, the kernel [V, D] if tied, else [D, V])."""
         if self.shape.tied:
             return "embed", variables.params["embed"]
         return "head/kernel", variables.params["head"]["kernel"]
 
     def _logits(self, kernel, x):
-        wide = x.dtype
+        dtype = x.dtype
         x, kernel = x.astype(self.compute_dtype), kernel.astype(self.compute_dtype)
         kernel_DV = kernel.T if self.shape.tied else kernel
-        return jnp.matmul(x, kernel_DV, preferred_element_type=wide)
+        return jnp.matmul(x, kernel_DV, preferred_element_type=dtype)
