@@ -51,17 +51,14 @@ def main(argv):
         import jax
 
         jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
-    from revnet_jax.families import build_task
     from revnet_jax.planning import timeline
 
     config = CONFIG.value
     device = topology_devices(topology)[0]
-    lines = timeline.timelines(config, LAYERS.value, STRATEGIES.value, device)
-    # For the title: the shape of the batch's first array.
-    shapes = build_task(config).batch_shapes(config.batch_size).values()
-    shape = "x".join(map(str, next(iter(shapes)).shape))
+    shape = "x".join(map(str, timeline.batch_shape(config, device)))
     title = f"{config.model.family}, {LAYERS.value} layers a chain, batch {shape}"
     title += f", {device.device_kind}" if topology.is_gpu else ""
+    lines = timeline.timelines(config, LAYERS.value, STRATEGIES.value, device)
     report = {"title": title, "timelines": timeline.timeline_report(lines)}
     print(json.dumps(report, indent=2) if JSON.value else timeline.timeline_table(lines))
     save(timeline.draw_timelines(lines, title, figure_class), OUT.value, dpi=120)

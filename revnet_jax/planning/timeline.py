@@ -107,6 +107,16 @@ def with_layers(config: ConfigDict, layers: int) -> ConfigDict:
     return config
 
 
+def batch_shape(config: ConfigDict, device: jax.Device) -> tuple[int, ...]:
+    """The shape of the first array of a batch, for a title.
+
+    Args:
+      device: as in `timeline`. Settings may suit its platform alone, such as the attention kernel.
+    """
+    task = build_task(config, platform=device.platform)
+    return next(iter(task.batch_shapes(config.batch_size).values())).shape
+
+
 def lowered_gradient(task: Task, batch_size: int, device: jax.Device) -> jax.stages.Lowered:
     """Lowers the gradient of the loss in all parameters, as a training step computes it."""
     on_device = jax.sharding.SingleDeviceSharding(device)

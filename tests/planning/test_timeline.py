@@ -1,6 +1,7 @@
 """The timeline: what is drawn is what the compiler allocates, and has the shape it should."""
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -8,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from revnet_jax.config import image_classification
+from revnet_jax.config import image_classification, language_model
 from revnet_jax.core import chain, reversible_block
 from revnet_jax.errors import UserError
 from revnet_jax.families import build_task
 from revnet_jax.planning.timeline import (
+    batch_shape,
     draw_timelines,
     timeline_report,
     timeline_table,
@@ -116,6 +118,14 @@ def test_figures_are_printed_and_drawn(lines, tmp_path):
     figure = draw_timelines(lines, "three", pytest.importorskip("matplotlib.figure").Figure)
     figure.savefig(tmp_path / "plot.png", dpi=100)
     assert 5_000 < (tmp_path / "plot.png").stat().st_size < 150_000
+
+
+def test_the_title_is_of_the_device_that_is_compiled_for():
+    """Its attention kernel too, which this machine's CPU would refuse."""
+    config = language_model()
+    config.model.attention = "cudnn"
+    device: Any = SimpleNamespace(platform="gpu")
+    assert batch_shape(config, device) == (config.batch_size, config.data.context)
 
 
 def test_what_cannot_be_drawn_is_one_line(step_config):
