@@ -38,7 +38,11 @@ def largest_that_fits(
       needed_bytes: memory at a size; None if the compiler ran out of memory without a figure.
       start: the first size to try; all sizes are multiples of `step`, and at most `most`.
       most_compiled: the largest number of calls of `needed_bytes`.
+
+    Raises ValueError for a start that is not a multiple of `step`.
     """
+    if start % step:
+        raise ValueError(f"got a start of {start}, expected a multiple of the step, {step}")
     tried = {size: needed_bytes(size) for size in (start, min(2 * start, most))}
     while len(tried) < most_compiled:
         fitting, failing = _split(tried, limit_bytes)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jax.sharding import AbstractMesh
+
 from revnet_jax.errors import UserError
 from revnet_jax.planning.chips import Chip, chip_of, step_seconds
 from revnet_jax.planning.compile import CompiledStep, Compiler, NotCompiled
@@ -13,6 +15,7 @@ from revnet_jax.planning.topology import LOCAL
 from revnet_jax.planning.units import size
 from revnet_jax.planning.variants import chosen, deeper, model_depth, variants
 from revnet_jax.programs.traffic import Traffic
+from revnet_jax.training.sharding import AXES, batch_parts, mesh_sizes
 
 MOST_TIMES = 4096  # searches for the largest size stop at this many times the config's
 
@@ -226,8 +229,9 @@ def _largest(searched, strategy, settings, compiler, step):
 
     if searched == "batch":
         changes = lambda n: {"batch_size": n}
-        # Multiples that suit every mesh: it splits a batch over all devices at most.
-        return search(changes, settings["batch_size"], step.num_devices * settings["microbatches"])
+        # Every part of a microbatch has as many examples as the others: see `check_split`.
+        multiple = _batch_parts(settings, step.num_devices) * settings["microbatches"]
+        return search(changes, settings["batch_size"], multiple)
     if searched == "context":
         changes = lambda n: {"data.context": n}
         # Multiples stay divisible by what divides the config's context: chunks, the sequence axis.
@@ -235,3 +239,10 @@ def _largest(searched, strategy, settings, compiler, step):
     # Depth goes in multiples of the config's, so that stages keep their proportions.
     times = search(lambda n: deeper(settings, n), 1, 1)
     return times._replace(size=times.size and times.size * model_depth(settings))
+
+
+def _batch_parts(settings, num_devices):
+    """How many parts the config's mesh splits a batch into."""
+    given = {axis: settings[f"mesh.{axis}"] for axis in AXES}
+    # Sizes of axes without devices: this process must not ask JAX for any.
+    return batch_parts(AbstractMesh(mesh_sizes(num_devices, **given), AXES))

@@ -213,6 +213,23 @@ def test_the_largest_sizes_are_searched(step_config):
         plan(flatten(step_config), compiler, largest=["context"])
 
 
+def test_batches_are_multiples_of_the_parts_that_a_mesh_splits_them_into():
+    """4 devices, 2 of them along "tensor": 2 parts of a batch, each of 3 microbatches."""
+    config = flatten(language_model())
+    config |= {"mesh.tensor": 2, "batch_size": 18, "microbatches": 3}
+
+    def say(settings):
+        return CompiledStep(**{**vars(STEP), "needed_bytes": settings["batch_size"] * GIB // 2})
+
+    (row,) = plan(config, FakeCompiler(say), strategies=["store"], largest=["batch"])["rows"]
+    assert row["largest_batch"] == {"size": 30, "needed_bytes": 15 * GIB, "exact": True}
+
+
+def test_a_search_starts_at_a_multiple_of_its_step():
+    with pytest.raises(ValueError, match="got a start of 4, expected a multiple of the step, 8"):
+        largest_that_fits(lambda n: n, 4, limit_bytes=3, step=8, most=64)
+
+
 def test_the_largest_context_is_a_multiple_of_the_config_s():
     config = {**flatten(language_model()), "data.context": 100}
 
