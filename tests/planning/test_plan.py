@@ -1,10 +1,13 @@
 """Plans: from what compilers say to a table and a recommendation."""
 
 import json
+import pathlib
+import shutil
 
 import jax
 import pytest
 
+import revnet_jax
 from revnet_jax.config import flatten, language_model
 from revnet_jax.errors import UserError
 from revnet_jax.planning.compile import CompiledStep, Compiler, NotCompiled
@@ -19,11 +22,13 @@ from revnet_jax.planning.worker import (
     as_config,
     asked_bytes,
     measure_step,
+    reading_code,
     tree_bytes,
 )
 from revnet_jax.training.program import step_program
 
 GIB = 2**30
+PACKAGE = pathlib.Path(revnet_jax.__file__).parent
 LOCAL = parse_topology("local")
 STEP = CompiledStep(
     num_devices=4,
@@ -325,6 +330,20 @@ def test_a_step_is_compiled_once(step_config, tmp_path, capsys):
     assert step.fits
     assert step.needed_bytes > step.argument_bytes > step.weights_bytes + step.optimizer_bytes
     assert step.traffic["ici_bytes"]["all-reduce"] >= step.gradient_bytes
+
+
+def test_figures_are_kept_until_the_code_that_reads_programs_changes(tmp_path):
+    """`counts` is imported by `by_part` alone. Comments change nothing."""
+    for name in ("planning", "programs", "training/compiler.py", "devices.py"):
+        source, target = PACKAGE / name, tmp_path / name
+        target.parent.mkdir(exist_ok=True)
+        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+    counts = tmp_path / "programs" / "counts.py"
+    counts.write_text(f"# A comment.\n{counts.read_text()}")
+    code = reading_code(PACKAGE)
+    assert reading_code(tmp_path) == code
+    counts.write_text(f"{counts.read_text()}\nANOTHER = 1\n")
+    assert reading_code(tmp_path) != code
 
 
 def test_gradients_that_exist_together_in_lockstep(step_config):
