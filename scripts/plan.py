@@ -51,7 +51,6 @@ def main(argv):
         )
     names = SCALING.value or [TOPOLOGY.value]
     cache_dir = Path(CACHE_DIR.value).expanduser()
-    cache_dir.mkdir(parents=True, exist_ok=True)
     # Progress goes to stderr: stdout has the table, or JSON alone.
     report = lambda line: print(line, file=sys.stderr, flush=True)
     # Names, and the picture's file, are checked before minutes of compiling.

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,9 +91,7 @@ class Compiler:
         Empty if that process crashes: compiling then reports the error.
         """
         process = self._ask({"configs": {name: dict(each) for name, each in settings.items()}})
-        lines = process.stdout.splitlines()
-        # The answer is the last line: a library may have printed before it.
-        return json.loads(lines[-1]).get("refusals", {}) if lines else {}
+        return _answer(process).get("refusals", {})
 
     def steps(
         self, settings: Mapping[str, Mapping[str, Any]]
@@ -141,12 +140,23 @@ class Compiler:
         )
 
 
+def _answer(process):
+    """The worker's answer, a dictionary; empty if the process crashed."""
+    if process.returncode:
+        return {}
+    # Libraries may print before or after the answer, which is a line of its own.
+    for line in reversed(process.stdout.splitlines()):
+        with suppress(json.JSONDecodeError):
+            if isinstance(answer := json.loads(line), dict):
+                return answer
+    return {}
+
+
 def _result(process):
-    lines = process.stdout.splitlines()
-    if process.returncode == 0 and lines:
-        answer = json.loads(lines[-1])
-        if "step" in answer:
-            return CompiledStep(**answer["step"])
+    answer = _answer(process)
+    if "step" in answer:
+        return CompiledStep(**answer["step"])
+    if "error" in answer:
         return NotCompiled(answer["error"])
     # A crash inside a compiler leaves a status, and at best a last line that says why.
     said = [line for line in process.stderr.splitlines() if line.strip()] or ["nothing said"]

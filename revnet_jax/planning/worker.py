@@ -79,10 +79,9 @@ def measure_step(config: ConfigDict, topology: Topology, cache_dir: Path) -> dic
     # Options of `jit` are not in the program's text.
     text = f"{lowered.as_text()}\ndeterministic: {config.deterministic}"
     path = cache_dir / f"{_digest(text, topology, targets)}.json"
-    cached = path.exists()
-    if cached:
-        compiled = path.read_text()
-    else:
+    compiled = _kept(path)
+    cached = compiled is not None
+    if compiled is None:
         compiled = json.dumps(_compile(lowered, targets[0], _slices(program)))
         _keep(path, compiled)
     return {
@@ -95,6 +94,14 @@ def measure_step(config: ConfigDict, topology: Topology, cache_dir: Path) -> dic
         **_sizes(program, config),
         **json.loads(compiled),
     }
+
+
+def _kept(path: Path) -> str | None:
+    """The figures in the cache; None if they are not there, or cannot be read."""
+    try:
+        return path.read_text()
+    except OSError:
+        return None
 
 
 def _keep(path: Path, compiled: str) -> None:

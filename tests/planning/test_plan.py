@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+import subprocess
 
 import jax
 import pytest
@@ -19,6 +20,7 @@ from revnet_jax.planning.units import size
 from revnet_jax.planning.variants import variants
 from revnet_jax.planning.worker import (
     _gradient_bytes,
+    _kept,
     as_config,
     asked_bytes,
     measure_step,
@@ -368,3 +370,44 @@ def test_settings_that_do_not_go_together_are_a_line(step_config, tmp_path):
     (step,) = compiler.steps({"wrong": settings}).values()
     assert step.error.startswith("config.model: got backprop='backwards', expected one of")
     assert lines[0].startswith("[1/1] wrong: config.model: got backprop='backwards'")
+
+
+def worker_that_prints(monkeypatch, stdout, status=0):
+    done = lambda command, **_: subprocess.CompletedProcess(command, status, stdout, "so it ended")
+    monkeypatch.setattr(subprocess, "run", done)
+    return Compiler(LOCAL, pathlib.Path(), lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("stdout", "status"),
+    [("", 0), ("no JSON\n", 0), ("3\n", 0), ('{"step": {"num_dev', 0), ("{}\n", 0), ("{}\n", 1)],
+)
+def test_a_worker_without_an_answer_has_crashed(monkeypatch, stdout, status):
+    compiler = worker_that_prints(monkeypatch, stdout, status)
+    assert compiler.refusals({"store": {}}) == {}
+    error = f"the compiling process ended with status {status}: so it ended"
+    assert compiler.steps({"store": {}}) == {"store": NotCompiled(error)}
+
+
+def test_libraries_may_print_around_an_answer(monkeypatch):
+    answer = json.dumps({"refusals": {"store": "not here"}, "step": vars(STEP)})
+    compiler = worker_that_prints(monkeypatch, f"a library\n{answer}\nbye\n\n")
+    assert compiler.refusals({"store": {}}) == {"store": "not here"}
+    assert compiler.steps({"store": {}}) == {"store": STEP}
+
+
+def test_figures_that_cannot_be_read_are_not_in_the_cache(tmp_path):
+    (tmp_path / "kept.json").write_text("{}")
+    assert _kept(tmp_path / "kept.json") == "{}"
+    assert _kept(tmp_path / "other.json") is None
+    assert _kept(tmp_path / "kept.json" / "below") is None
+    assert _kept(tmp_path) is None
+
+
+def test_a_cache_that_cannot_be_made_does_not_end_a_plan(tmp_path, run_program):
+    """What is said is the next mistake."""
+    (tmp_path / "file").touch()
+    flags = f"--cache_dir={tmp_path}/file/cache", "--topology=nowhere"
+    status, stdout, stderr = run_program("plan", "--config=configs/digits.py", *flags)
+    assert (status, stdout) == (1, "")
+    assert stderr.startswith("error: got topology 'nowhere', expected one of")
