@@ -14,7 +14,8 @@ from revnet_jax.errors import UserError
 from revnet_jax.planning.largest import largest_that_fits
 
 Axis = Literal["batch", "layers"]
-STEPS = 5  # timed steps, after one untimed step
+# Timed turns at the size that is found: of one step on a CPU, else of several (`steps.STEPS`).
+TURNS = 5
 # A search stops at this many times its start: the memory of some strategies does not grow.
 MOST = 2**14
 
@@ -35,6 +36,7 @@ def find_limit(
     layers: int,
     batch: int,
     limit_bytes: int,
+    deterministic: bool = False,
     most_compiled: int = 6,
 ) -> dict[str, Any]:
     """A row: the largest batch, or number of layers, and the speed there.
@@ -42,10 +44,11 @@ def find_limit(
     Args:
       layers: where the search starts; if it is along this axis, it takes multiples of that.
       batch: the same for the batch.
+      deterministic: as in `Setting`.
 
     The search uses the compiler's memory figures. The size it finds is then run, and reduced by an
-    eighth as long as the device runs out of memory. Cost: `most_compiled` compilations and six
-    steps, or a few more.
+    eighth as long as the device runs out of memory. Cost: `most_compiled` compilations, the first
+    step (twice on GPUs, see `Entrant.start`) and `TURNS` turns, or a few more.
     """
     sizes: dict[str, int] = {"layers": layers, "batch": batch}
     start = sizes[axis]
@@ -54,7 +57,7 @@ def find_limit(
     def needed_bytes(n):
         with _Exhaustion() as caught:
             entrant = Entrant(strategy, model.program(strategy, **{**sizes, axis: n}))
-            entrant.compile()
+            entrant.compile(deterministic)
             # Kept, so that the size that is found need not be compiled again.
             entrants[n] = entrant
         return None if caught.exhausted else entrants[n].step_bytes()
@@ -76,6 +79,7 @@ def find_limit(
         "dtype": model.dtype,
         "strategy": strategy,
         "axis": axis,
+        "deterministic": deterministic and jax.default_backend() == "gpu",
         **sizes,
         axis: n,
     }
@@ -100,7 +104,7 @@ class _Exhaustion:
 def _step_seconds(entrant):
     try:
         entrant.start()
-        for _ in range(STEPS):
+        for _ in range(TURNS):
             entrant.take_turn()
     finally:
         entrant.state = entrant.batch = entrant.gradient = None  # frees the device's memory

@@ -93,6 +93,10 @@ def _flops(row, store):
     return "-" if store is None else f"{row['flops'] / store['flops']:.3f}"
 
 
+def _deterministic(row, store):
+    return "yes" if row.get("deterministic") else "-"
+
+
 def _text(key):
     return lambda row, store: str(row[key])
 
@@ -113,7 +117,7 @@ COLUMNS = {
     "temporaries, MiB": _number("temporary_bytes", "{:,.1f}", MIB),
     "RSS, MiB": _number("rss_bytes", "{:,.0f}", MIB),
     "device, MiB": _number("device_bytes", "{:,.0f}", MIB),
-    "deterministic": lambda row, store: "yes" if row.get("deterministic") else "-",
+    "deterministic": _deterministic,
     "gradient error": _number("gradient_error", "{:.1e}"),
     "gradient noise": _number("gradient_noise", "{:.1e}"),
     "mismatches": _number("mismatches", "{:.0f}"),
@@ -129,6 +133,7 @@ LIMIT_COLUMNS = {
     "batch": _text("batch"),
     "step, GiB": _number("step_bytes", "{:.2f}", GIB),
     "of, GiB": _number("limit_bytes", "{:.2f}", GIB),
+    "deterministic": _deterministic,
     "a second": lambda row, store: (
         _number("examples_per_second", "{:,.1f}")(row, store) + " " + row["unit"]
     ),

@@ -7,7 +7,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -38,6 +38,7 @@ class Search(NamedTuple):
     layers: int
     batch: int
     strategies: tuple[str, ...]
+    deterministic: bool = False
 
 
 class Suite(NamedTuple):
@@ -46,6 +47,22 @@ class Suite(NamedTuple):
     settings: tuple[Setting, ...]
     searches: tuple[Search, ...] = ()
     minutes: float | None = None
+
+
+class SuitePart(NamedTuple):
+    """What is measured at a time: a setting of a suite, or a search under one strategy.
+
+    Attributes:
+      title: says what it is, in progress lines.
+      sizes: the model and its sizes, for the row of a part that fails.
+      may_take_seconds: expected duration.
+      measure: returns the rows.
+    """
+
+    title: str
+    sizes: dict[str, Any]
+    may_take_seconds: float
+    measure: Callable[[], Iterable[dict[str, Any]]]
 
 
 def suites(config: ConfigDict, lm_config: ConfigDict) -> dict[str, Suite]:
@@ -197,11 +214,12 @@ def select(
         settings = _merged(settings, strategies)
     if seconds is not None:
         settings = [s._replace(seconds=seconds if s.seconds else 0) for s in settings]
+    searches = [search for search in suite.searches if search.model.name in names]
     if deterministic is not None:
         settings = [s._replace(deterministic=deterministic) for s in settings]
-    searches = tuple(search for search in suite.searches if search.model.name in names)
+        searches = [s._replace(deterministic=deterministic) for s in searches]
     if strategies is not None:
-        searches = tuple(search._replace(strategies=tuple(strategies)) for search in searches)
+        searches = [search._replace(strategies=tuple(strategies)) for search in searches]
     for each in (*settings, *searches):  # fail now, not after the first measurements
         for strategy in each.strategies:
             is_twin = parse_variant(strategy, each.layers).is_twin
@@ -209,15 +227,15 @@ def select(
                 raise UserError(
                     f"got strategy {strategy!r} for {each.model.name}, which does not have it"
                 )
-    return Suite(tuple(settings), searches, suite.minutes)
+    return Suite(tuple(settings), tuple(searches), suite.minutes)
 
 
 def _merged(settings, strategies):
     """Merges the settings of each model and size; `strategies` replaces their own if given."""
     found: dict[tuple, Setting] = {}
     for setting in settings:
-        # setting[1:3]: layers and batch.
-        key = setting.model.name, setting.model.dtype, *setting[1:3], setting.deterministic
+        model, size = setting.model, (setting.layers, setting.batch)
+        key = model.name, model.dtype, *size, setting.deterministic
         first = found.get(key, setting)
         names = strategies or dict.fromkeys((*first.strategies, *setting.strategies))
         longer = max(first.seconds, setting.seconds)
@@ -272,46 +290,55 @@ def run_suite(
     minutes = suite.minutes if minutes is None else minutes
     budget = Budget(None if minutes is None else 60 * minutes)
     say = lambda *words: print(*words, file=sys.stderr, flush=True)
-    for title, sizes, may_take_seconds, measure in _parts(suite, limit_bytes):
-        needed = budget.needed(may_take_seconds)
+    for part in _parts(suite, limit_bytes):
+        needed = budget.needed(part.may_take_seconds)
         if needed > budget.left_seconds:
             left = max(0, budget.left_seconds)
-            say(f"skipped: {title} (may take {needed:.0f} s, {left:.0f} s left of --minutes)")
+            say(f"skipped: {part.title} (may take {needed:.0f} s, {left:.0f} s left of --minutes)")
             continue
-        say(f"{title} (may take {needed:.0f} s)")
+        say(f"{part.title} (may take {needed:.0f} s)")
         try:
-            with budget.spend(may_take_seconds):
+            with budget.spend(part.may_take_seconds):
                 # All rows of a part before any is yielded: a part that fails is one row, its error.
-                rows = list(measure())
+                rows = list(part.measure())
         except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
             # Out of memory, or what a device lacks. Any other error is a mistake and ends the run.
             message = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-            say(f"failed: {title}: {message}")
-            rows = [sizes | {"error": message}]
+            say(f"failed: {part.title}: {message}")
+            rows = [part.sizes | {"error": message}]
         yield from rows
 
 
-def _parts(suite: Suite, limit_bytes: int | None) -> Iterator[tuple[str, Any, float, Any]]:
-    """Yields (title, sizes, expected seconds, function that measures) of each part of a suite."""
-    if suite.searches:
-        # Ask before anything is measured, because the device may not report its memory.
-        limit_bytes = limit_bytes or device_limit_bytes()
+def _parts(suite: Suite, limit_bytes: int | None) -> Iterator[SuitePart]:
+    # Asked before anything is measured, because the device may not report its memory.
+    limit_bytes = limit_bytes or (device_limit_bytes() if suite.searches else 0)
     for setting in suite.settings:
-        model, layers, batch, *_ = setting
-        sizes = {"model": model.name, "dtype": model.dtype, "layers": layers, "batch": batch}
-        yield (
-            str(setting),
-            sizes,
-            setting.may_take_seconds,
-            functools.partial(compare_strategies, setting),
-        )
-    for model, axis, layers, batch, strategies in suite.searches:
-        sizes = {"layers": layers, "batch": batch}
-        for strategy in strategies:
+        measure = functools.partial(compare_strategies, setting)
+        yield SuitePart(str(setting), _sizes(setting), setting.may_take_seconds, measure)
+    for search in suite.searches:
+        model, axis = search.model, search.axis
+        for strategy in search.strategies:
             find = functools.partial(
-                find_limit, model, strategy, axis, **sizes, limit_bytes=limit_bytes
+                find_limit,
+                model,
+                strategy,
+                axis,
+                layers=search.layers,
+                batch=search.batch,
+                limit_bytes=limit_bytes,
+                deterministic=search.deterministic,
             )
-            named = {"model": model.name, "dtype": model.dtype, "strategy": strategy, "axis": axis}
             title = f"{model.name} in {model.dtype}, the largest {axis} under {strategy}"
+            sizes = _sizes(search) | {"strategy": strategy, "axis": axis}
             # `find=find` binds this turn's search, whenever it is called.
-            yield title, named | sizes, SEARCH_SECONDS, lambda find=find: [find()]
+            yield SuitePart(title, sizes, SEARCH_SECONDS, lambda find=find: [find()])
+
+
+def _sizes(part: Setting | Search) -> dict[str, Any]:
+    model = part.model
+    return {
+        "model": model.name,
+        "dtype": model.dtype,
+        "layers": part.layers,
+        "batch": part.batch,
+    }

@@ -16,7 +16,7 @@ from revnet_jax.benchmark.limits import find_limit
 from revnet_jax.benchmark.models import ConfigModel, MlpChain, TransformerChain
 from revnet_jax.benchmark.report import as_tables, draw_benchmark
 from revnet_jax.benchmark.steps import Entrant, Setting, compare_strategies
-from revnet_jax.benchmark.suites import Suite, select, suites
+from revnet_jax.benchmark.suites import Search, Suite, select, suites
 from revnet_jax.config import language_model
 from revnet_jax.errors import UserError
 from revnet_jax.planning import gpus
@@ -150,6 +150,25 @@ def test_what_does_not_fit_at_all_has_the_limit_0():
     assert row["largest"] == row["batch"] == 0
     assert row["examples_per_second"] is None
     assert "|       0 |" in as_tables([row])
+
+
+def test_limits_are_found_with_the_kernels_that_are_asked_for(monkeypatch, step_config):
+    compiled = []
+
+    class Compiled(Entrant):
+        def compile(self, deterministic=False):
+            compiled.append(deterministic)
+            super().compile(deterministic)
+
+    monkeypatch.setattr("revnet_jax.benchmark.limits.Entrant", Compiled)
+    search = Search(MLP, "batch", layers=4, batch=256, strategies=("store",))
+    suite = Suite((Setting(MLP, 4, 256, ("store",), seconds=0),), (search,))
+    suite = select(suite, deterministic=True)
+    (row,) = benchmark_suites.run_suite(suite._replace(settings=()), limit_bytes=1000)
+    assert row["largest"] == 0
+    assert set(compiled) == {True}
+    assert not row["deterministic"]  # a CPU has no such kernels
+    assert " yes |" in as_tables([{**row, "deterministic": True}])
 
 
 def test_tables_leave_out_what_was_not_measured(rows):
