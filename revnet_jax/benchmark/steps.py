@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from revnet_jax.benchmark.models import BenchmarkModel, Program
-from revnet_jax.devices import peak_memory_bytes, program_bytes
+from revnet_jax.devices import program_bytes
 from revnet_jax.planning.variants import parse_variant
 from revnet_jax.programs.counts import arithmetic
 from revnet_jax.training.compiler import compiler_options, jit_initialization
@@ -96,7 +96,7 @@ class Entrant:
         On GPUs it does so twice, because some kernels add in any order.
         """
         # A device's peak never goes down: it tells of this program only if it rises above `before`.
-        before, others = peak_memory_bytes() or 0, _bytes_in_use()
+        before, others = _peak_and_present_bytes()
         init = jit_initialization(self.program.init)
         self.state, self.batch = init()
         jax.block_until_ready(self.state)
@@ -104,7 +104,7 @@ class Entrant:
         rss = _reset_peak_rss()
         self._advance()
         self.rss_bytes = None if rss is None else _memory_bytes("VmHWM") - rss
-        after = peak_memory_bytes() or 0
+        after, _ = _peak_and_present_bytes()
         self.device_bytes = after - others if after > before else None
         # Copied because the step donates its state: the next step overwrites these buffers. The
         # copy stays on the device, where the gradients are compared.
@@ -139,23 +139,23 @@ def compare_strategies(setting: Setting) -> Iterator[dict[str, Any]]:
 
     Raises UserError for an unknown strategy, or one that stores more layers than the model has.
     """
-    model, layers, batch, strategies, seconds, deterministic = setting
-    for name in strategies:
+    model, layers, batch = setting.model, setting.layers, setting.batch
+    for name in setting.strategies:
         parse_variant(name, layers)
     # All names are known by now: a mistake should not wait for models to be traced.
-    entrants = [Entrant(name, model.program(name, layers, batch)) for name in strategies]
+    entrants = [Entrant(name, model.program(name, layers, batch)) for name in setting.strategies]
     # On GPUs one after the other: XLA's autotuner times the kernels for a matrix product and caches
     # the fastest. Programs tuned in parallel may pick different kernels, which round differently.
     # And of three decoders with cuDNN's attention that were compiled in parallel, one failed when
     # it ran (jax 0.11.2: "IndexError: raw_hash_map::at").
     with ThreadPoolExecutor(1 if jax.default_backend() == "gpu" else os.cpu_count()) as pool:
-        list(pool.map(lambda entrant: entrant.compile(deterministic), entrants))
-    if seconds:
+        list(pool.map(lambda entrant: entrant.compile(setting.deterministic), entrants))
+    if setting.seconds:
         # Start with the smallest program, because the peak that a device reports never goes down.
         for entrant in sorted(entrants, key=Entrant.step_bytes):
             entrant.start()
         compare_gradients(entrants)
-        take_turns(entrants, seconds)
+        take_turns(entrants, setting.seconds)
     for entrant in entrants:
         yield describe_entrant(setting, entrant, {e.strategy: e for e in entrants})
 
@@ -203,13 +203,12 @@ def describe_entrant(
     - time_vs_store, cpu_vs_store, ...: medians of the ratios within turns; cpu is the processor
       time of all threads.
     """
-    model, layers, batch = setting[:3]
     row: dict[str, Any] = {
-        "model": model.name,
-        "dtype": model.dtype,
+        "model": setting.model.name,
+        "dtype": setting.model.dtype,
         "strategy": entrant.strategy,
-        "layers": layers,
-        "batch": batch,
+        "layers": setting.layers,
+        "batch": setting.batch,
         "deterministic": setting.deterministic and jax.default_backend() == "gpu",
         "compile_seconds": round(entrant.compile_seconds, 2),
         "flops": arithmetic(entrant.traced.jaxpr, platform=jax.default_backend()),
@@ -225,8 +224,8 @@ def describe_entrant(
     row |= {
         "step_ms": 1e3 * seconds,
         "cpu_ms": 1e3 * statistics.median(entrant.cpu_seconds),
-        "examples_per_second": model.examples(batch) / seconds,
-        "unit": model.unit,
+        "examples_per_second": setting.model.examples(setting.batch) / seconds,
+        "unit": setting.model.unit,
     }
     for name in BASELINES:
         if name in others:
@@ -252,9 +251,10 @@ def _median_ratio(values, others):
     return statistics.median(a / b for a, b in zip(values, others, strict=True))
 
 
-def _bytes_in_use():
+def _peak_and_present_bytes():
+    """Memory of the device that steps run on, the first; zeros if it does not report it (CPU)."""
     stats = jax.local_devices()[0].memory_stats() or {}
-    return stats.get("bytes_in_use", 0)
+    return stats.get("peak_bytes_in_use", 0), stats.get("bytes_in_use", 0)
 
 
 def _reset_peak_rss():

@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -169,6 +170,19 @@ def test_limits_are_found_with_the_kernels_that_are_asked_for(monkeypatch, step_
     assert set(compiled) == {True}
     assert not row["deterministic"]  # a CPU has no such kernels
     assert " yes |" in as_tables([{**row, "deterministic": True}])
+
+
+def test_memory_is_of_the_device_that_steps_run_on(monkeypatch):
+    """The first; the other has had a higher peak."""
+    entrant = Entrant("store", MLP.program("store", 2, 4))
+    entrant.compile()
+    peak = lambda: 300 if entrant.metrics else 100  # after the first step, and before
+    first = lambda: {"bytes_in_use": 60, "peak_bytes_in_use": peak()}
+    second = lambda: {"bytes_in_use": 0, "peak_bytes_in_use": 1000}
+    devices = [SimpleNamespace(memory_stats=stats) for stats in (first, second)]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    entrant.start()
+    assert entrant.device_bytes == 240
 
 
 def test_tables_leave_out_what_was_not_measured(rows):
