@@ -8,7 +8,6 @@ from typing import Any
 from revnet_jax.errors import UserError
 from revnet_jax.planning.chips import chip_of
 from revnet_jax.planning.compile import Compiler, NotCompiled
-from revnet_jax.planning.gpus import GPUS
 from revnet_jax.planning.plan import PlanRow, refused, row_of
 from revnet_jax.planning.report import GIB, either, milliseconds
 from revnet_jax.planning.topology import Topology
@@ -92,7 +91,8 @@ def _row(name, step, topology, batch_size) -> PlanRow:
     if isinstance(step, NotCompiled):
         row = {"strategy": name, "error": step.error, "fits": None}
     else:
-        row = {**row_of(name, step, chip_of(step.device_kind)), "limit_bytes": step.limit_bytes}
+        row = row_of(name, step, chip_of(step.device_kind))
+        row |= {"device_kind": step.device_kind, "limit_bytes": step.limit_bytes}
     return {
         "topology": topology.name,
         "devices": topology.num_devices,
@@ -111,7 +111,8 @@ def scaling_table(report: Mapping[str, Any]) -> str:
         for kind in dict.fromkeys(kind for row in rows for kind in row.get(network) or ())
     ]
     header = ["topology", "devices", "batch", "fits", "peak"]
-    on_gpus = any(name in rows[0]["topology"] for name in GPUS)
+    # By the kind of device, since the name of the first topology may be "local".
+    on_gpus = any(row["error"] is None and row["device_kind"].startswith("NVIDIA") for row in rows)
     between = " between hosts" if on_gpus else " by DCN"
     header += [kind + between * (network == "dcn_bytes") for network, kind in sent]
     header += ["ms at least", "ms in turn", "efficiency, %", "in turn, %"]

@@ -1,5 +1,6 @@
 """The same work per device on more and more devices."""
 
+import dataclasses
 import json
 
 import pytest
@@ -35,7 +36,7 @@ def say(topology, settings):
     n = topology.num_devices
     return CompiledStep(
         num_devices=n,
-        device_kind="TPU v5 lite",
+        device_kind="NVIDIA H100 80GB HBM3" if topology.is_gpu else "TPU v5 lite",
         limit_bytes=16 * GIB,
         needed_bytes=9 * GIB,
         out_of_memory=False,
@@ -112,6 +113,20 @@ def test_hosts_of_gpus_are_slices(config):
     assert [row["devices"] for row in report["rows"]] == [8, 32]
     assert asked[1].asked[0]["mesh.data"] == 4
     assert "all-gather | all-reduce between hosts" in scaling.scaling_table(report)
+
+
+def test_networks_are_named_after_the_devices(config):
+    """Not after the first topology, which may be this machine."""
+
+    def on_gpus(topology, settings):
+        return dataclasses.replace(say(topology, settings), device_kind="NVIDIA H100 80GB HBM3")
+
+    class Local(Topology):
+        num_devices = 8
+
+    topologies = Local("local", None, ""), Topology("4xh100:8", "h100", "8", 4)
+    report = scaling.scaling(config, compilers(*topologies, say=on_gpus), strategies=["remat"])
+    assert "| all-reduce between hosts |" in scaling.scaling_table(report)
 
 
 def test_a_topology_that_cannot_be_compiled_for_is_a_row(config):
