@@ -149,7 +149,7 @@ def _table(columns, rows, baselines):
 
 
 def as_sentence(row: dict[str, Any]) -> str:
-    """The result of `benchmark_pipeline.feed` as a sentence."""
+    """The result of `benchmark.pipeline.feed` as a sentence."""
     return (
         f"The pipeline prepares {row['pipeline_per_second']:,.0f} {row['unit']} a second on this "
         f"host, by {row['num_threads']} threads; a step takes {row['step_per_second']:,.0f}: "
