@@ -19,7 +19,7 @@ from absl import flags
 
 from revnet_jax.config import cli
 from revnet_jax.errors import UserError
-from revnet_jax.figures import load_figure_class
+from revnet_jax.figures import load_figure_class, save
 from revnet_jax.runs import comparison as runs
 
 METRICS = flags.DEFINE_list("metrics", None, "Which; by default train_loss and those of tests.")
@@ -37,7 +37,7 @@ def main(argv):
     rows = runs.compare_runs(groups, metrics)
     print(json.dumps(rows, indent=2) if JSON.value else runs.runs_table(rows, metrics))
     if figure_class:
-        runs.draw_runs(groups, metrics, figure_class).savefig(OUT.value, dpi=100)
+        save(runs.draw_runs(groups, metrics, figure_class), OUT.value)
 
 
 if __name__ == "__main__":

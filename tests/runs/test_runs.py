@@ -128,3 +128,13 @@ def test_the_program(sweep):
     (_, row) = json.loads(run(str(sweep), "--json", "--metrics=train_loss").stdout)
     assert row["train_loss"]["mean"] == 2.0
     assert run().stderr.startswith("error: got no run, expected workdirs")
+
+
+def test_curves_that_cannot_be_written_are_one_line(sweep, tmp_path, run_program):
+    pytest.importorskip("matplotlib.figure")
+    picture = tmp_path / "curves.png"
+    picture.symlink_to("/dev/full")
+    status, stdout, stderr = run_program("compare_runs", str(sweep), f"--out={picture}")
+    assert status == 1
+    assert stdout  # the table is printed all the same
+    assert stderr.startswith(f"error: cannot write {picture}: No space left on device")
