@@ -22,6 +22,7 @@ cli.limit(BATCH_SIZE, whole(1))
 NUM_FEWSHOT = flags.DEFINE_integer(
     "num_fewshot", None, "Examples in a prompt; by default the task's."
 )
+cli.limit(NUM_FEWSHOT, whole(0))
 LIMIT = flags.DEFINE_integer("limit", None, "Examples of each task; by default all.")
 cli.limit(LIMIT, whole(1))
 

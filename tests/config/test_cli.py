@@ -120,6 +120,19 @@ def test_flags_have_ranges(program, flag, expected):
     assert re.fullmatch(f"error: flag {flag}[.0]*: expected {re.escape(expected)}\n", result.stderr)
 
 
+def test_every_number_of_a_script_has_a_range():
+    """Those of processes are checked together, in `training.distributed.start`."""
+    number = re.compile(r"^(\w+) = flags\.DEFINE_(?:integer|float)\((.*?)\)$", re.S | re.M)
+    found = 0
+    for script in sorted((ROOT / "scripts").glob("*.py")):
+        text = script.read_text()
+        for name, arguments in number.findall(text):
+            found += 1
+            limited = f"cli.limit({name}, " in text or "lower_bound=" in arguments
+            assert limited, f"{script.name}: {name} has no range"
+    assert found > 15
+
+
 def test_a_path_that_cannot_be_used_is_one_line(tmp_path):
     code = "from revnet_jax.config import cli; cli.run(lambda argv: open('{}'), required=())"
     for path, reason in ((tmp_path, "Is a directory"), ("a" * 300, "File name too long")):
