@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -54,22 +55,23 @@ def parse_variant(name: str, layers: int | None = None) -> Variant:
     """
     mixture, slash, suffix = name.partition("/")
     is_twin = mixture == "twin"
-    backprop, plus, stored = ("store" if is_twin else mixture).partition("+")
-    # A plus needs a number, and a number a plus.
-    known = backprop in STRATEGIES and bool(plus) == stored.isdecimal()
-    suffixes = ("unroll",) if is_twin else ("lockstep", "unroll")
-    if not known or suffix not in (suffixes if slash else ("",)):
-        known = ", ".join(STRATEGIES)
-        raise UserError(
-            f"got strategy {name!r}, expected one of {known}, with or without +m, and "
-            "/lockstep or /unroll"
-        )
-    if layers is not None and int(stored or 0) > layers:
-        raise UserError(f"got strategy {name!r} for {layers} layers, expected +0 to +{layers}")
+    strategy, plus, stored = ("store" if is_twin else mixture).partition("+")
     # The same string, but taken from STRATEGIES, whose type is that of the literals.
-    (strategy,) = (known for known in STRATEGIES if known == backprop)
+    backprop = next((each for each in STRATEGIES if each == strategy), None)
+    suffixes = ("unroll",) if is_twin else ("lockstep", "unroll")
+    suffix_fits = not slash or suffix in suffixes
+    # A plus needs a number, and a number a plus.
+    mixture_fits = bool(plus) == bool(re.fullmatch("[0-9]{1,6}", stored))
+    if backprop is None or not mixture_fits or not suffix_fits:
+        raise UserError(
+            f"got strategy {name!r}, expected one of {', '.join(STRATEGIES)}, with or without +m "
+            "and then /lockstep or /unroll; or twin, with or without /unroll"
+        )
+    stored_layers = int(stored or 0)
+    if layers is not None and stored_layers > layers:
+        raise UserError(f"got strategy {name!r} for {layers} layers, expected +0 to +{layers}")
     return Variant(
-        strategy, int(stored or 0), suffix == "lockstep", suffix == "unroll", is_twin=is_twin
+        backprop, stored_layers, suffix == "lockstep", suffix == "unroll", is_twin=is_twin
     )
 
 
@@ -96,24 +98,24 @@ def model_of(config: Mapping[str, Any]) -> Model:
     Built as for a CPU: asking JAX for this machine's devices would reserve them, and the processes
     that compile could not use them.
     """
-    known = as_config(config)
+    nested = as_config(config)
     # Kernels of accelerators are refused for a CPU. They change neither layers nor shapes.
-    known.model.update({"backprop": "remat", "stored_layers": 0})
-    if "attention" in known.model:
-        known.model.attention = "auto"
-    return build_task(known, platform="cpu").network
+    nested.model.update({"backprop": "remat", "stored_layers": 0})
+    if "attention" in nested.model:
+        nested.model.attention = "auto"
+    return build_task(nested, platform="cpu").network
 
 
 def model_depth(config: Mapping[str, Any]) -> int:
     """Number of layers of a decoder, or of residual units of other networks."""
-    known = as_config(config)
-    return family_of(known).depth.of(known.model)
+    nested = as_config(config)
+    return family_of(nested).depth.of(nested.model)
 
 
 def deeper(config: Mapping[str, Any], times: int) -> dict[str, Any]:
     """Settings that make the model `times` times as deep."""
-    known = as_config(config)
-    found = family_of(known).depth.times(known.model, times)
+    nested = as_config(config)
+    found = family_of(nested).depth.times(nested.model, times)
     return {f"model.{name}": value for name, value in found.items()}
 
 

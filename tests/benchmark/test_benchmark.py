@@ -396,12 +396,15 @@ def test_all_of_the_gpu_suite_compiles_for_a_gpu(first, last, num_programs):
         "store+1+1",
         "reverse/",
         "reverse/up",
+        "reverse+\N{SUPERSCRIPT TWO}",
+        "reverse+\N{ARABIC-INDIC DIGIT THREE}",
         "twin+1",
         "twin/lockstep",
     ],
 )
 def test_strategies_that_there_are_not(name):
-    with pytest.raises(UserError, match="expected one of store, "):
+    expected = "expected one of store, .*; or twin, with or without /unroll"
+    with pytest.raises(UserError, match=expected):
         parse_variant(name, 8)
 
 
