@@ -1,4 +1,4 @@
-"""Memory of devices, and of compiled programs on them."""
+"""Memory and names of devices, and memory of compiled programs on them."""
 
 from __future__ import annotations
 
@@ -39,6 +39,11 @@ def peak_memory_bytes() -> int | None:
     stats = [device.memory_stats() for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
     return max(peaks) if peaks else None
+
+
+def describe_device(device: jax.Device) -> str:
+    """'2 CPU cores', or an accelerator's name."""
+    return f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else device.device_kind
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+def either(value: Any, text: Callable[[Any], str]) -> str:
+    """`text(value)`, or a dash if the value is None."""
+    return "-" if value is None else text(value)
 
 
 def markdown(cells: Sequence[Sequence[str]], text_columns: int | Sequence[str] = 1) -> list[str]:

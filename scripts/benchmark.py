@@ -67,6 +67,7 @@ def main(argv):
     from revnet_jax.benchmark import report
     from revnet_jax.benchmark.pipeline import feed
     from revnet_jax.benchmark.suites import run_suite, select, suites
+    from revnet_jax.devices import describe_device
 
     if CONFIG.value is not None:
         # These would be ignored here, so they are refused.
@@ -131,11 +132,6 @@ def whole_numbers(name, texts):
     if not all(re.fullmatch("[0-9]{1,6}", text) and int(text) for text in texts):
         raise ConfigError(f"got --{name}={','.join(texts)}, expected numbers from 1 to 999,999")
     return [int(text) for text in texts]
-
-
-def describe_device(device):
-    """'2 CPU cores', or an accelerator's name."""
-    return f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else device.device_kind
 
 
 if __name__ == "__main__":

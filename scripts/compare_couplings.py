@@ -8,7 +8,6 @@ Prints a table of test accuracy, time, memory and exactness. Takes about 10 minu
 """
 
 import json
-import os
 import sys
 
 from absl import flags
@@ -16,7 +15,7 @@ from absl import flags
 from revnet_jax.config import cli
 from revnet_jax.config.ranges import whole
 from revnet_jax.figures import load_figure_class, save
-from revnet_jax.tables import markdown
+from revnet_jax.tables import either, markdown
 
 SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each, with seeds 0, 1, ...")
 cli.limit(SEEDS, whole(1, 10_000))
@@ -41,6 +40,7 @@ def main(argv):
 
     from revnet_jax.couplings.comparison import compare_couplings
     from revnet_jax.couplings.rows import ROWS
+    from revnet_jax.devices import describe_device
 
     report = {
         "command": " ".join(["scripts/compare_couplings.py", *sys.argv[1:]]),
@@ -88,10 +88,9 @@ def as_table(report):
 
 
 def _cells(row):
-    either = lambda value, text: "-" if value is None else text(value)
     memory = row["temporary_bytes"]
-    # A single seed has no deviation, and then no dash stands in its place.
-    std = either(row["accuracy_std"], lambda std: f" +- {100 * std:.1f}").removeprefix("-")
+    # A single seed has no deviation.
+    std = "" if row["accuracy_std"] is None else f" +- {100 * row['accuracy_std']:.1f}"
     return [
         row["coupling"],
         f"{row['num_params']:,}",
@@ -102,11 +101,6 @@ def _cells(row):
         either(row["residue_bits_per_element"], lambda bits: f"{bits:g}"),
         either(row["mismatches"], str),
     ]
-
-
-def describe_device(device):
-    """'2 CPU cores', or an accelerator's name."""
-    return f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else device.device_kind
 
 
 def draw(report, figure_class):

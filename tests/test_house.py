@@ -89,11 +89,17 @@ def public_names(path):
         yield from (name for name in names if not name.startswith("_"))
 
 
-def test_a_public_name_is_defined_once():
-    """So that a name says what it is, wherever it is imported. A program's `main` is no name."""
+def shared_names(folder):
+    """The public names that several modules of a folder define, each with those modules."""
     homes = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
+    for path in sorted(folder.rglob("*.py")):
         for name in public_names(path):
-            homes.setdefault(name, set()).add(str(path.relative_to(PACKAGE)))
-    del homes["main"]
-    assert {name: found for name, found in homes.items() if len(found) > 1} == {}
+            homes.setdefault(name, set()).add(str(path.relative_to(folder)))
+    del homes["main"]  # a program's `main` is no name
+    return {name: found for name, found in homes.items() if len(found) > 1}
+
+
+def test_a_public_name_is_defined_once():
+    """So that a name says what it is, wherever it is imported, and scripts copy no function."""
+    assert shared_names(PACKAGE) == {}
+    assert shared_names(PACKAGE.parent / "scripts") == {}

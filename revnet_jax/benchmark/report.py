@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from revnet_jax.tables import markdown
+from revnet_jax.tables import either, markdown
 
 MIB, GIB = 2**20, 2**30
 BenchmarkRow = dict[str, Any]
@@ -82,15 +82,11 @@ def _size(row):
 
 
 def _number(key, form, scale=1.0):
-    def cell(row, store):
-        value = row.get(key)
-        return "-" if value is None else form.format(value / scale)
-
-    return cell
+    return lambda row, store: either(row.get(key), lambda value: form.format(value / scale))
 
 
 def _flops(row, store):
-    return "-" if store is None else f"{row['flops'] / store['flops']:.3f}"
+    return either(store, lambda store: f"{row['flops'] / store['flops']:.3f}")
 
 
 def _deterministic(row, store):

@@ -7,7 +7,7 @@ from typing import Any
 
 from revnet_jax.planning.largest import SIZES
 from revnet_jax.planning.units import size
-from revnet_jax.tables import markdown
+from revnet_jax.tables import either, markdown
 
 GIB = 2**30
 PARTS = {
@@ -18,11 +18,6 @@ PARTS = {
 }
 
 _GPU_MEMORY = "memory of a GPU: the share that JAX takes; XLA_CLIENT_MEM_FRACTION=0.9 takes more"
-
-
-def either(value: Any, text: Any) -> str:
-    """`text(value)`, or a dash if the value is None."""
-    return "-" if value is None else text(value)
 
 
 def milliseconds(value: float | None) -> str:

@@ -9,11 +9,11 @@ from revnet_jax.errors import UserError
 from revnet_jax.planning.chips import chip_of
 from revnet_jax.planning.compile import Compiler, NotCompiled
 from revnet_jax.planning.plan import PlanRow, refused, row_of
-from revnet_jax.planning.report import GIB, either, milliseconds
+from revnet_jax.planning.report import GIB, milliseconds
 from revnet_jax.planning.topology import Topology
 from revnet_jax.planning.units import size
 from revnet_jax.planning.variants import chosen, model_of, variants
-from revnet_jax.tables import markdown
+from revnet_jax.tables import either, markdown
 
 NETWORKS = ("ici_bytes", "dcn_bytes")
 
