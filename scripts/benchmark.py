@@ -49,7 +49,7 @@ DETERMINISTIC = flags.DEFINE_bool(
 )
 JSON = flags.DEFINE_bool("json", False, "Print JSON lines rather than tables.")
 JSONL = flags.DEFINE_string("jsonl", None, "Also append the JSON lines to this file, row by row.")
-PLOT = flags.DEFINE_string("plot", None, "Also draw time and memory into this PNG file.")
+PLOT = flags.DEFINE_string("plot", "", "Also draw time and memory into this PNG file.")
 
 # The configs that suites measure, in the order of the arguments of `suites`.
 MEASURED = "cifar10_revnet110", "lm_124m"

@@ -25,7 +25,7 @@ NUM_STEPS = flags.DEFINE_integer("num_steps", 200, "Updates of each run.")
 cli.limit(NUM_STEPS, whole(1))
 COUPLINGS = flags.DEFINE_list("couplings", None, "Some of the rows, by name; all by default.")
 JSON = flags.DEFINE_bool("json", False, "Print JSON rather than a table.")
-PLOT = flags.DEFINE_string("plot", None, "Also draw accuracy and memory into this PNG file.")
+PLOT = flags.DEFINE_string("plot", "", "Also draw accuracy and memory into this PNG file.")
 
 # Couplings are compared at equal size: the share by which parameters may differ.
 PARAMETER_TOLERANCE = 0.02

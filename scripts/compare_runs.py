@@ -24,7 +24,7 @@ from revnet_jax.runs import comparison as runs
 
 METRICS = flags.DEFINE_list("metrics", None, "Which; by default train_loss and those of tests.")
 JSON = flags.DEFINE_bool("json", False, "Print JSON rather than a table.")
-OUT = flags.DEFINE_string("out", None, "Also draw the metrics over steps into this PNG file.")
+OUT = flags.DEFINE_string("out", "", "Also draw the metrics over steps into this PNG file.")
 
 
 def main(argv):

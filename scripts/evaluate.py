@@ -13,8 +13,8 @@ from absl import flags
 
 from revnet_jax.config import cli
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
-WHICH = flags.DEFINE_enum("checkpoint", "newest", ["newest", "best"], "Which checkpoint.")
+WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run.")
+WHICH = cli.define_checkpoint_flag()
 PROCESSES = cli.define_process_flags()
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the data are, if not where they were.")
 

@@ -14,10 +14,10 @@ from absl import flags
 from revnet_jax.config import cli
 from revnet_jax.config.ranges import real
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
-TARGET = flags.DEFINE_string("target", None, "A new folder, for config.json and safetensors files.")
+WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run.")
+TARGET = flags.DEFINE_string("target", "", "A new folder, for config.json and safetensors files.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "The dtype of the files.")
-WHICH = flags.DEFINE_enum("checkpoint", "newest", ["newest", "best"], "Which checkpoint.")
+WHICH = cli.define_checkpoint_flag()
 SHARD = flags.DEFINE_float("shard_gib", 5.0, "GiB of a file; larger models get several files.")
 cli.limit(SHARD, real("(0, 1e6]"))
 

@@ -10,7 +10,7 @@ from absl import flags
 from revnet_jax.config import cli
 from revnet_jax.config.ranges import real, whole
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run.")
 PROMPT = flags.DEFINE_string("prompt", "\n", "What to go on from.")
 NUM_TOKENS = flags.DEFINE_integer("num_tokens", 400, "How many tokens to write.")
 TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Less is likelier; 0 takes the likeliest.")
@@ -20,7 +20,7 @@ cli.limit(NUM_TOKENS, whole(0))
 cli.limit(TEMPERATURE, real("[0, inf)"))
 cli.limit(TOP_P, real("(0, 1]"))
 cli.limit(SEED, whole(0, 2**32 - 1))
-WHICH = flags.DEFINE_enum("checkpoint", "newest", ["newest", "best"], "Which checkpoint.")
+WHICH = cli.define_checkpoint_flag()
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer file, for a model of its tokens.")
 
 

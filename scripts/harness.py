@@ -13,9 +13,9 @@ from absl import flags
 from revnet_jax.config import cli
 from revnet_jax.config.ranges import whole
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
-TASKS = flags.DEFINE_list("tasks", None, "Names of tasks.")
-WHICH = flags.DEFINE_enum("checkpoint", "newest", ["newest", "best"], "Which checkpoint.")
+WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run.")
+TASKS = flags.DEFINE_list("tasks", [], "Names of tasks.")
+WHICH = cli.define_checkpoint_flag()
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "The tokenizer's file, if not in the workdir.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Sequences that are scored at a time.")
 cli.limit(BATCH_SIZE, whole(1))

@@ -15,8 +15,8 @@ from absl import flags
 from revnet_jax.config import cli
 from revnet_jax.config.ranges import whole
 
-SOURCE = flags.DEFINE_string("source", None, "Folder of the published model.")
-WORKDIR = flags.DEFINE_string("workdir", None, "A new folder, for config.json and a checkpoint.")
+SOURCE = flags.DEFINE_string("source", "", "Folder of the published model.")
+WORKDIR = flags.DEFINE_string("workdir", "", "A new folder, for config.json and a checkpoint.")
 DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16"], "The dtype of kernels, embeddings and arithmetic."
 )

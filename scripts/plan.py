@@ -34,7 +34,7 @@ LARGEST = flags.DEFINE_list("largest", [], "Also find the largest batch, depth, 
 BY_PART = flags.DEFINE_bool("by_part", False, "Also say which part of the model takes how long.")
 CACHE_DIR = flags.DEFINE_string("cache_dir", str(DEFAULT_CACHE_DIR), "Folder of the answers.")
 JSON = flags.DEFINE_bool("json", False, "Print JSON rather than a table.")
-PLOT = flags.DEFINE_string("plot", None, "Also draw the memory into this PNG file.")
+PLOT = flags.DEFINE_string("plot", "", "Also draw the memory into this PNG file.")
 
 
 def main(argv):

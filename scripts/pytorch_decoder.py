@@ -8,10 +8,12 @@ embedding, loss and clipping. The PyTorch step uses torch.compile, flash attenti
 not install.
 """
 
+import importlib
 import json
 import re
 import sys
 import time
+from typing import Any
 
 from absl import flags
 
@@ -42,7 +44,8 @@ def main(argv):
     if not all(re.fullmatch("[0-9]{1,9}", text) and int(text) for text in BATCH.value):
         raise UserError(f"got --batch={','.join(BATCH.value)}, expected numbers from 1")
     try:
-        import torch
+        # By name, so that types are checked alike with and without it.
+        torch: Any = importlib.import_module("torch")
     except ImportError as error:
         raise UserError(f"{error}: install PyTorch to compare with it") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -5,6 +5,6 @@ cd "$(dirname "$0")/.."
 scripts/setup.sh dev
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-.venv/bin/ty check revnet_jax
+.venv/bin/ty check revnet_jax scripts
 # One worker more than cores: some tests wait for programs of their own.
 exec .venv/bin/python -m pytest --numprocesses=$(($(nproc) + 1)) "$@"

@@ -29,7 +29,7 @@ LAYERS = flags.DEFINE_integer("layers", 4, "In each chain.")
 cli.limit(LAYERS, whole(3, 100_000))
 STRATEGIES = flags.DEFINE_list("strategies", [], "Some of them; by default the basic three.")
 TOPOLOGY = flags.DEFINE_string("topology", LOCAL, "What to compile for: local, or a GPU as h100:1.")
-OUT = flags.DEFINE_string("out", None, "The PNG file to draw into.")
+OUT = flags.DEFINE_string("out", "", "The PNG file to draw into.")
 JSON = flags.DEFINE_bool("json", False, "Print JSON rather than a table.")
 
 

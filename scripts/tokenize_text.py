@@ -18,9 +18,9 @@ from absl import flags
 from revnet_jax.config import cli, settings
 from revnet_jax.config.ranges import real
 
-INPUT = flags.DEFINE_list("input", None, "UTF-8 files, one after the other.")
-TOKENIZER = flags.DEFINE_string("tokenizer", None, "The tokenizer's file.")
-OUT = flags.DEFINE_string("out", None, "A folder for the shards.")
+INPUT = flags.DEFINE_list("input", [], "UTF-8 files, one after the other.")
+TOKENIZER = flags.DEFINE_string("tokenizer", "", "The tokenizer's file.")
+OUT = flags.DEFINE_string("out", "", "A folder for the shards.")
 TEST_SHARE = flags.DEFINE_float(
     "test_share", 0.01, "Of the text (with --answers: the lines), at its end, for the test split."
 )

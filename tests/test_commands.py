@@ -4,6 +4,7 @@ Each is taken apart as a shell would, and given to the parsers of the program th
 Words in capitals, and "...", stand for what the reader fills in.
 """
 
+import inspect
 import pathlib
 import re
 import runpy
@@ -15,7 +16,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from revnet_jax.config import ConfigError, flatten
+from revnet_jax.config import ConfigError, cli, flatten
 from revnet_jax.config.experiments import locate
 from revnet_jax.config.ranges import check_ranges
 from revnet_jax.planning.topology import TopologyError, parse_topology
@@ -69,11 +70,10 @@ def program(word):
 def flags_of(file):
     """Names of the flags of a program of scripts/."""
     text = file.read_text()
-    names = set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", text)) | {"help"}
-    if "define_process_flags" in text:
-        command_line = (ROOT / "revnet_jax" / "config" / "cli.py").read_text()
-        names |= set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", command_line))
-    return names | ({"config"} if "define_config_flag" in text else set())
+    # Those that scripts share are defined by functions of `cli`.
+    shared = (cli.define_config_flag, cli.define_process_flags, cli.define_checkpoint_flag)
+    texts = [text, *(inspect.getsource(each) for each in shared if each.__name__ in text)]
+    return {"help"}.union(*(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", each) for each in texts))
 
 
 def given(words):
@@ -169,6 +169,7 @@ def test_a_command_can_be_given(command):
         ("scripts/plan.py --config=configs/digits.py --topolgy=h100:1", "no flag topolgy"),
         ("scripts/plan.py --config=configs/digits.py --topology=h100:3", "got topology 'h100:3'"),
         ("scripts/train.sh --config=configs/digit.py", "configs/digit.py is not there"),
+        ("scripts/train.sh --config=digits --checkpoint=best", "no flag checkpoint"),
         ("scripts/train.sh --config=digits --config.batchsize=3", "config.batchsize is no setting"),
         ("scripts/train.sh --config=digits --config.batch_size=0", "config.batch_size: got 0"),
         ("scripts/train.sh --config=digits --config.batch_size=x", "batch_size=x"),

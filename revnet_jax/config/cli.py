@@ -16,7 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -66,6 +66,13 @@ def define_config_flag() -> flags.FlagHolder:
         "FILE[:arm] of the experiment, as configs/digits.py. Each of its settings is a flag: "
         "--config.batch_size=32. --config=FILE --help lists them.",
     )
+
+
+def define_checkpoint_flag() -> flags.FlagHolder[Literal["newest", "best"]]:
+    """Defines `--checkpoint`, which of a run's checkpoints is read."""
+    # absl has no type for the values of an enum.
+    flag: Any = flags.DEFINE_enum("checkpoint", "newest", ["newest", "best"], "Which checkpoint.")
+    return flag
 
 
 def limit(flag: flags.FlagHolder, expected: Range) -> None:
