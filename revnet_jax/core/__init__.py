@@ -11,6 +11,7 @@ from revnet_jax.core.block import (
 )
 from revnet_jax.core.blocks import (
     bdia_block,
+    meft_block,
     momentum_block,
     multi_stream_block,
     reversible_block,
@@ -24,7 +25,7 @@ from revnet_jax.core.chain import (
     sequence_inverse,
 )
 from revnet_jax.core.check import check_reversible
-from revnet_jax.core.couplings import Coupling, additive, affine, bdia, leapfrog, momentum
+from revnet_jax.core.couplings import Coupling, additive, affine, bdia, leapfrog, momentum, scaled
 from revnet_jax.core.exactness import Exactness
 from revnet_jax.core.grid import Grid, snap
 from revnet_jax.core.strategies import GATHERED, STRATEGIES, Backprop
@@ -51,10 +52,12 @@ __all__ = [
     "chain",
     "check_reversible",
     "leapfrog",
+    "meft_block",
     "momentum",
     "momentum_block",
     "multi_stream_block",
     "reversible_block",
+    "scaled",
     "sequence",
     "sequence_forward",
     "sequence_inverse",

@@ -190,16 +190,37 @@ class Block:
 
     Auxiliary outputs are also a tuple with one tree per half-step.
     grid: the grid on which streams are exact; None for ordinary floats, which undo approximately.
+    order: the order in which the layer returns its streams after the half-steps, as their indices:
+      (1, 0) lets two streams change places. Empty to return them as they are.
     """
 
     half_steps: tuple[HalfStep, ...]
     grid: Grid | None = Grid()
+    order: tuple[int, ...] = ()
 
     def __post_init__(self):
         if not self.half_steps:
             raise ValueError("got a block without half-steps, expected at least one")
         if not isinstance(self.grid, Grid | None):
             raise TypeError(f"got grid={self.grid!r}, expected Grid(bits), or None")
+        if self.order and sorted(self.order) != list(range(self.num_streams)):
+            raise ValueError(
+                f"got order={self.order}, expected the indices of the {self.num_streams} streams "
+                "in some order, or none"
+            )
+
+    @property
+    def num_streams(self) -> int:
+        """The number of streams that the half-steps read and update."""
+        return 1 + max(max((step.updates, *step.reads)) for step in self.half_steps)
+
+    def arranged(self, streams: Sequence[Any]) -> Streams:
+        """The streams after the half-steps, in the order in which the layer returns them."""
+        return tuple(streams[i] for i in self.order or range(len(streams)))
+
+    def _before_arranging(self, y):
+        """Undoes `arranged`, as a list."""
+        return [y[self.order.index(i)] for i in range(len(y))] if self.order else list(y)
 
     def forward(self, params: Any, x: Streams, context: Context) -> Forward:
         """Maps x to (y, aux, residue, ...), evaluating each branch once.
@@ -214,7 +235,7 @@ class Block:
             aux.append(step_aux)
             residue.append(step_residue)
             checksum += step_checksum
-        return Forward(tuple(streams), tuple(aux), tuple(residue), checksum)
+        return Forward(self.arranged(streams), tuple(aux), tuple(residue), checksum)
 
     def inverse(self, params: Any, y: Streams, residue: Any, context: Context) -> Streams:
         """Computes x from y, bit for bit while the streams stay inside the grid's range.
@@ -222,7 +243,7 @@ class Block:
         Evaluates each branch once.
         residue: from the forward pass; may be None if no coupling leaves one.
         """
-        streams = list(y)
+        streams = self._before_arranging(y)
         residue = (None,) * len(self.half_steps) if residue is None else residue
         steps = zip(self.half_steps, params, residue, strict=True)
         for step, step_params, step_residue in reversed(list(steps)):
@@ -239,7 +260,7 @@ class Block:
         The evaluation that differentiates a branch also returns the update to be undone. So the
         cost is one recompute and one backward pass: 4/3 of a training step that stores, not 5/3.
         """
-        streams, dstreams = list(y), list(dy)
+        streams, dstreams = self._before_arranging(y), self._before_arranging(dy)
         # Only floats have cotangents. Integers and keys bypass the vjp.
         shared, shared_rest = trees.split(context.shared)
         dparams, dshared = [], jax.tree.map(jnp.zeros_like, shared)

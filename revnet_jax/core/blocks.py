@@ -14,7 +14,15 @@ import jax
 from revnet_jax.core import trees
 from revnet_jax.core.block import Block, Context, HalfStep, check_branch
 from revnet_jax.core.constants import constant
-from revnet_jax.core.couplings import Coupling, additive, bdia, check_gamma, like_stream, momentum
+from revnet_jax.core.couplings import (
+    Coupling,
+    additive,
+    bdia,
+    check_gamma,
+    like_stream,
+    momentum,
+    scaled,
+)
 from revnet_jax.core.grid import Grid
 
 Branch = Callable[..., Any]
@@ -189,6 +197,34 @@ def bdia_block(
     return Block(
         (HalfStep(branch(f, 0), 0, (1,), coupling), HalfStep(branch(g, 1), 1, (0,), coupling)), grid
     )
+
+
+def meft_block(
+    f: Branch,
+    g: Branch,
+    *,
+    scales: tuple[float, float] = (0.1, 1.0),
+    has_aux: bool = False,
+    grid: Grid | None = Grid(),
+) -> Block:
+    """A pretrained layer f made reversible by an adapter g, `MEFT1` of the paper.
+
+    `y1 = scales[0] * x1 + f(x2)`, `y2 = scales[1] * x2 + g(y1)`, and the layer returns (y2, y1):
+    the streams change places. Liao, Tan & Monz 2023 (arXiv:2306.00477).
+
+    Args:
+      f: the whole layer, with its residual connections, so that f(x) is the layer's output.
+      g: a small network, whose output starts at or near zero.
+      scales: the paper's lambda and beta, each in [2**-24, 1]. Where lambda is small and g is zero,
+        x2 passes through the layers f as through the pretrained network, and x1 is beta times what
+        x2 was a layer before.
+
+    Streams are of equal shape. Parameters are a pair `(f's, g's)`. Stores log2(1 / scale) bits,
+    rounded up, for each element of a stream: 4 and none with the default scales.
+    """
+    branches = zip((f, g), (0, 1), scales, strict=True)
+    steps = (HalfStep(_with_aux(b, has_aux), i, (1 - i,), scaled(s)) for b, i, s in branches)
+    return Block(tuple(steps), grid, order=(1, 0))
 
 
 def _with_aux(branch: Branch, has_aux: bool = False, num_reads: int = 1) -> Branch:

@@ -7,6 +7,7 @@
 | affine   | x * bound**tanh(u[0]) + u[1] | 1                         |
 | momentum | gamma * x + (1 - gamma) * u  | 1                         |
 | bdia     | gamma * x + u                | 1, or as many as asked    |
+| scaled   | scale * x + u                | log2(1 / scale), upwards  |
 """
 
 from __future__ import annotations
@@ -195,20 +196,48 @@ def bdia(bits: int = 1) -> Coupling:
 
     def merge(x, u, grid):
         gamma, update = gamma_and_update(u, x)
-        by, residues = factor(gamma, x, grid), []
-        for _ in range(bits):
-            x, residue = _multiply(x, by, grid)
-            residues.append(residue)
-        return add.merge(signed(x, gamma), update, grid)[0], tuple(residues)
+        x, residues = _multiply_often(x, factor(gamma, x, grid), bits, grid)
+        return add.merge(signed(x, gamma), update, grid)[0], residues
 
     def unmerge(y, u, residue, grid):
         gamma, update = gamma_and_update(u, y)
         x = signed(add.unmerge(y, update, None, grid), gamma)
-        by = factor(gamma, x, grid)
-        # The last product is undone first, with the bit that it left.
-        for each in reversed([None] * bits if residue is None else residue):
-            x = _divide(x, each, by, grid)
-        return x
+        return _divide_often(x, residue, factor(gamma, x, grid), bits, grid)
+
+    return Coupling(merge, unmerge)
+
+
+def scaled(scale: float) -> Coupling:
+    """`y = scale * x + u`, the coupling of reversible adapters (see `meft_block`).
+
+    Liao et al. 2023 (arXiv:2306.00477).
+
+    Args:
+      scale: in [2**-24, 1]. At 1 this is `additive`.
+
+    The update u is as for `additive`.
+
+    Exact on a grid with a residue of b = log2(1 / scale) bits per element, rounded up: x is
+    multiplied b times by the b-th root of the scale, rounded to a multiple of 2**-12. Without a
+    grid the scale is not rounded, and undoing a layer divides the rounding error by it.
+    """
+    scale, add = constant("scale", scale), additive()
+    if not 2**-24 <= scale <= 1:
+        raise ValueError(f"got scale={scale}, expected at least 2**-24 and at most 1")
+    bits = math.ceil(-math.log2(scale))
+    root = scale ** (1 / max(1, bits))
+    rounded = round(root * 2**SCALE_BITS) / 2**SCALE_BITS
+
+    def factor(x, grid):
+        return _full(x, root if grid is None else rounded)
+
+    def merge(x, u, grid):
+        x, residues = _multiply_often(x, factor(x, grid), bits, grid)
+        return add.merge(x, u, grid)[0], residues or None
+
+    def unmerge(y, u, residue, grid):
+        x = add.unmerge(y, u, None, grid)
+        return _divide_often(x, residue, factor(x, grid), bits, grid)
 
     return Coupling(merge, unmerge)
 
@@ -243,6 +272,23 @@ def _divide(y: Any, residue: Any, scale: Any, grid: Grid | None) -> Any:
     residue = (None,) * len(leaves) if residue is None else residue
     args = zip(leaves, residue, jax.tree.leaves(scale), strict=True)
     return treedef.unflatten([divide(*leaf_args, grid) for leaf_args in args])
+
+
+def _multiply_often(x: Any, scale: Any, times: int, grid: Grid | None) -> tuple[Any, Any]:
+    """Multiplies `times` times by the same scale: (y, a tuple of the residues)."""
+    residues = []
+    for _ in range(times):
+        x, residue = _multiply(x, scale, grid)
+        residues.append(residue)
+    return x, tuple(residues)
+
+
+def _divide_often(y: Any, residue: Any, scale: Any, times: int, grid: Grid | None) -> Any:
+    """Undoes `_multiply_often`."""
+    # The last product is undone first, with the bit that it left.
+    for each in reversed([None] * times if residue is None else residue):
+        y = _divide(y, each, scale, grid)
+    return y
 
 
 def _full(x: Any, value: Any) -> Any:

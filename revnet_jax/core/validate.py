@@ -199,9 +199,10 @@ def check_block(section: Any, x: Any) -> None:
         return
     if block.grid is not None:
         block.grid.check(x)
-    num_streams = 1 + max(max((s.updates, *s.reads)) for s in block.half_steps)
-    if len(x) != num_streams:
-        raise ValueError(f"got {len(x)} streams, expected the {num_streams} the block acts on")
+    if len(x) != block.num_streams:
+        raise ValueError(
+            f"got {len(x)} streams, expected the {block.num_streams} the block acts on"
+        )
     if type(params_L) is not tuple or len(params_L) != len(block.half_steps):
         got = f"{len(params_L)}" if type(params_L) is tuple else f"a {type(params_L).__name__}"
         raise ValueError(
@@ -335,7 +336,7 @@ def _there_and_back(block, params, x, context):
         y, residue = step.merge(before[-1], u, block.grid)
         rebuilt.append(step.coupling.unmerge(y, u, residue, block.grid))
         streams[step.updates] = y
-    return tuple(streams), (tuple(before), tuple(rebuilt))
+    return block.arranged(streams), (tuple(before), tuple(rebuilt))
 
 
 def _check_kept(x, y):

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from revnet_jax.core import (
+    Block,
     Grid,
     HalfStep,
     additive,
     affine,
     bdia_block,
     leapfrog,
+    meft_block,
     momentum_block,
     reversible_block,
     symplectic_block,
@@ -50,6 +52,7 @@ def test_a_coupling_and_a_grid_are_made_before_they_are_passed():
         lambda branch: reversible_block(double, branch),
         lambda branch: momentum_block(branch, has_aux=True),
         lambda branch: bdia_block(branch, double),
+        lambda branch: meft_block(branch, double),
         lambda branch: symplectic_block(double, branch, step=0.5),
         lambda branch: HalfStep(branch, 0, (1,), additive()),
     ],
@@ -93,6 +96,19 @@ def test_a_constant_is_a_number(name):
 def test_a_residue_has_a_whole_number_of_bits(bits):
     with pytest.raises(ValueError, match=r"got bits=.*, expected a whole number from 1 to 24"):
         bdia_block(double, double, bits=bits)
+
+
+@pytest.mark.parametrize("scale", [0, 2**-25, 1.01, -0.5, "1", float("nan")])
+def test_a_scale_has_an_inverse_on_the_grid(scale):
+    with pytest.raises(ValueError, match=r"got scale=.*, expected a(t least 2\*\*-24| finite num)"):
+        meft_block(double, double, scales=(0.5, scale))
+
+
+@pytest.mark.parametrize("order", [(0,), (0, 0), (1, 2), (0, 1, 2)])
+def test_an_order_names_every_stream_once(order):
+    half_steps = reversible_block(double, double).half_steps
+    with pytest.raises(ValueError, match="expected the indices of the 2 streams in some order"):
+        Block(half_steps, order=order)
 
 
 @pytest.mark.parametrize("bits", [2.5, "12", True, float("nan"), 23, -1])

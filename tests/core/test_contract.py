@@ -20,6 +20,7 @@ from revnet_jax.core import (
     bdia_block,
     chain,
     leapfrog,
+    meft_block,
     momentum_block,
     multi_stream_block,
     reversible_block,
@@ -100,6 +101,11 @@ def naive_bdia(params, x, context):
     return x1, step(params[1], x[1], x1, context.data["gamma"][1])
 
 
+def naive_meft(params, x, context):
+    y1 = 0.1 * x[0] + branch(params[0], x[1], context)
+    return 0.75 * x[1] + branch(params[1], y1, context), y1
+
+
 def naive_symplectic(params, x, context):
     def gradient(params, x):  # of the energy, by hand
         return jnp.tanh(x @ params["w"] * context.shared) * context.shared @ params["w"].T
@@ -144,6 +150,9 @@ ROWS = {
     "bdia of 4 bits": Row(
         lambda grid: bdia_block(branch, branch, bits=4, grid=grid), naive_bdia, bits=8
     ),
+    "meft": Row(
+        lambda grid: meft_block(branch, branch, scales=(0.1, 0.75), grid=grid), naive_meft, bits=5
+    ),
     "symplectic": Row(
         lambda grid: symplectic_block(energy, energy, step=STEP, grid=grid),
         naive_symplectic,
@@ -166,7 +175,7 @@ ROWS = {
 every_row = pytest.mark.parametrize("name", ROWS)
 # The default run takes one coupling of each kind; the thorough run takes all.
 most_rows = pytest.mark.parametrize(
-    "name", by_default(ROWS, "additive", "affine", "bdia", "symplectic")
+    "name", by_default(ROWS, "additive", "affine", "bdia", "meft", "symplectic")
 )
 some_rows = pytest.mark.parametrize("name", by_default(ROWS, "additive", "affine"))
 one_row = pytest.mark.parametrize("name", by_default(ROWS, "additive"))

@@ -27,6 +27,7 @@ from revnet_jax.core import (
     leapfrog,
     momentum_block,
     multi_stream_block,
+    scaled,
     sequence_forward,
     sequence_inverse,
 )
@@ -72,7 +73,7 @@ grids = st.integers(0, 22).map(Grid)
 
 # The limit over the size of the input, so that no stream leaves the range within MAX_DEPTH layers,
 # whatever the branches say, and most of the range is used.
-ROOM = {"additive": 4, "leapfrog": 4, "affine": 4, "momentum": 16, "bdia": 32}
+ROOM = {"additive": 4, "leapfrog": 4, "affine": 4, "momentum": 16, "bdia": 32, "scaled": 4}
 MAX_DEPTH = 9
 
 
@@ -133,8 +134,8 @@ class Network(NamedTuple):
         elif self.coupling == "bdia":
             block, params = bdia_block(branch, branch, grid=grid), (0, 1)
         else:
-            coupling = {"additive": additive, "leapfrog": leapfrog, "affine": affine}
-            coupling = coupling[self.coupling](self.number)
+            make = {"additive": additive, "leapfrog": leapfrog, "affine": affine, "scaled": scaled}
+            coupling = make[self.coupling](self.number)
             block = multi_stream_block([branch] * n, reads=self.reads, coupling=coupling, grid=grid)
             params = tuple(range(n))
 
@@ -170,6 +171,7 @@ def networks(draw, coupling):
         "affine": st.floats(1.1, 2.0),
         "momentum": st.floats(0.5, 0.999),
         "bdia": st.just(0.0),
+        "scaled": st.floats(0.01, 1.0),
     }[coupling]
     num_streams = 2 if coupling in ("momentum", "bdia") else draw(st.sampled_from([2, 2, 3, 4]))
     alike = coupling in ("momentum", "bdia") or draw(st.booleans())
