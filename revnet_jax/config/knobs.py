@@ -176,9 +176,10 @@ def language_model() -> ConfigDict:
     model.rotary_base = 10_000.0
     # Of Llama 3.1: factor, turns that are scaled, turns that are kept, context before scaling.
     model.rotary_scaling = ()  # such as 8,1,4,8192; empty: none
-    # To make a pretrained network of one stream reversible: bdia, midpoint or dual.
-    model.integrator = "streams"  # streams | bdia | midpoint | dual
+    # To make a pretrained network of one stream reversible: bdia, midpoint, dual or meft.
+    model.integrator = "streams"  # streams | bdia | midpoint | dual | meft
     model.integrator_steps = 1000  # dual: batches, or microbatches, until it is the midpoint rule
+    model.adapter_rank = 8  # meft: width inside the adapter of each layer
     model.lora_rank = 0  # low-rank matrices beside the kernels of layers (LoRA); 0: none
     model.lora_alpha = 16.0  # their product is scaled by lora_alpha / lora_rank
     model.window = 0  # attention window in tokens, with itself; 0: all before it

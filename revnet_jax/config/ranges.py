@@ -139,6 +139,7 @@ RANGES = {
     "model.rotary_scaling": several(real("(0, inf)"), length=4, or_empty=True),
     "model.window": whole(0),
     "model.integrator_steps": whole(1),
+    "model.adapter_rank": whole(1),
     "model.lora_rank": whole(0),
     "model.lora_alpha": real("(0, inf)"),
     "model.feed_forward_chunks": whole(1),

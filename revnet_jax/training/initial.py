@@ -20,8 +20,9 @@ from revnet_jax.training.inputs import Data
 from revnet_jax.training.program import StepProgram
 from revnet_jax.training.step import TrainState
 
-# Paths of what a model gets to be fine-tuned: low-rank matrices, the progress of its integrator.
-ADAPTER = re.compile(r"/lora_[ab]\b|stats/batches\b")
+# Paths of what a model gets to be fine-tuned: low-rank matrices, adapters, the progress of its
+# integrator.
+ADAPTER = re.compile(r"/(lora|adapter)_[ab]\b|stats/batches\b")
 
 
 def first_state(
@@ -45,7 +46,7 @@ def first_state(
 def load_weights(workdir: Path, wanted: Variables, data: dict[str, Any]) -> tuple[int, Variables]:
     """Returns (step, parameters and running averages) of the last checkpoint in `workdir`.
 
-    If the model has adapters (LoRA) and the run in `workdir` had none, they are None.
+    Adapters of the model that the run in `workdir` did not have are None.
 
     Args:
       wanted: the shapes, dtypes and shardings to load.
@@ -85,16 +86,17 @@ def load_weights(workdir: Path, wanted: Variables, data: dict[str, Any]) -> tupl
 
 
 def _restored(checkpoints, wanted):
-    """Restores what is wanted, with None for adapters if they are all that is missing."""
+    """Restores what is wanted, with None for missing adapters if nothing else is missing."""
     try:
         return checkpoints.restore(TrainState.of_variables(wanted), partial=True)
     except OtherTree as error:
         # Anything else that is missing, or has another shape, means another model.
         if not all(ADAPTER.search(line) and ": got nothing," in line for line in error.differences):
             raise
+        missing = {line.partition(": got nothing,")[0] for line in error.differences}
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
     # Read without adapters: `init_state` initialises what is None.
-    is_adapter = lambda path: ADAPTER.search(jax.tree_util.keystr(path, simple=True, separator="/"))
     without = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: None if is_adapter(path) else leaf, wanted
+        lambda path, leaf: None if name(path) in missing else leaf, TrainState.of_variables(wanted)
     )
-    return checkpoints.restore(TrainState.of_variables(without), partial=True)
+    return checkpoints.restore(without, partial=True)

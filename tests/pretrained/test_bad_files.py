@@ -151,6 +151,7 @@ def test_a_tokenizer_that_does_not_fit(source, tmp_path):
 
 EXPORTS = {
     "streams": ({"reversible": True}, "got True with integrator='streams', expected False, or"),
+    "meft": ({"reversible": True, "integrator": "meft"}, "got True with integrator='meft', exp"),
     "experts": ({"experts": 4}, "config.model.experts: got 4, expected 0"),
     "window": ({"window": 8}, "config.model.window: got 8, expected 0"),
     "norms": ({"norm": "layer"}, "config.model.norm: got 'layer', expected 'rms': a llama"),

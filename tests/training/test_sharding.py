@@ -157,15 +157,17 @@ def test_sequences_in_parts(changes, lockstep, meshes):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("lockstep", [False, True])
-def test_frozen_kernels_and_bdia(lockstep):
+@pytest.mark.parametrize(
+    ("integrator", "lockstep"), [("bdia", False), ("bdia", True), ("meft", True)]
+)
+def test_frozen_kernels_and_integrators(integrator, lockstep):
     """Frozen kernels are split and gathered like others; BDIA draws a factor for each example."""
     settings = {
         **FAMILIES["decoder"],
-        "model.integrator": "bdia",
+        "model.integrator": integrator,
         "model.lora_rank": 4,
         "model.feed_forward_chunks": 2,
-        "optimizer.trainable": "lora|embed|head",
+        "optimizer.trainable": "lora|adapter|embed|head",
     }
     cases = [("reverse", lockstep, mesh, "float64") for mesh in MESHES[1:]]
     check(differences("decoder", settings, cases))

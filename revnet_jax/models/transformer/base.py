@@ -13,12 +13,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from revnet_jax.core import Block, Layer, PlainLayer, bdia_block, leapfrog, reversible_block
+from revnet_jax.core import (
+    Block,
+    Layer,
+    PlainLayer,
+    bdia_block,
+    leapfrog,
+    meft_block,
+    reversible_block,
+)
 from revnet_jax.models.chain_model import ChainModel
 from revnet_jax.models.model import ModelOptions, Sweep
 
-INTEGRATORS = ("streams", "bdia", "midpoint", "dual")
+INTEGRATORS = ("streams", "bdia", "midpoint", "dual", "meft")
 DUAL_BITS = 4  # c starts at 2**-DUAL_BITS
+MEFT_SCALES = (0.1, 1.0)  # lambda and beta of the paper's authors, for BERT and for OPT
 
 
 class Transformer(ChainModel):
@@ -43,6 +52,16 @@ class Transformer(ChainModel):
     arXiv:2401.04105), here with weights that sum to 1. It keeps `DUAL_BITS` bits for each element
     of a stream and step.
 
+    "meft" makes one step per layer, with a branch that is the whole layer F of the irreversible
+    network (Liao et al. 2023, arXiv:2306.00477, MEFT1; see `meft_block`). With an adapter G of each
+    layer, which starts at zero, and y[0] = x[0]:
+
+        x[n+1] = 0.1 y[n] + F(x[n])
+        y[n+1] = x[n] + G(x[n+1])
+
+    The head reads x[n] + 0.1 y[n], as in the authors' decoders. It keeps 4 bits for each element of
+    one stream and layer.
+
     Args:
       reversible: two streams; otherwise one stream.
       layers: see `ChainModel`.
@@ -61,8 +80,15 @@ class Transformer(ChainModel):
             )
         self.integrator = integrator
 
-    def _layer(self, f: Callable[..., Any], g: Callable[..., Any], *, training: bool) -> Layer:
-        """The chain's layer from branches f and g that return (u, aux).
+    def _layer(
+        self,
+        f: Callable[..., Any],
+        g: Callable[..., Any],
+        adapter: Callable[..., Any] | None = None,
+        *,
+        training: bool,
+    ) -> Layer:
+        """The chain's layer from branches f and g, and the adapter of "meft"; all return (u, aux).
 
         With "dual", and with "bdia" in training, the last of the context's data are its factors c.
         """
@@ -74,6 +100,10 @@ class Transformer(ChainModel):
             bits = DUAL_BITS if self.integrator == "dual" else 1
             factors = lambda context: context.data[-1]
             return bdia_block(f, g, gamma=factors, bits=bits, has_aux=True, grid=self.grid)
+        if self.integrator == "meft":
+            assert adapter is not None
+            whole = _one_branch(residual(f, g))
+            return meft_block(whole, adapter, scales=MEFT_SCALES, has_aux=True, grid=self.grid)
         # `leapfrog(h)` adds 2 h times the update.
         coupling = leapfrog(1.0) if self.integrator == "midpoint" else None
         return reversible_block(f, g, has_aux=True, coupling=coupling, grid=self.grid)
@@ -96,13 +126,47 @@ class Transformer(ChainModel):
         if not isinstance(layer, Block):
             (y,), aux_L = self.run_chain(layer, params_L, (x,), sweep=sweep, **data)
             return y, aux_L
-        # Branch g is the last to update, so y2 is x[n], and y1 is x[n-1].
+        if self.integrator == "meft":
+            params_L, sweep = _by_half_steps(params_L), _of_half_steps(sweep)
+        # y2 is x[n], and y1 is x[n-1], or y[n] of "meft": branch g is the last to update, but for
+        # "meft", whose layers let their streams change places.
         (y1, y2), aux_L = self.run_chain(layer, params_L, (x, x), sweep=sweep, **data)
         if self.integrator == "streams":
             return y1 + y2, aux_L
         if self.integrator == "bdia":
             return y2, aux_L
+        if self.integrator == "meft":
+            return MEFT_SCALES[0] * y1 + y2, aux_L[0]
         return weight * y1 + (1 - weight) * y2, aux_L
+
+
+def _one_branch(apply):
+    """A branch (u, aux) from the function of a layer with one stream."""
+
+    def branch(params, x, context):
+        (u,), aux = apply(params, (x,), context)
+        return u, aux
+
+    return branch
+
+
+def _by_half_steps(params: Any) -> Any:
+    """The parameters of attention, feed-forward network and adapter, as "meft" takes them."""
+    attention, feed_forward, adapter = params
+    return (attention, feed_forward), adapter
+
+
+def _of_half_steps(sweep: Sweep) -> Sweep:
+    """The sweep for parameters grouped by `_by_half_steps`; its optimizer knows them ungrouped."""
+    if sweep.update is None:
+        return sweep
+    ungrouped = lambda params: (*params[0], params[1])
+
+    def update(dparams, state, params):
+        params, state = sweep.update(ungrouped(dparams), state, ungrouped(params))
+        return _by_half_steps(params), state
+
+    return sweep._replace(update=update)
 
 
 def draw_factors(key: jax.Array, layers: int, x: jax.Array) -> jax.Array:

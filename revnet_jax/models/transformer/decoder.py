@@ -311,6 +311,23 @@ class FeedForward(nnx.Module):
         return self.down(ACTIVATIONS[self.activation][1](*hidden))
 
 
+class Adapter(nnx.Module):
+    """gelu(x A) B, which starts at zero (Houlsby et al. 2019, arXiv:1902.00751).
+
+    The branch that makes a layer reversible under the integrator "meft". Like its authors' for
+    decoders, it reads a stream as it is, without a normalisation.
+    """
+
+    def __init__(self, width: int, rank: int, *, dtype, rngs: nnx.Rngs):
+        down = width**-0.5 * jax.random.normal(rngs.params(), (width, rank))
+        self.adapter_a, self.adapter_b = nnx.Param(down), nnx.Param(jnp.zeros((rank, width)))
+        self.dtype = dtype
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        a, b = (leaf[...].astype(self.dtype) for leaf in (self.adapter_a, self.adapter_b))
+        return jax.nn.gelu(x_BTD.astype(self.dtype) @ a, approximate=True) @ b
+
+
 class Experts(nnx.Module):
     """Mixture of SwiGLU experts: each token goes to the R experts of highest router probability.
 

@@ -31,6 +31,7 @@ from revnet_jax.models.transformer.base import (
 from revnet_jax.models.transformer.decoder import (
     LAYER_RULES,
     NORMS,
+    Adapter,
     Attention,
     Cache,
     Experts,
@@ -111,6 +112,8 @@ class LanguageModel(Transformer):
         common |= experts if a.experts else dense
         feed_forward = Experts if a.experts else FeedForward
         self._g = PureModule(lambda rngs: feed_forward(**common, rngs=rngs))
+        adapter = lambda rngs: Adapter(a.width, a.adapter_rank, dtype=self.compute_dtype, rngs=rngs)
+        self._adapter = PureModule(adapter) if self.integrator == "meft" else None
         self._norm = PureModule(lambda rngs: norm(a.width))
 
     @property
@@ -130,7 +133,8 @@ class LanguageModel(Transformer):
         head = self._norm.init(head_key)[0]
         if not a.tied:
             head["kernel"] = a.width**-0.5 * jax.random.normal(head_key, (a.width, a.vocab_size))
-        layers = init_layers_of((self._f, self._g), layers_key, a.layers)
+        modules = (self._f, self._g, *([] if self._adapter is None else [self._adapter]))
+        layers = init_layers_of(modules, layers_key, a.layers)
         params = {"embed": embedding_VD, "layers": layers, "head": head}
         if a.learned_positions:
             # Derived from another key, so that the rest is what it is without learned positions.
@@ -319,7 +323,7 @@ class LanguageModel(Transformer):
         return Positions(first, on_sequence(angles), document_BT), next_BT[:, -1]
 
     def _branches(self):
-        """The branches (f, g).
+        """The branches (f, g), and the adapter of "meft".
 
         Their context holds the tokens' positions as `shared` and (KV cache, dropout keys, factors
         of the integrator) as per-layer data, each of them None where it is not used.
@@ -338,7 +342,11 @@ class LanguageModel(Transformer):
             u_BTD, *aux = u_BTD if self.shape.experts else (u_BTD,)
             return on_batch(drop(u_BTD, rate, keys, 1)), tuple(aux)
 
-        return f, g
+        def adapter(params, x_BTD, context):
+            params = gather(self.rules, "layers/2", params, self.compute_dtype)
+            return on_batch(self._adapter.apply(params, {}, on_batch(x_BTD))[0]), None
+
+        return (f, g) if self._adapter is None else (f, g, adapter)
 
     def _feed_forward(self, params, x_BTD):
         apply = lambda params, x_BTD: self._g.apply(params, {}, x_BTD)[0]

@@ -42,6 +42,7 @@ class LanguageModelShape:
         `Transformer`.
       integrator_steps: with the integrator "dual", the number of batches, or microbatches, until it
         is the midpoint rule.
+      adapter_rank: with the integrator "meft", the width inside its adapters, see `Adapter`.
       lora_rank: rank of the matrices that are added to the kernels of all layers, see `LoRA`; 0 for
         none.
       lora_alpha: the product of these matrices is scaled by lora_alpha / lora_rank.
@@ -71,6 +72,7 @@ class LanguageModelShape:
     rotary_scaling: tuple[float, ...] = ()
     integrator: str = "streams"
     integrator_steps: int = 1000
+    adapter_rank: int = 8
     lora_rank: int = 0
     lora_alpha: float = 16.0
 
@@ -85,8 +87,8 @@ class LanguageModelShape:
         return self.head_size or self.width // self.heads
 
     def __post_init__(self):
-        sizes = ("vocab_size", "layers", "width", "heads", "kv_heads", "hidden", "integrator_steps")
-        check_positive(self, sizes)
+        sizes = ("vocab_size", "layers", "width", "heads", "kv_heads", "hidden")
+        check_positive(self, (*sizes, "integrator_steps", "adapter_rank"))
         # Rotary positions turn one half of a head against the other.
         if not self.head_size and self.width % (2 * self.heads):
             raise ValueError(
