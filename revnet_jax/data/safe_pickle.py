@@ -2,15 +2,16 @@
 
 Unpickling may call any function that the file names. A short file can also encode a value that is
 exponentially large: a tuple that holds one tuple twice, which again holds one twice, and so on. So
-the file's instructions are checked first. They may name only what numpy arrays and byte strings
-need, may not refer to a container a second time, and are limited in number.
+the file's instructions are checked first, by following the kinds of the values on the stack. They
+may name only what numpy arrays and byte strings need, may not refer to a container a second time,
+may change only the values made here, and are limited in number.
 """
 
 import pickle
 import pickletools
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -22,21 +23,32 @@ _MAX_BYTES = 2**29
 _MAX_INSTRUCTIONS = 2**20
 _MAX_CONTAINERS = 100  # a published file has a dictionary, three lists, and array shapes
 
-# Opcodes of protocols 2 (that of the published files) to 5.
-_NO_VALUES = frozenset({"PROTO", "FRAME", "MARK", "STOP"})
-_NUMBERS = frozenset({"NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1"})
-_BYTES = frozenset({"BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"})
-_TEXT = frozenset({"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"})
-_GLOBALS = frozenset({"GLOBAL", "STACK_GLOBAL"})
-_CONSUME = frozenset({"REDUCE", "BUILD"})  # these remove the tuple before them from the stack
-_TUPLES = frozenset({"EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"})
-_CONTAINERS = _TUPLES | {"EMPTY_DICT", "EMPTY_LIST"}
-_FILL = frozenset({"APPEND", "APPENDS", "SETITEM", "SETITEMS"})
+# Opcodes of protocols 2 (that of the published files) to 5, by the kind of value that they push.
+_PUSHED = {
+    name: kind
+    for kind, names in {
+        "constant": ("NONE", "NEWTRUE", "NEWFALSE"),
+        "number": ("BININT", "BININT1", "BININT2", "LONG1"),
+        "bytes": ("BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+        "text": ("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+        "function": ("GLOBAL", "STACK_GLOBAL"),
+        "tuple": ("EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "TUPLE"),
+        "list": ("EMPTY_LIST",),
+        "dictionary": ("EMPTY_DICT",),
+        "result": ("REDUCE",),  # an array, a dtype, or an encoded byte string
+    }.items()
+    for name in names
+}
+# How many values an opcode takes from the stack; others take none, or those since the last mark.
+_TAKEN = {
+    **{"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "STACK_GLOBAL": 2},
+    **{"APPEND": 1, "SETITEM": 2, "BUILD": 1, "REDUCE": 2},
+}
+_TAKE_MARKED = frozenset({"TUPLE", "APPENDS", "SETITEMS"})
+_OTHERS = frozenset({"PROTO", "FRAME", "STOP", *_TAKEN, *_TAKE_MARKED})
+_CONTAINERS = frozenset({"tuple", "list", "dictionary"})
 _PUT = frozenset({"BINPUT", "LONG_BINPUT", "MEMOIZE"})
 _GET = frozenset({"BINGET", "LONG_BINGET"})
-_ALLOWED = frozenset().union(
-    _NO_VALUES, _NUMBERS, _BYTES, _TEXT, _GLOBALS, _CONSUME, _CONTAINERS, _FILL, _GET
-)
 
 
 class _Refused(Exception):
@@ -47,19 +59,20 @@ class _Dtype:
     """Stands in for `numpy.dtype`."""
 
     def __init__(self, name: Any, *_: Any):
-        self.name = name.decode() if isinstance(name, bytes) else name
-        self.order = "="
+        self.name, self.order = name, "="
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         # The state of a dtype is (version, byte order, ...).
-        order = state[1]
-        self.order = order.decode() if isinstance(order, bytes) else order
+        self.order = state[1]
 
     def to_numpy(self) -> np.dtype:
+        # Decoded here, where the first wrong name ends it: a file may make many dtypes of one
+        # large string, whose copies would fill the memory.
+        name, order = _text(self.name), _text(self.order)
         # Pixels and labels are integers; arrays of objects would hold pointers.
-        if not re.fullmatch("[iu][1248]", self.name) or self.order not in ("<", ">", "=", "|"):
-            raise _Refused(f"an array of {str(self.order)[:9]}{str(self.name)[:9]}")
-        return np.dtype(self.name).newbyteorder(self.order)
+        if not re.fullmatch("[iu][1248]", name) or order not in ("<", ">", "=", "|"):
+            raise _Refused(f"an array of {order[:9]}{name[:9]}")
+        return np.dtype(name).newbyteorder(order)
 
 
 class _Array:
@@ -82,28 +95,37 @@ def _reconstruct(*_: Any) -> _Array:
     return _Array()
 
 
-def _encode_latin1(text: str, encoding: str) -> bytes:
-    """Stands in for `_codecs.encode`, by which protocol 2 encodes byte strings."""
-    if encoding != "latin1":
-        raise _Refused("a byte string that is not encoded as latin1")
-    return text.encode("latin1")
-
-
 _ALLOWED_GLOBALS = {
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,  # before numpy 2
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy", "ndarray"): None,  # an argument of _reconstruct, not to be called
     ("numpy", "dtype"): _Dtype,
-    ("_codecs", "encode"): _encode_latin1,
 }
 
 
 class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: BinaryIO, size: int):
+        # Strings of Python 2, the pixels among them, would otherwise be decoded from ASCII.
+        super().__init__(file, encoding="bytes")
+        self._bytes_left = size
+
     def find_class(self, module_name: str, global_name: str, /) -> Any:
+        if (module_name, global_name) == ("_codecs", "encode"):
+            return self._encode_latin1
         try:
             return _ALLOWED_GLOBALS[module_name, global_name]
         except KeyError:
             raise _Refused(f"{module_name}.{global_name}"[:99]) from None
+
+    def _encode_latin1(self, text: str, encoding: str) -> bytes:
+        """Stands in for `_codecs.encode`, by which protocol 2 encodes byte strings."""
+        if encoding != "latin1":
+            raise _Refused("a byte string that is not encoded as latin1")
+        # One text encoded many times would fill the memory. Published files encode each text once.
+        self._bytes_left -= len(text)
+        if self._bytes_left < 0:
+            raise _Refused("more bytes than the file has")
+        return text.encode("latin1")
 
 
 def load_pickled_dict(path: Path) -> dict[str, Any]:
@@ -123,8 +145,7 @@ def load_pickled_dict(path: Path) -> dict[str, Any]:
             # All instructions are checked before the first is carried out.
             _check_instructions(file)
             file.seek(0)
-            # Strings of Python 2, the pixels among them, would otherwise be decoded from ASCII.
-            value = _Unpickler(file, encoding="bytes").load()
+            value = _Unpickler(file, size).load()
         if isinstance(value, dict):
             return {_text(key): _to_numpy(item) for key, item in value.items()}
     except _Refused as error:
@@ -146,36 +167,67 @@ def load_pickled_dict(path: Path) -> dict[str, Any]:
     )
 
 
-def _check_instructions(file: Any) -> None:
+def _check_instructions(file: BinaryIO) -> None:
     """Raises _Refused for instructions that no published file needs, or for too many.
 
-    Cost: 1 us per instruction.
+    Any other exception means that the file is damaged.
+
+    Cost: 2 us per instruction.
     """
-    is_container: dict[int, bool] = {}  # by memo number: whether the value is a container
-    on_top, containers = "", 0  # on_top: the opcode that made the value on top of the stack
+    stack: list[str] = []  # the kinds of the values since the last mark
+    marked: list[list[str]] = []  # those before each mark
+    memo: dict[int, str] = {}
+    containers = 0
     for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         name = opcode.name
         if count >= _MAX_INSTRUCTIONS:
             raise _Refused(f"more than {_MAX_INSTRUCTIONS:,} values")
         if name in _PUT:
             # MEMOIZE takes the next number; the other instructions name theirs.
-            number: Any = len(is_container) if name == "MEMOIZE" else argument
+            number: Any = len(memo) if name == "MEMOIZE" else argument
             if number >= _MAX_INSTRUCTIONS:  # Python allocates memo slots for all smaller numbers
                 raise _Refused(f"a value of number {number:,}")
-            # Filling a container leaves it on top of the stack.
-            is_container[number] = on_top in _CONTAINERS or on_top in _FILL
-            continue
-        if name in _GET and is_container.get(argument):
-            raise _Refused("one list, tuple or dictionary in two places")
-        # A tuple of arguments is used up at once and is no part of the result: not counted.
-        if name in _CONSUME and on_top in _TUPLES:
-            containers -= 1
-        containers += name in _CONTAINERS
-        if containers > _MAX_CONTAINERS:
-            raise _Refused(f"more than {_MAX_CONTAINERS} lists, tuples and dictionaries")
-        if name not in _ALLOWED:
+            memo[number] = stack[-1]
+        elif name in _GET:
+            if memo[argument] in _CONTAINERS:
+                raise _Refused("one list, tuple or dictionary in two places")
+            stack.append(memo[argument])
+        elif name == "MARK":
+            marked.append(stack)
+            stack = []
+        elif name in _PUSHED or name in _OTHERS:
+            if name in _TAKE_MARKED:
+                taken, stack = stack, marked.pop()
+            else:
+                taken = [stack.pop() for _ in range(_TAKEN.get(name, 0))][::-1]
+            _check_kinds(name, taken, stack)
+            if name in _PUSHED:
+                stack.append(_PUSHED[name])
+            # A tuple of arguments is used up at once and is no part of the result: not counted.
+            containers += (_PUSHED.get(name) in _CONTAINERS) - (name in ("REDUCE", "BUILD"))
+            if containers > _MAX_CONTAINERS:
+                raise _Refused(f"more than {_MAX_CONTAINERS} lists, tuples and dictionaries")
+        else:
             raise _Refused(f"the instruction {name}")
-        on_top = name
+
+
+def _check_kinds(name: str, taken: list[str], stack: list[str]) -> None:
+    """Checks the values that an instruction takes, and the one below, which it changes."""
+    match name:
+        case "APPEND" | "APPENDS":
+            fits = stack[-1] == "list"
+        case "SETITEM" | "SETITEMS":
+            # Hashes of strings are random; numbers may be chosen so that all have the same hash.
+            fits = stack[-1] == "dictionary" and {*taken[::2]} <= {"bytes", "text", "result"}
+        case "REDUCE":
+            fits = taken == ["function", "tuple"]
+        case "BUILD":
+            # The state of a function or a class would be set for the whole process.
+            fits = stack[-1] == "result" and taken == ["tuple"]
+        case _:
+            fits = True
+    if not fits:
+        raise _Refused(f"{name} of {', '.join((*stack[-1:], *taken[:2]))}")
 
 
 def _text(key: Any) -> str:

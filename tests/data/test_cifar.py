@@ -2,12 +2,13 @@ import os
 import pickle
 import struct
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from revnet_jax.data import DataError, load_dataset
-from revnet_jax.data.safe_pickle import load_pickled_dict
+from revnet_jax.data.safe_pickle import _Dtype, load_pickled_dict
 
 CIFAR10_CLASSES = [f"class{i}" for i in range(10)]
 CIFAR100_CLASSES = [f"fine{i}" for i in range(100)]
@@ -294,6 +295,37 @@ BOMBS = {
         b"U\x02u8\x85R\x89U\x08aaaaaaaatbu.",
         "is damaged",
     ),
+    # An instruction between a tuple and its number must not hide that it is one.
+    "tuples with a state": (
+        b"\x80\x02}" + nested(b"\x86Nb", 18) + b"Ns.",
+        "BUILD of tuple, constant",
+    ),
+    "tuples after a protocol": (
+        b"\x80\x02}" + nested(b"\x86\x80\x02", 18) + b"Ns.",
+        "in two places",
+    ),
+    "tuples after a frame": (
+        b"\x80\x04}" + nested(b"\x86\x95" + bytes(8), 18) + b"Ns.",
+        "in two places",
+    ),
+    # All of them have the hash 0.
+    "numbers as keys": (
+        b"\x80\x02}("
+        + b"".join(
+            b"\x8a\x0b" + (i * (2**61 - 1)).to_bytes(11, "little") + b"N" for i in range(999)
+        )
+        + b"u.",
+        "SETITEMS of dictionary, number",
+    ),
+    "one text encoded often": (
+        ANY
+        + b"(X\x10\x27\0\0"
+        + b"x" * 10_000
+        + b"q\0"
+        + b"c_codecs\nencode\nh\0X\x06\0\0\0latin1\x86R" * 200
+        + b"tu.",
+        "more bytes than the file has",
+    ),
     "a key in another encoding": (b"\x80\x02}U\x01\xffNs.", "'utf-8' codec"),
 }
 
@@ -308,6 +340,30 @@ def test_pickle_of_more_than_a_data_set_is_refused_quickly(tmp_path, cifar10_bat
     start = time.process_time()
     assert_data_error(tmp_path, path, message)
     assert time.process_time() - start < 20  # they would take hours, or all memory
+
+
+def test_pickle_that_sets_an_attribute_of_a_function(tmp_path):
+    path = tmp_path / "train"
+    # BUILD with the state (None, {"__doc__": b"mine"}).
+    path.write_bytes(b"\x80\x02}cnumpy\ndtype\nN}X\x07\0\0\0__doc__U\x04mines\x86b0.")
+    before = _Dtype.__doc__
+    with pytest.raises(DataError, match="BUILD of function, tuple"):
+        load_pickled_dict(path)
+    assert _Dtype.__doc__ == before
+
+
+def test_names_of_dtypes_are_not_decoded_again_and_again(tmp_path):
+    size, count = 10**5, 1000
+    name = b"T" + struct.pack("<i", size) + b"x" * size + b"q\0"
+    path = tmp_path / "train"
+    path.write_bytes(b"\x80\x02}U\x01a(" + name + b"cnumpy\ndtype\nh\0\x85R" * count + b"tNs.")
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError):
+            load_pickled_dict(path)
+        assert tracemalloc.get_traced_memory()[1] < 10 * size
+    finally:
+        tracemalloc.stop()
 
 
 def test_pickle_of_more_bytes_than_any_published_file(tmp_path, cifar10_batches):
