@@ -176,7 +176,7 @@ def _check_instructions(file: BinaryIO) -> None:
     """
     stack: list[str] = []  # the kinds of the values since the last mark
     marked: list[list[str]] = []  # those before each mark
-    memo: dict[int, str] = {}
+    memo: dict[Any, str] = {}
     containers = 0
     for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         name = opcode.name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,8 +68,7 @@ class Description:
         rope = {**scaling, **parameters}
         # Older files have this field at the top, newer ones beside `rope_theta`: see below.
         self.only("partial_rotary_factor", 1.0)
-        base = rope.get("rope_theta")
-        base = self._value("rope_theta", 10_000.0) if base is None else base
+        base = rope.get("rope_theta", self._value("rope_theta", 10_000.0))
         # "type" is the older name of "rope_type".
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
@@ -87,7 +86,7 @@ class Description:
         value = self._value(name, {})
         if not isinstance(value, dict):
             raise self._wrong(name, value, "an object")
-        return value
+        return {key: each for key, each in value.items() if each is not None}
 
     def _value(self, name: str, default: Any) -> Any:
         value = self._fields.get(name)
@@ -95,8 +94,9 @@ class Description:
 
     def _number(self, name: str, value: Any) -> float:
         fits = isinstance(value, int | float) and not isinstance(value, bool)
-        # NaN, which Python's JSON reads, fails the second comparison.
-        if not fits or not 0 < value < math.inf:
+        # NaN, which Python's JSON reads, fails the second comparison. So does a whole number too
+        # large for a float.
+        if not fits or not 0 < value <= sys.float_info.max:
             raise self._wrong(name, value, "a number above 0")
         return float(value)
 

@@ -7,6 +7,7 @@ import pytest
 
 from revnet_jax.config import language_model
 from revnet_jax.errors import UserError
+from revnet_jax.pretrained.description import Description
 from revnet_jax.pretrained.exporting import export_weights, family_for
 from revnet_jax.pretrained.importing import import_weights
 from tests.pretrained import published
@@ -72,6 +73,8 @@ DESCRIPTIONS = {
     "scaling of text": ({"rope_scaling": "llama3"}, "got rope_scaling=llama3, expected an object"),
     "quantized": ({"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4}, expect"),
     "biases": ({"mlp_bias": True}, "got mlp_bias=True, expected False"),
+    "a number too large": ({"rms_norm_eps": 10**400}, "got rms_norm_eps=1000"),
+    "a base too large": ({"rope_parameters": {"rope_theta": 10**400}}, "got rope_theta=1000"),
     "eps": ({"rms_norm_eps": 0}, "got rms_norm_eps=0, expected a number above 0"),
     "tied in words": ({"tie_word_embeddings": "yes"}, "got tie_word_embeddings=yes, expected true"),
     "a window": (
@@ -86,6 +89,16 @@ def test_descriptions_of_another_model(name, source, tmp_path):
     changes, message = DESCRIPTIONS[name]
     (source / "config.json").write_text(json.dumps({**LLAMA, **changes}))
     assert message in refusal(source, tmp_path / "run")
+
+
+def test_null_counts_as_absent(tmp_path):
+    path = tmp_path / "config.json"
+    empty = {"rope_type": None, "partial_rotary_factor": None, "rope_theta": None, "factor": None}
+    path.write_text(json.dumps({"rope_theta": 5.0, "rope_parameters": empty}))
+    assert Description(path).rotary() == {"rotary_base": 5.0, "rotary_scaling": ()}
+    older = {"type": "default", "rope_theta": 7.0}
+    path.write_text(json.dumps({"rope_scaling": older, "rope_parameters": empty}))
+    assert Description(path).rotary() == {"rotary_base": 7.0, "rotary_scaling": ()}
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
