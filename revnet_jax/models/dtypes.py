@@ -11,11 +11,16 @@ def at_least_float32(dtype: Any) -> Any:
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
+# The decoder's embeddings, of tokens and of positions. Not those that the ViT adds, "position" and
+# "token": their dtype is that of its streams, which stay in float32. Checkpoints hold these names.
+_NARROWED_EMBEDDINGS = ("embed", "positions")
+
+
 def is_narrowed(path: Any) -> bool:
     """Whether the leaf at this path is a kernel or an embedding, which `param_dtype` applies to."""
     name = jax.tree_util.keystr(path[-1:], simple=True)
     # Not low-rank adapters, `lora_a` and `lora_b`: they stay in float32.
-    return name.endswith("kernel") or name in ("embed", "positions")
+    return name.endswith("kernel") or name in _NARROWED_EMBEDDINGS
 
 
 def narrowed(params: Any, dtype: Any) -> Any:

@@ -71,6 +71,26 @@ def test_parameters_are_those_of_the_published_models(size, millions, reversible
     assert num_params(jax.eval_shape(vit.init, jax.random.key(0))) == round(millions * 1e6)
 
 
+def test_streams_stay_in_float32_when_parameters_are_narrowed(monkeypatch):
+    options = ModelOptions("reverse", compute_dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    vit = VisionTransformer(VisionTransformerShape(**SIZES), options)
+    seen = []
+    run_chain = vit.run_chain
+    monkeypatch.setattr(
+        vit,
+        "run_chain",
+        lambda layer, params, x, **rest: seen.extend(x) or run_chain(layer, params, x, **rest),
+    )
+    variables = jax.eval_shape(vit.init, jax.random.key(0))
+    image = jax.ShapeDtypeStruct((2, 8, 12, 3), jnp.float32)
+    jax.eval_shape(functools.partial(vit.apply, train=False), variables, image)
+    assert {x.dtype for x in seen} == {jnp.dtype("float32")}
+    # What is added to the streams is not narrowed, the kernel that makes them is.
+    stem = variables.params["stem"]
+    assert stem["position"].dtype == stem["token"].dtype == jnp.float32
+    assert stem["embed"]["kernel"].dtype == jnp.bfloat16
+
+
 def test_patches_are_read_row_by_row():
     """Moving a patch of the image moves one token."""
     vit = model("store", pool="mean")

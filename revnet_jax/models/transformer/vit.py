@@ -193,7 +193,8 @@ class Patches(nnx.Module):
         p = self.patch
         # [B, H/p, p, W/p, p, C] -> [B, H/p, W/p, p, p, C]: the pixels of a patch side by side.
         x = image_BHWC.reshape(B, H // p, p, W // p, p, C).transpose(0, 1, 3, 2, 4, 5)
-        # `param_dtype` does not narrow the positions, so that streams stay in float32.
+        # `param_dtype` does not narrow the positions (see `is_narrowed`), so that streams stay in
+        # float32.
         x_BTD = self.embed(x.reshape(B, -1, p * p * C)).astype(self.position[...].dtype)
         if self.has_token:
             token = jnp.broadcast_to(self.token[...], (B, 1, x_BTD.shape[-1]))
