@@ -144,6 +144,19 @@ def test_windows_need_an_order():
             attend(q, k, v, causal=causal, kernel="chunked", window=window)
 
 
+def test_heads_that_devices_cannot_share_are_one_line(monkeypatch):
+    """Only kernels that compilers cannot partition need it: here the loop over blocks."""
+    mesh = jax.make_mesh((2,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
+    monkeypatch.setattr(attention, "_SMALLEST_CHUNK", 4)
+    monkeypatch.setattr(attention, "_MOST_CHUNKS", 2)
+    q, k, v, _ = inputs("float32", 37, 1)
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(ValueError, match="got 4 heads and 1 key-value heads, e"),
+    ):
+        attend(q, k, v, causal=True, kernel="chunked", window=3)
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("length", [8, 9])
 def test_cudnn_gets_the_window(length, monkeypatch):

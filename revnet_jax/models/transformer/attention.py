@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from revnet_jax.models.dtypes import at_least_float32
-from revnet_jax.models.partition import BATCH, by_device
+from revnet_jax.models.partition import BATCH, by_device, extent
 
 AttentionKernel = Literal["chunked", "cudnn", "flash"]
 KERNELS: dict[str, AttentionKernel] = {
@@ -196,7 +196,15 @@ def _in_blocks(q_BTNK, k_BTGK, v_BTGK, segment_BT, *, window):
 
 def _by_heads_of_device(function, q_BTNK, k_BTGK, v_BTGK, segment_BT):
     """`function(q, k, v)`, or `(q, k, v, segments)`, with each device computing its own heads."""
-    heads = (BATCH, None, ("tensor", "sequence"))  # `by_heads` makes the number of heads divisible
+    axes_of_heads = ("tensor", "sequence")
+    devices = extent(axes_of_heads, dict(jax.sharding.get_abstract_mesh().shape))
+    N, G = q_BTNK.shape[2], k_BTGK.shape[2]
+    if N % devices or G % devices:
+        raise ValueError(
+            f"got {N} heads and {G} key-value heads, expected multiples of the {devices} devices "
+            "of the mesh axes tensor and sequence: repeat heads, as `by_heads` does, or use fewer"
+        )
+    heads = (BATCH, None, axes_of_heads)
     arrays, axes = (q_BTNK, k_BTGK, v_BTGK), (heads,) * 3
     if segment_BT is not None:
         arrays, axes = (*arrays, segment_BT), (*axes, (BATCH,))
