@@ -543,6 +543,17 @@ def test_clear_error(case):
     assert "\n" not in str(caught.value)
 
 
+def test_a_probe_of_another_name_is_an_error():
+    """As it is in models of one chain."""
+    arch = architecture("revnet")
+    network = ConvNet(arch, ModelOptions(backprop="reverse"))
+    variables, sweep = abstract_variables(network), Sweep({"another": Exactness.probe()})
+    with pytest.raises(KeyError):
+        jax.eval_shape(
+            functools.partial(network.apply, train=True, sweep=sweep), variables, batch(arch)[0]
+        )
+
+
 def test_a_resnet_has_no_inverse():
     with pytest.raises(ValueError, match="got backprop='reverse' for a resnet, exp") as caught:
         ConvNet(architecture("resnet32"), ModelOptions(backprop="reverse"))

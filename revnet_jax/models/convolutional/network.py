@@ -190,6 +190,7 @@ class ConvNet:
             # A chain runs where its first group is, whose name it has.
             if name in self.chains:
                 chain, strategy = self.chains[name], self.strategies[name]
+                checked = sweep.probes is not None and strategy.rebuilds
                 x, auxes = sequence(
                     self._sections(chain, variables, train, sweep),
                     x,
@@ -197,8 +198,9 @@ class ConvNet:
                     stored_layers=strategy.stored_layers,
                     unroll=self._unroll,
                     update=sweep.update,
-                    # `.get`, because only chains that are rebuilt have a probe.
-                    probe=None if sweep.probes is None else sweep.probes.get(name),
+                    # No `.get`: a probe of another name is an error, not a chain that is never
+                    # checked.
+                    probe=sweep.probes[name] if checked else None,
                 )
                 new_stats |= {
                     group.name: aux_L
