@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import itertools
 import json
 import math
@@ -139,6 +140,7 @@ class TokenFiles:
     Raises:
       DataError: a file is missing, the tokenizer file is invalid, or `out` holds tokens already.
       ValueError: `test_share` is out of its range, or the tokenizer has no such `end_token`.
+      StorageError: the folder or a file cannot be written.
     """
 
     def __init__(
@@ -165,10 +167,8 @@ class TokenFiles:
         missing = [str(path) for path in inputs if not path.is_file()]
         if missing:
             raise DataError(f"{missing[0]}: no such file; expected text to tokenize")
-        try:
+        with writing(out):
             out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"{out} cannot be made: {error.strerror}; expected a folder") from error
         self._out, self._shard_tokens = out, shard_tokens
         self.splits: dict[str, dict[str, int]] = {"train": {}, "test": {}}
         self._answers: dict[str, dict[str, int]] = {"train": {}, "test": {}}
@@ -239,6 +239,7 @@ def tokenize_files(
       DataError: a file cannot be read, the tokenizer file is invalid, the text is too short for two
         splits, or `out` holds tokens already.
       ValueError: `test_share` is out of its range, or the tokenizer has no such `end_token`.
+      StorageError: `out` or a file in it cannot be written.
     """
     files = TokenFiles(
         inputs,
@@ -279,15 +280,18 @@ def _tokenized(tokenizer, pieces, end):
 
 def _pieces(inputs: Sequence[Path]) -> Iterator[str | None]:
     """Yields the pieces of one file after another, and None after each file."""
-    # At least a hundred pieces, so that a small text can be split into training and test.
+    # A piece is 2 % of a small text at most, so that it can be split into training and test.
     size = min(_PIECE_BYTES, 1 + sum(path.stat().st_size for path in inputs) // 100)
     for path in inputs:
         try:
-            # newline="" keeps line ends as they are, so that the pieces add up to the file.
-            with open(path, encoding="utf-8", newline="") as file:
+            # A character that is cut goes to the next piece.
+            decode = codecs.getincrementaldecoder("utf-8")().decode
+            with open(path, "rb") as file:
                 # Up to a line end, but at most as much again, because a file may have no line ends.
-                while piece := file.read(size) + file.readline(size):
-                    yield piece
+                while content := file.read(size) + file.readline(size):
+                    if piece := decode(content):
+                        yield piece
+            decode(b"", final=True)  # raises an error if the last character is cut
             yield None
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: got bytes that are not UTF-8 ({error.reason})") from error

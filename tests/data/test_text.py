@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from revnet_jax.config import ConfigError, language_model
+from revnet_jax.data import shards
 from revnet_jax.data.dataset import DataError
 from revnet_jax.data.shards import Shards, load_shards, tokenize_files
 from revnet_jax.data.text import Text, eval_windows, load_text, train_windows
@@ -147,6 +148,24 @@ def test_shards_hold_the_text(path, tokenizer_file, tmp_path):
         load_shards(out)
 
 
+def test_sizes_of_pieces_are_bytes(tokenizer_file, tmp_path, monkeypatch):
+    """A character may have several; one that is cut is whole in the next piece."""
+    path = tmp_path / "text"
+    text = "ß€😀" * 100 + "\r\n" + "€\n" * 10
+    path.write_bytes(text.encode())
+    for size in (1, 2, 7, 50):
+        monkeypatch.setattr(shards, "_PIECE_BYTES", size)
+        *pieces, end = shards._pieces([path])
+        assert "".join(pieces) == text
+        assert end is None
+        size = min(size, 1 + len(text.encode()) // 100)
+        # A piece is up to `size` bytes, as many again up to a line end, and a character before.
+        assert max(len(piece.encode()) for piece in pieces) <= 2 * size + 3
+    path.write_bytes(text.encode() + "€".encode()[:2])
+    with pytest.raises(DataError, match="got bytes that are not UTF-8"):
+        list(shards._pieces([path]))
+
+
 def test_shards_that_find_no_room_are_written_again(path, tokenizer_file, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # as if the disk were full
@@ -256,7 +275,7 @@ def test_mistakes(path, tokenizer_file, tmp_path):
     reading = {"num_threads": 3, "prefetch": 2}
     with pytest.raises(ValueError, match="got num_threads=3 and prefetch=2, expected"):
         train_windows(text_of(np.arange(10)), context=2, **train | reading)
-    with pytest.raises(DataError, match=r"text.txt cannot be made: .*; expected a folder"):
+    with pytest.raises(StorageError, match=r"cannot write .*text.txt: File exists"):
         tokenize_files([path], tokenizer_file, path)
     with pytest.raises(DataError, match="expected UTF-8"):
         codec(Vocabulary("bytes", 256, "a")).encode("\udcff")
