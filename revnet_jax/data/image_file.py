@@ -111,12 +111,9 @@ def check_image_files(paths: Iterable[str]) -> None:
         # One task per chunk of files: a future per file of ImageNet would cost more than the check.
         paths = list(paths)
         chunks = [paths[start : start + 256] for start in range(0, len(paths), 256)]
-        try:
-            for _ in executor.map(_check_chunk, chunks):
-                pass
-        except DataError:
-            executor.shutdown(cancel_futures=True)
-            raise
+        # After the first error `map` cancels the tasks that have not begun.
+        for _ in executor.map(_check_chunk, chunks):
+            pass
 
 
 def _check_chunk(paths: list[str]) -> None:

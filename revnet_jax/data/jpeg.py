@@ -21,7 +21,7 @@ _MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
 _START_OF_SCAN = 0xDA
 # c4 (Huffman tables), c8 (reserved) and cc (arithmetic coding) lie among the markers that start a
 # frame, but start none.
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_STARTS_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 # Bytes to append to truncated data: decoded, they give anything but an even grey. The leading 0
 # completes an ff at the end of the data. The restart markers let decoding continue at whichever
 # part the data end.
@@ -93,7 +93,7 @@ def _structure(content: bytes) -> _Structure:
         # A segment begins with its length in two bytes, which it includes.
         length = int.from_bytes(content[match.end() : body])
         segment = content[body : match.end() + length]
-        if marker in _FRAMES:
+        if marker in _STARTS_OF_FRAME:
             # Frame header (B.2.2): 6 bytes, then 3 for each component, its id first.
             components = set(segment[6::3])
         elif marker == _START_OF_SCAN:
