@@ -118,10 +118,9 @@ def finished_summary(workdir: Path, num_steps: int) -> dict[str, Any] | None:
 
 
 def known_stored_layers(path: Path, found_for: Mapping[str, Any]) -> int:
-    """The number in auto.json, if it was found for these settings; else -1."""
-    # Older versions wrote no found_for: their number holds for all settings.
-    found = read_json(path, "stored_layers") if path.exists() else {"stored_layers": -1}
-    return found["stored_layers"] if found.get("found_for", found_for) == found_for else -1
+    """The number in auto.json, if it was found for these settings and devices; else -1."""
+    found = read_json(path, "stored_layers") if path.exists() else {}
+    return found["stored_layers"] if found.get("found_for") == found_for else -1
 
 
 def load_config(workdir: Path, *, compared_with: ConfigDict | None = None) -> ConfigDict:

@@ -57,9 +57,10 @@ def largest_stored_layers(
     return low
 
 
-def memory_settings(config: ConfigDict) -> dict[str, Any]:
-    """The settings that may change when a run is resumed and affect how many layers fit."""
-    return {key: value for key, value in flatten(config).items() if key in COST}
+def found_for(config: ConfigDict, devices: Sequence[jax.Device]) -> dict[str, Any]:
+    """What may change when a run is resumed and affects how many layers fit: settings, devices."""
+    settings = {key: value for key, value in flatten(config).items() if key in COST}
+    return {**settings, "devices": f"{len(devices)} x {devices[0].device_kind}"}
 
 
 def needed_bytes(

@@ -25,7 +25,7 @@ from revnet_jax.runs.checkpoint import Checkpoints
 from revnet_jax.runs.metrics import DelayedFetch, MetricsWriter, Progress
 from revnet_jax.runs.resume import PER_HOST, Change
 from revnet_jax.runs.tracker import check_tracker, open_tracker
-from revnet_jax.training.auto import largest_stored_layers, memory_settings
+from revnet_jax.training.auto import found_for, largest_stored_layers
 from revnet_jax.training.compiler import exact_jit
 from revnet_jax.training.distributed import (
     Stop,
@@ -185,11 +185,11 @@ def say(line: str) -> None:
 def resolve_auto(config: ConfigDict, workdir: Path) -> int:
     """Returns the number that stored_layers=-1 stands for.
 
-    It is found once and kept in auto.json, so that a resumed run uses the same number, unless a
-    setting changed that memory depends on.
+    It is found once and kept in auto.json, so that a resumed run uses the same number, unless the
+    devices changed, or a setting that memory depends on.
     """
-    path, found_for = workdir / "auto.json", memory_settings(config)
-    known = value_of_first(workdirs.known_stored_layers(path, found_for))
+    path, conditions = workdir / "auto.json", found_for(config, jax.devices())
+    known = value_of_first(workdirs.known_stored_layers(path, conditions))
     if known >= 0:
         return known
     # All processes must compile the same programs, because on GPUs they share the autotuning of
@@ -199,7 +199,7 @@ def resolve_auto(config: ConfigDict, workdir: Path) -> int:
         limited.memory_limit_gib = smallest(memory_bytes(jax.local_devices()[0]) or 0) / 2**30
     stored_layers = largest_stored_layers(limited, jax.devices(), say)
     if is_first():
-        workdirs.write_json(path, {"stored_layers": stored_layers, "found_for": found_for})
+        workdirs.write_json(path, {"stored_layers": stored_layers, "found_for": conditions})
     return stored_layers
 
 

@@ -382,6 +382,8 @@ def test_the_choice_of_auto_holds_for_the_settings_it_was_made_for(tmp_path):
     assert known_stored_layers(path, {"memory_limit_gib": 1.0}) == 3
     assert known_stored_layers(path, {"memory_limit_gib": 0.5}) == -1
     assert known_stored_layers(tmp_path / "none.json", {}) == -1
+    workdirs.write_json(path, {"stored_layers": 3})  # by an older version: it may not fit
+    assert known_stored_layers(path, {"memory_limit_gib": 1.0}) == -1
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

@@ -7,8 +7,8 @@ import jax
 import pytest
 
 from revnet_jax.config import ConfigError
-from revnet_jax.training import auto
-from revnet_jax.training.auto import largest_stored_layers, needed_bytes
+from revnet_jax.training import auto, loop
+from revnet_jax.training.auto import found_for, largest_stored_layers, needed_bytes
 from revnet_jax.training.loop import resolve_auto
 
 
@@ -30,5 +30,17 @@ def test_the_largest_that_fits_and_the_next_does_not(tiny_config, tmp_path, monk
     with pytest.raises(ConfigError, match=r"got -1, but a step does not fit .* smaller batch"):
         largest_stored_layers(tiny_config, devices, lines.append)
 
-    (tmp_path / "auto.json").write_text(json.dumps({"stored_layers": 1}))
+    conditions = found_for(tiny_config, jax.devices())
+    (tmp_path / "auto.json").write_text(json.dumps({"stored_layers": 1, "found_for": conditions}))
     assert resolve_auto(tiny_config, tmp_path) == 1  # whatever the memory is now
+
+
+def test_it_is_found_again_on_other_devices(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "largest_stored_layers", lambda config, devices, say: len(devices))
+    two = jax.devices()
+    assert len(two) == 2
+    assert resolve_auto(tiny_config, tmp_path) == 2
+    monkeypatch.setattr(jax, "devices", lambda: two[:1])
+    assert resolve_auto(tiny_config, tmp_path) == 1
+    monkeypatch.setattr(loop, "largest_stored_layers", None)
+    assert resolve_auto(tiny_config, tmp_path) == 1
