@@ -43,16 +43,22 @@ class MetricsWriter:
       workdir: a local directory, created if missing.
       resume_step: the step of the restored checkpoint. Rows up to it are kept, later and
         incomplete ones are removed. None starts an empty file.
+      owed: whether the evaluation of that step is to be made (again): its row is removed too.
       tensorboard: whether to write events too.
     """
 
     def __init__(
-        self, workdir: str | os.PathLike[str], *, resume_step: int | None, tensorboard: bool = True
+        self,
+        workdir: str | os.PathLike[str],
+        *,
+        resume_step: int | None,
+        owed: bool = False,
+        tensorboard: bool = True,
     ):
         self.path = Path(workdir) / "metrics.jsonl"
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._rows = RowFile(self.path, resume_step=resume_step)
+        self._rows = RowFile(self.path, resume_step=resume_step, owed=owed)
         self._files: list[Any] = [self._rows]  # what is synced
         self._others: list[Writer] = []  # what gets timings, too
         if tensorboard:

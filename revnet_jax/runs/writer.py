@@ -37,14 +37,15 @@ class RowFile:
     Args:
       path: in a folder that exists.
       resume_step: complete rows up to this step are kept, others removed; None keeps none.
+      owed: whether the row of that step's evaluation is removed too.
 
     Raises StorageError if something cannot be written.
     """
 
-    def __init__(self, path: Path, *, resume_step: int | None):
+    def __init__(self, path: Path, *, resume_step: int | None, owed: bool = False):
         self._path = path
         with writing(path):
-            _trim(path, resume_step)
+            _trim(path, resume_step, owed)
             # Unbuffered: once `write` returns, the row survives a kill of the process.
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - close() closes it
 
@@ -68,13 +69,15 @@ def _json_value(number: float) -> float | str:
     return number if math.isfinite(number) else str(number)
 
 
-def _trim(path: Path, resume_step: int | None) -> None:
+def _trim(path: Path, resume_step: int | None, owed: bool) -> None:
     """Removes all but complete rows up to `resume_step`, atomically. Kept bytes do not change."""
     old = path.read_bytes() if path.exists() else b""
     kept = b""
     if resume_step is not None:
         lines = old.splitlines(keepends=True)
-        kept = b"".join(line for line in lines if _step_of(line) <= resume_step)
+        # A row of training has this name, one of an evaluation has not.
+        again = lambda line: owed and _step_of(line) == resume_step and b'"train_loss"' not in line
+        kept = b"".join(x for x in lines if _step_of(x) <= resume_step and not again(x))
     if kept != old:
         write_atomically(path, kept)
 
@@ -83,7 +86,8 @@ def _step_of(line: bytes) -> float:
     """The step of a row, or infinity if the line is not a complete row."""
     try:
         return int(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
-    except (ValueError, KeyError, TypeError):
+    # OverflowError: a step of Infinity. RecursionError: deeply nested brackets.
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return math.inf
 
 

@@ -109,14 +109,15 @@ def _train(
         evaluated = start > 0 and checkpoints.evaluated(start)
         if is_first():
             history.record_start(workdir, config, start, changes, say, init_from, evaluated)
+        evaluates = lambda step: step == config.num_steps or step % config.eval_every_steps == 0
+        # A run that was stopped during an evaluation makes it first when it is resumed.
+        owed = start > 0 and evaluates(start) and not evaluated
+        seen = state.exact_mismatches
         with (
             contextlib.closing(data.train(start)) as batches,
-            Recorder(workdir, config, task, start, seen=state.exact_mismatches) as recorder,
+            Recorder(workdir, config, task, start, seen=seen, owed=owed) as recorder,
             traced,
         ):
-            evaluates = lambda step: step == config.num_steps or step % config.eval_every_steps == 0
-            # A run that was stopped during an evaluation makes it first when it is resumed.
-            owed = start > 0 and evaluates(start) and not evaluated
             for step in range(start if owed else start + 1, config.num_steps + 1):
                 if step > start:
                     traced.before(step)
@@ -221,10 +222,19 @@ class Recorder:
     Args:
       start: the step of the restored checkpoint, or 0.
       seen: mismatches up to that step.
+      owed: whether that step is still to be evaluated. The run may have been killed after it wrote
+        the row, before the checkpoint had the scores: the row is then written again.
     """
 
     def __init__(
-        self, workdir: Path, config: ConfigDict, task: Task, start: int, *, seen: Any = 0.0
+        self,
+        workdir: Path,
+        config: ConfigDict,
+        task: Task,
+        start: int,
+        *,
+        seen: Any = 0.0,
+        owed: bool = False,
     ):
         self._workdir = workdir
         self._num_steps, self._log_every = config.num_steps, config.log_every_steps
@@ -237,7 +247,7 @@ class Recorder:
         if is_first():
             say = self._progress.say
             # At step 0 (no checkpoint, or another run's weights) the file begins anew.
-            self._writer = MetricsWriter(workdir, resume_step=start or None)
+            self._writer = MetricsWriter(workdir, resume_step=start or None, owed=owed)
             tracker = open_tracker(config.tracker, workdir, flatten(config), start, say)
             if tracker:
                 self._writer.add(tracker)

@@ -79,7 +79,17 @@ def test_values_read_back_exactly_and_rows_are_valid_json(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "torn", [b"", b'{"step": 3, "tr', b'{"step": 2', b'{"step": 4}', b"\0\0\0\n"]
+    "torn",
+    [
+        b"",
+        b'{"step": 3, "tr',
+        b'{"step": 2',
+        b'{"step": 4}',
+        b"\0\0\0\n",
+        b'{"step": Infinity}\n',
+        b"[" * 200_000 + b"\n",
+    ],
+    ids=range(7),
 )
 def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path, torn):
     log_steps(tmp_path / "whole", 1, 9, None)
@@ -90,6 +100,17 @@ def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path, torn):
     whole, killed = (tmp_path / name / "metrics.jsonl" for name in ("whole", "killed"))
     assert killed.read_bytes() == whole.read_bytes()
     assert [p.name for p in killed.parent.iterdir()] == ["metrics.jsonl"]
+
+
+def test_an_evaluation_that_is_made_again_is_one_row(tmp_path):
+    """Killed after the row was written, before the checkpoint had the scores."""
+    log_steps(tmp_path, 1, 6, None)
+    with MetricsWriter(tmp_path, resume_step=4, owed=True, tensorboard=False) as writer:
+        assert [(row["step"], len(row)) for row in rows(tmp_path)][-3:] == [(2, 2), (3, 3), (4, 3)]
+        writer.write(4, {"eval_accuracy": 1.0 / 4})
+    log_steps(tmp_path / "whole", 1, 4, None)
+    whole, again = (folder / "metrics.jsonl" for folder in (tmp_path / "whole", tmp_path))
+    assert again.read_bytes() == whole.read_bytes()
 
 
 def test_a_fresh_start_keeps_no_row_of_a_run_before(tmp_path):

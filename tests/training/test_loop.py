@@ -131,6 +131,9 @@ def test_stopped_in_an_evaluation_it_makes_it_when_it_goes_on(tiny_config, tmp_p
                 train(tiny_config, stopped)
         assert [row["step"] for row in rows(stopped)] == [1, 2, 2, 3, 4][: step + step // 4]
         assert not (stopped / "summary.json").exists()
+        with open(stopped / "metrics.jsonl", "a") as file:
+            # As if killed in a start between, before the scores were in the checkpoint.
+            file.write(json.dumps({"step": step, "eval_loss": 1.0}) + "\n")
     summary = train(tiny_config, stopped)
     assert summary["eval_loss"] == expected["eval_loss"]
     assert rows(stopped) == rows(tmp_path / "alone")
