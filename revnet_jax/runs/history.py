@@ -67,9 +67,12 @@ def record_start(
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Appends a line of JSON in one write."""
-    with writing(path), open(path, "ab", buffering=0) as file:
-        write_all(file, json.dumps(row).encode() + b"\n")
+    """Appends a line of JSON in one write, and ends a line before it that a full disk has cut."""
+    with writing(path), open(path, "a+b", buffering=0) as file:
+        if end := file.tell():
+            file.seek(end - 1)
+        is_cut = end and file.read(1) != b"\n"
+        write_all(file, b"\n" * bool(is_cut) + json.dumps(row).encode() + b"\n")
 
 
 def lost_rows(
@@ -86,11 +89,7 @@ def lost_rows(
     scored = {row["step"] for row in rows if "train_loss" not in row}
     # An evaluation that is still to be made is not lost.
     scored |= set() if evaluated else {step}
-    known = [
-        range(entry["first_step"], entry["last_step"] + 1)
-        for entry in record["lost_rows"]
-        if {"first_step", "last_step"} <= entry.keys()
-    ]
+    known = [range(x["first_step"], x["last_step"] + 1) for x in record["lost_rows"]]
     missing = [
         due
         for key, there in (("log_every_steps", logged), ("eval_every_steps", scored))

@@ -9,7 +9,7 @@ import pytest
 from revnet_jax.config import ConfigError, digits, language_model
 from revnet_jax.errors import UserError
 from revnet_jax.runs import workdir as workdirs
-from revnet_jax.runs.history import record_start
+from revnet_jax.runs.history import append_row, record_start
 from revnet_jax.runs.resume import Change, changed_settings
 from revnet_jax.runs.workdir import check_same, claim, finished_summary, known_stored_layers
 
@@ -267,6 +267,16 @@ def test_every_start_is_recorded(trained, monkeypatch):
     assert first["host"]
     assert first["date"].startswith("20")
     assert not (trained / "summary.json").exists()  # it goes on
+
+
+@pytest.mark.parametrize("before", [b"", b'{"step": 1}\n', b'{"step": 1, "da'])
+def test_a_line_that_a_full_disk_has_cut_is_ended(before, tmp_path):
+    path = tmp_path / "starts.jsonl"
+    path.write_bytes(before)
+    append_row(path, {"step": 2})
+    append_row(path, {"step": 3})
+    lines = path.read_bytes().splitlines()
+    assert lines == [*before.splitlines(), b'{"step": 2}', b'{"step": 3}']
 
 
 @pytest.mark.parametrize(
