@@ -70,12 +70,21 @@ def _config_file() -> str | None:
 @functools.cache
 def git_commit() -> str | None:
     """The git commit of the package, with "-dirty" if files differ from it; None outside git."""
-    # --exclude=* leaves out tags, so that every commit is named by its whole hash. --dirty looks at
-    # every file, which may take long on a network file system: hence the timeout below.
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    return commit_of(Path(__file__))
+
+
+def commit_of(file: Path) -> str | None:
+    """The git commit of the repository that tracks this file, as `git_commit`; None if none does.
+
+    A package that is installed inside of another project's repository is not tracked by it.
+    """
+    tracked = ["git", "ls-files", "--error-unmatch", file.name]
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    run = functools.partial(
+        subprocess.run, cwd=file.parent, capture_output=True, text=True, timeout=10
+    )
     try:
-        folder = Path(__file__).parent
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)
+        found = run(describe).stdout.strip() if run(tracked).returncode == 0 else ""
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None
+    return found or None

@@ -3,6 +3,8 @@
 import copy
 import json
 import os
+import shutil
+import subprocess
 
 import pytest
 
@@ -10,6 +12,7 @@ from revnet_jax.config import ConfigError, digits, language_model
 from revnet_jax.errors import UserError
 from revnet_jax.runs import workdir as workdirs
 from revnet_jax.runs.history import append_row, record_start
+from revnet_jax.runs.provenance import commit_of
 from revnet_jax.runs.resume import Change, changed_settings
 from revnet_jax.runs.workdir import check_same, claim, finished_summary, known_stored_layers
 
@@ -277,6 +280,26 @@ def test_a_line_that_a_full_disk_has_cut_is_ended(before, tmp_path):
     append_row(path, {"step": 3})
     lines = path.read_bytes().splitlines()
     assert lines == [*before.splitlines(), b'{"step": 2}', b'{"step": 3}']
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+@pytest.mark.parametrize("installed", [False, True])
+def test_the_commit_is_that_of_the_repository_that_tracks_the_package(installed, tmp_path):
+    """Not that of a project in whose folder the package is installed."""
+    identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+    git = lambda *args: subprocess.run(
+        ["git", *identity, *args], cwd=tmp_path, check=True, capture_output=True, text=True
+    ).stdout.strip()
+    git("init")
+    (tmp_path / "package").mkdir()
+    file = tmp_path / "package" / "module.py"
+    if not installed:
+        file.touch()
+    (tmp_path / "other.py").touch()
+    git("add", ".")
+    git("commit", "-m", "a")
+    file.touch()
+    assert commit_of(file) == (None if installed else git("rev-parse", "HEAD"))
 
 
 @pytest.mark.parametrize(
