@@ -92,6 +92,10 @@ def find_runs(paths: Sequence[str], report: Callable[[str], None]) -> list[Run]:
     return list(runs.values())
 
 
+# What a damaged file raises. OverflowError: a step of Infinity. RecursionError: nested brackets.
+_NOT_JSON = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
+
+
 class NoMetricsError(UserError):
     """A run has not logged a step yet."""
 
@@ -115,19 +119,22 @@ def read_run(workdir: Path) -> Run:
     if not isinstance(record.get("config"), dict):
         raise UserError(f"{workdir / 'config.json'}: got no config, expected the file of a run")
     path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    try:
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}; expected the metrics of a run") from error
     rows = []
     for number, line in enumerate(lines, 1):
         # A row ends with its newline, so this one is still being written, or was cut off.
-        if not line.endswith("\n"):
+        if not line.endswith(b"\n"):
             break
         try:
             row = json.loads(line)
             rows.append({**row, "step": int(row["step"])})
-        except (ValueError, KeyError, TypeError) as error:
+        except _NOT_JSON as error:
             raise UserError(
-                f"{path}, line {number}: got {line.strip()[:40]!r}, expected a row of metrics: "
-                "remove the line, or the run"
+                f"{path}, line {number}: got {line.decode(errors='replace').strip()[:40]!r}, "
+                "expected a row of metrics: remove the line, or the run"
             ) from error
     if not rows:
         raise NoMetricsError(f"{workdir}: got no metrics, expected a run that has logged a step")
@@ -139,7 +146,7 @@ def read_run(workdir: Path) -> Run:
 def _json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, *_NOT_JSON) as error:
         raise UserError(f"cannot read {path}: {error}; expected the JSON of a run") from error
 
 

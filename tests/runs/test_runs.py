@@ -104,13 +104,23 @@ def test_what_is_no_run_is_one_line(sweep, write, tmp_path):
         with pytest.raises(UserError, match=message) as caught:
             find_runs(paths, silent)
         assert "\n" not in str(caught.value)
+    metrics = tmp_path / "new" / "damaged" / "metrics.jsonl"
+    for line in (b"\xff", b'{"step": Infinity}', b"[" * 200_000):
+        metrics.write_bytes(line + b"\n")
+        with pytest.raises(UserError, match=r"metrics.jsonl, line 1: got '.*', expected a row of"):
+            find_runs([damaged], silent)
+    metrics.unlink()
+    metrics.mkdir()
+    with pytest.raises(UserError, match=r"cannot read .*metrics.jsonl: .*; expected the metrics"):
+        find_runs([damaged], silent)
     (tmp_path / "new" / "damaged" / "config.json").unlink()
     with pytest.raises(UserError, match=r"got no run with metrics in .*new"):
         find_runs([str(tmp_path / "new")], lines.append)
     assert [line.split(":")[0].rpartition("/")[2] for line in lines] == ["empty", "half"]
-    (tmp_path / "new" / "empty" / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"cannot read .*config.json"):
-        find_runs([empty], silent)
+    for text in ("{", "[" * 200_000):
+        (tmp_path / "new" / "empty" / "config.json").write_text(text)
+        with pytest.raises(UserError, match=r"cannot read .*config.json"):
+            find_runs([empty], silent)
     with pytest.raises(
         UserError, match="got metric 'loss', expected some of eval_loss, num_params"
     ):
