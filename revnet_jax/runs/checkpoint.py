@@ -85,7 +85,7 @@ class Checkpoints:
             create=not read_only,
             async_options=ocp.AsyncOptions(barrier_sync_fn=_wait_for_others),
         )
-        with self._explained():
+        with self._explained("opening"):
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         # The scores of earlier starts, so that their best checkpoint is not deleted.
         for step in self._manager.all_steps():
@@ -165,14 +165,15 @@ class Checkpoints:
                 write_atomically(path, json.dumps(sealed))
 
     @contextlib.contextmanager
-    def _explained(self) -> Generator[None, None, None]:
+    def _explained(self, what: str = "saving to") -> Generator[None, None, None]:
         try:
             yield
         except Exception as error:
+            advice = "Make it readable" if self._read_only else "Make room, or make it writable"
             raise CheckpointError(
-                f"saving to {self.directory} failed: {_reason(error)} "
-                f"({file_system(self.directory)}). Make room, or make it writable: the same "
-                "command resumes from the newest whole checkpoint"
+                f"{what} {self.directory} failed: {_reason(error)} "
+                f"({file_system(self.directory)}). {advice}: the same command goes on from the "
+                "newest whole checkpoint"
             ) from error
 
     def restore(

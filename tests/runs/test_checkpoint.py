@@ -244,6 +244,18 @@ def test_read_only_changes_nothing(two_saved, tmp_path):
     assert not (tmp_path / "nowhere").exists()
 
 
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_folder_that_cannot_be_opened(read_only, tmp_path, monkeypatch):
+    def denied(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("orbax.checkpoint.CheckpointManager.__init__", denied)
+    advice = "Make it readable" if read_only else "Make room, or make it writable"
+    message = rf"^opening {tmp_path} failed: .*Permission denied .*\. {advice}: the same command"
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoints(tmp_path, **OPTIONS, read_only=read_only)
+
+
 def test_a_failed_asynchronous_save_is_one_error_and_leaves_the_last_good_step(tmp_path, capfd):
     with Checkpoints(tmp_path / "checkpoints", **OPTIONS) as checkpoints:
         checkpoints.save(1, small_state(1))
