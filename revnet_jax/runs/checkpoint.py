@@ -86,7 +86,7 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(barrier_sync_fn=_wait_for_others),
         )
         with self._explained("opening"):
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            self._manager = _Manager(self.directory, options=options)
         # The scores of earlier starts, so that their best checkpoint is not deleted.
         for step in self._manager.all_steps():
             with contextlib.suppress(Damaged):  # it has no score, and restore will report it
@@ -311,6 +311,19 @@ def _wait_for_others(*, key: str, timeout_ms: int) -> None:
     if error := sys.exc_info()[1]:
         raise error
     ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's manager, which asks nothing about preemption.
+
+    Orbax asks JAX with the number of the step, in every save and in the background at its end. JAX
+    remembers one number, the last, and stops the run one number later. `Stop` asks with other
+    numbers (those of its questions), so that a run that is told to stop during a save would not.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        """Returns False: `Stop` decides when a run stops."""
+        return False
 
 
 class _NewestAndBest:

@@ -256,6 +256,18 @@ def test_a_folder_that_cannot_be_opened(read_only, tmp_path, monkeypatch):
         Checkpoints(tmp_path, **OPTIONS, read_only=read_only)
 
 
+def test_orbax_does_not_count_steps_for_preemption(tmp_path, monkeypatch):
+    """JAX remembers the last number only, and `Stop` asks it with numbers of its own."""
+    asked = []
+    monkeypatch.setattr(
+        "jax.experimental.multihost_utils.reached_preemption_sync_point", asked.append
+    )
+    with Checkpoints(tmp_path / "checkpoints", **OPTIONS) as checkpoints:
+        assert checkpoints.save(7, small_state())
+        checkpoints.wait()
+    assert asked == []
+
+
 def test_a_failed_asynchronous_save_is_one_error_and_leaves_the_last_good_step(tmp_path, capfd):
     with Checkpoints(tmp_path / "checkpoints", **OPTIONS) as checkpoints:
         checkpoints.save(1, small_state(1))
