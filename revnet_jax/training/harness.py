@@ -69,14 +69,17 @@ def load_harness(module: str) -> Any:
 
 
 def _options(given: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """The options of `Scorer.answer` for the generation options of a task, which may lack any."""
-    until = given.get("until", [])
-    # Greedy decoding unless a task asks for samples, as the harness's own models do.
-    is_random = given.get("do_sample", False)
+    """The options of `Scorer.answer` for the generation options of a task, which may lack any.
+
+    One that is null counts as absent.
+    """
+    options = {"until": [], "max_gen_toks": 256, "temperature": 1.0, "top_p": 1.0}
+    options |= {name: value for name, value in given.items() if value is not None}
+    until, is_random = options["until"], given.get("do_sample", False)
     return {
         "until": [until] if isinstance(until, str) else until,
-        "num_tokens": given.get("max_gen_toks", 256),
-        "temperature": given.get("temperature", 1.0) if is_random else 0.0,
-        "top_p": given.get("top_p", 1.0) if is_random else 1.0,
+        "num_tokens": options["max_gen_toks"],
+        "temperature": options["temperature"] if is_random else 0.0,
+        "top_p": options["top_p"] if is_random else 1.0,
         "seed": seed,
     }

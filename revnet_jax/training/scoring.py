@@ -186,7 +186,10 @@ class Scorer:
 def windows_of(tokens: Sequence[int], first: int, context: int) -> Iterator[Window]:
     """Cuts a document into windows that score each token from position `first` on once.
 
-    Each token is scored with as many tokens before it as fit, the last window's among them.
+    Windows are full but for the last. A full one begins with the token before those that it scores;
+    the last reaches back as far as fits. So the first token that a full window scores has one token
+    before it. These are the disjoint windows of lm-evaluation-harness, for rolling likelihoods with
+    a context of one token.
     """
     position = first
     while position < len(tokens):

@@ -10,7 +10,7 @@ import pytest
 from revnet_jax.config import language_model
 from revnet_jax.errors import UserError
 from revnet_jax.training import scoring
-from revnet_jax.training.harness import harness_model
+from revnet_jax.training.harness import _options, harness_model
 from revnet_jax.training.loop import train
 from revnet_jax.training.restore import restore_run
 from revnet_jax.training.scoring import Scorer, windows_of
@@ -85,6 +85,15 @@ def requests(*arguments):
 
 def tokens_of(text):
     return [LETTERS.index(letter) for letter in text]
+
+
+@pytest.mark.parametrize("until", [None, [], "b"])
+def test_options_that_are_null_count_as_absent(until):
+    given = {"until": until, "max_gen_toks": None, "do_sample": True, "temperature": None}
+    assert _options(given, 0) == {
+        "until": ["b"] if until else [],
+        **{"num_tokens": 256, "temperature": 1.0, "top_p": 1.0, "seed": 0},
+    }
 
 
 def test_windows_score_each_token_once_with_the_most_before_it():
