@@ -144,8 +144,9 @@ def _options(config: ConfigDict, stored_layers: int | None) -> ModelOptions:
             raise ValueError(f"got {name}={model[name]!r}, expected one of {', '.join(DTYPES)}")
     if stored_layers is None:
         stored_layers = max(model.stored_layers, 0)
+    strategies = tuple(name.strip() for name in model.backprop.split(","))
     return ModelOptions(
-        backprop=tuple(model.backprop.split(",")) if "," in model.backprop else model.backprop,
+        backprop=strategies if len(strategies) > 1 else strategies[0],
         stored_layers=stored_layers,
         unroll=model.unroll,
         compute_dtype=DTYPES[model.compute_dtype],

@@ -187,3 +187,12 @@ def test_what_is_kept_of_a_convolutional_network():
     """Products between nothing but the streams and everything."""
     kept = describe_model(load("digits"))["activation_bytes_per_example"]
     assert kept["reverse"] < kept["remat"] < kept["remat_dots"] < kept["store"]
+
+
+def test_strategies_of_chains_may_have_spaces_between():
+    config = runpy.run_path(str(ROOT / "configs" / "cifar10_revnet38.py"))["get_config"]()
+    found = []
+    for config.model.backprop in ("reverse,store,remat", " reverse, store ,remat"):
+        found.append(build_task(config).network.strategies)
+    assert found[0] == found[1]
+    assert {strategy.backprop for strategy in found[0].values()} == {"reverse", "store", "remat"}
