@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from revnet_jax.benchmark.pipeline import feed
-from revnet_jax.config import ConfigError, digits, experiment, flatten, references
+from revnet_jax.config import ConfigError, digits, experiment, flatten, language_model, references
 from revnet_jax.data.dataset import DataError
 from revnet_jax.data.source import Arrays
 from revnet_jax.families import build_task
@@ -125,6 +125,26 @@ def test_images_of_ones_own_for_a_network_of_the_package(module):
         build_data(config, mesh)
 
 
+def test_a_source_for_a_language_model_has_no_bits_per_byte(module):
+    """Nothing is known of its text."""
+    module(
+        """
+        import numpy as np
+        from revnet_jax.data.source import Arrays
+
+        def load(context):
+            arrays = {name: np.zeros((9, context), np.int32) for name in ("token", "target")}
+            return Arrays(arrays, arrays)
+        """
+    )
+    config = language_model()
+    config.batch_size = config.eval_batch_size = 2
+    config.data.update({"name": "mine:load", "context": 16})
+    data = build_data(config, make_mesh(jax.devices()))
+    task = build_recipe(config).task.of_data(data.record)
+    assert task.scores({"loss": 1.0}).keys() == {"eval_loss", "eval_perplexity"}
+
+
 OWN = {"model.family": "mine:build", "data.name": "mine:load", "optimizer.name": "mine:adam"}
 MODEL = """
 import jax.numpy as jnp, numpy as np, optax
@@ -173,6 +193,11 @@ def adam(learning_rate): return optax.adam(learning_rate)
         ({}, "def adam(learning_rate): ...", "optimizer.name: got a NoneType without init"),
         ({"model.backprop": "revers"}, "", "model: mine:build: got backprop='revers', expected"),
         ({"batch_size": 300}, "", "data: got batch_size=300, expected at most the 200 examples"),
+        (
+            {},
+            "class Arrays(Arrays):\n def test(self, **_): return 0, None",
+            "data: got a source of 0 test batches, expected one at least",
+        ),
         (
             {},
             "Mine.batch_shapes = lambda self, n: {'x': np.zeros((n, 4), np.float32)}",

@@ -159,6 +159,8 @@ def eval_batches(
     """
     rows = rows_of(batch_size, rows)
     split = dataset.test
+    if not len(split):
+        raise ValueError("got a data set of 0 test images, expected one at least")
 
     def make_batch(step: int) -> NumpyBatch:
         indices_B = step * batch_size + rows

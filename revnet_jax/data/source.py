@@ -112,6 +112,11 @@ def iterate_train(
 def iterate_test(
     source: Source, *, batch_size: int, rows: np.ndarray, num_threads: int, prefetch: int
 ) -> grain.DatasetIterator[NumpyBatch]:
-    """Iterates over the test split once, with batches prepared ahead; `close()` it after use."""
+    """Iterates over the test split once, with batches prepared ahead; `close()` it after use.
+
+    Raises ValueError if there are none.
+    """
     num_batches, make_batch = source.test(batch_size=batch_size, rows=rows)
+    if num_batches < 1:
+        raise ValueError(f"got a source of {num_batches} test batches, expected one at least")
     return iterate(grain.MapDataset.range(num_batches).map(make_batch), num_threads, prefetch)

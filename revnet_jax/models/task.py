@@ -145,7 +145,8 @@ class NextToken(Task):
     Attributes:
       context: tokens in a sequence.
       balance: weight of the load-balancing loss of a mixture of experts.
-      bytes_per_token: mean over the test split, for bits per byte; None before the data are known.
+      bytes_per_token: mean over the test split, for bits per byte; None if it is not known: before
+        the data are loaded, or with a user's `Source`, which has no text.
     """
 
     network: LanguageModel  # ty: ignore[incompatible-attribute-override]
@@ -155,8 +156,8 @@ class NextToken(Task):
     unit: ClassVar[str] = "tokens"
 
     def of_data(self, record: Mapping[str, Any]) -> NextToken:
-        """Returns this task with the bytes per token that `Data` recorded."""
-        return replace(self, bytes_per_token=record["bytes_per_token"])
+        """Returns this task with the bytes per token of a text, which `Data` recorded."""
+        return replace(self, bytes_per_token=record.get("bytes_per_token"))
 
     def loss(
         self,

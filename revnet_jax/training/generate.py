@@ -93,8 +93,8 @@ def codec_of_run(workdir: Path, tokenizer: Path | None = None) -> Codec:
         raise UserError(f"{workdir} holds a run of {config.model.family}, expected a decoder")
     if "vocabulary" not in record:
         raise UserError(
-            f"{workdir} has no vocabulary, expected weights imported with their tokenizer.json: "
-            "bring it beside their config.json, and import them again"
+            f"{workdir} has no vocabulary, expected a run on a text, or weights imported with "
+            "their tokenizer.json: bring it beside their config.json, and import them again"
         )
     vocabulary = vocabulary_from(record["vocabulary"])
     if vocabulary.kind == "tokenizer" and (workdir / "tokenizer.json").exists():

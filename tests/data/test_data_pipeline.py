@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import itertools
 
 import numpy as np
@@ -7,7 +8,7 @@ from absl import flags
 
 from revnet_jax.data import eval_batches, train_batches
 from revnet_jax.data.affine import random_affine
-from revnet_jax.data.dataset import in_memory_dataset
+from revnet_jax.data.dataset import ArraySplit, in_memory_dataset
 from revnet_jax.data.pipeline import pad_crop_flip
 
 NUM_TRAIN, NUM_TEST = 50, 22
@@ -246,6 +247,12 @@ def test_eval_covers_every_example_once(numbered, batch_size, processes):
 def test_bad_train_arguments(numbered, arguments, message):
     with pytest.raises(ValueError, match=message):
         take(numbered, 1, **arguments)
+
+
+def test_no_test_images(numbered):
+    nothing = ArraySplit(numbered.test.images_NHWC[:0], numbered.test.labels[:0])
+    with pytest.raises(ValueError, match="got a data set of 0 test images, expected one at least"):
+        eval_batches(dataclasses.replace(numbered, test=nothing), batch_size=10)
 
 
 def test_bad_eval_arguments(numbered):
