@@ -79,6 +79,8 @@ def commit_of(file: Path) -> str | None:
     A package that is installed inside of another project's repository is not tracked by it.
     """
     tracked = ["git", "ls-files", "--error-unmatch", file.name]
+    # --exclude=* leaves out tags, so that every commit is named by its whole hash. --dirty looks at
+    # every file, which may take long on a network file system: hence the timeout below.
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     run = functools.partial(
         subprocess.run, cwd=file.parent, capture_output=True, text=True, timeout=10

@@ -75,6 +75,7 @@ def _options(given: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """
     options = {"until": [], "max_gen_toks": 256, "temperature": 1.0, "top_p": 1.0}
     options |= {name: value for name, value in given.items() if value is not None}
+    # Greedy decoding unless a task asks for samples, as the harness's own models do.
     until, is_random = options["until"], given.get("do_sample", False)
     return {
         "until": [until] if isinstance(until, str) else until,
