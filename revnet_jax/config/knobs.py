@@ -108,6 +108,8 @@ def _images() -> ConfigDict:
     config.data.flip = False  # mirror left to right with probability 1/2
     config.data.affine = 0.0  # strength of random rotation, scaling, shear and shift; 0: off
     config.data.min_crop_area = 1.0  # of a random resized crop; image_folder only
+    # By channel, of pixels from 0 to 1, to normalise images with; empty: those of the data set.
+    config.data.mean, config.data.std = (), ()  # such as 0.5,0.5,0.5
     config.data.verify_images = True  # image_folder: decode every file before training
     return config
 
@@ -124,7 +126,13 @@ def image_classification() -> ConfigDict:
 
 
 # Layers, width and heads of vision transformers as published (arXiv:2010.11929, 2012.12877).
-VIT_SIZES = {"Ti": (12, 192, 3), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16)}
+VIT_SIZES = {
+    "Ti": (12, 192, 3),
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "H": (32, 1280, 16),
+}
 
 
 def vision_transformer(size: str = "S") -> ConfigDict:
@@ -137,6 +145,9 @@ def vision_transformer(size: str = "S") -> ConfigDict:
     model.hidden = 4 * model.width
     model.patch = 16  # pixels
     model.pool = "token"  # token | mean
+    model.gelu = "tanh"  # tanh | erf: the usual approximation, or the exact function
+    # To make a pretrained network of one stream reversible: bdia or midpoint.
+    model.integrator = "streams"  # streams | bdia | midpoint
     model.dropout = 0.0
     model.attention = "auto"  # chunked | cudnn | flash; auto: by the device
     config.optimizer.name = "adamw"

@@ -114,6 +114,8 @@ RANGES = {
     "data.crop_padding": whole(0, 65_536),
     "data.affine": real("[0, 1)"),
     "data.min_crop_area": real("(0, 1]"),
+    "data.mean": several(real("[0, 1]")),
+    "data.std": several(real("(0, 1]")),
     "data.num_threads": whole(0, _AHEAD),
     "data.prefetch": whole(0, _AHEAD),
     "data.train_share": real("(0, 1)"),

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -131,6 +131,28 @@ class Dataset:
         # From uint8 to float32 at once, then in place: one new array, and none in float64.
         image_BHWC = np.subtract(pixels_BHWC, self.mean_HWC, dtype=np.float32)
         return np.divide(image_BHWC, self.scale, out=image_BHWC)
+
+    def normalised_by(self, mean_C: Sequence[float], std_C: Sequence[float]) -> "Dataset":
+        """This data set with another normalisation: means and deviations of pixels from 0 to 1.
+
+        Raises ValueError unless both have a number per channel.
+        """
+        channels = self.image_shape[2]
+        if not len(mean_C) == len(std_C) == channels:
+            raise ValueError(
+                f"got mean={tuple(mean_C)} and std={tuple(std_C)}, expected {channels} numbers in "
+                "each, one per channel, or none in both"
+            )
+        mean_HWC, scale = (of_channels(x, self.image_shape) for x in (mean_C, std_C))
+        return replace(self, mean_HWC=mean_HWC, scale=scale)
+
+
+def of_channels(share_C: Sequence[float], image_shape: tuple[int, int, int]) -> np.ndarray:
+    """float32 [H, W, C], in pixel values, of one number per channel.
+
+    The full array is stored because numpy broadcasts an array of three numbers slowly.
+    """
+    return np.full(image_shape, np.asarray(share_C, np.float32) * np.float32(255))
 
 
 def in_memory_dataset(

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from revnet_jax.data.class_folders import find_images
-from revnet_jax.data.dataset import DataError, Dataset, shorten
+from revnet_jax.data.dataset import DataError, Dataset, of_channels, shorten
 from revnet_jax.data.image_file import (
     NUM_CROP_UNIFORMS,
     centre_crop_box,
@@ -21,8 +21,8 @@ from revnet_jax.data.image_file import (
 
 # Means and standard deviations of the ImageNet training pixels, scaled to [0, 1]. These values
 # have been in common use since 2015, so results are comparable.
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -100,18 +100,10 @@ def load_image_folder(
         test=test,
         class_names=class_names,
         image_shape=image_shape,
-        mean_HWC=_fill(_IMAGENET_MEAN, image_shape),
-        scale=_fill(_IMAGENET_STD, image_shape),
+        mean_HWC=of_channels(IMAGENET_MEAN, image_shape),
+        scale=of_channels(IMAGENET_STD, image_shape),
         sha256=_sha256_of_names(split_dirs, (train, test)),
     )
-
-
-def _fill(share_C: tuple[float, ...], image_shape: tuple[int, int, int]) -> np.ndarray:
-    """float32 [H, W, C], in pixel values, of one number per channel.
-
-    The full array is stored because numpy broadcasts an array of three numbers slowly.
-    """
-    return np.full(image_shape, np.asarray(share_C, np.float32) * np.float32(255))
 
 
 def _split_dirs(dir: Path) -> tuple[Path, Path]:

@@ -149,13 +149,16 @@ def _check_end_token(got, recorded):
 def _images(config, dataset, train, test):
     data = config.data
     augmentations = ("crop_padding", "flip", "affine", "min_crop_area")
-    _check_knobs(config, ("image_shape", "num_classes", *augmentations))
+    _check_knobs(config, ("image_shape", "num_classes", "mean", "std", *augmentations))
     for name, got, expected in (
         ("image_shape", tuple(data.image_shape), dataset.image_shape),
         ("num_classes", data.num_classes, dataset.num_classes),
     ):
         if got != expected:
             raise ConfigError(f"config.data.{name}: got {got}, expected {expected}, as in the data")
+    if data.mean or data.std:
+        with settings("data"):
+            dataset = dataset.normalised_by(data.mean, data.std)
     options = {"seed": config.seed, **{name: data[name] for name in augmentations}, **train}
     return Data(
         lambda step: train_batches(dataset, start_step=step, **options),

@@ -58,6 +58,8 @@ def test_no_number_may_be_nonsense(knobs):
     for name, value in numeric(knobs()).items():
         nonsense = {int: (-(10**30), 10**30), float: (math.nan, math.inf, -math.inf, -1.0, 1e39)}
         tuples = ((0,), (2.5,), ("a", "b"), (10**30,), (math.nan,), (True,))
+        if name == "data.mean":
+            tuples = tuples[1:]  # a mean of 0 leaves pixels where they are
         for wrong in nonsense.get(type(value), tuples):
             shown = repr(wrong)
             assert refusal(name, wrong, knobs).startswith(f"config.{name}: got {shown}, expected ")

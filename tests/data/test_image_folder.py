@@ -76,6 +76,16 @@ def test_reads_a_tree(tree):
         assert np.abs(pixels.astype(int) - expected).max() <= 4  # JPEG rounds
 
 
+def test_another_normalisation(tree):
+    dataset = load(tree).normalised_by((0.5, 0.25, 0.0), (0.5, 0.25, 1.0))
+    pixels_BHWC = np.arange(16 * 16 * 3, dtype=np.int64).reshape(1, 16, 16, 3).astype(np.uint8)
+    expected = (pixels_BHWC / 255 - (0.5, 0.25, 0.0)) / (0.5, 0.25, 1.0)
+    np.testing.assert_allclose(dataset.normalise(pixels_BHWC), expected, rtol=0, atol=1e-6)
+    for mean, std in (((0.5,) * 3, ()), ((), (0.5,) * 3), ((0.5,), (0.5,))):
+        with pytest.raises(ValueError, match="expected 3 numbers in each, one per channel, or no"):
+            load(tree).normalised_by(mean, std)
+
+
 def test_test_folder_and_missing_test_class(tree):
     (tree / "val").rename(tree / "test")
     for path in (tree / "test" / "green").iterdir():

@@ -46,7 +46,11 @@ def gradient(vit, variables, key=None):
     return jit(jax.value_and_grad(loss, argnums=(0, 1)))(variables.params, vit.probes())
 
 
-@pytest.mark.parametrize("changes", [thorough({}), {"pool": "mean", "dropout": 0.3}])
+BDIA = {"integrator": "bdia", "gelu": "erf"}
+MIXED = {"pool": "mean", "dropout": 0.3}
+
+
+@pytest.mark.parametrize("changes", [thorough({}), MIXED, BDIA, thorough(MIXED | BDIA)])
 def test_strategies_give_one_gradient(changes):
     variables = randomised(jit(model(**changes).init)(jax.random.key(0)))
     key = jax.random.key(2) if changes else None
@@ -59,14 +63,34 @@ def test_strategies_give_one_gradient(changes):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_outside_of_training_bdia_is_the_network_of_one_stream():
+    image = jax.random.normal(jax.random.key(1), (2, 8, 12, 3))
+    one = model("store", reversible=False)
+    variables = randomised(jit(one.init)(jax.random.key(0)))
+    apply = lambda vit, **how: jit(lambda v: vit.apply(v, image, **how)[0])(variables)
+    expected = apply(one, train=False)
+    np.testing.assert_array_equal(apply(model(**BDIA | {"gelu": "tanh"}), train=False), expected)
+    exact = apply(model(**BDIA), train=False)
+    np.testing.assert_array_equal(apply(model(**BDIA), train=True), exact)  # no key
+    assert np.max(np.abs(exact - expected)) > 1e-5  # another GELU
+    draws = [apply(model(**BDIA), train=True, key=jax.random.key(i)) for i in range(2)]
+    assert np.max(np.abs(draws[0] - draws[1])) > 1e-3
+
+
 @pytest.mark.parametrize(
-    ("size", "millions"), [("Ti", 5.717416), ("S", 22.050664), ("B", 86.567656), ("L", 304.326632)]
+    ("size", "millions"),
+    [("Ti", 5.717416), ("S", 22.050664), ("B", 86.567656), ("L", 304.326632), ("H", 632.0458)],
 )
 @pytest.mark.parametrize("reversible", [True, False])
 def test_parameters_are_those_of_the_published_models(size, millions, reversible):
     layers, width, heads = VIT_SIZES[size]
-    sizes = {"layers": layers, "width": width, "heads": heads, "hidden": 4 * width, "patch": 16}
-    sizes |= {"image_shape": (224, 224, 3), "num_classes": 1000, "reversible": reversible}
+    sizes = {"layers": layers, "width": width, "heads": heads, "hidden": 4 * width}
+    sizes |= {
+        "patch": 14 if size == "H" else 16,
+        "image_shape": (224, 224, 3),
+        "num_classes": 1000,
+        "reversible": reversible,
+    }
     vit = model("store", **sizes)
     assert num_params(jax.eval_shape(vit.init, jax.random.key(0))) == round(millions * 1e6)
 
@@ -108,6 +132,8 @@ def test_patches_are_read_row_by_row():
         ({"heads": 3}, "got heads=3, expected a divisor of the width 16"),
         ({"layers": 0}, "got layers=0, expected a whole number from 1"),
         ({"pool": "max"}, "got pool='max', expected one of token, mean"),
+        ({"integrator": "dual"}, "got integrator='dual', expected one of streams, bdia, midpoint"),
+        ({"gelu": "exact"}, "got gelu='exact', expected one of tanh, erf"),
         ({"reversible": False}, "got backprop='reverse' for a model of one stream"),
     ],
 )

@@ -21,7 +21,13 @@ from revnet_jax.models.dtypes import at_least_float32, narrowed
 from revnet_jax.models.model import ModelOptions, Sweep, Variables
 from revnet_jax.models.partition import Rules, gather, on_batch
 from revnet_jax.models.transformer.attention import AttentionKernel, attend
-from revnet_jax.models.transformer.base import Transformer, check_positive, drop, init_layers_of
+from revnet_jax.models.transformer.base import (
+    Transformer,
+    check_positive,
+    draw_factors,
+    drop,
+    init_layers_of,
+)
 
 # Sharding of the weights: heads and hidden units over "tensor", the other axis over "fsdp".
 RULES = (
@@ -45,6 +51,8 @@ class VisionTransformerShape:
       pool: what the head reads: "token" for a class token, "mean" for the mean over patches.
       reversible: two streams; otherwise the irreversible model with one stream.
       dropout: rate, applied to the outputs of branches and to the embedding.
+      gelu: "tanh" for the approximation by tanh, "erf" for the exact function.
+      integrator: what the two streams stand for, see `Transformer`; not "dual".
     """
 
     image_shape: tuple[int, int, int]
@@ -57,6 +65,8 @@ class VisionTransformerShape:
     pool: Literal["token", "mean"] = "token"
     reversible: bool = True
     dropout: float = 0.0
+    gelu: Literal["tanh", "erf"] = "tanh"
+    integrator: Literal["streams", "bdia", "midpoint"] = "streams"
 
     def __post_init__(self):
         check_positive(self, ("num_classes", "patch", "layers", "width", "heads", "hidden"))
@@ -70,6 +80,12 @@ class VisionTransformerShape:
             )
         if self.pool not in ("token", "mean"):
             raise ValueError(f"got pool={self.pool!r}, expected one of token, mean")
+        if self.gelu not in ("tanh", "erf"):
+            raise ValueError(f"got gelu={self.gelu!r}, expected one of tanh, erf")
+        if self.integrator not in ("streams", "bdia", "midpoint"):
+            raise ValueError(
+                f"got integrator={self.integrator!r}, expected one of streams, bdia, midpoint"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"got dropout={self.dropout}, expected a share in [0, 1)")
 
@@ -91,12 +107,17 @@ class VisionTransformer(Transformer):
         *,
         attention: AttentionKernel = "chunked",
     ):
-        super().__init__(layers=shape.layers, reversible=shape.reversible, options=options)
+        super().__init__(
+            layers=shape.layers,
+            reversible=shape.reversible,
+            options=options,
+            integrator=shape.integrator,
+        )
         self.shape = a = shape
         common = {"width": a.width, "dtype": self.compute_dtype}
         pure = lambda make, **settings: PureModule(lambda rngs: make(**settings, rngs=rngs))
         self._f = pure(SelfAttention, heads=a.heads, kernel=attention, **common)
-        self._g = pure(Mlp, hidden=a.hidden, **common)
+        self._g = pure(Mlp, hidden=a.hidden, gelu=a.gelu, **common)
         self._stem = pure(Patches, shape=a, dtype=self.compute_dtype)
         self._head = pure(ViTHead, num_classes=a.num_classes, **common)
 
@@ -122,32 +143,36 @@ class VisionTransformer(Transformer):
         """(logits [B, num_classes] float32, an empty dictionary: there are no running averages).
 
         Args:
-          train: whether to apply dropout.
-          key: for dropout; None for no dropout.
+          train: whether to apply dropout, and to draw the factors of "bdia".
+          key: for what is random in training; None for none of it.
           sweep: see `ConvNet.apply`.
         """
         rate = self.shape.dropout
-        keys = None
-        # A pair of keys for each layer; the first of the last pair is for the embedding.
-        if train and rate and key is not None:
+        is_bdia = self.integrator == "bdia"
+        keys = factors_L = None
+        # A pair of keys for each layer; the last pair is for the embedding and for the factors.
+        if train and (rate or is_bdia) and key is not None:
             keys = jax.random.split(key, (self.shape.layers + 1, 2))
 
         def branch(module, i):
             def apply(params, x_BTD, context):
                 params = gather(RULES, f"layers/{i}", params, self.compute_dtype)
                 u_BTD, _ = module.apply(params, {}, on_batch(x_BTD))
-                return on_batch(drop(u_BTD, rate, context.data, i)), ()
+                return on_batch(drop(u_BTD, rate, context.data[0], i)), ()
 
             return apply
 
         with jax.named_scope("stem"):
             stem = gather(RULES, "stem", variables.params["stem"], self.compute_dtype)
             x_BTD, _ = self._stem.apply(stem, {}, image_BHWC)
+        if keys is not None and is_bdia:
+            factors_L = draw_factors(keys[-1, 1], self.shape.layers, x_BTD)
+        training = factors_L is not None
         x_BTD, _ = self._run(
-            self._layer(branch(self._f, 0), branch(self._g, 1), training=train),
+            self._layer(branch(self._f, 0), branch(self._g, 1), training=training),
             variables.params["layers"],
             drop(x_BTD, rate, None if keys is None else keys[-1], 0),
-            data_L=None if keys is None else keys[:-1],
+            data_L=(None if keys is None else keys[:-1], factors_L),
             sweep=sweep,
         )
         by_token = self.shape.pool == "token"
@@ -223,13 +248,15 @@ class SelfAttention(nnx.Module):
 class Mlp(nnx.Module):
     """Layer normalisation, then two linear layers with a GELU between them."""
 
-    def __init__(self, *, width: int, hidden: int, dtype, rngs: nnx.Rngs):
+    def __init__(self, *, width: int, hidden: int, gelu: str, dtype, rngs: nnx.Rngs):
+        self.approximate = gelu == "tanh"
         self.norm = _norm(width, dtype, rngs)
         self.up = _linear(width, hidden, dtype=dtype, rngs=rngs)
         self.down = _linear(hidden, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return self.down(jax.nn.gelu(self.up(self.norm(x_BTD))))
+        up = jax.nn.gelu(self.up(self.norm(x_BTD)), approximate=self.approximate)
+        return self.down(up)
 
 
 class ViTHead(nnx.Module):
