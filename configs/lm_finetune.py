@@ -14,10 +14,10 @@ Model and vocabulary are those of that folder's config.json, and the run starts 
 The arm can be any other run of a decoder that was trained on shards.
 """
 
-import json
 from pathlib import Path
 
-from revnet_jax.config import LM_LAPTOP, ConfigError, language_model
+from revnet_jax.config import LM_LAPTOP, language_model
+from revnet_jax.config.starting import start_from
 
 
 def get_config(arm: str = ""):
@@ -33,23 +33,5 @@ def get_config(arm: str = ""):
     if arm == "laptop":  # an untrained model, to try the commands
         config.update_from_flattened_dict(LM_LAPTOP)
     elif arm:
-        _start_from(config, Path(arm))
+        start_from(config, Path(arm), "vocab_size", "context", "end_token")
     return config
-
-
-def _start_from(config, workdir):
-    try:
-        found = json.loads((workdir / "config.json").read_text())["config"]
-        # JSON has no tuples: a list there is a tuple of settings here.
-        model = {k: tuple(v) if isinstance(v, list) else v for k, v in found["model"].items()}
-        config.model.update(model)
-        # These data settings belong to the model; where the data are is a matter of this run.
-        for name in ("vocab_size", "context", "end_token"):
-            config.data[name] = found["data"][name]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        what = " ".join(str(error).split())
-        raise ConfigError(
-            f"got arm {str(workdir)!r}, expected one of laptop, or the folder of a decoder's run "
-            f"({what})"
-        ) from error
-    config.init_from = str(workdir)

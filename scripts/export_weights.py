@@ -1,8 +1,8 @@
-"""Writes a decoder's checkpoint as a published model (Llama, Qwen, GPT-2); prints JSON.
+"""Writes a checkpoint as a published model (Llama, Qwen, GPT-2, ViT); prints JSON.
 
     python scripts/export_weights.py --workdir=WORKDIR --target=DIR
 
-The settings of the run say which family it is. Only a decoder of one stream has a published
+The settings of the run say which family it is. Only a network of one stream has a published
 counterpart (config.model.reversible=False), and one that BDIA has trained (integrator=bdia).
 """
 

@@ -1,4 +1,4 @@
-"""Imports the weights of a published decoder (Llama, Qwen, GPT-2) as a run; prints JSON.
+"""Imports the weights of a published model as a run (Llama, Qwen, GPT-2, ViT); prints JSON.
 
     python scripts/import_weights.py --source=DIR --workdir=WORKDIR
 
@@ -21,7 +21,11 @@ DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16"], "The dtype of kernels, embeddings and arithmetic."
 )
 CONTEXT = flags.DEFINE_integer("context", 1024, "Tokens of a sequence, at most the model's own.")
+CLASSES = flags.DEFINE_integer(
+    "num_classes", 0, "Classes of a new head of a classifier; 0: the published head."
+)
 cli.limit(CONTEXT, whole(1))
+cli.limit(CLASSES, whole(0))
 
 
 def main(argv):
@@ -32,10 +36,14 @@ def main(argv):
     from revnet_jax.pretrained.importing import import_weights
 
     report = import_weights(
-        Path(SOURCE.value), Path(WORKDIR.value), dtype=DTYPE.value, context=CONTEXT.value
+        Path(SOURCE.value),
+        Path(WORKDIR.value),
+        dtype=DTYPE.value,
+        context=CONTEXT.value,
+        num_classes=CLASSES.value,
     )
     # No error: token ids suffice to train and to evaluate.
-    if not report["tokenizer"]:
+    if report.get("tokenizer") is False:
         print(
             f"note: {SOURCE.value} has no tokenizer.json: generate.py cannot turn text into tokens "
             f"with {WORKDIR.value}",

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv in the clone, with what pyproject.toml asks for, in the versions that were tested.
 #   scripts/setup.sh [EXTRA,...]     extras: plots, tensorboard, text, pretrained, docs, tpu,
-#                                    cuda13, gpu_compiler, transformers, lm_eval, dev
+#                                    cuda13, gpu_compiler, transformers, timm, lm_eval, dev
 # Needs Python 3.11 or later; PYTHON names another interpreter than python3, VENV another directory
 # than .venv.
 set -euo pipefail

@@ -25,7 +25,7 @@ EXPECTED = {
     "imagenet_resnet50", "imagenet_resnet101", "digits_irevnet", "cifar10_irevnet",
     "lm_bytes", "lm_shakespeare", "lm_124m", "lm_1b", "lm_8b_32k", "lm_finetune",
     "vit_s_cifar10",
-    "vit_b_imagenet",
+    "vit_b_imagenet", "vit_finetune",
 }  # fmt: skip
 # Trainable parameters, CIFAR-10 and CIFAR-100 (the models of Gomez et al. 2017, to the last one).
 NUM_PARAMS = {

@@ -1,1 +1,1 @@
-"""Published weights of decoders, in and out: safetensors files of Llama, Qwen and GPT-2."""
+"""Published weights, in and out: safetensors files of Llama, Qwen, GPT-2 and ViT."""

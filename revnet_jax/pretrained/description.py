@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +18,54 @@ class Description:
     Defaults are those of the published format: a field that is not there has a documented value.
     """
 
-    def __init__(self, path: Path):
-        self.path, self._fields = path, read_json_object(path)
+    def __init__(self, path: Path, fields: Mapping[str, Any] | None = None):
+        self.path, self._fields = path, read_json_object(path) if fields is None else fields
 
-    def whole(self, name: str, default: int | None = None) -> int:
-        """A whole number from 1."""
+    @property
+    def names(self) -> set[str]:
+        """The names of the fields that are there."""
+        return {name for name, value in self._fields.items() if value is not None}
+
+    def part(self, name: str) -> Description:
+        """The fields of an object, which may be absent."""
+        return Description(self.path, self._group(name))
+
+    def whole(self, name: str, default: int | None = None, low: int = 1) -> int:
+        """A whole number from `low`."""
         value = self._value(name, default)
         # The exact type, because a bool is an int too.
-        if type(value) is not int or value < 1:
-            raise self._wrong(name, value, "a whole number from 1")
+        if type(value) is not int or value < low:
+            raise self._wrong(name, value, f"a whole number from {low}")
         return value
 
-    def text(self, name: str) -> str:
+    def text(self, name: str, default: str | None = None) -> str:
         """A string."""
-        value = self._value(name, None)
+        value = self._value(name, default)
         if not isinstance(value, str):
             raise self._wrong(name, value, "a string")
         return value
 
+    def matching(self, name: str, pattern: re.Pattern[str], expected: str) -> re.Match[str]:
+        """The match of a string, all of which the pattern matches."""
+        match = pattern.fullmatch(self.text(name))
+        if match is None:
+            raise self._wrong(name, self.text(name), expected)
+        return match
+
     def number(self, name: str, default: float | None = None) -> float:
         """A number above 0."""
         return self._number(name, self._value(name, default))
+
+    def numbers(
+        self, name: str, length: int, default: Sequence[float] | None = None
+    ) -> tuple[float, ...]:
+        """Several numbers; one number stands for `length` equal ones."""
+        value = self._value(name, default)
+        several = value if isinstance(value, list | tuple) else [value] * length
+        numeric = all(isinstance(x, int | float) and not isinstance(x, bool) for x in several)
+        if len(several) != length or not numeric or not all(map(math.isfinite, several)):
+            raise self._wrong(name, value, f"{length} numbers")
+        return tuple(several)
 
     def flag(self, name: str, default: bool) -> bool:
         """True or false."""

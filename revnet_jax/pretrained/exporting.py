@@ -11,7 +11,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from revnet_jax.errors import writing
-from revnet_jax.models.task import NextToken
 from revnet_jax.models.transformer.decoder import merged_kernel
 from revnet_jax.pretrained.families import FAMILIES
 from revnet_jax.pretrained.files import (
@@ -21,12 +20,14 @@ from revnet_jax.pretrained.files import (
     write_json_object,
     write_weights,
 )
+from revnet_jax.pretrained.importing import shape_of
 from revnet_jax.pretrained.layout import PublishedFamily
+from revnet_jax.pretrained.vit import VIT
 from revnet_jax.runs.manifest import by_path
 from revnet_jax.runs.workdir import load_config
 from revnet_jax.training.restore import Which, restore_run
 
-FIXED = {"experts": 0, "window": 0}  # settings that no family has otherwise
+FIXED = {"experts": 0, "window": 0}  # settings that no published decoder has otherwise
 
 
 def export_weights(
@@ -50,8 +51,8 @@ def export_weights(
 
     Cost: the memory of the model and of one tensor.
 
-    Raises UserError if the run is not of a decoder that a published family has, or if `target`
-    holds files.
+    Raises UserError if the run is not of a model that a published family has, or if `target` holds
+    files.
     """
     if dtype not in WRITTEN:
         raise WeightsError(f"got dtype={dtype!r}, expected one of {', '.join(WRITTEN)}")
@@ -60,8 +61,7 @@ def export_weights(
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise WeightsError(f"{target} exists, expected a new or an empty folder")
     run = restore_run(workdir, which)
-    assert isinstance(run.task, NextToken)
-    shape, leaves = run.task.network.shape, by_path(run.variables.params)
+    shape, leaves = shape_of(run.task), by_path(run.variables.params)
     tensors = {tensor.name: tensor for tensor in family.tensors(shape)}
 
     def parameter(path: str, layer: int | None) -> np.ndarray:
@@ -96,6 +96,8 @@ def export_weights(
 
 def description_of(config: ConfigDict, family: PublishedFamily, dtype: str) -> dict[str, Any]:
     """The config.json of a run's model as one of this family."""
+    if family is VIT:
+        return family.describe(config.model, config.data)
     end = config.data.end_token
     return {
         "architectures": [family.class_name],
@@ -110,30 +112,40 @@ def description_of(config: ConfigDict, family: PublishedFamily, dtype: str) -> d
 def family_for(config: ConfigDict) -> PublishedFamily:
     """The family that a run's model belongs to. Raises WeightsError if there is none."""
     model = config.model
-    if model.family != "decoder":
-        raise WeightsError(f"got a run of {model.family}, expected one of decoder")
+    if model.family not in ("decoder", "vit"):
+        raise WeightsError(f"got a run of {model.family}, expected one of decoder, vit")
     # Outside of training BDIA is the network of one stream.
     if model.reversible and model.integrator != "bdia":
         raise WeightsError(
             f"config.model.reversible: got True with integrator={model.integrator!r}, expected "
             "False, or the integrator bdia: published models have one stream"
         )
-    # What only one of the families has. A decoder with none of these is a Llama.
-    kinds = {"gpt2": model.learned_positions, "qwen3": model.qk_norm, "qwen2": model.bias == "qkv"}
-    family = FAMILIES[next((kind for kind, fits in kinds.items() if fits), "llama")]
-    for name, value in (FIXED | dict(family.fixed)).items():
+    family = VIT if model.family == "vit" else _decoder_family(model)
+    fixed = dict(family.fixed) if family is VIT else FIXED | dict(family.fixed)
+    for name, value in fixed.items():
         if model[name] != value:
             raise WeightsError(
                 f"config.model.{name}: got {model[name]!r}, expected {value!r}: a "
                 f"{family.model_type}, which its other settings make it, has no other"
             )
+    if family is not VIT:
+        _check_biases(model, family)
+    return family
+
+
+def _decoder_family(model):
+    # What only one of the families has. A decoder with none of these is a Llama.
+    kinds = {"gpt2": model.learned_positions, "qwen3": model.qk_norm, "qwen2": model.bias == "qkv"}
+    return FAMILIES[next((kind for kind, fits in kinds.items() if fits), "llama")]
+
+
+def _check_biases(model, family):
     if model.bias not in family.biases or (family.model_type == "gpt2" and not _all_heads(model)):
         raise WeightsError(
             f"config.model: got bias={model.bias!r}, heads={model.heads} and "
             f"kv_heads={model.kv_heads}, expected a bias of {' or '.join(family.biases)}, and for "
             "gpt2 as many key-value heads as heads"
         )
-    return family
 
 
 def _all_heads(model):

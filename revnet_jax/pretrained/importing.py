@@ -13,16 +13,17 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from revnet_jax.config import ConfigError, language_model
+from revnet_jax.config import ConfigError
 from revnet_jax.data.vocabulary import Vocabulary, largest_id, load_tokenizer
 from revnet_jax.errors import writing
 from revnet_jax.families import build_task
 from revnet_jax.models import Variables, num_params
-from revnet_jax.models.task import NextToken
+from revnet_jax.models.task import Classification, NextToken, Task
 from revnet_jax.pretrained.description import Description
 from revnet_jax.pretrained.families import FAMILIES
 from revnet_jax.pretrained.files import READ, Weights, WeightsError, first_few, removed_on_error
-from revnet_jax.pretrained.layout import PublishedFamily, Tensor
+from revnet_jax.pretrained.layout import NOTHING, PublishedFamily, Tensor
+from revnet_jax.pretrained.vit import VIT
 from revnet_jax.runs.manifest import by_path
 from revnet_jax.runs.workdir import claim, workdir_lock
 from revnet_jax.training.loop import open_checkpoints
@@ -32,7 +33,12 @@ HEAD, EMBED = "lm_head.weight", "embed"  # a file may repeat a tied embedding un
 
 
 def import_weights(
-    source: Path, workdir: Path, *, dtype: str = "float32", context: int = 1024
+    source: Path,
+    workdir: Path,
+    *,
+    dtype: str = "float32",
+    context: int = 1024,
+    num_classes: int = 0,
 ) -> dict[str, Any]:
     """Writes config.json and a checkpoint of step 0 to `workdir`, from a published model.
 
@@ -40,7 +46,9 @@ def import_weights(
       source: the folder with its config.json, safetensors files and perhaps tokenizer.json.
       workdir: a folder that holds no run.
       dtype: "float32" or "bfloat16", of kernels and embeddings, and what branches compute in.
-      context: `config.data.context`, if the model's own is not shorter.
+      context: of decoders: `config.data.context`, if the model's own is not shorter.
+      num_classes: of classifiers: if it is not 0 and not their own number, the model gets a new
+        head for it, which starts at zero.
 
     Returns what was imported, for a report. Everything is checked before `workdir` is touched.
 
@@ -52,13 +60,15 @@ def import_weights(
     """
     found = Description(source / "config.json")
     family = published_family(found)
-    config = config_of(found, family, dtype=dtype, context=context)
+    config, replaced = config_of(
+        found, family, dtype=dtype, context=context, num_classes=num_classes
+    )
     # The platform chooses the kernel of attention, which has no parameters.
     task = build_task(config, platform="cpu")
-    assert isinstance(task, NextToken)
     weights = Weights(source)
-    names = names_in_files(family.tensors(task.network.shape), family, weights)
-    vocabulary = vocabulary_of(source, config.data.vocab_size)
+    names = names_in_files(family.tensors(shape_of(task)), family, weights, replaced)
+    is_text = "vocab_size" in config.data
+    vocabulary = vocabulary_of(source, config.data.vocab_size) if is_text else None
     # Early, because reading the weights takes long, and once more under the lock, because another
     # process may have begun a run in the meantime.
     _check_holds_no_run(workdir)
@@ -79,7 +89,7 @@ def import_weights(
     return {
         "model_type": family.model_type,
         "num_params": num_params(variables),
-        "tokenizer": vocabulary is not None,
+        **({"tokenizer": vocabulary is not None} if is_text else {}),
     }
 
 
@@ -94,6 +104,8 @@ def _check_holds_no_run(workdir):
 
 def published_family(found: Description) -> PublishedFamily:
     """The family that a config.json names. Raises WeightsError for one that is not known."""
+    if "architecture" in found.names:  # as timm names its models
+        return VIT
     name = found.text("model_type")
     found.only("model_type", *FAMILIES)
     # Quantized tensors are integers or narrow floats whose scales are tensors apart.
@@ -102,33 +114,61 @@ def published_family(found: Description) -> PublishedFamily:
 
 
 def config_of(
-    found: Description, family: PublishedFamily, *, dtype: str, context: int
-) -> ConfigDict:
-    """The config of a run of a published model: one stream, every setting as published."""
-    config = language_model()
-    config.data.update(
-        {
-            "name": "shards",
-            "vocab_size": found.whole("vocab_size"),
-            "context": min(context, found.whole(family.context)),
-            "end_token": found.end_token(),
-        }
-    )
+    found: Description, family: PublishedFamily, *, dtype: str, context: int, num_classes: int
+) -> tuple[ConfigDict, str]:
+    """(config of a run of a published model, pattern of the tensors that a new head replaces).
+
+    One stream, and every setting as published.
+    """
+    config, replaced = family.base(), NOTHING
+    config.data.update(family.data(found))
+    if family.context:
+        config.data.context = min(context, found.whole(family.context))
+    if "num_classes" in config.data:
+        published = config.data.num_classes
+        config.data.num_classes = num_classes or published
+        if not config.data.num_classes:
+            raise WeightsError(
+                f"{found.path}: got a model without classes, expected --num_classes, for a head "
+                "that starts at zero"
+            )
+        replaced = family.head if config.data.num_classes != published else NOTHING
+    elif num_classes:
+        raise WeightsError(
+            f"got num_classes={num_classes} for a {family.model_type}, expected 0: it has none"
+        )
     config.model.update({**family.fixed, **family.settings(found)})
     # One stream has no inverse: activations are stored or, in less memory, recomputed.
     config.model.update({"reversible": False, "backprop": "remat"})
     config.model.update({"compute_dtype": dtype, "param_dtype": dtype})
-    return config
+    return config, replaced
+
+
+def shape_of(task: Task) -> Any:
+    """The shape of the network of a task of the package."""
+    assert isinstance(task, Classification | NextToken)
+    return task.network.shape
 
 
 def names_in_files(
-    tensors: Iterable[Tensor], family: PublishedFamily, weights: Weights
+    tensors: Iterable[Tensor],
+    family: PublishedFamily,
+    weights: Weights,
+    replaced: str = NOTHING,
 ) -> dict[Tensor, str]:
     """The name that each expected tensor has in the files.
 
+    Args:
+      tensors: of the model.
+      family: of the model.
+      weights: the files.
+      replaced: a pattern of tensors that are not read, whether they are there or not.
+
     Raises WeightsError if tensors are missing, unexpected, or of another shape or dtype.
     """
-    stored = {n: s for n, s in weights.stored.items() if not re.search(family.ignored, n)}
+    passed_over = re.compile(f"{family.ignored}|{replaced}")
+    tensors = [tensor for tensor in tensors if not re.search(replaced, tensor.name)]
+    stored = {n: s for n, s in weights.stored.items() if not passed_over.search(n)}
     # OpenAI's files of GPT-2 have no prefix; those that transformers writes do.
     bare = not any(name.startswith(family.prefix) for name in stored)
     in_file = lambda name: name.removeprefix(family.prefix) if bare else name
@@ -156,13 +196,17 @@ def names_in_files(
 
 
 def read_variables(weights: Weights, names: Mapping[Tensor, str], wanted: Variables) -> Variables:
-    """Reads the tensors one by one into parameters of the wanted shapes and dtypes."""
+    """Reads the tensors one by one into parameters of the wanted shapes and dtypes.
+
+    Parameters without a tensor, those of a new head, are zero.
+    """
     leaves = {}
     for path, spec in by_path(wanted.params).items():
         leaf = _empty(spec.shape, spec.dtype)
-        for tensor, name in names.items():
-            if tensor.path != path:
-                continue
+        parts = {tensor: name for tensor, name in names.items() if tensor.path == path}
+        if not parts:  # its memory is as it was found
+            leaf[...] = 0
+        for tensor, name in parts.items():
             view, read = tensor.view(leaf), weights.read(name)
             # The embedding itself has been read: `names` has this head last.
             if tensor.name == HEAD and path == EMBED:

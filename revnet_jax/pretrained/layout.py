@@ -1,4 +1,4 @@
-"""How tensors of published decoders lie in the parameters of our decoder.
+"""How tensors of published models lie in the parameters of ours.
 
 Dims: D stream width, N heads, G key-value heads, R query heads per key-value head, K head size, F
 hidden width, V vocabulary, L layers.
@@ -10,11 +10,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 
+from revnet_jax.config import language_model
 from revnet_jax.models import LanguageModelShape
 from revnet_jax.pretrained.description import Description
 
 View = Callable[[np.ndarray], np.ndarray]
+NOTHING = r"(?!)"  # a pattern that matches nothing
 
 
 class Tensor(NamedTuple):
@@ -41,32 +44,44 @@ class Tensor(NamedTuple):
         return self.part(leaf if self.layer is None else leaf[self.layer])
 
 
+def data_of_decoder(found: Description) -> dict[str, Any]:
+    """The settings of the text of a decoder."""
+    vocab_size, end_token = found.whole("vocab_size"), found.end_token()
+    return {"name": "shards", "vocab_size": vocab_size, "end_token": end_token}
+
+
 class PublishedFamily(NamedTuple):
-    """A family of published decoders: its config.json and its tensors, both ways.
+    """A family of published models: its config.json and its tensors, both ways.
 
     Attributes:
       model_type: its name in config.json.
-      class_name: its class in transformers, which config.json names too.
       fixed: settings of `config.model` that all its models share.
-      biases: values of `config.model.bias` that it can have.
       settings: from its config.json to the other settings of `config.model`.
       describe: from our settings of a run (`config.model`, `config.data`) to its config.json.
       tensors: all tensors of a model of this shape.
-      context: the field of its config.json with the longest sequence.
+      data: from its config.json to settings of `config.data`.
+      base: returns all settings with their defaults.
+      class_name: of decoders: their class in transformers, which config.json names too.
+      biases: of decoders: values of `config.model.bias` that they can have.
+      context: of decoders: the field of config.json with the longest sequence.
       prefix: of the names of its tensors, without which some files are published.
       ignored: a pattern of tensors that hold no weights.
+      head: of classifiers: a pattern of the tensors that depend on the classes.
     """
 
     model_type: str
-    class_name: str
     fixed: Mapping[str, Any]
-    biases: tuple[str, ...]
     settings: Callable[[Description], dict[str, Any]]
     describe: Callable[[Any, Any], dict[str, Any]]
-    tensors: Callable[[LanguageModelShape], Iterable[Tensor]]
-    context: str
-    prefix: str
-    ignored: str
+    tensors: Callable[[Any], Iterable[Tensor]]
+    data: Callable[[Description], dict[str, Any]] = data_of_decoder
+    base: Callable[[], ConfigDict] = language_model
+    class_name: str = ""
+    biases: tuple[str, ...] = ()
+    context: str = ""
+    prefix: str = ""
+    ignored: str = NOTHING
+    head: str = NOTHING
 
 
 def as_it_is(leaf: np.ndarray) -> np.ndarray:

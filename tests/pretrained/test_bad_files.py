@@ -178,7 +178,7 @@ EXPORTS = {
         },
         "heads=4 and kv_heads=2",
     ),
-    "another network": ({"family": "vit"}, "got a run of vit, expected one of decoder"),
+    "another network": ({"family": "resnet"}, "got a run of resnet, expected one of decoder, vit"),
 }
 
 

@@ -1,0 +1,34 @@
+"""Configs of runs that start from the weights of another run, such as an imported one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from revnet_jax.config import ConfigError
+
+
+def start_from(config: ConfigDict, workdir: Path, *data: str) -> None:
+    """Takes a model and its weights from the folder of a run: `config.model`, `config.init_from`.
+
+    Args:
+      data: the settings of `config.data` that belong to the model, which are taken too.
+
+    Raises ConfigError if the folder holds no run of this kind.
+    """
+    # JSON has no tuples: a list there is a tuple of settings here.
+    tuples = lambda value: tuple(value) if isinstance(value, list) else value
+    try:
+        found = json.loads((workdir / "config.json").read_text())["config"]
+        config.model.update({name: tuples(value) for name, value in found["model"].items()})
+        # Where the data are is a matter of this run.
+        config.data.update({name: tuples(found["data"][name]) for name in data})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        what = " ".join(str(error).split())
+        raise ConfigError(
+            f"got arm {str(workdir)!r}, expected one of laptop, or the folder of a run of "
+            f"{config.model.family} ({what})"
+        ) from error
+    config.init_from = str(workdir)
