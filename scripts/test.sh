@@ -6,5 +6,4 @@ scripts/setup.sh dev
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/ty check revnet_jax scripts
-# One worker more than cores: some tests wait for programs of their own.
-exec .venv/bin/python -m pytest --numprocesses=$(($(nproc) + 1)) "$@"
+exec .venv/bin/python -m pytest "$@"

@@ -158,12 +158,13 @@ def _by_half_steps(params: Any) -> Any:
 
 def _of_half_steps(sweep: Sweep) -> Sweep:
     """The sweep for parameters grouped by `_by_half_steps`; its optimizer knows them ungrouped."""
-    if sweep.update is None:
+    ungrouped_update = sweep.update
+    if ungrouped_update is None:
         return sweep
     ungrouped = lambda params: (*params[0], params[1])
 
     def update(dparams, state, params):
-        params, state = sweep.update(ungrouped(dparams), state, ungrouped(params))
+        params, state = ungrouped_update(ungrouped(dparams), state, ungrouped(params))
         return _by_half_steps(params), state
 
     return sweep._replace(update=update)

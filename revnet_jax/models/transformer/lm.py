@@ -342,11 +342,15 @@ class LanguageModel(Transformer):
             u_BTD, *aux = u_BTD if self.shape.experts else (u_BTD,)
             return on_batch(drop(u_BTD, rate, keys, 1)), tuple(aux)
 
+        module = self._adapter
+        if module is None:
+            return f, g
+
         def adapter(params, x_BTD, context):
             params = gather(self.rules, "layers/2", params, self.compute_dtype)
-            return on_batch(self._adapter.apply(params, {}, on_batch(x_BTD))[0]), None
+            return on_batch(module.apply(params, {}, on_batch(x_BTD))[0]), None
 
-        return (f, g) if self._adapter is None else (f, g, adapter)
+        return f, g, adapter
 
     def _feed_forward(self, params, x_BTD):
         apply = lambda params, x_BTD: self._g.apply(params, {}, x_BTD)[0]
