@@ -17,7 +17,7 @@ from revnet_jax.planning.variants import chosen, deeper, model_depth, variants
 from revnet_jax.programs.traffic import Traffic
 from revnet_jax.training.sharding import AXES, batch_parts, mesh_sizes
 
-MOST_TIMES = 4096  # searches for the largest size stop at this many times the config's
+MAX_MULTIPLE = 4096  # a search for the largest size stops at this multiple of the config's
 
 PlanRow = dict[str, Any]
 
@@ -30,11 +30,12 @@ def plan(
     largest: Sequence[str] = (),
     by_part: bool = False,
 ) -> dict[str, Any]:
-    """Compiles the config's training step under every strategy and compares the compiler's figures.
+    """Compiles the config's training step under every strategy: memory, time by roofline, advice.
 
     Args:
       config: settings by dotted key.
-      strategies: names of variants; all that the network has by default.
+      strategies: as in `variants`, such as `reverse+8/lockstep`, which stores eight layers and
+        updates within the backward pass; by default all that the network has.
       largest: some of `SIZES`. Each row gets the largest batch, depth or context that fits, as
         `largest_batch` and so on. Each search takes three to six more compilations; contexts are
         multiples of the config's.
@@ -101,10 +102,12 @@ def plan(
 
 
 def refused(settings: Mapping[str, Mapping[str, Any]], compiler: Compiler) -> dict[str, str]:
-    """Reports the strategies that cannot be trained, and why; UserError if none can.
+    """Reports the strategies that cannot be trained, and returns the reasons by strategy.
 
     Args:
-      settings: by strategy, then by dotted key. Returns the reasons by strategy.
+      settings: by strategy, then by dotted key.
+
+    Raises UserError if no strategy can be trained.
     """
     found = compiler.refusals(settings)
     if len(found) == len(settings):
@@ -118,7 +121,7 @@ def refused(settings: Mapping[str, Mapping[str, Any]], compiler: Compiler) -> di
 
 def _no_parts(got):
     return UserError(
-        f"got by_part for {got}, expected GPUs: how fast kernels are was measured on one"
+        f"got by_part for {got}, expected a GPU: kernel speeds were measured on GPUs only"
     )
 
 
@@ -128,7 +131,7 @@ def recommend(rows: Sequence[PlanRow], limit_bytes: int | None) -> dict[str, str
     known = [row for row in rows if row["error"] is None]
     fitting = [row for row in known if row["fits"]]
     if not fitting:
-        # A program that was refused may lack a figure.
+        # A program that ran out of memory may have no figure.
         said = [row for row in known if row["needed_bytes"] is not None]
         least = min(said, key=lambda row: row["needed_bytes"], default=None)
         asks = f" ({least['strategy']} asks for {size(least['needed_bytes'])})" if least else ""
@@ -138,8 +141,8 @@ def recommend(rows: Sequence[PlanRow], limit_bytes: int | None) -> dict[str, str
     cost = lambda row: (row["least_ms"] or 0, row["flops"], row["needed_bytes"])
     best = min(fitting, key=cost)
     needs = f"{size(best['needed_bytes'])} of {room}"
-    refused = [row["strategy"] for row in known if not row["fits"]]
-    others = f"; {', '.join(refused)} would not fit" if refused else ""
+    too_large = [row["strategy"] for row in known if not row["fits"]]
+    others = f"; {', '.join(too_large)} would not fit" if too_large else ""
     by = "fastest by roofline" if best["least_ms"] else "least arithmetic"
     why = f"{by} of those that fit" if len(fitting) > 1 else "it fits"
     return {"strategy": best["strategy"], "reason": f"{why}: it needs {needs}{others}"}
@@ -157,7 +160,7 @@ def row_of(
     Args:
       model_flops: FLOPs of `store`, without any recomputation, for the utilization (MFU).
     """
-    # `arithmetic` counts all devices together; traffic and memory are of one device.
+    # FLOPs are counted for all devices together; traffic and memory are of one device.
     flops = step.flops // step.num_devices
     seconds = step_seconds(chip, flops=flops, **step.traffic) if chip and step.traffic else None
     utilization = None
@@ -182,8 +185,9 @@ def row_of(
 def _memory(step: CompiledStep) -> dict[str, int | None]:
     """Splits the needed memory into weights, optimizer, gradients, activations; None if unknown.
 
-    Gradients are the largest set that may exist at once, and at most what weights and optimizer
-    leave: a compiler may use up one gradient before it computes the next. Activations are the rest.
+    `gradient_bytes` is an upper bound: the gradients that may exist at once, limited to what weights
+    and optimizer leave, because a compiler may free one gradient before it computes the next.
+    Activations are the rest.
     """
     if step.needed_bytes is None:
         return dict.fromkeys(
@@ -224,7 +228,7 @@ def _largest(searched, strategy, settings, compiler, step):
             start,
             limit_bytes=step.limit_bytes,
             step=multiple,
-            most=MOST_TIMES * start,
+            most=MAX_MULTIPLE * start,
         )
 
     if searched == "batch":

@@ -143,7 +143,7 @@ def _compile(lowered, device, slices):
         found |= {"argument_bytes": None, "traffic": None, "parts": None}
     else:
         stats, text = compiled.memory_analysis(), compiled.as_text()
-        # By part for GPUs alone: how fast kernels are was measured on one.
+        # By part for GPUs alone, because kernel speeds were measured on GPUs only.
         chip = chip_of(device.device_kind) if device.platform == "gpu" else None
         found = {
             "out_of_memory": False,
