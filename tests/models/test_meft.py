@@ -88,12 +88,13 @@ def test_a_layer_is_that_of_the_paper():
             assert np.linalg.norm(a - b) <= 1e-12 * np.linalg.norm(b)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("shape", "options"),
     [
         ({}, {}),
-        thorough({"lora_rank": 2, "dropout": 0.2}, {"compute_dtype": jnp.bfloat16}),
-        thorough({"experts": 4}, {"stored_layers": 1}),
+        ({"lora_rank": 2, "dropout": 0.2}, {"compute_dtype": jnp.bfloat16}),
+        ({"experts": 4}, {"stored_layers": 1}),
     ],
 )
 def test_reverse_is_store_bit_for_bit(shape, options):
