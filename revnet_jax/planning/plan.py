@@ -185,9 +185,9 @@ def row_of(
 def _memory(step: CompiledStep) -> dict[str, int | None]:
     """Splits the needed memory into weights, optimizer, gradients, activations; None if unknown.
 
-    `gradient_bytes` is an upper bound: the gradients that may exist at once, limited to what weights
-    and optimizer leave, because a compiler may free one gradient before it computes the next.
-    Activations are the rest.
+    `gradient_bytes` is an upper bound: the gradients that may exist at once, limited to what the
+    weights and the optimizer leave, because a compiler may free one gradient before it computes the
+    next. Activations are the rest.
     """
     if step.needed_bytes is None:
         return dict.fromkeys(

@@ -91,7 +91,7 @@ def test_where_time_goes_is_said_of_gpus_alone(step_config):
         lambda settings: CompiledStep(**{**vars(STEP), "device_kind": kind, "parts": parts})
     )
     of = lambda compiler: plan(flatten(step_config), compiler, strategies=["reverse"], by_part=True)
-    with pytest.raises(UserError, match="got by_part for TPU v5 lite, expected GPUs"):
+    with pytest.raises(UserError, match="got by_part for TPU v5 lite, expected a GPU"):
         of(FakeCompiler(asked("TPU v5 lite", None)))
     tpu = FakeCompiler(asked("TPU v5 lite", None))
     tpu.topology = Topology("v5e:2x2", "v5e", "2x2")
