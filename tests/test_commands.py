@@ -136,7 +136,7 @@ def check_launcher(file, words):
 def check_tests(words):
     for word, before in zip(words, ["", *words], strict=False):
         if before == "-m":
-            assert set(re.findall(r"\w+", word)) - {"and", "not"} <= MARKERS
+            assert set(re.findall(r"\w+", word)) - {"and", "or", "not"} <= MARKERS
         elif word.startswith("tests/"):
             assert (ROOT / word).exists(), f"{word} is not there"
 

@@ -11,7 +11,9 @@ from tests.small_run import ROOT
 OF_REVERSIBLE_MODELS = {"backprop", "stored_layers", "unroll", "grid", "grid_bits"} | {
     *("check_exactness", "reversible")
 }
-OF_WHAT_IS_REFUSED = {"experts_per_token", "integrator_steps", "lora_alpha", "momentum", "nesterov"}
+OF_WHAT_IS_REFUSED = {"experts_per_token", "integrator_steps", "adapter_rank", "lora_alpha"} | {
+    *("momentum", "nesterov")
+}
 HOW_IT_IS_COMPUTED = {"attention", "feed_forward_chunks", "loss_chunk"}
 
 
