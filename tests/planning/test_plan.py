@@ -95,7 +95,7 @@ def test_where_time_goes_is_said_of_gpus_alone(step_config):
         of(FakeCompiler(asked("TPU v5 lite", None)))
     tpu = FakeCompiler(asked("TPU v5 lite", None))
     tpu.topology = Topology("v5e:2x2", "v5e", "2x2")
-    with pytest.raises(UserError, match="got by_part for v5e:2x2, expected GPUs"):
+    with pytest.raises(UserError, match="got by_part for v5e:2x2, expected a GPU"):
         of(tpu)
     assert tpu.asked == []  # said before anything is compiled
     parts = [{"part": "all", "ms": 1.5, "flops": 2e9, "hbm_bytes": GIB, "kernels": 3}]
