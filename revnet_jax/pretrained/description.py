@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -63,7 +62,10 @@ class Description:
         value = self._value(name, default)
         several = value if isinstance(value, list | tuple) else [value] * length
         numeric = all(isinstance(x, int | float) and not isinstance(x, bool) for x in several)
-        if len(several) != length or not numeric or not all(map(math.isfinite, several)):
+        # NaN fails the comparison, and so does a whole number too large for a float.
+        if len(several) != length or not (
+            numeric and all(abs(x) <= sys.float_info.max for x in several)
+        ):
             raise self._wrong(name, value, f"{length} numbers")
         return tuple(several)
 

@@ -37,12 +37,14 @@ def settings_of_vit(found: Description) -> dict[str, Any]:
             args.only(each, PLAIN.get(each))
     args.only("act_layer", *GELU)
     layers, width, heads = VIT_SIZES[NAMES[name]]
-    width = args.whole("embed_dim", width)
+    width, ratio = args.whole("embed_dim", width), args.number("mlp_ratio", 4.0)
+    most = 2**31  # out of range, but the product of larger ones may be too large for a float
     return {
         "layers": args.whole("depth", layers),
         "width": width,
         "heads": args.whole("num_heads", heads),
-        "hidden": int(width * args.number("mlp_ratio", 4.0)),  # rounded down, as in timm
+        # Rounded down, as in timm.
+        "hidden": int(width * ratio) if max(width, ratio) < most else most,
         "patch": args.whole("patch_size", int(patch)),
         "gelu": GELU[args.text("act_layer", "gelu")],
     }

@@ -173,6 +173,10 @@ ARGUMENTS = {
     "heads": ({"num_heads": 5}, "got heads=5, expected a divisor of the width 24"),
     "patches": ({"patch_size": 5}, "got patch=5 for images of (8, 12), expected a divisor"),
     "size": ({"img_size": "8"}, "got img_size=8, expected 2 numbers"),
+    "a size too large": ({"img_size": 10**400}, "got img_size=1000"),
+    "sizes too large": ({"img_size": [8, 10**400]}, "got img_size=[8, 1000"),
+    "a ratio too large": ({"mlp_ratio": 1e308}, "config.model.hidden: got 2147483648, expected"),
+    "a width too large": ({"embed_dim": 10**400}, "config.model.hidden: got 2147483648"),
     "another depth": ({"depth": 1}, "got the unknown 12, such as blocks.1."),
 }
 
