@@ -65,6 +65,7 @@ def naive_loss(found):
     return np.mean(losses)
 
 
+@pytest.mark.thorough
 def test_from_published_weights_to_fine_tuned_ones(source, images, tmp_path, run_program):
     from safetensors.numpy import load_file
 
