@@ -5,6 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from revnet_jax.core import trees
+
 
 def at_least_float32(dtype: Any) -> Any:
     """The dtype for sums, norms, softmax and logits: float64 for float64, else float32."""
@@ -24,7 +26,11 @@ def is_narrowed(path: Any) -> bool:
 
 
 def narrowed(params: Any, dtype: Any) -> Any:
-    """Casts kernels and embeddings to this dtype; normalisations and biases keep theirs."""
-    narrow = lambda path, leaf: leaf.astype(dtype) if is_narrowed(path) else leaf
+    """Casts kernels and embeddings to this dtype; normalisations and biases keep theirs.
+
+    Kernels in 8 bits (`models/int8.py`) stay as they are.
+    """
+    is_cast = lambda path, leaf: is_narrowed(path) and trees.is_inexact(leaf)
+    narrow = lambda path, leaf: leaf.astype(dtype) if is_cast(path, leaf) else leaf
     # float32 is no cast, so that parameters that were initialised in float64 keep it.
     return params if dtype == jnp.float32 else jax.tree_util.tree_map_with_path(narrow, params)

@@ -245,7 +245,8 @@ def by_batch(
         # A rule splits one dimension over these axes, so that none is left after the first.
         for dim, axis in enumerate(spec):
             if axis is not None:
-                parts = lax.all_gather(leaf.astype(dtype), axis, axis=dim, tiled=True)
+                sent = leaf.astype(dtype) if trees.is_inexact(leaf) else leaf
+                parts = lax.all_gather(sent, axis, axis=dim, tiled=True)
                 # Cast back, so that the gradients of the parts are summed in the leaf's own dtype.
                 return parts.astype(leaf.dtype)
         return leaf

@@ -28,7 +28,7 @@ class Trainable(NamedTuple):
         return trees.partition(params, self._matches(params))
 
     def check(self, params: Any) -> None:
-        """Raises ValueError unless the pattern matches the path of a parameter.
+        """Raises ValueError unless the pattern matches parameters, and no integers among them.
 
         Args:
           params: shapes are enough.
@@ -45,6 +45,13 @@ class Trainable(NamedTuple):
                 f"got trainable={self.pattern!r}, which matches no parameter, expected a regular "
                 f"expression that is found in the path of some: {', '.join(paths)}"
             )
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.divide(params)[0]):
+            if not trees.is_inexact(leaf):
+                raise ValueError(
+                    f"got trainable={self.pattern!r}, which matches {_name(path)} of {leaf.dtype}, "
+                    "expected a regular expression for other parameters, such as lora: whole "
+                    "numbers have no gradient"
+                )
 
     def _matches(self, params):
         return jax.tree_util.tree_map_with_path(

@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from revnet_jax.errors import writing
+from revnet_jax.models.int8 import dequantized
 from revnet_jax.models.transformer.decoder import merged_kernel
 from revnet_jax.pretrained.families import FAMILIES
 from revnet_jax.pretrained.files import (
@@ -69,11 +70,14 @@ def export_weights(
         # Indexed as a JAX array, so that one layer comes to the host and not all of them.
         take = lambda path: np.asarray(leaves[path] if layer is None else leaves[path][layer])
         module, _, name = path.rpartition("/")
+        value = take(path)
+        if f"{path}_scale" in leaves:
+            value = dequantized(value, take(f"{path}_scale"))
         if name != "kernel" or f"{module}/lora_a" not in leaves:
-            return take(path)
+            return value
         adapters = (take(f"{module}/{each}") for each in ("lora_a", "lora_b"))
         # The product is added once, here; in training it is never formed.
-        return merged_kernel(take(path), *adapters, shape.lora.scale)
+        return merged_kernel(value, *adapters, shape.lora.scale)
 
     def read(name: str) -> np.ndarray:
         tensor = tensors[name]

@@ -182,6 +182,7 @@ class Checkpoints:
         *,
         which: Literal["newest", "best"] = "newest",
         partial: bool = False,
+        converted: Mapping[str, Callable[[jax.Array], PyTree]] | None = None,
     ) -> tuple[int, PyTree] | None:
         """Restores the newest (or best) undamaged checkpoint; returns `(step, state)` or None.
 
@@ -193,6 +194,9 @@ class Checkpoints:
         Args:
           partial: the checkpoint may have parts of the state (named by the first key of a leaf's
             path) that `abstract_state` lacks. They are not read.
+          converted: functions by the path of a leaf, whose results take the places of these leaves.
+            Each of them is read by itself and dropped once it is converted, so that they are never
+            in memory together.
 
         Cost: one read of the checkpoint and one pass over the state on the devices.
 
@@ -210,7 +214,7 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for step in steps if which == "newest" else self._best_first(steps):
             try:
-                state = self._read_state(step, abstract_state, partial)
+                state = self._read_state(step, abstract_state, partial, converted or {})
             except Damaged as error:
                 damaged[step] = str(error)
                 continue
@@ -259,7 +263,13 @@ class Checkpoints:
     def _read_manifest(self, step: int) -> dict[str, Any]:
         return manifest.check_seal(self._read(step, "manifest", ocp.args.JsonRestore()))
 
-    def _read_state(self, step: int, abstract_state: PyTree, partial: bool) -> PyTree:
+    def _read_state(
+        self,
+        step: int,
+        abstract_state: PyTree,
+        partial: bool,
+        converted: Mapping[str, Callable[[jax.Array], PyTree]],
+    ) -> PyTree:
         # The manifest first: another architecture is told before any array is read.
         records = self._read_manifest(step)["leaves"]
         leaves = manifest.by_path(abstract_state)
@@ -269,6 +279,18 @@ class Checkpoints:
         saved = {path: r for path, r in records.items() if _part(path) in parts or not partial}
         manifest.check_same_tree(self.directory / str(step), saved, wanted)
         specs = manifest.storable(wanted)
+        rest = {path: spec for path, spec in specs.items() if path not in converted}
+        arrays = self._read_arrays(step, rest, records, partial or len(rest) < len(specs))
+        for path, convert in converted.items():
+            found = self._read_arrays(step, {path: specs[path]}, records, True)
+            arrays[path] = convert(found.pop(path))
+        restored = manifest.from_storable(arrays, wanted, records)
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), restored)
+
+    def _read_arrays(
+        self, step: int, specs: Mapping[str, Any], records: Mapping[str, Any], partial: bool
+    ) -> dict[str, jax.Array]:
+        """Reads these leaves and checks that they are what was saved."""
         # Without a sharding orbax would take the one it has recorded, whose devices may not be
         # here. As numpy arrays, leaves are placed on no device yet.
         plain = ocp.RestoreArgs(restore_type=np.ndarray)
@@ -282,8 +304,7 @@ class Checkpoints:
         # jnp.array copies, because a buffer shared with numpy must not be donated.
         arrays = {p: a if isinstance(a, jax.Array) else jnp.array(a) for p, a in arrays.items()}
         manifest.check_saved_arrays(arrays, records)
-        restored = manifest.from_storable(arrays, wanted, records)
-        return jax.tree.unflatten(jax.tree.structure(abstract_state), restored)
+        return arrays
 
     def _set_aside(self, damaged: dict[int, str], used: int) -> None:
         """Moves damaged checkpoints to another folder, so that their steps can be saved again."""

@@ -12,10 +12,11 @@ from ml_collections import ConfigDict
 from revnet_jax.config import ConfigError
 from revnet_jax.data.vocabulary import vocabulary_from
 from revnet_jax.models import Variables
+from revnet_jax.models.int8 import quantized
 from revnet_jax.runs.checkpoint import Checkpoints
-from revnet_jax.runs.manifest import OtherTree
+from revnet_jax.runs.manifest import OtherTree, by_path
 from revnet_jax.runs.workdir import load_record
-from revnet_jax.training.compiler import initialized
+from revnet_jax.training.compiler import initialized, jit_initialization
 from revnet_jax.training.inputs import Data
 from revnet_jax.training.program import StepProgram
 from revnet_jax.training.step import TrainState
@@ -23,6 +24,11 @@ from revnet_jax.training.step import TrainState
 # Paths of what a model gets to be fine-tuned: low-rank matrices, adapters, the progress of its
 # integrator.
 ADAPTER = re.compile(r"/(lora|adapter)_[ab]\b|stats/batches\b")
+# Lines of `OtherTree` on kernels of floats where kernels in 8 bits are wanted.
+FLOATS = re.compile(
+    r"(?P<path>.*/kernel): got (?P<dtype>b?float\d+)(?P<shape>\[.*\]), expected int8(?P=shape)"
+)
+SCALE = "_scale"  # ends the path of their scales
 
 
 def first_state(
@@ -46,7 +52,9 @@ def first_state(
 def load_weights(workdir: Path, wanted: Variables, data: dict[str, Any]) -> tuple[int, Variables]:
     """Returns (step, parameters and running averages) of the last checkpoint in `workdir`.
 
-    Adapters of the model that the run in `workdir` did not have are None.
+    Adapters of the model that the run in `workdir` did not have are None. Kernels that the model has
+    in 8 bits, and that run as floats, are read one by one and quantised, so that no two of them are
+    in memory as floats.
 
     Args:
       wanted: the shapes, dtypes and shardings to load.
@@ -86,17 +94,48 @@ def load_weights(workdir: Path, wanted: Variables, data: dict[str, Any]) -> tupl
 
 
 def _restored(checkpoints, wanted):
-    """Restores what is wanted, with None for missing adapters if nothing else is missing."""
+    """Restores what is wanted, but for adapters that are missing, and kernels of other dtypes."""
+    wanted = TrainState.of_variables(wanted)
     try:
-        return checkpoints.restore(TrainState.of_variables(wanted), partial=True)
+        return checkpoints.restore(wanted, partial=True)
     except OtherTree as error:
-        # Anything else that is missing, or has another shape, means another model.
-        if not all(ADAPTER.search(line) and ": got nothing," in line for line in error.differences):
+        differences = error.differences
+        floats = {
+            found["path"]: found["dtype"] for found in map(FLOATS.match, differences) if found
+        }
+        nothing = ": got nothing,"
+        missing = {line.partition(nothing)[0] for line in differences if nothing in line}
+        scales = {path + SCALE for path in floats}
+        is_expected = all(map(ADAPTER.search, missing - scales))
+        if not is_expected or len(floats) + len(missing) < len(differences):
             raise
-        missing = {line.partition(": got nothing,")[0] for line in error.differences}
+    return _quantizing(checkpoints, wanted, floats, missing)
+
+
+def _quantizing(checkpoints, wanted, floats, missing):
+    """Restores without the `missing` leaves, and quantises kernels as they are read.
+
+    floats: the dtypes in which kernels are saved, by their path.
+    """
     name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-    # Read without adapters: `init_state` initialises what is None.
-    without = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: None if name(path) in missing else leaf, TrainState.of_variables(wanted)
+    specs = by_path(wanted)
+
+    def saved(path, spec):
+        if name(path) in missing:
+            return None
+        dtype = floats.get(name(path), spec.dtype)
+        return jax.ShapeDtypeStruct(spec.shape, dtype, sharding=spec.sharding)
+
+    def quantizer(path):
+        shardings = specs[path].sharding, specs[path + SCALE].sharding
+        return jit_initialization(jax.vmap(quantized), shardings)
+
+    step, state = checkpoints.restore(
+        jax.tree_util.tree_map_with_path(saved, wanted),
+        partial=True,
+        converted={path: quantizer(path) for path in floats},
     )
-    return checkpoints.restore(without, partial=True)
+    leaves = by_path(state)
+    for path in floats:
+        leaves[path], leaves[path + SCALE] = leaves[f"{path}/0"], leaves[f"{path}/1"]
+    return step, jax.tree_util.tree_map_with_path(lambda path, _: leaves.get(name(path)), wanted)

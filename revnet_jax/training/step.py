@@ -116,7 +116,7 @@ def make_train_step(
             "gradient_norm": new.gradient_norm,
             **checked,
             # Not finite if any variable is not: such a state must not reach a checkpoint.
-            "variables_norm": optax.tree.norm(widened(new.variables)),
+            "variables_norm": optax.tree.norm(widened(trees.split(new.variables)[0])),
         }
         ema = state.ema
         if ema is not None:

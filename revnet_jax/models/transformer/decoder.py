@@ -18,6 +18,7 @@ from flax import nnx
 from jax import lax
 
 from revnet_jax.models.dtypes import at_least_float32
+from revnet_jax.models.int8 import quantized
 from revnet_jax.models.partition import BATCH, by_device, by_heads
 from revnet_jax.models.transformer.attention import (
     AttentionKernel,
@@ -35,6 +36,9 @@ LAYER_RULES = (
     # Of experts: [E, D, 2, F] and [E, F, D].
     (r"up_kernel$", (None, "fsdp", None, "tensor")),
     (r"down_kernel$", (None, "tensor", "fsdp")),
+    # Scales of kernels in 8 bits. Those of "out" and "down" are small, and needed whole.
+    (r"qkv/kernel_scale$", ("tensor",)),
+    (r"up/kernel_scale$", (None, "tensor")),
 )
 
 
@@ -44,10 +48,12 @@ class LoRA(NamedTuple):
     Attributes:
       rank: columns of A and rows of B; 0 for no adaptation.
       scale: the paper's alpha / rank.
+      int8: whether W, which is then frozen, is kept in 8 bits: see `models/int8.py`.
     """
 
     rank: int = 0
     scale: float = 1.0
+    int8: bool = False
 
 
 NO_LORA = LoRA()
@@ -60,7 +66,8 @@ class Linear(nnx.Module):
 
     `outputs` is the last dimension of the output, or its last dimensions. With `lora` the
     parameters `lora_a` [inputs, rank] and `lora_b` [rank, *outputs] are added; `lora_b` starts as
-    zeros, so that the layer starts as it was. The product of both is never formed.
+    zeros, so that the layer starts as it was. The product of both is never formed. With `lora.int8`
+    the kernel is int8 and has the parameter `kernel_scale` [*outputs].
     """
 
     def __init__(
@@ -73,7 +80,11 @@ class Linear(nnx.Module):
         bias: bool = False,
         lora: LoRA = NO_LORA,
     ):
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (inputs, *outputs)))
+        kernel = std * jax.random.normal(rngs.params(), (inputs, *outputs))
+        if lora.int8:
+            kernel, scale = quantized(kernel)
+            self.kernel_scale = nnx.Param(scale)
+        self.kernel = nnx.Param(kernel)
         if bias:
             self.bias = nnx.Param(jnp.zeros(outputs))
         if lora.rank:
@@ -85,6 +96,11 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(self.dtype)
         y = jnp.tensordot(x, self.kernel[...].astype(self.dtype), 1)
+        if self.lora.int8:
+            # Up to 127, whole numbers are exact in every dtype. Their product with the scale would
+            # not be, so it is the sum that is scaled.
+            wide = at_least_float32(self.dtype)
+            y = (y.astype(wide) * _leading(self.kernel_scale[...].astype(wide), y)).astype(y.dtype)
         if self.lora.rank:
             a, b = (leaf[...].astype(self.dtype) for leaf in (self.lora_a, self.lora_b))
             y = y + jnp.asarray(self.lora.scale, y.dtype) * jnp.tensordot(x @ a, b, 1)

@@ -46,6 +46,8 @@ class LanguageModelShape:
       lora_rank: rank of the matrices that are added to the kernels of all layers, see `LoRA`; 0 for
         none.
       lora_alpha: the product of these matrices is scaled by lora_alpha / lora_rank.
+      frozen_dtype: "int8" keeps these kernels in 8 bits, see `models/int8.py`. They can then not be
+        trained, only the matrices beside them. "" keeps them like other parameters.
     """
 
     vocab_size: int
@@ -75,11 +77,13 @@ class LanguageModelShape:
     adapter_rank: int = 8
     lora_rank: int = 0
     lora_alpha: float = 16.0
+    frozen_dtype: str = ""
 
     @property
     def lora(self) -> LoRA:
         """The adapters of the layers' kernels."""
-        return LoRA(self.lora_rank, self.lora_alpha / max(1, self.lora_rank))
+        scale = self.lora_alpha / max(1, self.lora_rank)
+        return LoRA(self.lora_rank, scale, int8=self.frozen_dtype == "int8")
 
     @property
     def size_of_head(self) -> int:
@@ -144,6 +148,12 @@ class LanguageModelShape:
             raise ValueError(
                 f"got lora_rank={self.lora_rank} and experts={self.experts}, expected 0, or a rank "
                 "without experts: those have no adapters"
+            )
+        if self.frozen_dtype not in ("", "int8") or (self.frozen_dtype and not self.lora_rank):
+            raise ValueError(
+                f"got frozen_dtype={self.frozen_dtype!r} and lora_rank={self.lora_rank}, expected "
+                "'', or int8 with a rank from 1: kernels in 8 bits are not trained, only the "
+                "matrices beside them"
             )
         if self.rotary_scaling:
             _check_scaling(self.rotary_scaling, self.learned_positions)
