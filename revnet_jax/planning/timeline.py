@@ -9,12 +9,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from revnet_jax.config import flatten
-from revnet_jax.core import STRATEGIES
+from revnet_jax.config import flatten, settings
+from revnet_jax.core import STRATEGIES, trees
 from revnet_jax.errors import UserError
 from revnet_jax.families import build_task, family_of
 from revnet_jax.models import Sweep, Variables
 from revnet_jax.models.task import Task
+from revnet_jax.optimizers.trainable import Trainable
 from revnet_jax.planning.variants import variants
 from revnet_jax.programs.buffers import assignment, compiled_for_gpu
 from revnet_jax.programs.liveness import liveness
@@ -62,7 +63,8 @@ def timeline(config: ConfigDict, backprop: str, device: jax.Device | None = None
     config = config.copy_and_resolve_references()
     config.model.backprop = backprop
     task = build_task(config, platform=device.platform)
-    lowered = lowered_gradient(task, config.batch_size, device)
+    trainable = Trainable(config.optimizer.trainable)
+    lowered = lowered_gradient(task, config.batch_size, device, trainable)
     # NVIDIA's compiler gives no buffers with a program, but writes them where it is asked to.
     if device.platform == "gpu":
         compiled, program = compiled_for_gpu(lowered)
@@ -117,8 +119,10 @@ def batch_shape(config: ConfigDict, device: jax.Device) -> tuple[int, ...]:
     return next(iter(task.batch_shapes(config.batch_size).values())).shape
 
 
-def lowered_gradient(task: Task, batch_size: int, device: jax.Device) -> jax.stages.Lowered:
-    """Lowers the gradient of the loss in all parameters, as a training step computes it."""
+def lowered_gradient(
+    task: Task, batch_size: int, device: jax.Device, trainable: Trainable
+) -> jax.stages.Lowered:
+    """Lowers the gradient of the loss in what is trained, as a training step computes it."""
     on_device = jax.sharding.SingleDeviceSharding(device)
     # Shapes alone: no array is made, so that the device need not exist.
     shapes = lambda init, *args: jax.tree.map(
@@ -126,11 +130,15 @@ def lowered_gradient(task: Task, batch_size: int, device: jax.Device) -> jax.sta
         jax.eval_shape(init, *args),
     )
 
-    def loss_fn(params, probes, stats, batch, key):
-        return task.loss(Variables(params, stats), batch, key, sweep=Sweep(probes))
+    def loss_fn(trained, probes, frozen, stats, batch, key):
+        variables = Variables(trees.join(trained, frozen), stats)
+        return task.loss(variables, batch, key, sweep=Sweep(probes))
 
     key = shapes(lambda: jax.random.key(0))
-    variables = shapes(task.network.init, key)
+    params, stats = shapes(task.network.init, key)
+    with settings("optimizer"):
+        trainable.check(params)
+    trained, frozen = trainable.divide(params)
     # In probes too, as in training: their cotangents are the exactness check.
     gradient = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
     # The CPU program never runs: compile it with little optimization of machine code.
@@ -139,7 +147,7 @@ def lowered_gradient(task: Task, batch_size: int, device: jax.Device) -> jax.sta
     program = exact_jit(gradient, quickly=True) if on_cpu else jax.jit(gradient)
     probes = shapes(task.network.probes)
     batch = shapes(lambda: task.batch_shapes(batch_size))
-    return program.lower(variables.params, probes, variables.stats, batch, key)
+    return program.lower(trained, probes, frozen, stats, batch, key)
 
 
 def timeline_table(lines: Sequence[Timeline]) -> str:
