@@ -52,9 +52,9 @@ def first_state(
 def load_weights(workdir: Path, wanted: Variables, data: dict[str, Any]) -> tuple[int, Variables]:
     """Returns (step, parameters and running averages) of the last checkpoint in `workdir`.
 
-    Adapters of the model that the run in `workdir` did not have are None. Kernels that the model has
-    in 8 bits, and that run as floats, are read one by one and quantised, so that no two of them are
-    in memory as floats.
+    Adapters of the model that the run in `workdir` did not have are None. Kernels that the model
+    has in 8 bits, and that run as floats, are read one by one and quantised, so that no two of them
+    are in memory as floats.
 
     Args:
       wanted: the shapes, dtypes and shardings to load.

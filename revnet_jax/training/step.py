@@ -89,8 +89,8 @@ def make_train_step(
     see `Optimizer.step`.
 
     Metrics are scalars: loss, the task's other metrics and gradient norm of the batch before the
-    update, the learning rate, and the norm of all floating-point variables after it. If chains
-    are reversed and checked, they include the run-time exactness check: `exact_mismatches` (since the
+    update, the learning rate, and the norm of all floating-point variables after it. If chains are
+    reversed and checked, they include the run-time exactness check: `exact_mismatches` (since the
     start of the run), `exact_max_difference`, and `grid_range_used` (from 1.0 on, streams are no
     longer exact).
 

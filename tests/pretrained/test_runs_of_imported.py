@@ -5,11 +5,13 @@ import runpy
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 from revnet_jax.data.shards import tokenize_files
 from revnet_jax.errors import UserError
+from revnet_jax.models.int8 import quantized
 from revnet_jax.pretrained.exporting import export_weights
 from revnet_jax.pretrained.importing import import_weights
 from revnet_jax.training.generate import generate_text
@@ -68,7 +70,8 @@ def test_from_published_weights_to_fine_tuned_ones(source, tmp_path, run_program
 
 
 @pytest.mark.thorough
-def test_fine_tuning_reversibly_and_by_adapters(source, tmp_path):
+@pytest.mark.parametrize("frozen_dtype", ["", "int8"])
+def test_fine_tuning_reversibly_and_by_adapters(source, tmp_path, frozen_dtype):
     """BDIA starts as the imported network, trains its adapters alone, and is exported merged."""
     imported, tokens, tuned = (tmp_path / name for name in ("imported", "tokens", "tuned"))
     import_weights(source, imported, context=16)
@@ -81,15 +84,20 @@ def test_fine_tuning_reversibly_and_by_adapters(source, tmp_path):
     config.schedule.update({"warmup_steps": 5, "learning_rate": 0.02})
     config.data.dir = str(tokens)
     config.model.update({"reversible": True, "integrator": "bdia", "backprop": "reverse"})
-    config.model.lora_rank = 4
+    config.model.update({"lora_rank": 4, "frozen_dtype": frozen_dtype})
     config.optimizer.trainable = "lora"
     last = train(config, tuned)
     assert last["eval_loss"] < before - 0.3
     assert last["exact_mismatches"] == 0
 
     run, start = restore_run(tuned), restore_run(imported)
-    kernels = [r.variables.params["layers"][0]["qkv"]["kernel"] for r in (run, start)]
-    np.testing.assert_array_equal(*kernels)
+    qkv, kernel = (r.variables.params["layers"][0]["qkv"] for r in (run, start))
+    if frozen_dtype:
+        expected = jax.jit(jax.vmap(quantized))(kernel["kernel"])
+        np.testing.assert_array_equal(qkv["kernel"], expected[0])
+        np.testing.assert_array_equal(qkv["kernel_scale"], expected[1])
+    else:
+        np.testing.assert_array_equal(qkv["kernel"], kernel["kernel"])
     np.testing.assert_array_equal(run.variables.params["embed"], start.variables.params["embed"])
 
     export_weights(tuned, tmp_path / "out")

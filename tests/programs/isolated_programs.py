@@ -162,6 +162,7 @@ NETWORKS = {
     ),
     "decoder, BDIA": (language_model, {**DECODER, "model.integrator": "bdia"}),
     "decoder, LoRA": (language_model, {**DECODER, **ADAPTED}),
+    "decoder, 8 bits": (language_model, {**DECODER, **ADAPTED, "model.frozen_dtype": "int8"}),
     "RevViT": (
         "vit_s_cifar10",
         {

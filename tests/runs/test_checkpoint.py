@@ -173,14 +173,42 @@ def test_damage_to_any_file_is_reported_or_harmless(two_saved, tmp_path):
     assert {"manifest", "state", "state/d", "state/ocdbt.process_0/d"} <= noticed
 
 
+def largest_file(root: Path) -> Path:
+    """That of the array w, in the checkpoint of step 2."""
+    files = (root / "checkpoints" / "2" / "state").rglob("*")
+    return max((f for f in files if f.is_file()), key=lambda f: f.stat().st_size)
+
+
 def test_a_flipped_bit_that_orbax_loads_silently_is_found_by_the_checksum(two_saved, tmp_path):
     shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
-    files = (tmp_path / "checkpoints" / "2" / "state").rglob("*")
-    largest = max((f for f in files if f.is_file()), key=lambda f: f.stat().st_size)
-    flip_bit(largest, 0.5, 1)
+    flip_bit(largest_file(tmp_path), 0.5, 1)
     step, reports = restore_and_save_again(tmp_path)
     assert step == 1
     assert "array w has another checksum" in reports[0]
+
+
+def test_leaves_are_converted_one_by_one(two_saved, tmp_path, monkeypatch):
+    """Each is checked before, so that of a damaged checkpoint nothing is taken."""
+    reads, read = [], Checkpoints._read_arrays
+    monkeypatch.setattr(
+        Checkpoints,
+        "_read_arrays",
+        lambda self, step, specs, *rest: reads.append(set(specs)) or read(self, step, specs, *rest),
+    )
+    converted = {"w": lambda leaf: (leaf.astype(jnp.float16), leaf[0])}
+
+    def restored(step):
+        with Checkpoints(tmp_path / "checkpoints", **OPTIONS, report=lambda _: None) as checkpoints:
+            found, state = checkpoints.restore(small_state(), converted=converted)
+        assert found == step
+        expected = small_state(step)
+        assert_same_bits(state, expected | {"w": converted["w"](expected["w"])})
+
+    shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
+    restored(2)
+    assert reads == [{"b", "key"}, {"w"}]
+    flip_bit(largest_file(tmp_path), 0.5, 1)
+    restored(1)
 
 
 def test_a_changed_digit_in_the_manifest_is_damage_and_no_other_architecture(two_saved, tmp_path):

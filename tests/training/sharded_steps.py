@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from revnet_jax.config import image_classification, language_model, vision_transformer
+from revnet_jax.core import trees
 from revnet_jax.training import build
 from revnet_jax.training.compiler import exact_jit
 from revnet_jax.training.program import jit_step
@@ -57,7 +58,8 @@ def train(config, dtype, devices):
 
     def init():
         state = init_state(task.network, optimizer, seed=0)
-        variables = jax.tree.map(lambda leaf: leaf.astype(dtype), state.variables)
+        cast = lambda leaf: leaf.astype(dtype) if trees.is_inexact(leaf) else leaf
+        variables = jax.tree.map(cast, state.variables)
         return state._replace(variables=variables, opt_state=optimizer.init(variables.params))
 
     shapes = shapes_on_mesh(init, task.network.rules, mesh)

@@ -158,14 +158,22 @@ def test_sequences_in_parts(changes, lockstep, meshes):
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(
-    ("integrator", "lockstep"), [("bdia", False), ("bdia", True), ("meft", True)]
+    ("integrator", "lockstep", "frozen_dtype"),
+    [
+        ("bdia", False, ""),
+        ("bdia", True, ""),
+        ("bdia", False, "int8"),
+        ("bdia", True, "int8"),
+        ("meft", True, ""),
+    ],
 )
-def test_frozen_kernels_and_integrators(integrator, lockstep):
+def test_frozen_kernels_and_integrators(integrator, lockstep, frozen_dtype):
     """Frozen kernels are split and gathered like others; BDIA draws a factor for each example."""
     settings = {
         **FAMILIES["decoder"],
         "model.integrator": integrator,
         "model.lora_rank": 4,
+        "model.frozen_dtype": frozen_dtype,
         "model.feed_forward_chunks": 2,
         "optimizer.trainable": "lora|adapter|embed|head",
     }
