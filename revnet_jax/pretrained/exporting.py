@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from revnet_jax.errors import writing
 from revnet_jax.models.int8 import dequantized
-from revnet_jax.models.transformer.decoder import merged_kernel
+from revnet_jax.models.transformer.linear import merged_kernel
 from revnet_jax.pretrained.families import FAMILIES
 from revnet_jax.pretrained.files import (
     WRITTEN,

@@ -1,21 +1,18 @@
 """Checkpoints with checksums: what is restored is what was saved, bit for bit.
 
-The only module that imports orbax, which writes asynchronously and commits by an atomic rename.
-This module adds a manifest with a checksum per array (otherwise a byte flipped on disk loads
+Orbax writes asynchronously and commits by an atomic rename; only this module and `manager.py` import
+it. This module adds a manifest with a checksum per array (otherwise a byte flipped on disk loads
 silently), a fallback to an older checkpoint, and a comparison of trees before anything is read.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
-import logging as std_logging
 import math
 import os
 import re
-import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -29,6 +26,7 @@ from jax.experimental import multihost_utils
 from revnet_jax.errors import file_system, writing
 from revnet_jax.files import write_atomically
 from revnet_jax.runs import manifest
+from revnet_jax.runs.manager import Manager, NewestAndBest, silence_orbax, wait_for_others
 from revnet_jax.runs.manifest import CheckpointError, Damaged, PyTree
 
 
@@ -64,12 +62,7 @@ class Checkpoints:
             raise ValueError(f"got best_mode={best_mode!r}, expected 'max' or 'min'")
         if keep_newest < 1 or keep_best < 0:
             raise ValueError(f"got {keep_newest=}, {keep_best=}, expected at least 1, 0")
-        # Orbax logs dozens of lines per save. Its failures come back as exceptions anyway.
-        logging.get_absl_logger().addFilter(_not_from_orbax)
-        std_logging.getLogger("asyncio").addFilter(_not_of_orbax)
-        # Once per process: a run may open checkpoints twice, and hooks would nest.
-        if not isinstance(sys.unraisablehook, _WithoutAbandoned):
-            sys.unraisablehook = _WithoutAbandoned(sys.unraisablehook)
+        silence_orbax()
         path = epath.Path(directory)
         self.directory = path if "://" in str(path) else path.resolve()
         # With the sign, larger scores are better in both modes.
@@ -80,13 +73,13 @@ class Checkpoints:
         # beside a live run must not: it may be the save in progress.
         options = ocp.CheckpointManagerOptions(
             # The policy holds this very dictionary, in which later scores are noted.
-            preservation_policy=_NewestAndBest(keep_newest, keep_best, self._scores),
+            preservation_policy=NewestAndBest(keep_newest, keep_best, self._scores),
             cleanup_tmp_directories=not read_only,
             create=not read_only,
-            async_options=ocp.AsyncOptions(barrier_sync_fn=_wait_for_others),
+            async_options=ocp.AsyncOptions(barrier_sync_fn=wait_for_others),
         )
         with self._explained("opening"):
-            self._manager = _Manager(self.directory, options=options)
+            self._manager = Manager(self.directory, options=options)
         # The scores of earlier starts, so that their best checkpoint is not deleted.
         for step in self._manager.all_steps():
             with contextlib.suppress(Damaged):  # it has no score, and restore will report it
@@ -288,7 +281,7 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(abstract_state), restored)
 
     def _read_arrays(
-        self, step: int, specs: Mapping[str, Any], records: Mapping[str, Any], partial: bool
+        self, step: int, specs: Mapping[str, Any], records: dict[str, Any], partial: bool
     ) -> dict[str, jax.Array]:
         """Reads these leaves and checks that they are what was saved."""
         # Without a sharding orbax would take the one it has recorded, whose devices may not be
@@ -323,63 +316,6 @@ class Checkpoints:
             self._manager.reload()
 
 
-def _wait_for_others(*, key: str, timeout_ms: int) -> None:
-    """Orbax's barrier between processes, except that a process whose save failed does not wait.
-
-    Orbax calls this while the error of a failed write propagates, but the other processes never
-    reach the barrier. Waiting would hide the error until the timeout of 20 minutes.
-    """
-    if error := sys.exc_info()[1]:
-        raise error
-    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
-
-
-class _Manager(ocp.CheckpointManager):
-    """Orbax's manager, which asks nothing about preemption.
-
-    Orbax asks JAX with the number of the step, in every save and in the background at its end. JAX
-    remembers one number, the last, and stops the run one number later. `Stop` asks with other
-    numbers (those of its questions), so that a run that is told to stop during a save would not.
-    """
-
-    def reached_preemption(self, step: int) -> bool:
-        """Returns False: `Stop` decides when a run stops."""
-        return False
-
-
-class _NewestAndBest:
-    """Orbax preservation policy: the newest and the best-scored steps; everything else is deleted.
-
-    Orbax's own `BestN` keeps every step saved without metrics, sorts NaN anywhere, and reads scores
-    from a file; if that file is damaged, the whole directory cannot be opened.
-    """
-
-    def __init__(self, keep_newest: int, keep_best: int, scores: dict[int, float]):
-        self.keep_newest, self.keep_best, self.scores = keep_newest, keep_best, scores
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        steps = [info.step for info in checkpoints]  # oldest first
-        scored = sorted((s for s in steps if s in self.scores), key=lambda s: (self.scores[s], s))
-        # Not scored[-keep_best:], which is the whole list for 0.
-        kept = {*steps[-self.keep_newest :], *scored[max(0, len(scored) - self.keep_best) :]}
-        return [step in kept for step in steps]
-
-
-@dataclasses.dataclass
-class _WithoutAbandoned:
-    """An `unraisablehook` that drops errors of tasks orbax abandoned, and passes on all others.
-
-    Orbax reads and writes arrays concurrently. If several fail, it raises the first error and
-    closes the event loop. Python then prints a traceback for each of the others.
-    """
-
-    hook: Callable[[Any], Any]
-
-    def __call__(self, unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            self.hook(unraisable)
-
-
 def _part(path: str) -> str:
     return path.partition("/")[0]
 
@@ -401,12 +337,3 @@ def _reason(error: Exception) -> str:
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:300]
-
-
-def _not_from_orbax(record: Any) -> bool:
-    return "/orbax/" not in record.pathname
-
-
-def _not_of_orbax(record: Any) -> bool:
-    """Drops asyncio's log lines on tasks orbax abandoned: they name its file or its database."""
-    return not any(name in record.getMessage() for name in ("/orbax/", "OCDBT database"))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from revnet_jax.models import LanguageModel, LanguageModelShape, ModelOptions, Variables
-from revnet_jax.models.transformer.decoder import merged_kernel
+from revnet_jax.models.transformer.linear import merged_kernel
 from tests import thorough
 
 V, RANK = 17, 3

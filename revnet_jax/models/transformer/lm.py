@@ -31,13 +31,13 @@ from revnet_jax.models.transformer.base import (
 from revnet_jax.models.transformer.decoder import (
     LAYER_RULES,
     NORMS,
-    Adapter,
     Attention,
     Cache,
     Experts,
     FeedForward,
     Positions,
 )
+from revnet_jax.models.transformer.linear import Adapter
 from revnet_jax.models.transformer.linear_cross_entropy import linear_cross_entropy
 from revnet_jax.models.transformer.shape import LanguageModelShape
 
