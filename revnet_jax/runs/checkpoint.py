@@ -1,8 +1,9 @@
 """Checkpoints with checksums: what is restored is what was saved, bit for bit.
 
-Orbax writes asynchronously and commits by an atomic rename; only this module and `manager.py` import
-it. This module adds a manifest with a checksum per array (otherwise a byte flipped on disk loads
-silently), a fallback to an older checkpoint, and a comparison of trees before anything is read.
+Orbax writes asynchronously and commits by an atomic rename. Only this module and `manager.py`
+import it. This module adds a manifest with a checksum per array (otherwise a byte flipped on disk
+loads silently), a fallback to an older checkpoint, and a comparison of trees before anything is
+read.
 """
 
 from __future__ import annotations
