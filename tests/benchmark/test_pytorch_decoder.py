@@ -12,7 +12,7 @@ OF_REVERSIBLE_MODELS = {"backprop", "stored_layers", "unroll", "grid", "grid_bit
     *("check_exactness", "reversible")
 }
 OF_WHAT_IS_REFUSED = {"experts_per_token", "integrator_steps", "adapter_rank", "lora_alpha"} | {
-    *("momentum", "nesterov")
+    *("momentum", "nesterov", "frozen_dtype")
 }
 HOW_IT_IS_COMPUTED = {"attention", "feed_forward_chunks", "loss_chunk"}
 

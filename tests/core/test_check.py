@@ -96,7 +96,12 @@ def test_a_range_that_overflows_is_named_first(arguments):
 
 @pytest.mark.parametrize(
     ("step", "bits", "passed"),
-    [(5e-5, 12, False), thorough(5e-4, 12, None), (5e-5, 20, True), thorough(0.1, 12, True)],
+    [
+        (5e-5, 12, False),
+        thorough(5e-4, 12, None),
+        thorough(5e-5, 20, True),
+        thorough(0.1, 12, True),
+    ],
 )
 def test_updates_that_vanish_on_the_grid(arguments, step, bits, passed):
     """An ODE whose steps are refined until the state stands still."""

@@ -206,7 +206,7 @@ def network_loss(params_L, x, shared, probe, section, network, backprop):
     return sum((jnp.sum(jnp.asarray(w, leaf.dtype) * leaf) for w, leaf in pairs), start=0.0), y
 
 
-every_coupling = pytest.mark.parametrize("coupling", by_default(ROOM, "additive", "affine"))
+every_coupling = pytest.mark.parametrize("coupling", by_default(ROOM, "affine"))
 
 
 @every_search

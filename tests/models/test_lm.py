@@ -140,7 +140,7 @@ def test_no_gradient_leaks_to_later_tokens():
     [
         ("reversible", None, 1e-5),
         ("twin", None, 1e-5),
-        ("experts", None, 1e-5),
+        thorough("experts", None, 1e-5),
         thorough("tied", None, 1e-5),
         thorough("as Qwen", None, 1e-5),
         thorough("as GPT-2", None, 1e-5),
@@ -216,7 +216,7 @@ def test_routing_in_bfloat16_replays_at_depth():
     assert difference <= 1e-6
 
 
-@pytest.mark.parametrize("experts_per_token", [1, thorough(2)])
+@pytest.mark.parametrize("experts_per_token", [thorough(1), thorough(2)])
 def test_the_router_learns_from_the_loss(experts_per_token):
     """And not from the balance loss alone."""
     lm = model("store", experts=4, experts_per_token=experts_per_token)

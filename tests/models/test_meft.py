@@ -163,6 +163,7 @@ def two_steps(config):
     return first, state, metrics
 
 
+@pytest.mark.thorough
 def test_adapters_alone_are_trained():
     """The others stay as they are, and have no state of the optimizer."""
     first, last, metrics = two_steps(config_of())

@@ -88,7 +88,7 @@ def steps(name, wrap, dtype, lockstep):
     return params, norm
 
 
-@pytest.mark.parametrize("name", by_default(OPTIMIZERS, "sgd", "adamw"))
+@pytest.mark.parametrize("name", by_default(OPTIMIZERS, "adamw"))
 @pytest.mark.parametrize(
     ("dtype", "tolerance", "moments"),
     # Rounded by a hash of their bits, moments have to be equal to be rounded alike.

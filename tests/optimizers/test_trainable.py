@@ -121,7 +121,7 @@ def test_a_chain_may_be_frozen_as_a_whole():
         build_recipe(config_of(**{"optimizer.trainable": "^head", "optimizer.lockstep": True}))
 
 
-@pytest.mark.parametrize("lockstep", [False, True])
+@pytest.mark.parametrize("lockstep", [thorough(False), True])
 def test_one_of_several_chains_is_trained(tiny_config, lockstep):
     """Also where the gradient of each layer is clipped. Traced, not compiled."""
     tiny_config.model.units = (2, 2)

@@ -17,12 +17,13 @@ from revnet_jax.pretrained.importing import import_weights
 from revnet_jax.runs.manifest import by_path
 from revnet_jax.runs.workdir import load_config
 from revnet_jax.training.restore import restore_run
+from tests import by_default
 from tests.pretrained import published
 
 pytest.importorskip("safetensors", reason="needs the extra pretrained")
 ROOT = pathlib.Path(__file__).parents[2]
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-each_model = pytest.mark.parametrize("name", published.MODELS)
+each_model = pytest.mark.parametrize("name", by_default(published.MODELS, "llama", "qwen3", "gpt2"))
 
 
 def stored(folder):

@@ -117,7 +117,7 @@ def test_without_a_tokenizer_one_line_says_so(source, tmp_path, run_program):
     assert status == 0
     assert said.startswith(f"note: {source} has no tokenizer.json: ")
     assert said.count("\n") == 1
-    with pytest.raises(UserError, match="has no vocabulary, expected weights imported with their"):
+    with pytest.raises(UserError, match="has no vocabulary, expected a run on a text, or weights"):
         next(generate_text(tmp_path / "run", "w1", num_tokens=1))
     status, _, said = run_program("import_weights", *flags)
     assert status == 1

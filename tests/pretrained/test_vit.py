@@ -18,6 +18,7 @@ from revnet_jax.pretrained.vit import VIT, settings_of_vit
 from revnet_jax.runs.manifest import by_path
 from revnet_jax.runs.workdir import load_config
 from revnet_jax.training.restore import restore_run
+from tests import thorough
 from tests.pretrained import published_vit as published
 from tests.pretrained.test_bad_files import refusal
 from tests.pretrained.test_import import same_bits, stored
@@ -33,7 +34,7 @@ def source(tmp_path):
     return tmp_path / "source"
 
 
-@pytest.mark.parametrize("changes", [{}, {"act_layer": "gelu_tanh"}])
+@pytest.mark.parametrize("changes", [{}, thorough({"act_layer": "gelu_tanh"})])
 def test_logits_are_those_of_the_naive_model(changes, tmp_path):
     model = published.changed(**changes)
     found = published.write(tmp_path / "source", model)

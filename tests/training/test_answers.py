@@ -198,7 +198,7 @@ def naive_loss(task, variables, batch):
 
 @pytest.mark.parametrize(
     ("microbatches", "devices", "lockstep"),
-    [thorough(1, 1, False), (4, 1, False), thorough(2, 2, False), thorough(1, 2, True)],
+    [thorough(1, 1, False), thorough(4, 1, False), thorough(2, 2, False), thorough(1, 2, True)],
 )
 def test_the_loss_is_the_mean_over_the_answers_of_the_batch(microbatches, devices, lockstep):
     """In value and gradient, in float64, however few answers a part of the batch has."""

@@ -70,8 +70,8 @@ def after_two_steps(**changes):
 @pytest.mark.parametrize(
     ("kind", "others"),
     [
-        ({}, [{"model.backprop": "store"}]),
-        thorough({}, [{"model.stored_layers": "1"}, {"model.backprop": "remat"}]),
+        thorough({}, [{"model.backprop": "store"}]),
+        thorough({}, [{"model.stored_layers": 1}, {"model.backprop": "remat"}]),
         thorough({"model.integrator": "bdia"}, [{"model.backprop": "store"}]),
         thorough({"optimizer.lockstep": True}, [{"model.backprop": "store"}]),
         thorough({"model.feed_forward_chunks": 2}, [{"model.backprop": "store"}]),
@@ -84,7 +84,7 @@ def test_strategies_train_the_same_bits(kind, others):
         assert_same_bits(after_two_steps(**kind, **other), reversed_)
 
 
-@pytest.mark.parametrize("backprop", ["reverse", thorough("remat"), thorough("store")])
+@pytest.mark.parametrize("backprop", [thorough("reverse"), thorough("remat"), thorough("store")])
 def test_a_layer_takes_one_byte_for_each_frozen_weight(backprop, tmp_path):
     """Not only in the state, but in the whole compiled step: there are no copies as floats."""
     sizes = {"batch_size": 2, "model.width": 128, "model.hidden": 512, "model.lora_rank": 1}
@@ -146,6 +146,7 @@ def test_floats_of_another_run_are_quantised(param_dtype, tmp_path):
         loaded(tmp_path, config_of(**both, **{"model.head_size": 16}))
 
 
+@pytest.mark.thorough
 def test_a_run_in_8_bits_is_a_source_for_others_like_it(tmp_path):
     expected = saved(tmp_path, config_of())
     assert_same_bits(loaded(tmp_path, config_of()), expected)
