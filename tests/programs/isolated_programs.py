@@ -162,6 +162,10 @@ NETWORKS = {
     ),
     "decoder, BDIA": (language_model, {**DECODER, "model.integrator": "bdia"}),
     "decoder, LoRA": (language_model, {**DECODER, **ADAPTED}),
+    "decoder, MEFT": (
+        language_model,
+        {**DECODER, **ADAPTED, "model.integrator": "meft", "optimizer.trainable": "lora|adapter"},
+    ),
     "decoder, 8 bits": (language_model, {**DECODER, **ADAPTED, "model.frozen_dtype": "int8"}),
     "RevViT": (
         "vit_s_cifar10",
