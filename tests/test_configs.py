@@ -27,6 +27,7 @@ EXPECTED = {
     "vit_s_cifar10",
     "vit_b_imagenet", "vit_finetune",
 }  # fmt: skip
+DEEP = {name for name in EXPECTED if re.search("imagenet_re|164|110", name)}
 # Trainable parameters, CIFAR-10 and CIFAR-100 (the models of Gomez et al. 2017, to the last one).
 NUM_PARAMS = {
     "cifar10_resnet32": (464_154, 470_004),
@@ -52,9 +53,15 @@ def test_every_arm_resolves_and_has_every_knob(name):
         config = load(name, arm)
         knobs = FAMILIES[config.model.family].settings()
         assert flatten(config).keys() == flatten(knobs).keys()
-        build_recipe(config)
     with pytest.raises(ConfigError, match="got arm 'huge', expected one of"):
         load(name, "huge")
+
+
+# Some deep convolutional networks take seconds.
+@pytest.mark.parametrize("name", by_default(sorted(EXPECTED), *sorted(EXPECTED - DEEP)))
+def test_every_arm_builds(name):
+    for arm in ("", "laptop"):
+        build_recipe(load(name, arm))
 
 
 @pytest.mark.parametrize("name", by_default(NUM_PARAMS, "cifar10_revnet38", "imagenet_revnet104"))

@@ -83,6 +83,7 @@ def test_every_parameter_is_in_one_tensor(source, tmp_path):
     assert all(np.all(leaf == 1) for leaf in leaves.values())
 
 
+@pytest.mark.thorough
 def test_a_new_head_starts_at_zero(tmp_path):
     """For other classes, and for models that were published without classes."""
     found = published.tensors()

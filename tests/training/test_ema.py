@@ -91,7 +91,7 @@ def assert_differ(ema, variables):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"microbatches": 2}, thorough({"optimizer.lockstep": True})], ids=str
+    "settings", [thorough({"microbatches": 2}), thorough({"optimizer.lockstep": True})], ids=str
 )
 def test_it_is_the_naive_average_in_float64(settings, config):
     """Running averages of batch statistics are averaged too."""
