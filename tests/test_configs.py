@@ -12,8 +12,9 @@ import pytest
 from revnet_jax.config import ConfigError, flatten
 from revnet_jax.families import FAMILIES, build_task
 from revnet_jax.models import num_params
+from revnet_jax.optimizers.trainable import Trainable
 from revnet_jax.training.build import build_recipe
-from revnet_jax.training.describe import describe_model
+from revnet_jax.training.describe import activation_bytes_per_example, describe_model
 from revnet_jax.training.dry_run import dry_run
 from tests import by_default
 
@@ -156,6 +157,17 @@ def test_describe_of_a_resnet_has_no_reverse():
     report = describe_model(load("cifar10_resnet32", "cifar100,laptop"))
     assert report["num_params"] == NUM_PARAMS["cifar10_resnet32"][1]
     assert report["activation_bytes_per_example"]["reverse"] is None
+
+
+def test_activations_are_counted_that_the_gradient_of_trained_parameters_keeps():
+    config = load("lm_bytes", "laptop")
+    config.update_from_flattened_dict({"model.layers": 2, "model.width": 32, "model.hidden": 64})
+    config.model.update({"lora_rank": 2, "reversible": False, "backprop": "store"})
+    kept = []
+    for trainable, dtype in (("", ""), ("lora", ""), ("lora", "int8")):
+        config.model.frozen_dtype = dtype
+        kept.append(activation_bytes_per_example(build_task(config), Trainable(trainable)))
+    assert kept[0] > kept[1] == kept[2]
 
 
 @pytest.mark.parametrize(

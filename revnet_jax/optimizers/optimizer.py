@@ -128,8 +128,8 @@ class OrdinaryOptimizer(NamedTuple):
 
     def moments(self, state: Any) -> dict[str, Any]:
         """First moments by group of parameters."""
-        trees = first_moments(state)
-        return {group: [tree[group] for tree in trees] for group in trees[0]}
+        found = first_moments(state)
+        return {group: [tree[group] for tree in found] for group in found[0]}
 
 
 def first_moments(state: Any) -> list[Any]:

@@ -7,10 +7,11 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from revnet_jax.core import STRATEGIES
+from revnet_jax.core import STRATEGIES, trees
 from revnet_jax.families import build_task
 from revnet_jax.models import Sweep, Variables, num_params
 from revnet_jax.models.task import Task
+from revnet_jax.optimizers.trainable import Trainable
 
 
 def describe_model(config: ConfigDict) -> dict[str, Any]:
@@ -26,6 +27,7 @@ def describe_model(config: ConfigDict) -> dict[str, Any]:
     """
     task = build_task(config)
     network = task.network
+    trainable = Trainable(config.optimizer.trainable)
     auto = config.model.stored_layers == -1
     kept = {strategy: None for strategy in STRATEGIES}
     for strategy in STRATEGIES:
@@ -33,7 +35,7 @@ def describe_model(config: ConfigDict) -> dict[str, Any]:
             changed = config.copy_and_resolve_references()
             # One strategy for all layers, whatever mixture the config asks for.
             changed.model.update({"backprop": strategy, "stored_layers": 0})
-            kept[strategy] = activation_bytes_per_example(build_task(changed))
+            kept[strategy] = activation_bytes_per_example(build_task(changed), trainable)
     return {
         "family": config.model.family,
         "num_params": num_params(jax.eval_shape(network.init, jax.random.key(0))),
@@ -52,19 +54,22 @@ def describe_model(config: ConfigDict) -> dict[str, Any]:
     }
 
 
-def activation_bytes_per_example(task: Task) -> int:
+def activation_bytes_per_example(task: Task, trainable: Trainable) -> int:
     """Bytes that the forward pass keeps for the backward pass (residuals), per example."""
     # Parameters and constants, which do not grow with the batch, drop out of the difference.
-    return _kept_bytes(task, 2) - _kept_bytes(task, 1)
+    return _kept_bytes(task, trainable, 2) - _kept_bytes(task, trainable, 1)
 
 
-def _kept_bytes(task, batch_size):
+def _kept_bytes(task, trainable, batch_size):
     def kept(params, stats, batch, key):
-        def loss(params, probes):
-            variables = Variables(params, stats)
+        trained, frozen = trainable.divide(params)
+
+        def loss(trained, probes):
+            variables = Variables(trees.join(trained, frozen), stats)
             return task.loss(variables, batch, key, sweep=Sweep(probes))[0]
 
-        _, pullback = jax.vjp(loss, params, task.network.probes())
+        # In what is trained alone: the derivative by other parameters would keep more.
+        _, pullback = jax.vjp(loss, trained, task.network.probes())
         # A pullback is a pytree of its residuals. One array needed by two operations counts once.
         return list({id(leaf): leaf for leaf in jax.tree.leaves(pullback)}.values())
 
