@@ -159,7 +159,7 @@ def test_describe_of_a_resnet_has_no_reverse():
     assert report["activation_bytes_per_example"]["reverse"] is None
 
 
-def test_activations_are_counted_that_the_gradient_of_trained_parameters_keeps():
+def test_activations_kept_for_frozen_parameters_are_not_counted():
     config = load("lm_bytes", "laptop")
     config.update_from_flattened_dict({"model.layers": 2, "model.width": 32, "model.hidden": 64})
     config.model.update({"lora_rank": 2, "reversible": False, "backprop": "store"})
