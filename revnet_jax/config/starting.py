@@ -8,6 +8,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from revnet_jax.config import ConfigError
+from revnet_jax.config.saved import todays
 
 
 def start_from(config: ConfigDict, workdir: Path, *data: str) -> None:
@@ -18,13 +19,11 @@ def start_from(config: ConfigDict, workdir: Path, *data: str) -> None:
 
     Raises ConfigError if the folder holds no run of this kind.
     """
-    # JSON has no tuples: a list there is a tuple of settings here.
-    tuples = lambda value: tuple(value) if isinstance(value, list) else value
     try:
-        found = json.loads((workdir / "config.json").read_text())["config"]
-        config.model.update({name: tuples(value) for name, value in found["model"].items()})
+        found = todays(json.loads((workdir / "config.json").read_text())["config"])
+        config.model.update(found["model"])
         # Where the data are is a matter of this run.
-        config.data.update({name: tuples(found["data"][name]) for name in data})
+        config.data.update({name: found["data"][name] for name in data})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = " ".join(str(error).split())
         raise ConfigError(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from revnet_jax.config.saved import todays
 from revnet_jax.errors import UserError
 from revnet_jax.tables import markdown
 
@@ -139,7 +140,7 @@ def read_run(workdir: Path) -> Run:
     if not rows:
         raise NoMetricsError(f"{workdir}: got no metrics, expected a run that has logged a step")
     summary = workdir / "summary.json"
-    settings = dict(_flat(record["config"]))
+    settings = dict(_flat(todays(record["config"])))
     return Run(workdir, settings, rows, _json(summary) if summary.exists() else {})
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from revnet_jax.config import ConfigError, experiment, flatten, references
+from revnet_jax.config.saved import todays
 from revnet_jax.errors import UserError, writing
 from revnet_jax.families import CONVOLUTIONAL, FAMILIES
 from revnet_jax.files import write_atomically
@@ -79,7 +80,7 @@ def check_same(workdir: Path, config: ConfigDict, data: Mapping[str, Any]) -> di
             "Choose another --workdir, or bring the data of that run back to resume it"
         )
     # As it will be read back: JSON has no tuples, and a user's own config may have lists.
-    now = ConfigDict(_tuples(config.to_dict()))
+    now = ConfigDict(todays(config.to_dict()))
     return changed_settings(now, load_config(workdir, compared_with=now), workdir)
 
 
@@ -133,17 +134,17 @@ def load_config(workdir: Path, *, compared_with: ConfigDict | None = None) -> Co
     Raises ConfigError if it cannot be read.
     """
     record = load_record(workdir)
-    saved = record["config"]
+    saved = todays(record["config"])
     references.look_in(record["folders"], first=False)  # after PYTHONPATH
     # Only the user's config file has the defaults of a model or data of one's own.
     if references.named_in(flatten(ConfigDict(saved))):
-        return _with_newer_settings(ConfigDict(_tuples(saved)), compared_with)
+        return _with_newer_settings(ConfigDict(saved), compared_with)
     # Today's settings and defaults first, for those that are newer than the run. The update then
     # refuses a key or a type that they do not have.
     config = FAMILIES.get(saved.get("model", {}).get("family"), CONVOLUTIONAL).settings()
     defaults, path = flatten(config), workdir / "config.json"
     try:
-        config.update(_tuples(saved))
+        config.update(saved)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         what = " ".join(str(error).split())
         raise ConfigError(f"{path} is damaged, or of another version: {what}") from error
@@ -268,10 +269,3 @@ def last_values(workdir: Path) -> dict[str, Any]:
         # Rows are in the order of steps, so the latest value of each name stays.
         values |= row
     return values
-
-
-def _tuples(tree: Any) -> Any:
-    """Turns lists into tuples, because configs have tuples and JSON has only lists."""
-    if isinstance(tree, dict):
-        return {key: _tuples(value) for key, value in tree.items()}
-    return tuple(_tuples(value) for value in tree) if isinstance(tree, list) else tree

@@ -78,6 +78,18 @@ def test_seeds_are_one_row_and_settings_that_differ_its_name(sweep):
     assert compare_runs(groups, ["num_params"])[1]["num_params"]["mean"] == 7
 
 
+def test_settings_of_older_runs_are_those_of_today(write, tmp_path):
+    """stored_layers was a string once."""
+    rows = [{"step": 1, "train_loss": 1.0}]
+    for name, stored in (("a", "0"), ("b", 0), ("c", "auto"), ("d", -1)):
+        write(f"mixed/{name}", rows, model={"stored_layers": stored})
+    groups = grouped(find_runs([str(tmp_path / "mixed")], silent))
+    assert [(group.label, len(group.runs)) for group in groups] == [
+        ("stored_layers=-1", 2),
+        ("stored_layers=0", 2),
+    ]
+
+
 def test_curves_are_drawn(sweep, tmp_path):
     groups = grouped(find_runs([str(sweep)], silent))
     figure = draw_runs(

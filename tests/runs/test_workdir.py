@@ -186,6 +186,30 @@ def test_a_run_older_than_a_setting_goes_on_with_its_default(key, own, tmp_path)
     assert workdirs.load_config(tmp_path).to_dict() == config.to_dict()
 
 
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(("was", "now"), [("0", 0), ("8", 8), ("auto", -1)])
+def test_a_run_from_when_stored_layers_was_a_string_goes_on(was, now, own, tmp_path):
+    config = digits()
+    config.optimizer.name = "optax:adan" if own else "sgd"
+    config.model.stored_layers = now
+    claim(tmp_path, config, {})
+    write_rows(tmp_path, [{"step": 20}])
+    record = record_of(tmp_path)
+    record["config"]["model"]["stored_layers"] = was
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    assert claim(tmp_path, config, {}) == {}
+    assert workdirs.load_config(tmp_path).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("damaged", ["all", "", "-2", "9" * 5000, 1.5, None])
+def test_what_stored_layers_never_was(damaged, trained):
+    record = record_of(trained)
+    record["config"]["model"]["stored_layers"] = damaged
+    (trained / "config.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match="is damaged"):
+        workdirs.load_config(trained)
+
+
 def test_a_config_of_ones_own_may_lack_a_setting(tmp_path):
     config = digits()
     config.optimizer.name = "optax:adan"
