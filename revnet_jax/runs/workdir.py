@@ -10,7 +10,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from revnet_jax.config import ConfigError, experiment, flatten, references
+from revnet_jax.config import (
+    ConfigError,
+    experiment,
+    flatten,
+    image_classification,
+    language_model,
+    references,
+)
 from revnet_jax.config.saved import todays
 from revnet_jax.errors import UserError, writing
 from revnet_jax.families import CONVOLUTIONAL, FAMILIES
@@ -161,7 +168,10 @@ def _with_newer_settings(config: ConfigDict, compared_with: ConfigDict | None) -
     """
     known = flatten(config)
     is_ours = "model.family" in known and known["model.family"] in FAMILIES
-    defaults = flatten(FAMILIES[known["model.family"]].settings() if is_ours else experiment())
+    if is_ours:
+        defaults = flatten(FAMILIES[known["model.family"]].settings())
+    else:
+        defaults = flatten(experiment()) | _data_defaults(known)
     missing = defaults.keys() - known.keys()
     if compared_with is not None:
         missing &= flatten(compared_with).keys()
@@ -170,6 +180,22 @@ def _with_newer_settings(config: ConfigDict, compared_with: ConfigDict | None) -
     with config.unlocked():
         config.update_from_flattened_dict(newer)
     return config
+
+
+# What data sets of the package, and a user's `Dataset` or `Text`, have always needed.
+_IMAGES = ("image_shape", "num_classes", "crop_padding", "flip", "min_crop_area")
+_TEXT = ("vocab_size", "context", "eval_batches")
+
+
+def _data_defaults(known: Mapping[str, Any]) -> dict[str, Any]:
+    """The data section of the package that a model of one's own was trained with, by dotted key.
+
+    Empty with data that have no such section, a `Source`: its settings are its own.
+    """
+    for settings, needed in ((image_classification(), _IMAGES), (language_model(), _TEXT)):
+        if all(f"data.{name}" in known for name in needed):
+            return {f"data.{name}": value for name, value in settings.data.items()}
+    return {}
 
 
 def load_record(workdir: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from revnet_jax.config import ConfigError, digits, language_model
+from revnet_jax.config import ConfigError, digits, experiment, language_model
 from revnet_jax.errors import UserError
 from revnet_jax.runs import workdir as workdirs
 from revnet_jax.runs.history import append_row, record_start
@@ -183,6 +183,27 @@ def test_a_run_older_than_a_setting_goes_on_with_its_default(key, own, tmp_path)
     write_rows(tmp_path, [{"step": 20}])
     strip_settings(tmp_path, key)
     assert claim(tmp_path, config, {}) == {}
+    assert workdirs.load_config(tmp_path).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("knobs", [digits, language_model])
+def test_a_model_of_ones_own_on_older_data_of_the_package(knobs, tmp_path):
+    config = experiment()
+    config.model.family, config.optimizer.name = "mine:build", "optax:adan"
+    config.data = knobs().data
+    claim(tmp_path, config, {})
+    write_rows(tmp_path, [{"step": 20}])
+    newer = ("mean", "std", "affine", "dir") if knobs is digits else ("end_token", "dir")
+    strip_settings(tmp_path, *(f"data.{name}" for name in newer))
+    assert claim(tmp_path, config, {}) == {}
+    assert workdirs.load_config(tmp_path).to_dict() == config.to_dict()
+
+
+def test_data_of_ones_own_get_no_setting_of_the_package(tmp_path):
+    config = experiment()
+    config.model.family, config.data.name = "mine:build", "mine:load"
+    config.data.update({"image_shape": (2, 2, 1), "context": 8})
+    claim(tmp_path, config, {})
     assert workdirs.load_config(tmp_path).to_dict() == config.to_dict()
 
 
