@@ -6,7 +6,9 @@ python scripts/train.py --config=configs/vit_finetune.py:runs/imported --config.
 
 Model, classes, image size and normalisation are those of that folder's config.json, and the run
 starts from its weights. IMAGES holds a folder of images per class (docs/running.md). The arm can be
-any other run of a vision transformer.
+any other run of a vision transformer. Only an imported folder, or a run with data.mean and data.std
+set, brings a normalisation: after others, such as one on cifar10, images are normalised as those of
+ImageNet, and not as those that the weights were trained on.
 """
 
 from pathlib import Path

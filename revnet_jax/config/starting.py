@@ -15,15 +15,18 @@ def start_from(config: ConfigDict, workdir: Path, *data: str) -> None:
     """Takes a model and its weights from the folder of a run: `config.model`, `config.init_from`.
 
     Args:
-      data: the settings of `config.data` that belong to the model, which are taken too.
+      data: the settings of `config.data` that belong to the model, which are taken too. Those that
+        are newer than the run keep their values in `config`, as newer settings of the model do.
 
     Raises ConfigError if the folder holds no run of this kind.
     """
     try:
         found = todays(json.loads((workdir / "config.json").read_text())["config"])
+        if (family := found["model"]["family"]) != config.model.family:
+            raise ValueError(f"it is of {family}")
         config.model.update(found["model"])
         # Where the data are is a matter of this run.
-        config.data.update({name: found["data"][name] for name in data})
+        config.data.update({name: found["data"][name] for name in data if name in found["data"]})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = " ".join(str(error).split())
         raise ConfigError(
