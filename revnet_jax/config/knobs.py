@@ -108,8 +108,8 @@ def _images() -> ConfigDict:
     config.data.flip = False  # mirror left to right with probability 1/2
     config.data.affine = 0.0  # strength of random rotation, scaling, shear and shift; 0: off
     config.data.min_crop_area = 1.0  # of a random resized crop; image_folder only
-    # By channel, of pixels from 0 to 1, to normalise images with; empty: those of the data set.
-    config.data.mean, config.data.std = (), ()  # such as 0.5,0.5,0.5
+    config.data.mean = ()  # of pixels from 0 to 1, by channel: 0.5,0.5,0.5; empty: that of the data
+    config.data.std = ()  # standard deviation, as mean
     config.data.verify_images = True  # image_folder: decode every file before training
     return config
 

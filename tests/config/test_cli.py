@@ -86,6 +86,8 @@ def test_settings_are_listed_with_what_they_are():
     images = cli.list_settings(image_classification())
     assert re.search(r" --config.schedule.boundaries='\(300, 450\)' +piecewise: steps", images)
     assert "digits | cifar10" in images
+    assert "by channel: 0.5,0.5,0.5" in images
+    assert re.search(r" --config.data.std='\(\)' +standard deviation", images)
 
 
 def run(*argv, program="train"):
