@@ -33,7 +33,7 @@ def as_text(report):
         "chain       layers  backprop     stored layers",
         *(
             f"{c['name']:10}  {c['layers']:6}  {c['backprop']:11}  "
-            f"{'auto' if c['stored_layers'] is None else c['stored_layers']}"
+            f"{'-1, as many as fit' if c['stored_layers'] is None else c['stored_layers']}"
             for c in report["chains"]
         ),
         "",

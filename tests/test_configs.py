@@ -159,6 +159,14 @@ def test_describe_of_a_resnet_has_no_reverse():
     assert report["activation_bytes_per_example"]["reverse"] is None
 
 
+@pytest.mark.thorough
+def test_describe_says_what_stored_layers_stands_for(run_program):
+    chosen = ("--config=configs/digits.py", "--config.model.stored_layers=-1")
+    status, printed, said = run_program("describe", *chosen)
+    assert (status, said) == (0, "")
+    assert printed.count("-1, as many as fit\n") == 2
+
+
 def test_activations_kept_for_frozen_parameters_are_not_counted():
     config = load("lm_bytes", "laptop")
     config.update_from_flattened_dict({"model.layers": 2, "model.width": 32, "model.hidden": 64})
