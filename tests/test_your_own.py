@@ -1,5 +1,6 @@
 """Models, data and optimizers of one's own: the example outside the package, and mistakes."""
 
+import contextlib
 import json
 import pathlib
 import runpy
@@ -143,6 +144,57 @@ def test_a_source_for_a_language_model_has_no_bits_per_byte(module):
     data = build_data(config, make_mesh(jax.devices()))
     task = build_recipe(config).task.of_data(data.record)
     assert task.scores({"loss": 1.0}).keys() == {"eval_loss", "eval_perplexity"}
+
+
+SOURCE = """
+import numpy as np
+from revnet_jax.data.source import Arrays
+
+def tokens(context, extreme=3):
+    arrays = {name: np.zeros((9, context), np.int32) for name in ("token", "target")}
+    return Arrays(arrays, arrays | {"target": np.full((9, context), extreme, np.int32)})
+
+def images(extreme=9):
+    arrays = {"image": np.zeros((9, 8, 8, 1), np.float32), "label": np.full(9, extreme, np.int32)}
+    return Arrays(arrays, arrays)
+
+def normalised(mean, std): return images()
+"""
+
+
+@pytest.mark.parametrize("extreme", [-1, 255, 256])
+def test_token_ids_of_a_source_are_in_the_vocabulary(extreme, module):
+    """JAX clamps others silently."""
+    module(SOURCE)
+    config = language_model()
+    config.batch_size = config.eval_batch_size = 2
+    config.data.update({"name": "mine:tokens", "context": 16, "extreme": extreme})
+    expected = f"^config.data: got target {extreme} in a test batch, expected 0 to 255, as the mod"
+    with contextlib.nullcontext() if extreme == 255 else pytest.raises(ConfigError, match=expected):
+        build_data(config, make_mesh(jax.devices()))
+
+
+def test_labels_of_a_source_are_classes(module):
+    module(SOURCE)
+    config = digits()
+    config.batch_size = config.eval_batch_size = 2
+    config.data.name = "mine:images"
+    build_data(config, make_mesh(jax.devices()))
+    config.data.extreme = 10
+    with pytest.raises(ConfigError, match=r"got label 10 in a training batch, expected 0 to 9"):
+        build_data(config, make_mesh(jax.devices()))
+
+
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_a_source_is_not_normalised(name, module):
+    module(SOURCE)
+    config = digits()
+    config.batch_size = config.eval_batch_size = 2
+    config.data.update({"name": "mine:normalised", name: (0.5,)})
+    build_data(config, make_mesh(jax.devices()))  # by itself
+    config.data.name = "mine:images"
+    with pytest.raises(ConfigError, match=rf"^config.data.{name}: got \(0.5,\) with the Source of"):
+        build_data(config, make_mesh(jax.devices()))
 
 
 OWN = {"model.family": "mine:build", "data.name": "mine:load", "optimizer.name": "mine:adam"}

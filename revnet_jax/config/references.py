@@ -97,6 +97,12 @@ def load_reference(key: str, name: str) -> Callable[..., Any]:
     return function
 
 
+def parameters_taken(key: str, name: str) -> set[str]:
+    """The parameters that the signature of the function of `config.<key>` names."""
+    parameters = inspect.signature(load_reference(key, name)).parameters
+    return {n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+
 def call_reference(
     key: str,
     name: str,
@@ -118,9 +124,7 @@ def call_reference(
     function, section = load_reference(key, name), key.partition(".")[0]
     parameters = inspect.signature(function).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    named = {
-        n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    }
+    named = parameters_taken(key, name)
     arguments = {**settings, **given}
     if refused := [argument for argument in arguments if argument not in named and not takes_all]:
         mend = f", or remove config.{section}.{refused[0]}" if refused[0] in settings else ""

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -20,6 +21,7 @@ from revnet_jax.data import Dataset, eval_batches, load_dataset, train_batches
 from revnet_jax.data.source import Source, iterate_test, iterate_train
 from revnet_jax.data.text import TEXT_NAMES, Text, eval_windows, load_text, train_windows
 from revnet_jax.families import build_task, family_of
+from revnet_jax.models import ConvNet, LanguageModel, VisionTransformer
 from revnet_jax.runs import data_record
 from revnet_jax.training.sharding import local_rows
 
@@ -168,6 +170,15 @@ def _images(config, dataset, train, test):
 
 
 def _source(config, source, train, test):
+    data = config.data
+    taken = references.parameters_taken("data.name", data.name)
+    for name in ("mean", "std"):
+        # A function that names them has got them (`load_data`), and normalises its images itself.
+        if name in data and data[name] and name not in taken:
+            raise ConfigError(
+                f"config.data.{name}: got {data[name]} with the Source of {data.name}, expected "
+                f"none: its batches are taken as they are, unless the function takes {name}"
+            )
     return Data(
         lambda step: iterate_train(source, seed=config.seed, start_step=step, **train),
         lambda: iterate_test(source, **test),
@@ -192,6 +203,21 @@ def _check_batches(task, data, train, test, weighted):
         if got != expected or has_weight != ("weight" in batch):
             more = ", and a weight" if has_weight else ""
             raise ValueError(f"got a {split} batch of {got}, expected {expected}{more}")
+        for name, size in _numbers_of_ids(task.network).items():
+            low, high = np.min(batch[name]), np.max(batch[name])
+            if low < 0 or high >= size:
+                raise ValueError(
+                    f"got {name} {low if low < 0 else high} in a {split} batch, expected 0 to "
+                    f"{size - 1}, as the model has {size}"
+                )
+
+
+def _numbers_of_ids(network):
+    """How many ids each array of a batch may have: JAX clamps others silently to the last one."""
+    if isinstance(network, LanguageModel):
+        return dict.fromkeys(("token", "target"), network.shape.vocab_size)
+    is_of_images = isinstance(network, ConvNet | VisionTransformer)
+    return {"label": network.shape.num_classes} if is_of_images else {}
 
 
 def check_data_dir(config: ConfigDict) -> None:
