@@ -20,11 +20,13 @@ WORKDIR = flags.DEFINE_string("workdir", "", "A new folder, for config.json and 
 DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16"], "The dtype of kernels, embeddings and arithmetic."
 )
-CONTEXT = flags.DEFINE_integer("context", 1024, "Tokens of a sequence, at most the model's own.")
+CONTEXT = flags.DEFINE_integer(
+    "context", 0, "Tokens of a sequence of a decoder, at most the model's own; 0: 1024 at most."
+)
 CLASSES = flags.DEFINE_integer(
     "num_classes", 0, "Classes of a new head of a classifier; 0: the published head."
 )
-cli.limit(CONTEXT, whole(1))
+cli.limit(CONTEXT, whole(0))
 cli.limit(CLASSES, whole(0))
 
 

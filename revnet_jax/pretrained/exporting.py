@@ -58,7 +58,9 @@ def export_weights(
     if dtype not in WRITTEN:
         raise WeightsError(f"got dtype={dtype!r}, expected one of {', '.join(WRITTEN)}")
     # From the config alone, so that a run of no family is refused before weights are restored.
-    family = family_for(load_config(workdir))
+    config = load_config(workdir)
+    family = family_for(config)
+    description = description_of(config, family, dtype)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise WeightsError(f"{target} exists, expected a new or an empty folder")
     run = restore_run(workdir, which)
@@ -93,7 +95,7 @@ def export_weights(
             with writing(target / "tokenizer.json"):
                 shutil.copyfile(workdir / "tokenizer.json", target / "tokenizer.json")
         # Last, so that a folder that is cut short is not taken for a model.
-        write_json_object(target / "config.json", description_of(run.config, family, dtype))
+        write_json_object(target / "config.json", description)
     num_params = sum(math.prod(shape) for shape in shapes.values())
     return {"model_type": family.model_type, "step": run.step, "num_params": num_params}
 

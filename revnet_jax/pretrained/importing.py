@@ -37,7 +37,7 @@ def import_weights(
     workdir: Path,
     *,
     dtype: str = "float32",
-    context: int = 1024,
+    context: int = 0,
     num_classes: int = 0,
 ) -> dict[str, Any]:
     """Writes config.json and a checkpoint of step 0 to `workdir`, from a published model.
@@ -46,7 +46,7 @@ def import_weights(
       source: the folder with its config.json, safetensors files and perhaps tokenizer.json.
       workdir: a folder that holds no run.
       dtype: "float32" or "bfloat16", of kernels and embeddings, and what branches compute in.
-      context: of decoders: `config.data.context`, if the model's own is not shorter.
+      context: of decoders: `config.data.context`, if the model's own is not shorter; 0: 1024.
       num_classes: of classifiers: if it is not 0 and not their own number, the model gets a new
         head for it, which starts at zero.
 
@@ -123,7 +123,11 @@ def config_of(
     config, replaced = family.base(), NOTHING
     config.data.update(family.data(found))
     if family.context:
-        config.data.context = min(context, found.whole(family.context))
+        config.data.context = min(context or 1024, found.whole(family.context))
+    elif context:
+        raise WeightsError(
+            f"got context={context} for a {family.model_type}, expected 0: it has none"
+        )
     if "num_classes" in config.data:
         published = config.data.num_classes
         config.data.num_classes = num_classes or published

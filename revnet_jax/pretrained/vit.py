@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from revnet_jax.config import VIT_SIZES, vision_transformer
+from revnet_jax.data.image_folder import IMAGENET_MEAN, IMAGENET_STD
 from revnet_jax.models import VisionTransformerShape
 from revnet_jax.pretrained.description import Description
+from revnet_jax.pretrained.files import WeightsError
 from revnet_jax.pretrained.layout import PublishedFamily, Tensor, as_it_is, transposed
 
 NAMES = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H"}
@@ -88,9 +90,21 @@ def describe_vit(model: Any, data: Any) -> dict[str, Any]:
         "pretrained_cfg": {
             **{"input_size": [channels, height, width], "fixed_input_size": True, **classes},
             **{"first_conv": "patch_embed.proj", "classifier": "head", "custom_load": False},
-            **({"mean": list(data.mean), "std": list(data.std)} if data.mean else {}),
+            **_normalisation(data),
         },
     }
+
+
+def _normalisation(data: Any) -> dict[str, list[float]]:
+    """How the images of a run were normalised. Without it timm assumes ImageNet's."""
+    if data.mean:
+        return {"mean": list(data.mean), "std": list(data.std)}
+    if data.name == "image_folder":
+        return {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
+    raise WeightsError(
+        f"config.data.mean: got none for a run on {data.name}, expected data.mean and data.std set "
+        "in training, or image_folder: timm would normalise images as those of ImageNet"
+    )
 
 
 def tensors_of_vit(a: VisionTransformerShape) -> Iterator[Tensor]:

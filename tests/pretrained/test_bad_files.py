@@ -28,11 +28,11 @@ def files_under(folder):
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def refusal(source, workdir):
+def refusal(source, workdir, **options):
     """The message of a refused import, which has left everything as it was."""
     before = files_under(source.parent)
     with pytest.raises(UserError) as caught:
-        import_weights(source, workdir)
+        import_weights(source, workdir, **options)
     assert "\n" not in str(caught.value)
     assert files_under(source.parent) == before
     return str(caught.value)

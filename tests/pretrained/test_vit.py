@@ -16,11 +16,11 @@ from revnet_jax.pretrained.exporting import description_of, export_weights, fami
 from revnet_jax.pretrained.importing import import_weights
 from revnet_jax.pretrained.vit import VIT, settings_of_vit
 from revnet_jax.runs.manifest import by_path
-from revnet_jax.runs.workdir import load_config
+from revnet_jax.runs.workdir import claim, load_config
 from revnet_jax.training.restore import restore_run
 from tests import thorough
 from tests.pretrained import published_vit as published
-from tests.pretrained.test_bad_files import refusal
+from tests.pretrained.test_bad_files import files_under, refusal
 from tests.pretrained.test_import import same_bits, stored
 
 pytest.importorskip("safetensors", reason="needs the extra pretrained")
@@ -123,9 +123,10 @@ def test_a_run_of_ours_is_described(size, hidden, name, tmp_path):
     """The widths of all feed-forward networks survive, although timm rounds their ratio down."""
     config = vision_transformer(size)
     config.model.hidden, config.model.reversible = hidden, False
+    config.data.name = "image_folder"
     written = description_of(config, family_for(config), "float32")
     assert written["architecture"] == name
-    assert "mean" not in written["pretrained_cfg"]
+    assert written["pretrained_cfg"]["mean"] == [0.485, 0.456, 0.406]
     (tmp_path / "config.json").write_text(json.dumps(written))
     settings = settings_of_vit(Description(tmp_path / "config.json"))
     assert settings == {name: config.model[name] for name in settings}
@@ -198,6 +199,28 @@ def test_files_that_are_missing_or_cut_short(name, size, source, tmp_path):
     content = path.read_bytes()
     path.unlink() if size is None else path.write_bytes(content[:size])
     assert str(path if size is not None else source) in refusal(source, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["cifar10", "digits", "mine:load"])
+def test_a_normalisation_that_timm_would_not_know(name, tmp_path):
+    config = vision_transformer()
+    config.model.reversible = False
+    config.data.name = name
+    (tmp_path / "run").mkdir()
+    claim(tmp_path / "run", config, {})
+    before = files_under(tmp_path)
+    with pytest.raises(UserError, match=rf"^config.data.mean: got none for a run on {name}, exp"):
+        export_weights(tmp_path / "run", tmp_path / "out")
+    assert files_under(tmp_path) == before
+    config.data.update({"mean": (0.5,), "std": (0.25,)})
+    written = description_of(config, VIT, "float32")["pretrained_cfg"]
+    assert (written["mean"], written["std"]) == ([0.5], [0.25])
+
+
+def test_a_context_is_one_of_decoders(source, tmp_path):
+    assert "got context=16 for a vit, expected 0: it has none" in refusal(
+        source, tmp_path / "run", context=16
+    )
 
 
 EXPORTS = {
