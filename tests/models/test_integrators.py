@@ -123,7 +123,7 @@ def test_bdia_draws_other_factors_at_every_step():
 @pytest.mark.thorough
 def test_dual_goes_from_the_network_to_the_midpoint_rule():
     """By the number of batches in its stats, in evaluation and token by token too."""
-    lm = model("dual", grid=None)
+    lm = model("dual", "store", grid=None)
     variables = jit(lm.init)(jax.random.key(0))
     assert lm.next_stats(variables.stats) == {"batches": 1}
     token_BT = tokens()[:, :-1]
@@ -163,3 +163,12 @@ def test_unknown_integrators(changes, message):
     shape = LanguageModelShape(**SIZES, **changes)
     with pytest.raises(ValueError, match=message):
         LanguageModel(shape, ModelOptions("store"))
+
+
+@pytest.mark.parametrize("integrator", ["bdia", "dual", "meft"])
+def test_what_divides_is_only_reversed_on_a_grid(integrator):
+    model(integrator, "store", grid=None)
+    model(integrator, stored_layers=LAYERS, grid=None)
+    for stored_layers in (0, 1):
+        with pytest.raises(ValueError, match=f"got integrator='{integrator}' and .* without a gri"):
+            model(integrator, stored_layers=stored_layers, grid=None)

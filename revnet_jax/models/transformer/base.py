@@ -26,6 +26,8 @@ from revnet_jax.models.chain_model import ChainModel
 from revnet_jax.models.model import ModelOptions, Sweep
 
 INTEGRATORS = ("streams", "bdia", "midpoint", "dual", "meft")
+# Those that multiply a stream by a factor below 1, which undoing a layer divides by.
+SHRINKING = ("bdia", "dual", "meft")
 DUAL_BITS = 4  # c starts at 2**-DUAL_BITS
 MEFT_SCALES = (0.1, 1.0)  # lambda and beta of the paper's authors, for BERT and for OPT
 
@@ -62,6 +64,10 @@ class Transformer(ChainModel):
     The head reads x[n] + 0.1 y[n], as in the authors' decoders. It keeps 4 bits for each element of
     one stream and layer.
 
+    "bdia", "dual" and "meft" divide by c or 0.1 where they undo a layer. On a grid that is exact.
+    Without one it multiplies the rounding errors by up to 16 per update, so a chain that is rebuilt
+    needs one.
+
     Args:
       reversible: two streams; otherwise one stream.
       layers: see `ChainModel`.
@@ -77,6 +83,12 @@ class Transformer(ChainModel):
             raise ValueError(
                 f"got integrator={integrator!r} and reversible={reversible}, expected one of "
                 f"{', '.join(INTEGRATORS)}, and streams for a model that is not reversible"
+            )
+        if integrator in SHRINKING and self.grid is None and self._strategy.rebuilds:
+            raise ValueError(
+                f"got integrator={integrator!r} and backprop='reverse' without a grid, expected "
+                "grid=True, or backprop='store': without a grid each layer that is undone divides "
+                "the rounding errors by a factor below 1, until they exceed the streams"
             )
         self.integrator = integrator
 
