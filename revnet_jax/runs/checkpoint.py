@@ -14,7 +14,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Generator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,17 @@ from revnet_jax.files import write_atomically
 from revnet_jax.runs import manifest
 from revnet_jax.runs.manager import Manager, NewestAndBest, silence_orbax, wait_for_others
 from revnet_jax.runs.manifest import CheckpointError, Damaged, PyTree
+
+
+class Conversion(NamedTuple):
+    """How leaves of a state are made from a leaf of a checkpoint.
+
+    saved: the leaf as it is in the checkpoint: shape, dtype, and the sharding to read it with.
+    convert: maps the array to `{path: array}`, the leaves of the state.
+    """
+
+    saved: jax.ShapeDtypeStruct
+    convert: Callable[[jax.Array], dict[str, jax.Array]]
 
 
 class Checkpoints:
@@ -176,7 +187,7 @@ class Checkpoints:
         *,
         which: Literal["newest", "best"] = "newest",
         partial: bool = False,
-        converted: Mapping[str, Callable[[jax.Array], PyTree]] | None = None,
+        converted: Mapping[str, Conversion] | None = None,
     ) -> tuple[int, PyTree] | None:
         """Restores the newest (or best) undamaged checkpoint; returns `(step, state)` or None.
 
@@ -188,8 +199,8 @@ class Checkpoints:
         Args:
           partial: the checkpoint may have parts of the state (named by the first key of a leaf's
             path) that `abstract_state` lacks. They are not read.
-          converted: functions by the path of a leaf, whose results take the places of these leaves.
-            Each of them is read by itself and dropped once it is converted, so that they are never
+          converted: by the path of a leaf in the checkpoint, the leaves of the state that are made
+            from it. Each is read by itself and dropped once it is converted, so that they are never
             in memory together.
 
         Cost: one read of the checkpoint and one pass over the state on the devices.
@@ -262,22 +273,26 @@ class Checkpoints:
         step: int,
         abstract_state: PyTree,
         partial: bool,
-        converted: Mapping[str, Callable[[jax.Array], PyTree]],
+        converted: Mapping[str, Conversion],
     ) -> PyTree:
         # The manifest first: another architecture is told before any array is read.
         records = self._read_manifest(step)["leaves"]
         leaves = manifest.by_path(abstract_state)
         wanted = {path: manifest.as_abstract(leaf) for path, leaf in leaves.items()}
+        made = {path for c in converted.values() for path in jax.eval_shape(c.convert, c.saved)}
+        rest = {path: spec for path, spec in wanted.items() if path not in made}
+        expected = rest | {path: conversion.saved for path, conversion in converted.items()}
         # Whole parts may be left out, but in a part that is wanted every leaf has to agree.
         parts = {_part(path) for path in wanted}
         saved = {path: r for path, r in records.items() if _part(path) in parts or not partial}
-        manifest.check_same_tree(self.directory / str(step), saved, wanted)
-        specs = manifest.storable(wanted)
-        rest = {path: spec for path, spec in specs.items() if path not in converted}
-        arrays = self._read_arrays(step, rest, records, partial or len(rest) < len(specs))
-        for path, convert in converted.items():
-            found = self._read_arrays(step, {path: specs[path]}, records, True)
-            arrays[path] = convert(found.pop(path))
+        manifest.check_same_tree(self.directory / str(step), saved, expected)
+        is_partial = partial or bool(converted)
+        arrays = self._read_arrays(step, manifest.storable(rest), records, is_partial)
+        for path, conversion in converted.items():
+            found = self._read_arrays(step, {path: conversion.saved}, records, True)
+            # JAX returns before an array is computed, and keeps what it is computed from until
+            # then: without waiting, the next leaf would be read beside it.
+            arrays |= jax.block_until_ready(conversion.convert(found.pop(path)))
         restored = manifest.from_storable(arrays, wanted, records)
         return jax.tree.unflatten(jax.tree.structure(abstract_state), restored)
 

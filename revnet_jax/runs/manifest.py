@@ -11,7 +11,7 @@ import json
 import math
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +29,31 @@ class CheckpointError(UserError, RuntimeError):
     """A checkpoint cannot be saved or restored."""
 
 
-class OtherTree(CheckpointError):
-    """A checkpoint has leaves other than the expected ones. differences: a line for each."""
+class Kind(NamedTuple):
+    """Dtype and shape of a leaf, written like float32[64, 48]."""
 
-    def __init__(self, message: str, differences: list[str]):
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)}"
+
+
+class Difference(NamedTuple):
+    """A leaf that differs between a checkpoint (got) and a state; None where there is no leaf."""
+
+    path: str
+    got: Kind | None
+    expected: Kind | None
+
+    def __str__(self) -> str:
+        return f"{self.path}: got {self.got or 'nothing'}, expected {self.expected or 'nothing'}"
+
+
+class OtherTree(CheckpointError):
+    """A checkpoint has leaves other than the expected ones, which `differences` lists."""
+
+    def __init__(self, message: str, differences: list[Difference]):
         super().__init__(message)
         self.differences = differences
 
@@ -141,25 +162,24 @@ def check_same_tree(
     where: Any, records: dict[str, ArrayRecord], wanted: dict[str, ABSTRACT]
 ) -> None:
     """Raises OtherTree (a CheckpointError) unless a checkpoint has exactly the wanted leaves."""
-    # As `_describe` writes it: float32[64, 48].
-    saved = {path: "{dtype}{shape}".format(**record) for path, record in records.items()}
-    expected = {path: _describe(leaf) for path, leaf in wanted.items()}
+    saved = {path: Kind(r["dtype"], tuple(r["shape"])) for path, r in records.items()}
+    expected = {path: _kind(leaf) for path, leaf in wanted.items()}
     differences = [
-        f"{path}: got {saved.get(path, 'nothing')}, expected {expected.get(path, 'nothing')}"
+        Difference(path, saved.get(path), expected.get(path))
         for path in {**expected, **saved}
         if saved.get(path) != expected.get(path)
     ]
     if differences:
         raise OtherTree(
             f"checkpoint {where} was written by another architecture or optimizer; leaves that "
-            f"differ: {len(differences)}, such as {'; '.join(differences[:3])}. "
+            f"differ: {len(differences)}, such as {'; '.join(map(str, differences[:3]))}. "
             "Use the config it was saved with, or another workdir.",
             differences,
         )
 
 
-def _describe(leaf: Any) -> str:
-    return f"{leaf.dtype}{list(leaf.shape)}"
+def _kind(leaf: Any) -> Kind:
+    return Kind(str(leaf.dtype), tuple(leaf.shape))
 
 
 def check_saved_arrays(arrays: Mapping[str, jax.Array], records: dict[str, ArrayRecord]) -> None:
@@ -179,7 +199,7 @@ def checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
     out = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
     sums = np.asarray(jax.jit(_stack_checksums, out_shardings=out)(list(arrays.values())))
     # Dtype and shape are part of the checksum: the same bits may stand for other numbers.
-    kinds = [zlib.crc32(_describe(x).encode()) for x in arrays.values()]
+    kinds = [zlib.crc32(str(_kind(x)).encode()) for x in arrays.values()]
     return {path: int(x) ^ kind for path, x, kind in zip(arrays, sums, kinds, strict=True)}
 
 

@@ -13,8 +13,8 @@ from revnet_jax.config import ConfigError
 from revnet_jax.data.vocabulary import vocabulary_from
 from revnet_jax.models import Variables
 from revnet_jax.models.int8 import quantized
-from revnet_jax.runs.checkpoint import Checkpoints
-from revnet_jax.runs.manifest import OtherTree, by_path
+from revnet_jax.runs.checkpoint import Checkpoints, Conversion
+from revnet_jax.runs.manifest import Difference, OtherTree, by_path
 from revnet_jax.runs.workdir import load_record
 from revnet_jax.training.compiler import initialized, jit_initialization
 from revnet_jax.training.inputs import Data
@@ -24,10 +24,7 @@ from revnet_jax.training.step import TrainState
 # Paths of what a model gets to be fine-tuned: low-rank matrices, adapters, the progress of its
 # integrator.
 ADAPTER = re.compile(r"/(lora|adapter)_[ab]\b|stats/batches\b")
-# Lines of `OtherTree` on kernels of floats where kernels in 8 bits are wanted.
-FLOATS = re.compile(
-    r"(?P<path>.*/kernel): got (?P<dtype>b?float\d+)(?P<shape>\[.*\]), expected int8(?P=shape)"
-)
+FLOATS = re.compile(r"b?float\d+")
 SCALE = "_scale"  # ends the path of their scales
 
 
@@ -78,7 +75,8 @@ def load_weights(workdir: Path, wanted: Variables, data: dict[str, Any]) -> tupl
         try:
             restored = _restored(checkpoints, wanted)
         except OtherTree as error:
-            names = "; ".join(line.removeprefix("variables/") for line in error.differences[:3])
+            lines = map(str, error.differences[:3])
+            names = "; ".join(line.removeprefix("variables/") for line in lines)
             raise ConfigError(
                 f"config.init_from: {workdir} holds the weights of another model: "
                 f"{len(error.differences)} arrays differ, such as {names}. Take the config.model "
@@ -100,42 +98,41 @@ def _restored(checkpoints, wanted):
         return checkpoints.restore(wanted, partial=True)
     except OtherTree as error:
         differences = error.differences
-        floats = {
-            found["path"]: found["dtype"] for found in map(FLOATS.match, differences) if found
-        }
-        nothing = ": got nothing,"
-        missing = {line.partition(nothing)[0] for line in differences if nothing in line}
-        scales = {path + SCALE for path in floats}
-        is_expected = all(map(ADAPTER.search, missing - scales))
-        if not is_expected or len(floats) + len(missing) < len(differences):
+        floats = {each.path: each.got.dtype for each in differences if _is_quantizable(each)}
+        missing = {d.path for d in differences if d.got is None and ADAPTER.search(d.path)}
+        explained = missing.union(floats, (path + SCALE for path in floats))
+        if not explained.issuperset(each.path for each in differences):
             raise
-    return _quantizing(checkpoints, wanted, floats, missing)
-
-
-def _quantizing(checkpoints, wanted, floats, missing):
-    """Restores without the `missing` leaves, and quantises kernels as they are read.
-
-    floats: the dtypes in which kernels are saved, by their path.
-    """
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-    specs = by_path(wanted)
-
-    def saved(path, spec):
-        if name(path) in missing:
-            return None
-        dtype = floats.get(name(path), spec.dtype)
-        return jax.ShapeDtypeStruct(spec.shape, dtype, sharding=spec.sharding)
-
-    def quantizer(path):
-        shardings = specs[path].sharding, specs[path + SCALE].sharding
-        return jit_initialization(jax.vmap(quantized), shardings)
-
-    step, state = checkpoints.restore(
-        jax.tree_util.tree_map_with_path(saved, wanted),
+    leaves = by_path(wanted)
+    # None takes the place of a leaf that is missing.
+    there = [None if path in missing else leaf for path, leaf in leaves.items()]
+    return checkpoints.restore(
+        jax.tree.unflatten(jax.tree.structure(wanted), there),
         partial=True,
-        converted={path: quantizer(path) for path in floats},
+        converted={path: _quantizing(path, dtype, leaves) for path, dtype in floats.items()},
     )
-    leaves = by_path(state)
-    for path in floats:
-        leaves[path], leaves[path + SCALE] = leaves[f"{path}/0"], leaves[f"{path}/1"]
-    return step, jax.tree_util.tree_map_with_path(lambda path, _: leaves.get(name(path)), wanted)
+
+
+def _is_quantizable(difference: Difference) -> bool:
+    """Whether a kernel of floats is where one in 8 bits is wanted."""
+    path, got, expected = difference
+    if got is None or expected is None or not path.endswith("/kernel"):
+        return False
+    return FLOATS.fullmatch(got.dtype) is not None and expected == ("int8", got.shape)
+
+
+def _quantizing(path: str, dtype: str, leaves: dict[str, Any]) -> Conversion:
+    """The conversion of a stacked kernel of floats to numbers in 8 bits and their scales.
+
+    leaves: those that are wanted, by path.
+    """
+    names = path, path + SCALE
+    numbers, scale = (leaves[name] for name in names)
+    quantize = jax.vmap(quantized)
+    return Conversion(
+        jax.ShapeDtypeStruct(numbers.shape, dtype, sharding=numbers.sharding),
+        jit_initialization(
+            lambda kernel: dict(zip(names, quantize(kernel), strict=True)),
+            dict(zip(names, (numbers.sharding, scale.sharding), strict=True)),
+        ),
+    )

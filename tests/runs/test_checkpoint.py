@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from revnet_jax.runs.checkpoint import CheckpointError, Checkpoints
+from revnet_jax.runs.checkpoint import CheckpointError, Checkpoints, Conversion
+from revnet_jax.runs.manifest import as_abstract
 from tests.small_run import file_limit
 
 OPTIONS = {"best_metric": "accuracy", "best_mode": "max"}
@@ -187,26 +188,47 @@ def test_a_flipped_bit_that_orbax_loads_silently_is_found_by_the_checksum(two_sa
     assert "array w has another checksum" in reports[0]
 
 
+@jax.jit
+def slowly(x):
+    """x, after enough steps that the call returns long before."""
+    steps = jax.lax.fori_loop(0, 20_000_000, lambda _, y: jnp.sin(y), jnp.float32(1))
+    return jnp.where(steps < 2, x, 0)
+
+
 def test_leaves_are_converted_one_by_one(two_saved, tmp_path, monkeypatch):
     """Each is checked before, so that of a damaged checkpoint nothing is taken."""
-    reads, read = [], Checkpoints._read_arrays
-    monkeypatch.setattr(
-        Checkpoints,
-        "_read_arrays",
-        lambda self, step, specs, *rest: reads.append(set(specs)) or read(self, step, specs, *rest),
-    )
-    converted = {"w": lambda leaf: (leaf.astype(jnp.float16), leaf[0])}
+    reads, results, read = [], [], Checkpoints._read_arrays
+
+    def reading(self, step, specs, *rest):
+        assert all(leaf.is_ready() for leaf in jax.tree.leaves(results))
+        reads.append(set(specs))
+        return read(self, step, specs, *rest)
+
+    def convert(leaf):
+        made = {"half": leaf.astype(jnp.float16), "row": slowly(leaf)[0]}
+        results.append(() if isinstance(leaf, jax.core.Tracer) else made)
+        return made
+
+    monkeypatch.setattr(Checkpoints, "_read_arrays", reading)
+    first = small_state()
+    conversions = {
+        "w": Conversion(as_abstract(first["w"]), convert),
+        "b": Conversion(as_abstract(first["b"]), lambda leaf: {"wide": leaf.astype(jnp.float32)}),
+    }
+
+    def of(state):
+        converted = {"half": state["w"].astype(jnp.float16), "row": state["w"][0]}
+        return converted | {"wide": state["b"].astype(jnp.float32), "key": state["key"]}
 
     def restored(step):
         with Checkpoints(tmp_path / "checkpoints", **OPTIONS, report=lambda _: None) as checkpoints:
-            found, state = checkpoints.restore(small_state(), converted=converted)
+            found, state = checkpoints.restore(of(first), converted=conversions)
         assert found == step
-        expected = small_state(step)
-        assert_same_bits(state, expected | {"w": converted["w"](expected["w"])})
+        assert_same_bits(state, of(small_state(step)))
 
     shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
     restored(2)
-    assert reads == [{"b", "key"}, {"w"}]
+    assert reads == [{"key"}, {"w"}, {"b"}]
     flip_bit(largest_file(tmp_path), 0.5, 1)
     restored(1)
 

@@ -121,6 +121,19 @@ def test_another_architecture_is_an_error_and_no_damage(saved, change, message):
     assert sorted(saved.rglob("*")) == before
 
 
+def test_differences_are_told_by_their_fields(saved):
+    state = small_state()
+    wanted = {"w": jnp.zeros((64, 47)), "more": jnp.zeros(6), "key": state["key"]}
+    checkpoints = Checkpoints(saved / "checkpoints", **OPTIONS)
+    with checkpoints, pytest.raises(manifest.OtherTree) as caught:
+        checkpoints.restore(wanted)
+    assert set(caught.value.differences) == {
+        ("w", ("float32", (64, 48)), ("float32", (64, 47))),
+        ("more", None, ("float32", (6,))),
+        ("b", ("bfloat16", (6,)), None),
+    }
+
+
 @pytest.mark.parametrize("changed", [None, [], {}, {"leaves": {}, "crc32": 0}])
 def test_what_is_no_sealed_manifest_is_damage(changed):
     with pytest.raises(manifest.Damaged, match="its own checksum"):
