@@ -14,7 +14,7 @@ from revnet_jax.data.vocabulary import vocabulary_from
 from revnet_jax.models import Variables
 from revnet_jax.models.int8 import quantized
 from revnet_jax.runs.checkpoint import Checkpoints, Conversion
-from revnet_jax.runs.manifest import Difference, OtherTree, by_path
+from revnet_jax.runs.manifest import Difference, Kind, OtherTree, by_path
 from revnet_jax.runs.workdir import load_record
 from revnet_jax.training.compiler import initialized, jit_initialization
 from revnet_jax.training.inputs import Data
@@ -98,10 +98,10 @@ def _restored(checkpoints, wanted):
         return checkpoints.restore(wanted, partial=True)
     except OtherTree as error:
         differences = error.differences
-        floats = {each.path: each.got.dtype for each in differences if _is_quantizable(each)}
+        floats = {d.path: d.got.dtype for d in differences if d.got and _is_quantizable(d)}
         missing = {d.path for d in differences if d.got is None and ADAPTER.search(d.path)}
         explained = missing.union(floats, (path + SCALE for path in floats))
-        if not explained.issuperset(each.path for each in differences):
+        if not explained.issuperset(d.path for d in differences):
             raise
     leaves = by_path(wanted)
     # None takes the place of a leaf that is missing.
@@ -116,9 +116,8 @@ def _restored(checkpoints, wanted):
 def _is_quantizable(difference: Difference) -> bool:
     """Whether a kernel of floats is where one in 8 bits is wanted."""
     path, got, expected = difference
-    if got is None or expected is None or not path.endswith("/kernel"):
-        return False
-    return FLOATS.fullmatch(got.dtype) is not None and expected == ("int8", got.shape)
+    is_float = got is not None and FLOATS.fullmatch(got.dtype) is not None
+    return path.endswith("/kernel") and is_float and expected == Kind("int8", got.shape)
 
 
 def _quantizing(path: str, dtype: str, leaves: dict[str, Any]) -> Conversion:
