@@ -193,7 +193,7 @@ def language_model() -> ConfigDict:
     model.adapter_rank = 8  # meft: width inside the adapter of each layer
     model.lora_rank = 0  # low-rank matrices beside the kernels of layers (LoRA); 0: none
     model.lora_alpha = 16.0  # their product is scaled by lora_alpha / lora_rank
-    model.frozen_dtype = ""  # int8: the kernels beside them, frozen, in 8 bits; empty: param_dtype
+    model.frozen_dtype = ""  # of the layers' kernels: int8, frozen; empty: param_dtype
     model.window = 0  # attention window in tokens, with itself; 0: all before it
     model.separate_documents = False  # no attention across data.end_token
     model.attention = "auto"  # chunked | cudnn | flash; auto: by the device

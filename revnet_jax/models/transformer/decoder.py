@@ -33,7 +33,7 @@ LAYER_RULES = (
     (r"qkv/kernel$", ("fsdp", "tensor")),
     (r"up/kernel$", ("fsdp", None, "tensor")),
     (r"(out|down)/kernel$", ("tensor", "fsdp")),
-    # Of experts: [E, D, 2, F] and [E, F, D].
+    # The kernels of experts: [E, D, 2, F] and [E, F, D].
     (r"up_kernel$", (None, "fsdp", None, "tensor")),
     (r"down_kernel$", (None, "tensor", "fsdp")),
     # Scales of kernels in 8 bits. Those of "out" and "down" are small, and needed whole.
@@ -136,6 +136,7 @@ class Attention(nnx.Module):
         bias: Bias,
         qk_norm: bool,
         lora: LoRA,
+        int8: bool,
         dtype,
         rngs: nnx.Rngs,
     ):
@@ -144,7 +145,7 @@ class Attention(nnx.Module):
         self.norm = norm(width)
         if qk_norm:
             self.q_norm, self.k_norm = norm(head_size), norm(head_size)
-        linear = functools.partial(Linear, lora=lora, dtype=dtype, rngs=rngs)
+        linear = functools.partial(Linear, lora=lora, int8=int8, dtype=dtype, rngs=rngs)
         # One product for all: R query heads, a key and a value for each key-value head.
         inner = (heads + 2 * kv_heads) * head_size
         self.qkv = linear(width, inner, std=width**-0.5, bias=bias != "none")
@@ -220,12 +221,13 @@ class FeedForward(nnx.Module):
         norm: Norm,
         bias: bool,
         lora: LoRA,
+        int8: bool,
         out_std: float,
         dtype,
         rngs: nnx.Rngs,
     ):
         self.norm, self.chunks, self.activation = norm(width), chunks, activation
-        linear = functools.partial(Linear, bias=bias, lora=lora, dtype=dtype, rngs=rngs)
+        linear = functools.partial(Linear, bias=bias, lora=lora, int8=int8, dtype=dtype, rngs=rngs)
         # Gate and value have an axis of their own, not halves of one. So a device that has a part
         # of the hidden units has both for each.
         self.up = linear(width, ACTIVATIONS[activation][0], hidden, std=width**-0.5)

@@ -18,12 +18,10 @@ class LoRA(NamedTuple):
     Attributes:
       rank: columns of A and rows of B; 0 for no adaptation.
       scale: the paper's alpha / rank.
-      int8: whether W, which is then frozen, is kept in 8 bits: see `models/int8.py`.
     """
 
     rank: int = 0
     scale: float = 1.0
-    int8: bool = False
 
 
 NO_LORA = LoRA()
@@ -36,8 +34,9 @@ class Linear(nnx.Module):
 
     `outputs` is the last dimension of the output, or its last dimensions. With `lora` the
     parameters `lora_a` [inputs, rank] and `lora_b` [rank, *outputs] are added; `lora_b` starts as
-    zeros, so that the layer starts as it was. The product of both is never formed. With `lora.int8`
-    the kernel is int8 and has the parameter `kernel_scale` [*outputs].
+    zeros, so that the layer starts as it was. The product of both is never formed. With `int8`
+    the kernel is kept in 8 bits, frozen, and has the parameter `kernel_scale` [*outputs]: see
+    `models/int8.py`.
     """
 
     def __init__(
@@ -49,9 +48,10 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
         bias: bool = False,
         lora: LoRA = NO_LORA,
+        int8: bool = False,
     ):
         kernel = std * jax.random.normal(rngs.params(), (inputs, *outputs))
-        if lora.int8:
+        if int8:
             kernel, scale = quantized(kernel)
             self.kernel_scale = nnx.Param(scale)
         self.kernel = nnx.Param(kernel)
@@ -61,12 +61,12 @@ class Linear(nnx.Module):
             # x A is then about as large as x.
             down = inputs**-0.5 * jax.random.normal(rngs.params(), (inputs, lora.rank))
             self.lora_a, self.lora_b = nnx.Param(down), nnx.Param(jnp.zeros((lora.rank, *outputs)))
-        self.dtype, self.has_bias, self.lora = dtype, bias, lora
+        self.dtype, self.has_bias, self.lora, self.int8 = dtype, bias, lora, int8
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(self.dtype)
         y = jnp.tensordot(x, self.kernel[...].astype(self.dtype), 1)
-        if self.lora.int8:
+        if self.int8:
             # Up to 127, whole numbers are exact in every dtype. Their product with the scale would
             # not be, so it is the sum that is scaled.
             wide = at_least_float32(self.dtype)

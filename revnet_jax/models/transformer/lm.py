@@ -86,6 +86,7 @@ class LanguageModel(Transformer):
         # The sum of the 2 L updates then has a standard deviation of about 1 in every element.
         out_std = lambda inputs: (inputs * 2 * a.layers) ** -0.5
         norm = functools.partial(NORMS[a.norm], eps=a.norm_eps)
+        kernels: dict[str, Any] = {"lora": a.lora, "int8": a.int8}
         self._f = PureModule(
             lambda rngs: Attention(
                 width=a.width,
@@ -98,7 +99,7 @@ class LanguageModel(Transformer):
                 norm=norm,
                 bias=a.bias,
                 qk_norm=a.qk_norm,
-                lora=a.lora,
+                **kernels,
                 dtype=self.compute_dtype,
                 rngs=rngs,
             )
@@ -108,8 +109,7 @@ class LanguageModel(Transformer):
         common |= {"dtype": self.compute_dtype, "norm": norm}
         experts = {"experts": a.experts, "experts_per_token": a.experts_per_token}
         dense = {"chunks": feed_forward_chunks, "activation": a.activation, "bias": a.bias == "all"}
-        dense["lora"] = a.lora
-        common |= experts if a.experts else dense
+        common |= experts if a.experts else dense | kernels
         feed_forward = Experts if a.experts else FeedForward
         self._g = PureModule(lambda rngs: feed_forward(**common, rngs=rngs))
         adapter = lambda rngs: Adapter(a.width, a.adapter_rank, dtype=self.compute_dtype, rngs=rngs)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from revnet_jax.models.transformer.base import check_positive
-from revnet_jax.models.transformer.decoder import ACTIVATIONS, BIASES, NORMS, Bias, LoRA
+from revnet_jax.models.transformer.decoder import ACTIVATIONS, BIASES, NORMS, Bias
+from revnet_jax.models.transformer.linear import LoRA
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class LanguageModelShape:
       lora_rank: rank of the matrices that are added to the kernels of all layers, see `LoRA`; 0 for
         none.
       lora_alpha: the product of these matrices is scaled by lora_alpha / lora_rank.
-      frozen_dtype: "int8" keeps these kernels in 8 bits, see `models/int8.py`. They can then not be
-        trained, only the matrices beside them. "" keeps them like other parameters.
+      frozen_dtype: of the layers' kernels. "int8" keeps them in 8 bits, see `models/int8.py`: they
+        are then not trained, only the matrices beside them. "" keeps them like other parameters.
     """
 
     vocab_size: int
@@ -83,7 +84,12 @@ class LanguageModelShape:
     def lora(self) -> LoRA:
         """The adapters of the layers' kernels."""
         scale = self.lora_alpha / max(1, self.lora_rank)
-        return LoRA(self.lora_rank, scale, int8=self.frozen_dtype == "int8")
+        return LoRA(self.lora_rank, scale)
+
+    @property
+    def int8(self) -> bool:
+        """Whether the layers' kernels are kept in 8 bits."""
+        return self.frozen_dtype == "int8"
 
     @property
     def size_of_head(self) -> int:
