@@ -115,7 +115,7 @@ def make_train_step(
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "gradient_norm": new.gradient_norm,
             **checked,
-            # Not finite if any variable is not: such a state must not reach a checkpoint.
+            # Not finite if any variable is not. Training then ends before the state is saved.
             "variables_norm": optax.tree.norm(widened(trees.split(new.variables)[0])),
         }
         ema = state.ema

@@ -1,8 +1,10 @@
 """The base class of transformers: one chain of layers between an embedding and a head.
 
-A reversible transformer has two streams, which both start as the embedding. Branch f reads the
-second and updates the first, and branch g reads the first and updates the second. The irreversible
-transformer has one stream, which both branches read and update, and the same parameters.
+A reversible transformer has two streams, which both start as the embedding. Its integrator says
+how they are updated, see `Transformer`: by default, branch f reads the second and updates the
+first, and branch g reads the first and updates the second. The irreversible transformer has one
+stream, which both branches read and update, and the same parameters, but for those that an
+integrator adds.
 """
 
 from __future__ import annotations
@@ -79,10 +81,14 @@ class Transformer(ChainModel):
         self, *, layers: int, reversible: bool, options: ModelOptions, integrator: str = "streams"
     ):
         super().__init__(layers=layers, invertible=reversible, options=options)
-        if integrator not in INTEGRATORS or (integrator != "streams" and not reversible):
+        if integrator not in INTEGRATORS:
             raise ValueError(
-                f"got integrator={integrator!r} and reversible={reversible}, expected one of "
-                f"{', '.join(INTEGRATORS)}, and streams for a model that is not reversible"
+                f"got integrator={integrator!r}, expected one of {', '.join(INTEGRATORS)}"
+            )
+        if integrator != "streams" and not reversible:
+            raise ValueError(
+                f"got integrator={integrator!r} and reversible=False, expected streams, or "
+                "reversible=True: the others update two streams"
             )
         if integrator in SHRINKING and self.grid is None and self._strategy.rebuilds:
             raise ValueError(

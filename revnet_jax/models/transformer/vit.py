@@ -1,8 +1,8 @@
 """A reversible vision transformer, and an irreversible one with the same parameters.
 
 Dosovitskiy et al. 2020 (arXiv:2010.11929); reversible: Mangalam et al. 2022 (arXiv:2302.04869).
-Branch f is attention, branch g an MLP of two layers. The sum of the streams, normalised, goes to
-the head (see `Transformer`).
+Branch f is attention, branch g an MLP of two layers. What the head reads of the streams (see
+`Transformer`) is normalised first.
 
 Dims: B batch, H height, W width, C channels, T patches and class token, D stream width, V classes.
 """
@@ -29,6 +29,8 @@ from revnet_jax.models.transformer.base import (
     init_layers_of,
 )
 
+INTEGRATORS = ("streams", "bdia", "midpoint")  # those of a vision transformer
+
 # Sharding of the weights: heads and hidden units over "tensor", the other axis over "fsdp".
 RULES = (
     # First, because "out" of the layers matches it too.
@@ -52,7 +54,7 @@ class VisionTransformerShape:
       reversible: two streams; otherwise the irreversible model with one stream.
       dropout: rate, applied to the outputs of branches and to the embedding.
       gelu: "tanh" for the approximation by tanh, "erf" for the exact function.
-      integrator: what the two streams stand for, see `Transformer`; not "dual".
+      integrator: what the two streams stand for, one of `INTEGRATORS`: see `Transformer`.
     """
 
     image_shape: tuple[int, int, int]
@@ -66,7 +68,7 @@ class VisionTransformerShape:
     reversible: bool = True
     dropout: float = 0.0
     gelu: Literal["tanh", "erf"] = "tanh"
-    integrator: Literal["streams", "bdia", "midpoint"] = "streams"
+    integrator: str = "streams"
 
     def __post_init__(self):
         check_positive(self, ("num_classes", "patch", "layers", "width", "heads", "hidden"))
@@ -82,9 +84,9 @@ class VisionTransformerShape:
             raise ValueError(f"got pool={self.pool!r}, expected one of token, mean")
         if self.gelu not in ("tanh", "erf"):
             raise ValueError(f"got gelu={self.gelu!r}, expected one of tanh, erf")
-        if self.integrator not in ("streams", "bdia", "midpoint"):
+        if self.integrator not in INTEGRATORS:
             raise ValueError(
-                f"got integrator={self.integrator!r}, expected one of streams, bdia, midpoint"
+                f"got integrator={self.integrator!r}, expected one of {', '.join(INTEGRATORS)}"
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"got dropout={self.dropout}, expected a share in [0, 1)")
