@@ -25,7 +25,16 @@ from revnet_jax.core.chain import (
     sequence_inverse,
 )
 from revnet_jax.core.check import check_reversible
-from revnet_jax.core.couplings import Coupling, additive, affine, bdia, leapfrog, momentum, scaled
+from revnet_jax.core.couplings import (
+    Coupling,
+    additive,
+    affine,
+    bdia,
+    leapfrog,
+    momentum,
+    scale_on_grid,
+    scaled,
+)
 from revnet_jax.core.exactness import Exactness
 from revnet_jax.core.grid import Grid, snap
 from revnet_jax.core.strategies import GATHERED, STRATEGIES, Backprop
@@ -57,6 +66,7 @@ __all__ = [
     "momentum_block",
     "multi_stream_block",
     "reversible_block",
+    "scale_on_grid",
     "scaled",
     "sequence",
     "sequence_forward",

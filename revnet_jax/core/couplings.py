@@ -144,7 +144,7 @@ def momentum(gamma: float = 0.9) -> Coupling:
     gamma = constant("gamma", gamma)
     # gamma and 1 - gamma are both exact then, and add up to 1. The rounded value is checked:
     # 0.99999 becomes 1, with which v would never change.
-    rounded = round(gamma * 2**SCALE_BITS) / 2**SCALE_BITS
+    rounded = _rounded(gamma)
     if not 0.5 <= rounded < 1:
         raise ValueError(f"got gamma={gamma}, expected at least 0.5 and less than 1")
     gamma, push = rounded, additive(1 - rounded)
@@ -218,18 +218,17 @@ def scaled(scale: float) -> Coupling:
     The update u is as for `additive`.
 
     Exact on a grid with a residue of b = log2(1 / scale) bits per element, rounded up: x is
-    multiplied b times by the b-th root of the scale, rounded to a multiple of 2**-12. Without a
-    grid the scale is not rounded, and undoing a layer divides the rounding error by it.
+    multiplied b times by the b-th root of the scale, rounded to a multiple of 2**-12. What x is
+    multiplied by, `scale_on_grid`, then has a relative error of at most about b * 2**-12: 0.1
+    becomes 0.09994, 1e-4 becomes 1.0032e-4, and 0.9999 becomes 1, though its bit is kept. Without
+    a grid the scale is not rounded, and undoing a layer divides the rounding error by it.
     """
     scale, add = constant("scale", scale), additive()
-    if not 2**-24 <= scale <= 1:
-        raise ValueError(f"got scale={scale}, expected at least 2**-24 and at most 1")
-    bits = math.ceil(-math.log2(scale))
+    bits = _bits_of(scale)
     root = scale ** (1 / max(1, bits))
-    rounded = round(root * 2**SCALE_BITS) / 2**SCALE_BITS
 
     def factor(x, grid):
-        return _full(x, root if grid is None else rounded)
+        return _full(x, root if grid is None else _rounded(root))
 
     def merge(x, u, grid):
         x, residues = _multiply_often(x, factor(x, grid), bits, grid)
@@ -240,6 +239,24 @@ def scaled(scale: float) -> Coupling:
         return _divide_often(x, residue, factor(x, grid), bits, grid)
 
     return Coupling(merge, unmerge)
+
+
+def scale_on_grid(scale: float, grid: Grid | None) -> float:
+    """What `scaled(scale)` multiplies by: on a grid, a power of a factor that is rounded."""
+    bits = _bits_of(scale)
+    return scale if grid is None else _rounded(scale ** (1 / max(1, bits))) ** bits
+
+
+def _bits_of(scale):
+    """The bits of the residue of `scaled`; raises ValueError for a scale that it does not take."""
+    if not 2**-24 <= scale <= 1:
+        raise ValueError(f"got scale={scale}, expected at least 2**-24 and at most 1")
+    return math.ceil(-math.log2(scale))
+
+
+def _rounded(factor):
+    """The nearest of the factors that `multiply` takes on a grid."""
+    return round(factor * 2**SCALE_BITS) / 2**SCALE_BITS
 
 
 def check_gamma(gamma: Any, x: Any) -> None:

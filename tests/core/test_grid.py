@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from revnet_jax.core import Grid
+from revnet_jax.core import Grid, scale_on_grid, scaled
 
 GRID = Grid()
 
@@ -59,3 +59,14 @@ def test_gradient_is_straight_through_in_both_modes():
 def test_narrow_streams_are_refused(dtype):
     with pytest.raises(TypeError, match=r"got a .*16 stream, expected float32.*grid=None"):
         GRID.check((jnp.ones(3, dtype),))
+
+
+@pytest.mark.parametrize("scale", [0.1, 1e-4, 0.9999, 1.0, 2**-24])
+def test_the_scale_on_a_grid_is_near_the_one_asked_for(scale):
+    """To the stated relative error; it is what a stream is multiplied by."""
+    grid, x = Grid(), jnp.full(3, 2048.0)
+    got = scale_on_grid(scale, grid)
+    assert abs(got / scale - 1) <= 1.01 * 2**-12 * np.ceil(-np.log2(scale))
+    y, _ = scaled(scale).merge(x, jnp.zeros(3), grid)
+    np.testing.assert_allclose(y, got * x, rtol=0, atol=2 * 2.0**-grid.bits)
+    assert scale_on_grid(scale, None) == scale

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from revnet_jax.config import ConfigError, language_model
-from revnet_jax.core import Context
+from revnet_jax.core import Context, Grid
 from revnet_jax.models import LanguageModel, LanguageModelShape, ModelOptions, Sweep, Variables
 from revnet_jax.models.transformer import base
 from revnet_jax.optimizers.trainable import Trainable
@@ -86,6 +86,14 @@ def test_a_layer_is_that_of_the_paper():
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(true), strict=True):
             assert np.linalg.norm(b) > 0
             assert np.linalg.norm(a - b) <= 1e-12 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize(("grid", "scale"), [(Grid(), 0.09993922), (None, 0.1)], ids=str)
+def test_the_head_has_the_scale_of_the_layers(grid, scale, monkeypatch):
+    lm, one = model("store", grid=grid), jnp.ones(4)
+    monkeypatch.setattr(lm, "run_chain", lambda *args, **data: ((one, 0 * one), (None,)))
+    x, _ = lm._run(lm._layer(*lm._branches(), training=False), (None,) * 3, one)
+    np.testing.assert_allclose(x, scale, rtol=1e-6)
 
 
 @pytest.mark.thorough

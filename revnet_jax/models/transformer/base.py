@@ -23,6 +23,7 @@ from revnet_jax.core import (
     leapfrog,
     meft_block,
     reversible_block,
+    scale_on_grid,
 )
 from revnet_jax.models.chain_model import ChainModel
 from revnet_jax.models.model import ModelOptions, Sweep
@@ -63,7 +64,8 @@ class Transformer(ChainModel):
         x[n+1] = 0.1 y[n] + F(x[n])
         y[n+1] = x[n] + G(x[n+1])
 
-    The head reads x[n] + 0.1 y[n], as in the authors' decoders. It keeps 4 bits for each element of
+    The head reads x[n] + 0.1 y[n], as in the authors' decoders. On a grid 0.1 is rounded to 0.09994
+    in the layers, see `scaled`, and so it is in the head. It keeps 4 bits for each element of
     one stream and layer.
 
     "bdia", "dual" and "meft" divide by c or 0.1 where they undo a layer. On a grid that is exact.
@@ -154,7 +156,7 @@ class Transformer(ChainModel):
         if self.integrator == "bdia":
             return y2, aux_L
         if self.integrator == "meft":
-            return MEFT_SCALES[0] * y1 + y2, aux_L[0]
+            return scale_on_grid(MEFT_SCALES[0], self.grid) * y1 + y2, aux_L[0]
         return weight * y1 + (1 - weight) * y2, aux_L
 
 
