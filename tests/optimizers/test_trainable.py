@@ -9,6 +9,7 @@ from revnet_jax.optimizers.trainable import Trainable
 from revnet_jax.planning.topology import parse_topology
 from revnet_jax.planning.worker import measure_step
 from revnet_jax.programs.counts import arithmetic
+from revnet_jax.runs.manifest import by_path
 from revnet_jax.training.build import build_recipe
 from revnet_jax.training.step import init_state, make_train_step
 from tests import thorough
@@ -56,7 +57,8 @@ def sizes(tree):
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
+        {"model.frozen_dtype": "int8"},
+        thorough({}),
         thorough({"optimizer.lockstep": True}),
         thorough({"model.reversible": False, "model.backprop": "remat"}),
         thorough({"model.integrator": "bdia"}),
@@ -79,10 +81,13 @@ def test_only_what_matches_is_trained(changes):
     assert sizes(last.opt_state) <= 2 * sizes(trained)
     if "exact_mismatches" in metrics:
         assert metrics["exact_mismatches"] == 0
-    *_, full = steps(config_of(**changes, **{"optimizer.trainable": ""}), number=0)
+    # Kernels in 8 bits take the same products, and cannot be trained.
+    of_all = changes | {"optimizer.trainable": "", "model.frozen_dtype": ""}
+    *_, full = steps(config_of(**of_all), number=0)
     # A kernel takes three products in training with all parameters and two without its own
     # gradient, plus that of recomputation. Attention and adapters take as many as before.
-    kernels = [leaf.size for leaf in jax.tree.leaves(frozen) if leaf.ndim > 2]
+    in_layers = by_path(frozen["layers"]).items()
+    kernels = [leaf.size for path, leaf in in_layers if path.endswith("kernel")]
     saved = 2 * 4 * 8 * (sum(kernels) + first.variables.params["head"]["kernel"].size)
     if changes.get("optimizer.name") != "muon":
         assert full - flops == saved
