@@ -75,13 +75,7 @@ def load_weights(workdir: Path, wanted: Variables, data: dict[str, Any]) -> tupl
         try:
             restored = _restored(checkpoints, wanted)
         except OtherTree as error:
-            lines = map(str, error.differences[:3])
-            names = "; ".join(line.removeprefix("variables/") for line in lines)
-            raise ConfigError(
-                f"config.init_from: {workdir} holds the weights of another model: "
-                f"{len(error.differences)} arrays differ, such as {names}. Take the config.model "
-                "and config.data of its config.json"
-            ) from error
+            raise ConfigError(_refusal(workdir, error.differences)) from error
     if restored is None:
         raise ConfigError(
             f"config.init_from: got {workdir}, which holds no checkpoint, expected the --workdir "
@@ -97,11 +91,8 @@ def _restored(checkpoints, wanted):
     try:
         return checkpoints.restore(wanted, partial=True)
     except OtherTree as error:
-        differences = error.differences
-        floats = {d.path: d.got.dtype for d in differences if d.got and _is_quantizable(d)}
-        missing = {d.path for d in differences if d.got is None and ADAPTER.search(d.path)}
-        explained = missing.union(floats, (path + SCALE for path in floats))
-        if not explained.issuperset(d.path for d in differences):
+        floats, missing, others = _sorted_out(error.differences)
+        if others:
             raise
     leaves = by_path(wanted)
     # None takes the place of a leaf that is missing.
@@ -110,6 +101,37 @@ def _restored(checkpoints, wanted):
         jax.tree.unflatten(jax.tree.structure(wanted), there),
         partial=True,
         converted={path: _quantizing(path, dtype, leaves) for path, dtype in floats.items()},
+    )
+
+
+def _sorted_out(
+    differences: list[Difference],
+) -> tuple[dict[str, str], set[str], list[Difference]]:
+    """(dtypes of kernels to quantise by path, paths of missing adapters, all other differences)."""
+    floats = {d.path: d.got.dtype for d in differences if d.got and _is_quantizable(d)}
+    missing = {d.path for d in differences if d.got is None and ADAPTER.search(d.path)}
+    explained = missing.union(floats, (path + SCALE for path in floats))
+    return floats, missing, [each for each in differences if each.path not in explained]
+
+
+def _refusal(workdir: Path, differences: list[Difference]) -> str:
+    """Says why the weights in `workdir` cannot be those of the model."""
+    _, _, others = _sorted_out(differences)
+    # In each, the dtype of the run there and of the model; None where more than that differs.
+    dtypes = {
+        (got.dtype, expected.dtype) if got and expected and got.shape == expected.shape else None
+        for _, got, expected in others
+    }
+    dtype = dtypes.pop() if len(dtypes) == 1 else None
+    if dtype and all(map(FLOATS.fullmatch, dtype)):
+        return (
+            f"config.model.param_dtype: got {dtype[1]}, expected {dtype[0]}, the dtype of the "
+            f"weights in {workdir}"
+        )
+    lines = "; ".join(str(each).removeprefix("variables/") for each in others[:3])
+    return (
+        f"config.init_from: {workdir} holds the weights of another model: {len(others)} arrays "
+        f"differ, such as {lines}. Take the config.model and config.data of its config.json"
     )
 
 

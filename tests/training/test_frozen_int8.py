@@ -144,6 +144,12 @@ def test_floats_of_another_run_are_quantised(param_dtype, tmp_path):
     assert_same_bits(loaded(tmp_path, config_of(**both)), expected)
     with pytest.raises(ConfigError, match=r"/out/kernel: got .*, 16\], expected int8\[2, 32, 16\]"):
         loaded(tmp_path, config_of(**both, **{"model.head_size": 16}))
+    # Kernels are quantised from any floats, so they are no reason to refuse the others.
+    other = "bfloat16" if param_dtype == "float32" else "float32"
+    message = rf"^config.model.param_dtype: got {other}, expected {param_dtype}, the dtype of the"
+    for changed in ({}, plain):
+        with pytest.raises(ConfigError, match=message):
+            loaded(tmp_path, config_of(**both | changed | {"model.param_dtype": other}))
 
 
 @pytest.mark.thorough
