@@ -4,6 +4,8 @@ import pytest
 
 # A parameter, or several, with which a test is left out of the default run.
 thorough = functools.partial(pytest.param, marks=pytest.mark.thorough)
+# As thorough, and left out of CI too.
+slow = functools.partial(pytest.param, marks=[pytest.mark.thorough, pytest.mark.slow])
 
 
 def by_default(values, *kept):

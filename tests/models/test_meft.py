@@ -16,7 +16,7 @@ from revnet_jax.runs.checkpoint import Checkpoints
 from revnet_jax.training.build import build_recipe
 from revnet_jax.training.initial import load_weights
 from revnet_jax.training.step import init_state, make_train_step
-from tests import thorough
+from tests import slow, thorough
 
 B, T, V, LAYERS = 3, 7, 17, 2
 FAST = {"xla_backend_optimization_level": 0}
@@ -101,8 +101,8 @@ def test_the_head_has_the_scale_of_the_layers(grid, scale, monkeypatch):
     ("shape", "options"),
     [
         ({}, {}),
-        ({"lora_rank": 2, "dropout": 0.2}, {"compute_dtype": jnp.bfloat16}),
-        ({"experts": 4}, {"stored_layers": 1}),
+        slow({"lora_rank": 2, "dropout": 0.2}, {"compute_dtype": jnp.bfloat16}),
+        slow({"experts": 4}, {"stored_layers": 1}),
     ],
 )
 def test_reverse_is_store_bit_for_bit(shape, options):

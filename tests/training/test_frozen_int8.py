@@ -17,7 +17,7 @@ from revnet_jax.training.program import step_program
 from revnet_jax.training.restore import restore_run
 from revnet_jax.training.sharding import put_batch
 from revnet_jax.training.step import TrainState
-from tests import thorough
+from tests import slow, thorough
 from tests.runs.test_checkpoint import assert_same_bits
 
 SIZES = {
@@ -71,10 +71,10 @@ def after_two_steps(**changes):
     ("kind", "others"),
     [
         thorough({}, [{"model.backprop": "store"}]),
-        thorough({}, [{"model.stored_layers": 1}, {"model.backprop": "remat"}]),
+        slow({}, [{"model.stored_layers": 1}, {"model.backprop": "remat"}]),
         thorough({"model.integrator": "bdia"}, [{"model.backprop": "store"}]),
-        thorough({"optimizer.lockstep": True}, [{"model.backprop": "store"}]),
-        thorough({"model.feed_forward_chunks": 2}, [{"model.backprop": "store"}]),
+        slow({"optimizer.lockstep": True}, [{"model.backprop": "store"}]),
+        slow({"model.feed_forward_chunks": 2}, [{"model.backprop": "store"}]),
     ],
     ids=str,
 )
@@ -84,7 +84,7 @@ def test_strategies_train_the_same_bits(kind, others):
         assert_same_bits(after_two_steps(**kind, **other), reversed_)
 
 
-@pytest.mark.parametrize("backprop", [thorough("reverse"), thorough("remat"), thorough("store")])
+@pytest.mark.parametrize("backprop", [thorough("reverse"), slow("remat"), slow("store")])
 def test_a_layer_takes_one_byte_for_each_frozen_weight(backprop, tmp_path):
     """Not only in the state, but in the whole compiled step: there are no copies as floats."""
     sizes = {"batch_size": 2, "model.width": 128, "model.hidden": 512, "model.lora_rank": 1}
