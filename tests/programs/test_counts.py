@@ -165,7 +165,8 @@ def test_attention_by_cudnn(monkeypatch, causal, window):
 
 def test_a_part_of_a_mesh_that_a_product_is_computed_by_counts_its_axes():
     """Split by hand over "data" alone, and over "tensor" by the compiler: the same product."""
-    mesh = jax.sharding.AbstractMesh((2, 2), ("data", "tensor"))
+    types = (jax.sharding.AxisType.Auto,) * 2  # jax 0.12 would take Explicit
+    mesh = jax.sharding.AbstractMesh((2, 2), ("data", "tensor"), types)
     with jax.sharding.use_abstract_mesh(mesh):
         run = jax.shard_map(
             lambda x, w: x @ w,
