@@ -101,6 +101,7 @@ def test_a_layer_takes_one_byte_for_each_frozen_weight(backprop, tmp_path):
 
 
 @pytest.mark.thorough
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_same_bits(tmp_path):
     train(config_of(), tmp_path / "whole")
     train(config_of(num_steps=2, eval_every_steps=4), tmp_path / "half")
