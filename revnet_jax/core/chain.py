@@ -287,13 +287,7 @@ def _swept(runs, sections, x, shared, unroll, update, probe):
     states = [section.state_L for section in sections]
     shared, shared_rest = trees.split(shared)
     data = [section.data_L for section in sections]
-
     joined = functools.partial(_joined, sections)
-
-    def consumer(section, state_L):
-        if update is None:
-            return stack_gradients(section.params_L)
-        return update_in_place(section.params_L, state_L, update)
 
     @jax.custom_vjp
     def run(params, states, x, shared, probe, not_differentiated):
@@ -325,7 +319,7 @@ def _swept(runs, sections, x, shared, unroll, update, probe):
                 kepts,
                 cotangents,
                 shared,
-                [consumer(*pair) for pair in zip(sections, states, strict=True)],
+                [_consumer(update, *pair) for pair in zip(sections, states, strict=True)],
                 unroll=unroll,
                 track_range=true_x is not None,
             )
@@ -344,6 +338,13 @@ def _swept(runs, sections, x, shared, unroll, update, probe):
     with _explaining_forward_mode():
         rest = params_rest, shared_rest, data
         return run(given, states, x, shared, vary_over(axes, probe), rest)
+
+
+def _consumer(update, section, state_L):
+    """What the sweep does with the gradients of a section's layers."""
+    if update is None:
+        return stack_gradients(section.params_L)
+    return update_in_place(section.params_L, state_L, update)
 
 
 def _exactness(true_x, swept, kepts):

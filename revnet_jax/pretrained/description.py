@@ -45,7 +45,7 @@ class Description:
         return value
 
     def matching(self, name: str, pattern: re.Pattern[str], expected: str) -> re.Match[str]:
-        """The match of a string, all of which the pattern matches."""
+        """The match of a pattern with a whole string."""
         match = pattern.fullmatch(self.text(name))
         if match is None:
             raise self._wrong(name, self.text(name), expected)

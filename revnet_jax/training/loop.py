@@ -130,9 +130,7 @@ def _train(
                     recorder.flush()  # raises if the loss is not finite, before the state is saved
                     scores = {}
                     if evaluates(step):
-                        parts = recorder.shown(step, data.test())
-                        means = evaluate(sums, state.for_evaluation, parts, mesh, stop.requested)
-                        scores = recorder.evaluation(step, means)
+                        scores = _scores(step, recorder, data, sums, state, mesh, stop)
                     recorder.doing(step, "saving")
                     # Rows up to here are on disk: a run resumed from this save never writes them.
                     checkpoints.save(step, state, scores)
@@ -141,9 +139,19 @@ def _train(
                         # Files are written in the background, which a kill would end.
                         checkpoints.wait()
                         raise Preempted(step)
-    if not is_first():
-        return {}
     speed = {f"{task.unit}_per_second": recorder.per_second}
+    return _summarized(workdir, task, state, speed, started) if is_first() else {}
+
+
+def _scores(step, recorder, data, sums, state, mesh, stop):
+    """Evaluates a state and records what was found; returns it as the scores of a checkpoint."""
+    parts = recorder.shown(step, data.test())
+    means = evaluate(sums, state.for_evaluation, parts, mesh, stop.requested)
+    return recorder.evaluation(step, means)
+
+
+def _summarized(workdir, task, state, speed, started):
+    """Writes the summary of a finished run, and returns it."""
     summary = summarize(workdir, task.network, state, speed, started)
     workdirs.write_json(workdir / "summary.json", summary)
     return summary

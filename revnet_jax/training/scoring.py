@@ -186,10 +186,9 @@ class Scorer:
 def windows_of(tokens: Sequence[int], first: int, context: int) -> Iterator[Window]:
     """Cuts a document into windows that score each token from position `first` on once.
 
-    Windows are full but for the last. A full one begins with the token before those that it scores;
-    the last reaches back as far as fits. So the first token that a full window scores has one token
-    before it. These are the disjoint windows of lm-evaluation-harness, for rolling likelihoods with
-    a context of one token.
+    A full window begins with the token before those that it scores, so that the first of them has
+    one token of context. The last window is filled up with the tokens before it. These are the
+    disjoint windows of lm-evaluation-harness, for rolling likelihoods with a context of one token.
     """
     position = first
     while position < len(tokens):
