@@ -52,8 +52,8 @@ def import_weights(
 
     Returns what was imported, for a report. Everything is checked before `workdir` is touched.
 
-    Cost: the memory of the model in `dtype` and of one tensor; the checkpoint takes the model's
-    memory a second time while it is written.
+    Cost: the memory of the model in `dtype`, and of its largest array (a kernel of all layers, or
+    the embedding) once or twice more as 32-bit words, while arrays are summed and written.
 
     Raises UserError if files are missing, damaged or of an unknown kind of model, if tensors differ
     from what config.json says, or if `workdir` holds a run.
@@ -84,7 +84,9 @@ def import_weights(
             if vocabulary:
                 with writing(workdir / "tokenizer.json"):
                     shutil.copyfile(source / "tokenizer.json", workdir / "tokenizer.json")
-            with open_checkpoints(workdir, task) as checkpoints:
+            # Array by array, since nothing goes on meanwhile.
+            largest = 1 + max(leaf.nbytes for leaf in jax.tree.leaves(variables))
+            with open_checkpoints(workdir, task, write_bytes=largest) as checkpoints:
                 checkpoints.save(0, TrainState.of_variables(variables))
     return {
         "model_type": family.model_type,

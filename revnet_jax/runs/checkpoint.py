@@ -57,6 +57,8 @@ class Checkpoints:
         never among them.
       report: receives one line for every damaged checkpoint.
       read_only: for evaluation beside a live run: nothing is cleaned up, moved or written.
+      write_bytes: how much of the arrays a save writes at a time, more than the largest of them. By
+        default it writes all at once, which holds a second copy of them, compressed.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Checkpoints:
         keep_best: int = 1,
         report: Callable[[str], None] = logging.warning,
         read_only: bool = False,
+        write_bytes: int | None = None,
     ):
         if best_mode not in ("max", "min"):
             raise ValueError(f"got best_mode={best_mode!r}, expected 'max' or 'min'")
@@ -90,8 +93,9 @@ class Checkpoints:
             create=not read_only,
             async_options=ocp.AsyncOptions(barrier_sync_fn=wait_for_others),
         )
+        handlers = {"state": _writer(write_bytes), "manifest": ocp.JsonCheckpointHandler()}
         with self._explained("opening"):
-            self._manager = Manager(self.directory, options=options)
+            self._manager = Manager(self.directory, options=options, item_handlers=handlers)
         # The scores of earlier starts, so that their best checkpoint is not deleted.
         for step in self._manager.all_steps():
             with contextlib.suppress(Damaged):  # it has no score, and restore will report it
@@ -330,6 +334,11 @@ class Checkpoints:
             # Nobody lists the folder, or saves these steps again, before process 0 has moved them.
             multihost_utils.sync_global_devices("damaged checkpoints moved")
             self._manager.reload()
+
+
+def _writer(write_bytes: int | None) -> ocp.PyTreeCheckpointHandler:
+    impl = ocp.BasePyTreeCheckpointHandler(save_concurrent_bytes=write_bytes)
+    return ocp.PyTreeCheckpointHandler(handler_impl=impl)
 
 
 def _part(path: str) -> str:

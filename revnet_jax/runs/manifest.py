@@ -190,21 +190,26 @@ def check_saved_arrays(arrays: Mapping[str, jax.Array], records: dict[str, Array
 
 
 def checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
-    """The checksum of every array, its dtype and its shape, by one program on the devices.
+    """The checksum of every array, its dtype and its shape, computed on the devices.
 
     Arrays may have any sharding.
+
+    Memory: on CPUs, the largest array once more, as uint32, which XLA does not fuse into the sum.
     """
-    meshes = [x.sharding.mesh for x in arrays.values() if isinstance(x.sharding, NamedSharding)]
-    # Replicated, so that every process can read them.
-    out = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
-    sums = np.asarray(jax.jit(_stack_checksums, out_shardings=out)(list(arrays.values())))
-    # Dtype and shape are part of the checksum: the same bits may stand for other numbers.
-    kinds = [zlib.crc32(str(_kind(x)).encode()) for x in arrays.values()]
-    return {path: int(x) ^ kind for path, x, kind in zip(arrays, sums, kinds, strict=True)}
+    # One after the other: one program for all of them has the words of all in memory at once.
+    return {path: _sum_on_devices(x) ^ _sum_of_kind(x) for path, x in arrays.items()}
 
 
-def _stack_checksums(arrays: list[jax.Array]) -> jax.Array:
-    return jnp.stack([checksum(x) for x in arrays])
+def _sum_on_devices(x: jax.Array) -> int:
+    # Replicated, so that every process can read it.
+    mesh = x.sharding.mesh if isinstance(x.sharding, NamedSharding) else None
+    out = NamedSharding(mesh, PartitionSpec()) if mesh is not None else None
+    return int(np.asarray(jax.jit(checksum, out_shardings=out)(x)))
+
+
+def _sum_of_kind(x: jax.Array) -> int:
+    """Dtype and shape are part of the checksum: the same bits may stand for other numbers."""
+    return zlib.crc32(str(_kind(x)).encode())
 
 
 def checksum(x: jax.Array) -> jax.Array:

@@ -212,11 +212,17 @@ def resolve_auto(config: ConfigDict, workdir: Path) -> int:
     return stored_layers
 
 
-def open_checkpoints(workdir: Path, task: Task, *, read_only: bool = False) -> Checkpoints:
+def open_checkpoints(
+    workdir: Path, task: Task, *, read_only: bool = False, write_bytes: int | None = None
+) -> Checkpoints:
     """Opens the checkpoints of a run, which keeps the newest two and the one of best score."""
     metric, mode = task.best
     return Checkpoints(
-        workdir / "checkpoints", best_metric=metric, best_mode=mode, read_only=read_only
+        workdir / "checkpoints",
+        best_metric=metric,
+        best_mode=mode,
+        read_only=read_only,
+        write_bytes=write_bytes,
     )
 
 

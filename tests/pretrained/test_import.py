@@ -4,6 +4,8 @@ import functools
 import json
 import pathlib
 import runpy
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +44,41 @@ def same_bits(got, expected):
         assert got[name].dtype == x.dtype
         assert got[name].shape == x.shape
         assert got[name].tobytes() == x.tobytes(), name
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the memory of a process from /proc")
+def test_arrays_are_in_memory_a_second_time_one_by_one(tmp_path, monkeypatch, start_program):
+    def peak_bytes(name):
+        model = {**published.MODELS["qwen2"], "hidden_size": published.D, "num_hidden_layers": 32}
+        model |= {"intermediate_size": published.F, "num_attention_heads": published.N}
+        model |= {"num_key_value_heads": published.G}
+        found = published.write(tmp_path / name, model)
+        program = start_program(
+            "import_weights", f"--source={tmp_path / name}", f"--workdir={tmp_path / name}_run"
+        )
+        peak = 0
+        while program.poll() is None:
+            status = pathlib.Path(f"/proc/{program.pid}/status").read_text()
+            # Anonymous memory, since the pages of mapped files can be dropped at any time.
+            used = [int(x.split()[1]) for x in status.splitlines() if x.startswith("RssAnon")]
+            peak = max([peak, *used])
+            time.sleep(0.002)
+        _, stderr = program.communicate()
+        assert program.returncode == 0, stderr
+        return 1024 * peak, found
+
+    monkeypatch.setattr(published, "LAYERS", 32)
+    small, _ = peak_bytes("small")
+    for name, size in {"D": 512, "F": 1408, "N": 8, "G": 4}.items():
+        monkeypatch.setattr(published, name, size)
+    large, found = peak_bytes("large")
+    model = sum(x.nbytes for x in found.values())
+    kernel = 32 * 512 * 1408 * 4
+    assert model > 4 * kernel
+    # XLA gives the memory of one checksum back while it computes the next; 100 MB for what is being
+    # compressed and written.
+    assert large - small < model + 2 * kernel + 100e6
 
 
 @each_model
