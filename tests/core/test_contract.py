@@ -221,7 +221,7 @@ def mixtures(depth):
 
 
 @pytest.mark.parametrize("depth", [thorough(1), 2, thorough(7)])
-@pytest.mark.parametrize("name", by_default(ROWS, "bdia"))
+@pytest.mark.parametrize("name", by_default(ROWS, "additive"))
 def test_gradient_equals_store(name, depth):
     """Values and gradients of params, streams and shared inputs, in float64 to 1e-10."""
     row = ROWS[name]

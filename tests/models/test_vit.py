@@ -55,7 +55,7 @@ MIXED = {"pool": "mean", "dropout": 0.3}
 
 @pytest.mark.parametrize(
     "changes",
-    [MIXED | BDIA, *(thorough(changes) for changes in ({}, MIXED, ERF, MIDPOINT))],
+    [MIXED, *(thorough(changes) for changes in ({}, MIXED | BDIA, ERF, MIDPOINT))],
     ids=str,
 )
 def test_strategies_give_one_gradient(changes):

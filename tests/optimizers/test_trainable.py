@@ -57,8 +57,8 @@ def sizes(tree):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model.frozen_dtype": "int8"},
-        thorough({}),
+        {},
+        thorough({"model.frozen_dtype": "int8"}),
         thorough({"optimizer.lockstep": True}),
         thorough({"model.reversible": False, "model.backprop": "remat"}),
         thorough({"model.integrator": "bdia"}),

@@ -110,6 +110,7 @@ def test_fine_tuning_reversibly_and_by_adapters(source, tmp_path, frozen_dtype):
     assert train(config, tmp_path / "longer")["eval_loss"] < before - 0.3
 
 
+@pytest.mark.thorough
 def test_without_a_tokenizer_one_line_says_so(source, tmp_path, run_program):
     (source / "tokenizer.json").unlink()
     flags = f"--source={source}", f"--workdir={tmp_path / 'run'}"
