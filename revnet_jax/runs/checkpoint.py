@@ -314,8 +314,12 @@ class Checkpoints:
         arrays = self._read(
             step, "state", ocp.args.PyTreeRestore(specs, restore_args, partial_restore=partial)
         )
-        # jnp.array copies, because a buffer shared with numpy must not be donated.
-        arrays = {p: a if isinstance(a, jax.Array) else jnp.array(a) for p, a in arrays.items()}
+        for path, array in arrays.items():
+            if not isinstance(array, jax.Array):
+                # A copy, because a buffer shared with numpy must not be donated. In the place of
+                # the original, so that only one array is in memory twice.
+                arrays[path] = jnp.array(array)
+                del array
         manifest.check_saved_arrays(arrays, records)
         return arrays
 
