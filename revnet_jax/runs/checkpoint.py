@@ -58,7 +58,7 @@ class Checkpoints:
       report: receives one line for every damaged checkpoint.
       read_only: for evaluation beside a live run: nothing is cleaned up, moved or written.
       write_bytes: how much of the arrays a save writes at a time, more than the largest of them. By
-        default it writes all at once, which holds a second copy of them, compressed.
+        default up to 96 GB, as orbax does; while it is written it is there twice.
     """
 
     def __init__(
@@ -341,6 +341,8 @@ class Checkpoints:
 
 
 def _writer(write_bytes: int | None) -> ocp.PyTreeCheckpointHandler:
+    if write_bytes is None:
+        return ocp.PyTreeCheckpointHandler()
     impl = ocp.BasePyTreeCheckpointHandler(save_concurrent_bytes=write_bytes)
     return ocp.PyTreeCheckpointHandler(handler_impl=impl)
 
