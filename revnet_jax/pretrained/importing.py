@@ -84,7 +84,7 @@ def import_weights(
             if vocabulary:
                 with writing(workdir / "tokenizer.json"):
                     shutil.copyfile(source / "tokenizer.json", workdir / "tokenizer.json")
-            # Array by array, since nothing goes on meanwhile.
+            # Array by array, since nothing goes on meanwhile. Orbax wants more than the largest.
             largest = 1 + max(leaf.nbytes for leaf in jax.tree.leaves(variables))
             with open_checkpoints(workdir, task, write_bytes=largest) as checkpoints:
                 checkpoints.save(0, TrainState.of_variables(variables))

@@ -58,7 +58,7 @@ class Checkpoints:
       report: receives one line for every damaged checkpoint.
       read_only: for evaluation beside a live run: nothing is cleaned up, moved or written.
       write_bytes: how much of the arrays a save writes at a time, more than the largest of them. By
-        default up to 96 GB, as orbax does; while it is written it is there twice.
+        default up to 96 GB, as orbax does. What is being written is in memory twice.
     """
 
     def __init__(
