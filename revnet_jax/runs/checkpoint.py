@@ -314,12 +314,11 @@ class Checkpoints:
         arrays = self._read(
             step, "state", ocp.args.PyTreeRestore(specs, restore_args, partial_restore=partial)
         )
-        for path, array in arrays.items():
-            if not isinstance(array, jax.Array):
+        for path in arrays:
+            if not isinstance(arrays[path], jax.Array):
                 # A copy, because a buffer shared with numpy must not be donated. In the place of
                 # the original, so that only one array is in memory twice.
-                arrays[path] = jnp.array(array)
-                del array
+                arrays[path] = jnp.array(arrays[path])
         manifest.check_saved_arrays(arrays, records)
         return arrays
 

@@ -201,9 +201,10 @@ def checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
 
 
 def _sum_on_devices(x: jax.Array) -> int:
-    # Replicated, so that every process can read it.
-    mesh = x.sharding.mesh if isinstance(x.sharding, NamedSharding) else None
-    out = NamedSharding(mesh, PartitionSpec()) if mesh is not None else None
+    out = None
+    if isinstance(x.sharding, NamedSharding):
+        # Replicated, so that every process can read it.
+        out = NamedSharding(x.sharding.mesh, PartitionSpec())
     return int(np.asarray(jax.jit(checksum, out_shardings=out)(x)))
 
 

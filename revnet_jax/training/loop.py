@@ -139,8 +139,7 @@ def _train(
                         # Files are written in the background, which a kill would end.
                         checkpoints.wait()
                         raise Preempted(step)
-    speed = {f"{task.unit}_per_second": recorder.per_second}
-    return _summarized(workdir, task, state, speed, started) if is_first() else {}
+    return _summarized(workdir, task, state, recorder, started) if is_first() else {}
 
 
 def _scores(step, recorder, data, sums, state, mesh, stop):
@@ -150,8 +149,9 @@ def _scores(step, recorder, data, sums, state, mesh, stop):
     return recorder.evaluation(step, means)
 
 
-def _summarized(workdir, task, state, speed, started):
+def _summarized(workdir, task, state, recorder, started):
     """Writes the summary of a finished run, and returns it."""
+    speed = {f"{task.unit}_per_second": recorder.per_second}
     summary = summarize(workdir, task.network, state, speed, started)
     workdirs.write_json(workdir / "summary.json", summary)
     return summary
