@@ -28,7 +28,7 @@ from revnet_jax.core import (
     sequence_inverse,
     symplectic_block,
 )
-from tests import by_default, thorough
+from tests import by_default
 from tests.core import toy
 
 ROWS_OF_X, WIDTH = 4, 8
@@ -220,8 +220,9 @@ def mixtures(depth):
     return [(name, 0) for name in STRATEGIES[1:]] + mixed + [("remat", 1)]
 
 
-@pytest.mark.parametrize("depth", [thorough(1), 2, thorough(7)])
-@pytest.mark.parametrize("name", by_default(ROWS, "additive"))
+@pytest.mark.thorough
+@pytest.mark.parametrize("depth", [1, 2, 7])
+@every_row
 def test_gradient_equals_store(name, depth):
     """Values and gradients of params, streams and shared inputs, in float64 to 1e-10."""
     row = ROWS[name]
@@ -250,8 +251,9 @@ def test_gradient_equals_store(name, depth):
                 assert toy.relative_error(got, expected) < 1e-10
 
 
-@pytest.mark.parametrize("depth", [thorough(1), 3, thorough(5)])
-@one_row
+@pytest.mark.thorough
+@pytest.mark.parametrize("depth", [1, 3, 5])
+@every_row
 def test_update_in_the_sweep_equals_an_update_after_it(name, depth):
     """New parameters and moments; gradients of all else, in float64 to 1e-10."""
     row = ROWS[name]

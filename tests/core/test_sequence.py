@@ -20,7 +20,6 @@ from revnet_jax.core import (
     sequence_forward,
     sequence_inverse,
 )
-from tests import thorough
 from tests.core import toy
 
 BATCH, SIZE, CHANNELS, BOUND = 2, 4, 2, 1.5
@@ -244,7 +243,8 @@ def test_memory_of_a_sequence_does_not_depend_on_how_many_sections_it_has(depth)
     assert abs(many - few) / 4 <= 0.05 * STREAM_BYTES
 
 
-@pytest.mark.parametrize("depth", [1, thorough(4)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("depth", [1, 4])
 def test_chains_one_after_the_other_keep_a_pair_of_streams_each(depth):
     """The reason for `sequence`; a chain of one layer keeps what its branches computed as well."""
     few, many = (temporary_bytes(n, depth, one_sequence=False) for n in (3, 7))

@@ -139,7 +139,7 @@ def test_no_gradient_leaks_to_later_tokens():
     ("name", "grid", "tolerance"),
     [
         ("reversible", None, 1e-5),
-        ("twin", None, 1e-5),
+        thorough("twin", None, 1e-5),
         thorough("experts", None, 1e-5),
         thorough("tied", None, 1e-5),
         thorough("as Qwen", None, 1e-5),

@@ -117,6 +117,7 @@ def test_reverse_is_store_bit_for_bit(shape, options):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.thorough
 def test_it_starts_near_the_pretrained_network(monkeypatch):
     """At a distance in proportion to lambda, whatever the first matrices of the adapters are."""
     twin = LanguageModel(LanguageModelShape(**SIZES, reversible=False), ModelOptions("store"))

@@ -16,7 +16,6 @@ from revnet_jax.models import (
     VisionTransformerShape,
     num_params,
 )
-from tests import thorough
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 SIZES = {"image_shape": (8, 12, 3), "num_classes": 5, "patch": 4, "layers": 3, "width": 16}
@@ -53,11 +52,8 @@ MIDPOINT = {"integrator": "midpoint"}
 MIXED = {"pool": "mean", "dropout": 0.3}
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [MIXED, *(thorough(changes) for changes in ({}, MIXED | BDIA, ERF, MIDPOINT))],
-    ids=str,
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("changes", [{}, MIXED, MIXED | BDIA, ERF, MIDPOINT], ids=str)
 def test_strategies_give_one_gradient(changes):
     variables = drawn(model(**changes))
     key = jax.random.key(2) if changes else None

@@ -311,6 +311,7 @@ def test_an_error_is_not_held_up_by_a_computation(tmp_path):
     assert second.stderr == "error: process 0: got no second process, expected one\n"
 
 
+@pytest.mark.thorough
 def test_the_death_of_one_ends_the_other(tmp_path):
     """After the timeout: 10 s here, of 60 by default."""
     first, second = start_stuck(tmp_path, "no")

@@ -132,7 +132,8 @@ def loaded(workdir, config):
     return found
 
 
-@pytest.mark.parametrize("param_dtype", ["float32", thorough("bfloat16")])
+@pytest.mark.thorough
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
 def test_floats_of_another_run_are_quantised(param_dtype, tmp_path):
     plain = {"model.lora_rank": 0, "model.frozen_dtype": "", "optimizer.trainable": ""}
     both = {"model.param_dtype": param_dtype, "mesh.data": 1, "mesh.tensor": 2, "model.kv_heads": 2}
