@@ -178,6 +178,7 @@ def test_a_layer_with_a_gradient_of_its_own_that_is_wrong(arguments):
     assert "inverse of forward" not in wrong
 
 
+@pytest.mark.thorough
 def test_an_update_that_is_not_snapped(arguments):
     """The gradient of a few layers is hardly wrong yet; that streams are not rebuilt is enough."""
     forgetful = Coupling(

@@ -16,7 +16,7 @@ from revnet_jax.runs.checkpoint import Checkpoints
 from revnet_jax.training.build import build_recipe
 from revnet_jax.training.initial import load_weights
 from revnet_jax.training.step import init_state, make_train_step
-from tests import slow, thorough
+from tests import slow
 
 B, T, V, LAYERS = 3, 7, 17, 2
 FAST = {"xla_backend_optimization_level": 0}
@@ -75,6 +75,7 @@ def naive_loss(lm, params):
     return -jnp.mean(jnp.take_along_axis(log_p, tokens()[:, 1:, None], axis=-1))
 
 
+@pytest.mark.thorough
 def test_a_layer_is_that_of_the_paper():
     """In float64: loss and gradient. Stored, because without a grid what is undone drifts."""
     with jax.enable_x64(), jax.numpy_dtype_promotion("standard"):
@@ -197,7 +198,8 @@ def test_lockstep_is_the_ordinary_step():
         np.testing.assert_allclose(a, b, atol=2e-6)
 
 
-@pytest.mark.parametrize("lora_rank", [0, thorough(2)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("lora_rank", [0, 2])
 def test_it_starts_from_weights_without_its_adapters(lora_rank, tmp_path):
     """Those of a network of one stream, plain or with LoRA, are kept to the bit."""
     source = config_of(**{"model.reversible": False, "model.backprop": "store"})
