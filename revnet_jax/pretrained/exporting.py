@@ -28,8 +28,6 @@ from revnet_jax.runs.manifest import by_path
 from revnet_jax.runs.workdir import load_config
 from revnet_jax.training.restore import Which, restore_run
 
-FIXED = {"experts": 0, "window": 0}  # settings that no published decoder has otherwise
-
 
 def export_weights(
     workdir: Path,
@@ -102,13 +100,14 @@ def export_weights(
 
 def description_of(config: ConfigDict, family: PublishedFamily, dtype: str) -> dict[str, Any]:
     """The config.json of a run's model as one of this family."""
-    if family is VIT:
-        return family.describe(config.model, config.data)
+    described = family.describe(config.model, config.data)
+    if not family.class_name:
+        return described
     end = config.data.end_token
     return {
         "architectures": [family.class_name],
         "model_type": family.model_type,
-        **family.describe(config.model, config.data),
+        **described,
         "bos_token_id": None,
         "eos_token_id": end if end >= 0 else None,
         "torch_dtype": dtype,
@@ -127,14 +126,13 @@ def family_for(config: ConfigDict) -> PublishedFamily:
             "False, or the integrator bdia: published models have one stream"
         )
     family = VIT if model.family == "vit" else _decoder_family(model)
-    fixed = dict(family.fixed) if family is VIT else FIXED | dict(family.fixed)
-    for name, value in fixed.items():
+    for name, value in family.fixed.items():
         if model[name] != value:
             raise WeightsError(
                 f"config.model.{name}: got {model[name]!r}, expected {value!r}: a "
                 f"{family.model_type}, which its other settings make it, has no other"
             )
-    if family is not VIT:
+    if family.biases:
         _check_biases(model, family)
     return family
 

@@ -12,7 +12,13 @@ import numpy as np
 
 from revnet_jax.models import LanguageModelShape
 from revnet_jax.pretrained.description import Description
-from revnet_jax.pretrained.layout import PublishedFamily, Tensor, as_it_is, transposed
+from revnet_jax.pretrained.layout import (
+    NO_DECODER_HAS,
+    PublishedFamily,
+    Tensor,
+    as_it_is,
+    transposed,
+)
 
 
 def settings_of_gpt2(found: Description) -> dict[str, Any]:
@@ -98,7 +104,7 @@ GPT2 = PublishedFamily(
     class_name="GPT2LMHeadModel",
     fixed={
         **{"norm": "layer", "activation": "gelu", "bias": "all", "qk_norm": False},
-        **{"head_size": 0, "rotary_scaling": ()},
+        **{"head_size": 0, "rotary_scaling": (), **NO_DECODER_HAS},
     },
     biases=("all",),
     settings=settings_of_gpt2,

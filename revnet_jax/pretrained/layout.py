@@ -18,6 +18,7 @@ from revnet_jax.pretrained.description import Description
 
 View = Callable[[np.ndarray], np.ndarray]
 NOTHING = r"(?!)"  # a pattern that matches nothing
+NO_DECODER_HAS = {"experts": 0, "window": 0}  # settings that no published decoder has otherwise
 
 
 class Tensor(NamedTuple):

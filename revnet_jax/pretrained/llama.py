@@ -8,6 +8,7 @@ from typing import Any
 from revnet_jax.models import LanguageModelShape
 from revnet_jax.pretrained.description import Description
 from revnet_jax.pretrained.layout import (
+    NO_DECODER_HAS,
     PublishedFamily,
     Tensor,
     as_it_is,
@@ -16,7 +17,8 @@ from revnet_jax.pretrained.layout import (
     transposed,
 )
 
-SHARED = {"norm": "rms", "activation": "swiglu", "learned_positions": 0}  # with Qwen
+# With Qwen.
+SHARED = {"norm": "rms", "activation": "swiglu", "learned_positions": 0, **NO_DECODER_HAS}
 
 
 def shared_settings(found: Description, *, head_size: int | None = None) -> dict[str, Any]:

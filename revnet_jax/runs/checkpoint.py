@@ -93,9 +93,9 @@ class Checkpoints:
             create=not read_only,
             async_options=ocp.AsyncOptions(barrier_sync_fn=wait_for_others),
         )
-        handlers = {"state": _writer(write_bytes), "manifest": ocp.JsonCheckpointHandler()}
+        handlers = _handlers(write_bytes)
         with self._explained("opening"):
-            self._manager = Manager(self.directory, options=options, item_handlers=handlers)
+            self._manager = Manager(self.directory, options=options, handler_registry=handlers)
         # The scores of earlier starts, so that their best checkpoint is not deleted.
         for step in self._manager.all_steps():
             with contextlib.suppress(Damaged):  # it has no score, and restore will report it
@@ -339,11 +339,18 @@ class Checkpoints:
             self._manager.reload()
 
 
-def _writer(write_bytes: int | None) -> ocp.PyTreeCheckpointHandler:
-    if write_bytes is None:
-        return ocp.PyTreeCheckpointHandler()
-    impl = ocp.BasePyTreeCheckpointHandler(save_concurrent_bytes=write_bytes)
-    return ocp.PyTreeCheckpointHandler(handler_impl=impl)
+def _handlers(write_bytes: int | None) -> ocp.handlers.CheckpointHandlerRegistry:
+    """What writes and reads the two items of a checkpoint."""
+    impl, as_json = None, ocp.JsonCheckpointHandler()  # None keeps orbax's own limit
+    if write_bytes is not None:
+        impl = ocp.BasePyTreeCheckpointHandler(save_concurrent_bytes=write_bytes)
+    arrays = ocp.PyTreeCheckpointHandler(handler_impl=impl)
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    for args in (ocp.args.PyTreeSave, ocp.args.PyTreeRestore):
+        registry.add("state", args, arrays)
+    for args in (ocp.args.JsonSave, ocp.args.JsonRestore):
+        registry.add("manifest", args, as_json)
+    return registry
 
 
 def _part(path: str) -> str:
