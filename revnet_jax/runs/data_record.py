@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from revnet_jax.data import Dataset
+from revnet_jax.data.source import Source
 from revnet_jax.data.text import Text
 
 DataRecord = Mapping[str, Any]  # JSON
@@ -29,8 +30,14 @@ def of_dataset(dataset: Dataset) -> dict[str, Any]:
     }
 
 
+def of_source(source: Source) -> dict[str, Any]:
+    """Record of a custom source: its sha256, if it has one."""
+    sha256 = getattr(source, "sha256", "")
+    return {"sha256": sha256} if sha256 else {}
+
+
 def is_same(found: DataRecord, recorded: DataRecord) -> bool:
-    """Whether the sha256 agree; True if an older version of the package recorded none."""
+    """Whether the sha256 agree; True if none was recorded."""
     return not recorded.get("sha256") or found.get("sha256") == recorded["sha256"]
 
 
@@ -39,5 +46,5 @@ def summary(record: DataRecord) -> str:
     if "train_images" in record:
         what = f"{record['train_images']:,} training and {record['test_images']:,} test images"
     else:
-        what = "a text"
+        what = "a text" if "vocabulary" in record else "data"
     return f"{what} of sha256 {record.get('sha256')}"

@@ -182,7 +182,7 @@ def _source(config, source, train, test):
     return Data(
         lambda step: iterate_train(source, seed=config.seed, start_step=step, **train),
         lambda: iterate_test(source, **test),
-        {},
+        data_record.of_source(source),
     )
 
 

@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 
 from revnet_jax.config import ConfigError
+from revnet_jax.data.source import Arrays
+from revnet_jax.runs import data_record
 from revnet_jax.runs import workdir as workdirs
 from revnet_jax.training.inputs import build_data
 from revnet_jax.training.restore import all_fsdp
@@ -86,3 +88,19 @@ class _Arrays(dict):
 
     def __exit__(self, *exc_info):
         pass
+
+
+def test_arrays_of_ones_own_are_told_apart_by_what_they_hold(tmp_path, tiny_config):
+    def record(examples, **changes):
+        arrays = {"x": np.arange(2.0 * examples).reshape(examples, 2), "y": np.arange(examples)}
+        return data_record.of_source(Arrays(arrays | changes, arrays))
+
+    workdirs.claim(tmp_path, tiny_config, record(5))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')  # a step was made
+    workdirs.claim(tmp_path, tiny_config, record(5))
+    for other in (record(6), record(5, y=np.arange(5)[::-1])):
+        with pytest.raises(
+            ConfigError, match=r"on other data: got data of sha256 .*, expected data"
+        ):
+            workdirs.claim(tmp_path, tiny_config, other)
+    assert data_record.of_source(object()) == {}
