@@ -142,7 +142,7 @@ def sequence(
     between sections either. All layers that have a grid must have the same one.
     """
     sections = validate.checked_sections(sections)
-    x, shared = validate.arrays("x", x), validate.arrays("shared", shared)
+    x, shared = validate.streams("x", x), validate.arrays("shared", shared)
     depths = validate.check_sections(sections, x, shared, backprop, STRATEGIES)
     stored_layers = validate.checked_stored_layers(stored_layers, sum(depths))
     unroll = validate.checked_unroll(unroll)
@@ -176,7 +176,7 @@ def sequence_forward(
     """
     sections = validate.checked_sections(sections)
     validate.check_invertible(sections)
-    x, shared = validate.arrays("x", x), validate.arrays("shared", shared)
+    x, shared = validate.streams("x", x), validate.arrays("shared", shared)
     depths = validate.check_sections(sections, x, shared, "reverse", STRATEGIES)
     sections = [s._replace(length=n) for s, n in zip(sections, depths, strict=True)]
     return _forward(sections, _on_grid(sections, x), shared)
@@ -202,7 +202,7 @@ def sequence_inverse(
     """
     sections = validate.checked_sections(sections)
     layers = validate.check_invertible(sections)
-    y, shared = validate.arrays("y", y), validate.arrays("shared", shared)
+    y, shared = validate.streams("y", y), validate.arrays("shared", shared)
     validate.common_grid(sections)
     validate.check_streams(y)
     residues = [None] * len(sections) if residues is None else residues

@@ -91,7 +91,7 @@ def check_reversible(
         one = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (params, data))
         section = Section(layer, *_repeat(one, depth), length=depth)
         (section,) = validate.checked_sections([section])
-        x, shared = validate.arrays("x", x), validate.arrays("shared", shared)
+        x, shared = validate.streams("x", x), validate.arrays("shared", shared)
         validate.check_invertible([section])
         validate.check_sections([section], x, shared, "reverse", STRATEGIES)
     except Exception as error:

@@ -46,6 +46,12 @@ def arrays(name: str, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(checked, tree)
 
 
+def streams(name: str, x: Any) -> Any:
+    """Like `arrays`; Python numbers become arrays too, because a stream has a dtype of its own."""
+    as_array = lambda leaf: leaf if hasattr(leaf, "dtype") else jnp.array(leaf)
+    return jax.tree.map(as_array, arrays(name, x))
+
+
 def checked_sections(sections: Iterable[Any]) -> tuple[Any, ...]:
     """Returns the sections as a tuple, with JAX arrays; raises unless each is a valid `Section`."""
     # A Section is a tuple itself, so that iterating over it would give its fields.
@@ -259,7 +265,7 @@ def _outside_of_gradient(trace):
 
 def _one_update(floats_L, state_L, update):
     """Traces one layer's update; raises ValueError if its results cannot replace the old values."""
-    got = params, state = _first_layer((floats_L, state_L))
+    got = params, state = jax.eval_shape(_first, (floats_L, state_L))
 
     def run(dparams, state, params):
         new = trees.pair(update(dparams, state, params), "update", "(params, state)")
@@ -292,21 +298,23 @@ def _one_layer(section, x, shared, depth, reverses):
     reverses: whether to check its inverse too, if it has one.
     """
     layer = section.layer
-    params, data = _first_layer((section.params_L, section.data_L))
+    layers_L = section.params_L, section.data_L
     reverses = reverses and isinstance(layer, ReversibleLayer)
 
-    def forward(params, x, shared, data):
+    def forward(layers_L, x, shared):
+        params, data = _first(layers_L)
         if reverses and isinstance(layer, Block):
             return _there_and_back(layer, params, x, Context(shared, data))
         y, _, residue, *_ = layer.forward(params, x, Context(shared, data))
         return y, residue if reverses else None
 
-    def inverse(params, y, residue, shared, data):
+    def inverse(layers_L, y, residue, shared):
+        params, data = _first(layers_L)
         return layer.inverse(params, y, residue, Context(shared, data))
 
     name = type(layer).__name__
     # Traced rather than evaluated by shape alone, to see what the layer closes over.
-    program, (y, residue) = jax.make_jaxpr(forward, return_shape=True)(params, x, shared, data)
+    program, (y, residue) = jax.make_jaxpr(forward, return_shape=True)(layers_L, x, shared)
     check_streams(y, f"the {name} returned")
     # A loop's carry has to keep its shapes. One layer runs without a loop.
     if depth > 1:
@@ -315,9 +323,7 @@ def _one_layer(section, x, shared, depth, reverses):
     if reverses and isinstance(layer, Block):
         _check_undone("a coupling's unmerge", *residue)
     elif reverses:
-        program, rebuilt = jax.make_jaxpr(inverse, return_shape=True)(
-            params, y, residue, shared, data
-        )
+        program, rebuilt = jax.make_jaxpr(inverse, return_shape=True)(layers_L, y, residue, shared)
         check_streams(rebuilt, f"the inverse of the {name} returned")
         _check_undone(f"the inverse of the {name}", x, rebuilt)
         _check_closed_over(program)
@@ -376,9 +382,9 @@ def _traced(program):
     return [value for value in program.consts if isinstance(value, Tracer)]
 
 
-def _first_layer(tree_L):
-    """Shapes and dtypes of one layer's slice of a stacked tree."""
-    return jax.eval_shape(lambda tree: jax.tree.map(lambda leaf: leaf[0], tree), tree_L)
+def _first(tree_L):
+    """One layer's slice of a stacked tree."""
+    return jax.tree.map(lambda leaf: leaf[0], tree_L)
 
 
 def _alike(a, b):

@@ -475,3 +475,30 @@ def test_free_streams_may_be_narrow():
     y, _ = chain(block, params_L, (jnp.ones(4, jnp.float16),) * 2)
     assert y[0].dtype == jnp.float16
     assert Grid(8).limit(jnp.float32) == 2.0**16
+
+
+@jax.tree_util.register_pytree_node_class
+class Arrayed(Checked):
+    """A pytree that takes arrays only."""
+
+    def __init__(self, weight):
+        assert isinstance(weight, jax.Array)
+        self.weight = weight
+
+
+@pytest.mark.parametrize("where", ["params_L", "data_L", "shared"])
+def test_classes_that_take_arrays_only(where):
+    weight = Arrayed(jnp.ones(3))
+    arguments = {where: (weight, weight) if where == "params_L" else weight}
+    block = reversible_block(*[lambda params, x, context: x] * 2)
+    call(layer=block, **arguments, backprop="store")
+    with pytest.raises(TypeError, match="constructor"):
+        call(layer=block, **arguments)
+
+
+def test_numbers_are_streams_without_axes():
+    rows = jnp.float32(1), jnp.float32(0)
+    run = lambda x: chain(reversible_block(double, double), PARAMS_L, x)[0]
+    assert run((1.0, 0.0)) == run(rows)
+    with pytest.raises(TypeError, match=r"a stream int32\[\], expected floating point"):
+        run((1, 0))
