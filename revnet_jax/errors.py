@@ -49,6 +49,12 @@ def writing(path: str | os.PathLike[str]) -> Generator[None]:
         ) from error
 
 
+def tell(line: object) -> None:
+    """Prints a line to stderr; if that cannot be written, as on a full disk, nothing stops."""
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
 def write_all(file: BinaryIO, content: bytes) -> None:
     """Writes all of `content` to an unbuffered file, whose `write` may take only part of it."""
     rest = memoryview(content)
@@ -96,19 +102,29 @@ def exit_status() -> Generator[None]:
         sys.exit(f"error: {error}")
     except Preempted as stop:
         # sys.exit with a text would print it, but exit with status 1.
-        print(stop, file=sys.stderr)
+        try:
+            print(stop, file=sys.stderr, flush=True)
+        except OSError:
+            _discard(2)
         sys.exit(PREEMPTED_STATUS)
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except OSError as error:
         with suppress(OSError):
             sys.stdout.flush()
-        # At exit Python flushes stdout again, which would fail again and print a traceback.
-        # Redirecting file descriptor 1 to /dev/null lets that flush succeed.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _discard(1)
         if error.filename is not None:
             sys.exit(f"error: {error.filename}: {error.strerror}")
         # An error without a file's name came from an open stream. A full disk or a closed pipe is
         # then most likely that of stdout.
         to_stdout = error.errno in (errno.ENOSPC, errno.EPIPE)
         sys.exit(f"error: {'cannot write to standard output: ' if to_stdout else ''}{error}")
+
+
+def _discard(descriptor: int) -> None:
+    """Sends what is written to a file descriptor to nowhere.
+
+    At exit Python flushes stdout and stderr again. That would fail again, print a traceback and
+    change the exit status.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)

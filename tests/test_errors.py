@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from revnet_jax import errors
 from revnet_jax.errors import StorageError, UserError, file_system, write_all, writing
 from revnet_jax.figures import load_figure_class, save
 
@@ -45,6 +46,31 @@ def test_output_that_cannot_be_written_is_one_line(lines):
         1,
         "error: cannot write to standard output: [Errno 32] Broken pipe\n",
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        ("errors.Preempted(3)", errors.PREEMPTED_STATUS, "preempted: saved step 3; "),
+        ("KeyboardInterrupt", 1, "interrupted\n"),
+    ],
+)
+def test_what_stops_a_program_sets_its_status(error, status, line):
+    """Also where stderr cannot be written."""
+    program = f"""
+from revnet_jax import errors
+
+with errors.exit_status():
+    errors.tell("a note")
+    raise {error}
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == status
+    assert done.stderr.startswith(f"a note\n{line}")
+    if status != 1:
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([sys.executable, "-c", program], stderr=full)
+        assert done.returncode == status
 
 
 def test_other_errors_of_the_operating_system_lose_no_output():

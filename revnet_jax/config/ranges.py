@@ -5,6 +5,7 @@ Imports nothing heavy: a number out of its range is refused before JAX starts.
 
 from __future__ import annotations
 
+import json
 import math
 import numbers
 import struct
@@ -165,8 +166,17 @@ RANGES = {
 def check_ranges(config: ConfigDict) -> None:
     """Raises ConfigError for a number that is not finite or out of its range.
 
-    Settings that are not in the table, such as those of a user's own model, are not checked.
+    Settings that are not in the table, such as those of a user's own model, need only be such that
+    config.json can hold them.
     """
     for name, value in flatten(config).items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"config.{name}: got {value!r} of type {type(value).__name__}, expected Python "
+                "numbers, text, or tuples of these, which config.json can hold: give the name of "
+                "anything else"
+            ) from error
         if name in RANGES and not RANGES[name].holds(value):
             raise ConfigError(f"config.{name}: got {value!r}, expected {RANGES[name].expected}")

@@ -27,7 +27,7 @@ def start_from(config: ConfigDict, workdir: Path, *data: str) -> None:
         config.model.update(found["model"])
         # Where the data are is a matter of this run.
         config.data.update({name: found["data"][name] for name in data if name in found["data"]})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         what = " ".join(str(error).split())
         raise ConfigError(
             f"got arm {str(workdir)!r}, expected one of laptop, or the folder of a run of "

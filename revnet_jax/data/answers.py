@@ -60,7 +60,10 @@ def tokenize_answers(
     # found before anything is written.
     lines = sum(1 for _ in read_examples(inputs))
     if lines < 2:
-        raise DataError(f"got {lines} lines, expected two at least, one of them for the test split")
+        raise DataError(
+            f"got {lines} lines in {', '.join(map(str, inputs))}, expected two at least, one of "
+            "them for the test split"
+        )
     files = TokenFiles(
         inputs,
         tokenizer_file,

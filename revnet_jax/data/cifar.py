@@ -229,7 +229,8 @@ def _read_class_names(path: Path, layout: _Layout) -> tuple[str, ...]:
         return tuple(name.decode() if isinstance(name, bytes) else name for name in names)
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path}: got a class name that is not UTF-8 ({error}); unpack the archive again"
+            f"{path}: got a class name that is not UTF-8 ({error}), expected text: unpack the "
+            "archive again"
         ) from error
 
 

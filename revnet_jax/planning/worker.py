@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from revnet_jax.config import ConfigError
 from revnet_jax.devices import memory_bytes, out_of_memory, program_bytes
-from revnet_jax.errors import StorageError, UserError, writing
+from revnet_jax.errors import StorageError, UserError, tell, writing
 from revnet_jax.files import write_atomically
 from revnet_jax.optimizers.trainable import Trainable
 from revnet_jax.planning import by_part, units
@@ -36,6 +36,11 @@ from revnet_jax.planning.variants import as_config
 from revnet_jax.programs import traffic
 from revnet_jax.programs.counts import arithmetic
 from revnet_jax.training.program import StepProgram, recipe_on, step_program
+
+# What `_compile` returns, and a file in the cache holds.
+FIGURES = {
+    *("out_of_memory", "needed_bytes", "argument_bytes", "traffic", "parts", "compile_seconds"),
+}
 
 
 def main() -> None:
@@ -82,8 +87,8 @@ def measure_step(config: ConfigDict, topology: Topology, cache_dir: Path) -> dic
     compiled = _kept(path)
     cached = compiled is not None
     if compiled is None:
-        compiled = json.dumps(_compile(lowered, targets[0], _slices(program)))
-        _keep(path, compiled)
+        compiled = _compile(lowered, targets[0], _slices(program))
+        _keep(path, json.dumps(compiled))
     return {
         "num_devices": len(targets),
         "device_kind": targets[0].device_kind,
@@ -92,16 +97,17 @@ def measure_step(config: ConfigDict, topology: Topology, cache_dir: Path) -> dic
         "flops": arithmetic(traced.jaxpr, platform=targets[0].platform),
         "cached": cached,
         **_sizes(program, config),
-        **json.loads(compiled),
+        **compiled,
     }
 
 
-def _kept(path: Path) -> str | None:
-    """The figures in the cache; None if they are not there, or cannot be read."""
+def _kept(path: Path) -> dict[str, Any] | None:
+    """The figures in the cache; None if they are not there, cut off, or cannot be read."""
     try:
-        return path.read_text()
-    except OSError:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
         return None
+    return found if isinstance(found, dict) and found.keys() >= FIGURES else None
 
 
 def _keep(path: Path, compiled: str) -> None:
@@ -111,7 +117,7 @@ def _keep(path: Path, compiled: str) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, compiled)  # another process may read it
     except StorageError as error:
-        print(f"note: {error}", file=sys.stderr)
+        tell(f"note: {error}")
 
 
 def _check_offload(config, targets):

@@ -62,7 +62,8 @@ def record_start(
     if json.dumps(updated) != json.dumps(record):
         write_json(workdir / "config.json", updated)
     # A summary says that the run has ended, so it goes before the first new step.
-    (workdir / "summary.json").unlink(missing_ok=True)
+    with writing(workdir / "summary.json"):
+        (workdir / "summary.json").unlink(missing_ok=True)
     append_row(workdir / "starts.jsonl", {"step": step, **describe_start()})
 
 

@@ -8,20 +8,16 @@ import fcntl
 import json
 import os
 import socket
-import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, TextIO
 
 from revnet_jax.config import ConfigError
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+from revnet_jax.errors import tell
 
 
 @contextlib.contextmanager
-def file_lock(path: Path, say: Callable[[str], None] = _to_stderr) -> Generator[None]:
+def file_lock(path: Path, say: Callable[[str], None] = tell) -> Generator[None]:
     """Holds the lock file `path`, created if missing, while the context is open.
 
     It uses `flock`, which the kernel releases when the process ends, even if it is killed, so there

@@ -169,6 +169,14 @@ def check_same_tree(
         for path in {**expected, **saved}
         if saved.get(path) != expected.get(path)
     ]
+    if differences and all(_only_of_another_key(each) for each in differences):
+        path = differences[0].path
+        raise OtherTree(
+            f"checkpoint {where} was written with other random number generators: "
+            f"{'; '.join(map(str, differences[:3]))}. Set JAX_DEFAULT_PRNG_IMPL to "
+            f"{records[path]['key_impl']}, as it was then, or take another workdir.",
+            differences,
+        )
     if differences:
         raise OtherTree(
             f"checkpoint {where} was written by another architecture or optimizer; leaves that "
@@ -176,6 +184,11 @@ def check_same_tree(
             "Use the config it was saved with, or another workdir.",
             differences,
         )
+
+
+def _only_of_another_key(difference: Difference) -> bool:
+    kinds = difference.got, difference.expected
+    return all(kind is not None and kind.dtype.startswith("key<") for kind in kinds)
 
 
 def _kind(leaf: Any) -> Kind:

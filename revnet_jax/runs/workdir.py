@@ -33,10 +33,14 @@ def workdir_lock(workdir: Path) -> Generator[None]:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--workdir {workdir} cannot be made: {error}") from error
+        raise ConfigError(
+            f"--workdir {workdir} cannot be made: {error}; choose another --workdir"
+        ) from error
     with lock.file_lock(workdir / "lock"):
         for partial in workdir.glob("*.tmp"):  # left by processes killed in `write_atomically`
-            partial.unlink(missing_ok=True)
+            if partial.is_file():
+                with writing(partial):
+                    partial.unlink(missing_ok=True)
         yield
 
 
@@ -254,11 +258,10 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path, *numbers: str) -> dict[str, Any]:
-    """Reads what `write_json` wrote. Raises UserError unless `numbers` name integers in it."""
+    """Reads what `write_json` wrote. Raises UserError unless `numbers` name counts in it."""
     try:
         found = json.loads(path.read_text())
-        # Not isinstance, for which true and false are integers.
-        if isinstance(found, dict) and all(type(found.get(name)) is int for name in numbers):
+        if isinstance(found, dict) and all(_is_count(found.get(name)) for name in numbers):
             return found
         problem = f"got {str(found)[:50]}"
     except (OSError, ValueError, RecursionError) as error:
@@ -269,13 +272,20 @@ def read_json(path: Path, *numbers: str) -> dict[str, Any]:
     )
 
 
+def _is_count(value: Any) -> bool:
+    # Not isinstance, for which true and false are integers. Processes exchange them in 32 bits.
+    return type(value) is int and 0 <= value < 2**31
+
+
 def read_rows(workdir: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl, without damaged lines and lines that a killed process cut off."""
     path = workdir / "metrics.jsonl"
     try:
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
+        raise ConfigError(
+            f"cannot read {path}: {error}; bring it back, or choose another --workdir"
+        ) from error
     return [row for line in lines if (row := _row(line)) is not None]
 
 

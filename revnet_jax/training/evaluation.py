@@ -8,6 +8,7 @@ from typing import Any, overload
 
 from jax.sharding import Mesh
 
+from revnet_jax.errors import UserError
 from revnet_jax.models.task import Sums
 from revnet_jax.runs.metrics import DelayedFetch
 from revnet_jax.training.sharding import put_batch
@@ -52,4 +53,6 @@ def evaluate(
     totals = {name: sum(values[name] for _, values in fetched) for name in fetched[0][1]}
     # Padding has weight 0, so the last batch counts by its real examples.
     count = totals.pop("count")
+    if not count:
+        raise UserError("got test batches whose weights are all 0, expected one example at least")
     return {name: total / count for name, total in totals.items()}

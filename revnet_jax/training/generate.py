@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from revnet_jax.data.vocabulary import Codec, codec, vocabulary_from
-from revnet_jax.errors import UserError
+from revnet_jax.errors import UserError, tell
 from revnet_jax.families import family_of
 from revnet_jax.models import LanguageModel, Variables
 from revnet_jax.models.task import NextToken
@@ -61,10 +60,9 @@ def generate_text(
     run = restore_run(workdir, which)
     assert isinstance(run.task, NextToken)
     if len(token_T) > run.task.context:
-        print(
+        tell(
             f"note: got a prompt of {len(token_T):,} tokens for a context of "
-            f"{run.task.context:,}: the model reads its last {run.task.context:,}",
-            file=sys.stderr,
+            f"{run.task.context:,}: the model reads its last {run.task.context:,}"
         )
     decode = decoder(token_T)
     for token in generate(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-import sys
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from ml_collections import ConfigDict
 
 from revnet_jax.config import ConfigError, flatten, settings
 from revnet_jax.devices import memory_bytes, peak_memory_bytes
-from revnet_jax.errors import Preempted, UserError
+from revnet_jax.errors import Preempted, UserError, tell
 from revnet_jax.models import num_params
 from revnet_jax.models.task import Model, Task
 from revnet_jax.runs import history
@@ -188,7 +187,7 @@ def claimed(
 def say(line: str) -> None:
     """Prints a line to stderr, in process 0 only."""
     if is_first():
-        print(line, file=sys.stderr, flush=True)
+        tell(line)
 
 
 def resolve_auto(config: ConfigDict, workdir: Path) -> int:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 
-from revnet_jax.errors import UserError
+from revnet_jax.errors import UserError, tell
 
 ACTIONS = ("warn", "stop")
 
@@ -27,7 +26,7 @@ class MismatchAlarm:
 
     def __init__(self, action: str, seen: float = 0.0, say: Callable[[str], None] | None = None):
         self._action, self._seen = action, seen
-        self._say = say or (lambda line: print(line, file=sys.stderr, flush=True))
+        self._say = say or tell
         self._silent = False
 
     def check(self, step: int, values: Mapping[str, float]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from revnet_jax.data.vocabulary import vocabulary_from
+from revnet_jax.errors import tell
 from revnet_jax.models import Variables
 from revnet_jax.models.task import Task
 from revnet_jax.runs import data_record
@@ -103,10 +103,9 @@ def evaluate_run(
         found, expected = (vocabulary_from(r["vocabulary"]) for r in (data.record, run.data))
         found.check_same_ids(expected, f"the run in {workdir}")
     if is_first() and not data_record.is_same(data.record, run.data):
-        print(
+        tell(
             f"note: other data than those of the run in {workdir}: this evaluates "
-            f"{data_record.summary(data.record)}, the run recorded {data_record.summary(run.data)}",
-            file=sys.stderr,
+            f"{data_record.summary(data.record)}, the run recorded {data_record.summary(run.data)}"
         )
     task = run.task.of_data(data.record)
     means = evaluate(exact_jit(on_mesh(task.sums, mesh)), run.variables, data.test(), mesh)

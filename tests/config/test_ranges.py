@@ -4,7 +4,9 @@ import math
 import pathlib
 import runpy
 
+import numpy as np
 import pytest
+from ml_collections import config_dict
 
 from revnet_jax.config import (
     ConfigError,
@@ -104,3 +106,12 @@ def test_settings_of_other_models_are_left_to_them():
     config = image_classification()
     config.model.temperature = math.nan
     check_ranges(config)
+
+
+@pytest.mark.parametrize("value", [np.float32, np.zeros(2), pathlib.Path("x"), ({1, 2},)])
+def test_config_json_can_hold_every_setting(value):
+    config = image_classification()
+    config.model.mine = config_dict.placeholder(object)
+    config.model.mine = value
+    with pytest.raises(ConfigError, match=r"^config.model.mine: got .* of type .*, expected Pyth"):
+        check_ranges(config)

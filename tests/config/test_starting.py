@@ -59,3 +59,9 @@ def test_the_run_of_another_family_is_no_arm(tmp_path):
         ConfigError, match=r"expected one of laptop, or the folder of a run of vit .*of deco"
     ):
         config_of("vit_finetune", folder)
+
+
+def test_a_config_that_cannot_be_read_is_no_arm(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 200_000)
+    with pytest.raises(ConfigError, match=r"expected one of laptop, or the folder of a run of dec"):
+        config_of("lm_finetune", str(tmp_path))

@@ -19,6 +19,7 @@ from revnet_jax.planning.topology import Topology, parse_topology
 from revnet_jax.planning.units import size
 from revnet_jax.planning.variants import variants
 from revnet_jax.planning.worker import (
+    FIGURES,
     _gradient_bytes,
     _kept,
     as_config,
@@ -397,8 +398,12 @@ def test_libraries_may_print_around_an_answer(monkeypatch):
 
 
 def test_figures_that_cannot_be_read_are_not_in_the_cache(tmp_path):
-    (tmp_path / "kept.json").write_text("{}")
-    assert _kept(tmp_path / "kept.json") == "{}"
+    figures = dict.fromkeys(FIGURES, 1)
+    for text in ("", "{}", "[]", '{"traffic": 1}', json.dumps(figures)[:-1], "[" * 200_000):
+        (tmp_path / "kept.json").write_text(text)
+        assert _kept(tmp_path / "kept.json") is None, text[:20]
+    (tmp_path / "kept.json").write_text(json.dumps(figures))
+    assert _kept(tmp_path / "kept.json") == figures
     assert _kept(tmp_path / "other.json") is None
     assert _kept(tmp_path / "kept.json" / "below") is None
     assert _kept(tmp_path) is None

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from revnet_jax.errors import UserError
 from revnet_jax.training.evaluation import evaluate
 from revnet_jax.training.sharding import make_mesh
 
@@ -43,3 +44,13 @@ def test_means_of_all_batches():
     assert evaluate(sums, jnp.float32(3), batches, mesh) == {"loss": 3.0}
     assert batches.closed
     assert batches.read == 5
+
+
+def test_examples_without_weight_have_no_mean():
+    class Padding(Batches):
+        def __iter__(self):
+            yield {"weight": np.zeros(4, np.float32)}
+
+    mesh = make_mesh(jax.devices(), data=1, fsdp=-1)
+    with pytest.raises(UserError, match="weights are all 0, expected one example at least"):
+        evaluate(sums, jnp.float32(3), Padding(), mesh)

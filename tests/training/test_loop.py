@@ -265,7 +265,9 @@ def test_a_summary_that_was_cut_is_named(content, tmp_path):
         read_json(tmp_path / "summary.json")
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"stored_layers": "3"}'])
+@pytest.mark.parametrize(
+    "content", ["", "{}", '{"stored_layers": "3"}', '{"stored_layers": 3000000000}']
+)
 def test_stored_layers_that_were_cut_are_named(content, tiny_config, tmp_path):
     (tmp_path / "auto.json").write_text(content)
     with pytest.raises(UserError, match=r"cannot read .*auto.json \(.*\): expected"):
