@@ -15,6 +15,7 @@ from revnet_jax.core.constants import is_whole
 from revnet_jax.core.couplings import Coupling
 from revnet_jax.core.evaluate import evaluate_branch, isolated_derivative
 from revnet_jax.core.grid import Grid
+from revnet_jax.core.resolution import a_few, count_updates
 
 Streams = tuple[Any, ...]  # one tree of arrays per stream
 
@@ -63,6 +64,7 @@ class Rewound(NamedTuple):
 
     dparams and dshared hold None for leaves that are not floating point.
     checksum: like the forward pass's, and equal to it if the rewind computed the same bits.
+    updates, lost_updates: int32, see `Exactness`.
     """
 
     x: Streams
@@ -70,6 +72,8 @@ class Rewound(NamedTuple):
     dparams: Any
     dshared: Any
     checksum: Any = 0
+    updates: Any = 0
+    lost_updates: Any = 0
 
 
 # So that `validate.check_invertible` can ask by isinstance whether a layer has the methods.
@@ -264,7 +268,7 @@ class Block:
         # Only floats have cotangents. Integers and keys bypass the vjp.
         shared, shared_rest = trees.split(context.shared)
         dparams, dshared = [], jax.tree.map(jnp.zeros_like, shared)
-        checksum = jnp.int32(0)
+        checksum, updates, lost_updates = jnp.int32(0), jnp.int32(0), jnp.int32(0)
         steps = zip(self.half_steps, params, daux, residue, strict=True)
         for step, step_params, step_daux, step_residue in reversed(list(steps)):
             step_params, params_rest = trees.split(step_params)
@@ -282,6 +286,8 @@ class Block:
                 branch, step_params, streams, shared, has_aux=True
             )
             i = step.updates
+            counts = count_updates(step.coupling, *a_few(streams[i], u), self.grid)
+            updates, lost_updates = updates + counts[0], lost_updates + counts[1]
             # x comes first, because the merge is differentiated at x. The merge's value is y once
             # more; nobody reads it, so compilers compute the pullback alone.
             streams[i] = step.coupling.unmerge(streams[i], u, step_residue, self.grid)
@@ -293,7 +299,15 @@ class Block:
             dparams.append(step_dparams)
             dshared = trees.add(dshared, step_dshared)
             checksum += step_checksum
-        return Rewound(tuple(streams), tuple(dstreams), tuple(reversed(dparams)), dshared, checksum)
+        return Rewound(
+            tuple(streams),
+            tuple(dstreams),
+            tuple(reversed(dparams)),
+            dshared,
+            checksum,
+            updates,
+            lost_updates,
+        )
 
 
 def differentiate(

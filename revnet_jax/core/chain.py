@@ -321,7 +321,7 @@ def _swept(runs, sections, x, shared, unroll, update, probe):
                 shared,
                 [_consumer(update, *pair) for pair in zip(sections, states, strict=True)],
                 unroll=unroll,
-                track_range=true_x is not None,
+                track=true_x is not None,
             )
         dprobe = vary_over(axes, probe and _exactness(true_x, swept, kepts))
         # With an update the new values leave in the place of cotangents (see `chain`).
@@ -352,7 +352,7 @@ def _exactness(true_x, swept, kepts):
     if true_x is None:
         return Exactness.probe()
     checksums = kepts.checksum, swept.checksum
-    return compare_inputs(swept.x, true_x, swept.max_abs, checksums)
+    return compare_inputs(swept.x, true_x, swept.tracked, checksums)
 
 
 def _is_marked(leaf):

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from revnet_jax.core import trees, validate
 from revnet_jax.core.block import Block, Context, ReversibleLayer, Streams
 from revnet_jax.core.chain import Section, chain, sequence_forward, sequence_inverse
-from revnet_jax.core.exactness import Exactness, compare_inputs, largest
+from revnet_jax.core.exactness import Exactness, Tracked, compare_inputs, largest
 from revnet_jax.core.grid import snap
+from revnet_jax.core.resolution import count_updates
 from revnet_jax.core.strategies import STRATEGIES
 
 # Largest relative error (L2) of the gradient against `store`. With exact streams, only rounding
@@ -148,7 +149,7 @@ def _randomness(layer, params, x, shared, data) -> Finding:
             params, x, shared, data
         )
 
-    differ = int(compare_inputs(trace_and_run(), trace_and_run(), jnp.float32(0)).mismatches)
+    differ = int(compare_inputs(trace_and_run(), trace_and_run(), Tracked.nothing()).mismatches)
     return Finding(
         "same bits when asked again",
         not differ,
@@ -167,13 +168,13 @@ def _range_and_resolution(section, x, shared) -> Iterator[Finding]:
     def one(x, layer_slice):
         params, data = layer_slice
         context = Context(shared, data)
-        lost = _lost_updates(layer, params, x, context) if isinstance(layer, Block) else [(0, 0)]
+        counts = _count_updates(layer, params, x, context) if isinstance(layer, Block) else [(0, 0)]
         y = layer.forward(params, x, context)[0]
-        return y, (largest(y), jnp.asarray(lost, jnp.float32))
+        return y, (largest(y), jnp.asarray(counts, jnp.float32))
 
     layers_L = section.params_L, section.data_L
     run = jax.jit(lambda x, layers_L: jax.lax.scan(one, x, layers_L, length=section.length))
-    _, (largest_L, lost_L) = run(x, layers_L)
+    _, (largest_L, counts_L) = run(x, layers_L)
     # Half of the spacing: a smaller update is rounded to zero.
     smallest = 2.0 ** -(grid.bits + 1)
     most, limit = float(jnp.max(largest_L)), grid.limit(jnp.float32)
@@ -184,7 +185,7 @@ def _range_and_resolution(section, x, shared) -> Iterator[Finding]:
         f"|x| up to {most:.3g} of {limit:g} after {section.length} layers",
         "normalise what the branches read, or what they return; or take a grid of fewer bits",
     )
-    share = max(float(lost / max(total, 1)) for lost, total in jnp.sum(lost_L, axis=0))
+    share = max(float(lost / max(total, 1)) for total, lost in jnp.sum(counts_L, axis=0))
     yield Finding(
         "resolution of the grid",
         # Over a half fails. Between a tenth and a half the advice is shown without a verdict.
@@ -194,23 +195,13 @@ def _range_and_resolution(section, x, shared) -> Iterator[Finding]:
     )
 
 
-def _lost_updates(block, params, x, context):
-    """For each half-step: (elements whose update is rounded to zero, elements with an update).
-
-    An element has an update if merging u changes it, compared with merging zeros.
-    """
+def _count_updates(block, params, x, context):
+    """For each half-step: (elements with an update, elements whose update rounds to zero)."""
     streams, found = list(x), []
     for step, step_params in zip(block.half_steps, params, strict=True):
         u, _, streams, _ = step.evaluate(step_params, streams, context)
         before = streams[step.updates]
-
-        def changes(grid, step=step, before=before, u=u):
-            merged = [step.merge(before, v, grid)[0] for v in (u, jax.tree.map(jnp.zeros_like, u))]
-            return jax.tree.map(jnp.not_equal, *merged)
-
-        on_grid, free = jax.tree.leaves(changes(block.grid)), jax.tree.leaves(changes(None))
-        lost = sum(jnp.sum(b & ~a) for a, b in zip(on_grid, free, strict=True))
-        found.append((lost, sum(map(jnp.sum, free))))
+        found.append(count_updates(step.coupling, before, u, block.grid))
         streams[step.updates] = step.merge(before, u, block.grid)[0]
     return found
 
@@ -225,8 +216,8 @@ def _round_trips(section, x, shared, *, is_in_range) -> Iterator[Finding]:
         else:
             before, true_y = sequence_inverse([section], x, shared=shared), x
         rebuilt_y = sequence_forward([section], before, shared=shared)[0]
-        zero = jnp.float32(0)
-        return compare_inputs(rebuilt_x, x, zero), compare_inputs(rebuilt_y, true_y, zero)
+        nothing = Tracked.nothing()
+        return compare_inputs(rebuilt_x, x, nothing), compare_inputs(rebuilt_y, true_y, nothing)
 
     for name, found in zip(("inverse of forward", "forward of inverse"), both_ways(x), strict=True):
         yield Finding(

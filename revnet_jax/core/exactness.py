@@ -34,16 +34,21 @@ class Exactness(NamedTuple):
         (NaNs count; exact up to 2**24, rounded above, never rounded to 0).
       differences: [2048], a histogram over rewinds of the largest difference.
       magnitudes: [2048], a histogram over rewinds of the largest |x|.
+      updates: number of updates of single elements on a grid, of those looked at: eight elements of
+        each example at most, in every stream that a half-step updates.
+      lost_updates: number of those that rounded to nothing.
 
     JAX sums cotangents wherever a probe is used more than once: in several chains, in the
     iterations of a loop, in the examples of a `vmap`, on the devices of a `shard_map`. A maximum
-    would not survive a sum. So all three are counts, which may be summed or averaged, and the
+    would not survive a sum. So all are counts, which may be summed or averaged, and the
     maxima are read from the histograms. All are 0 if nothing was reconstructed (`store`, `remat`).
     """
 
     mismatches: jax.Array
     differences: jax.Array
     magnitudes: jax.Array
+    updates: jax.Array
+    lost_updates: jax.Array
 
     @property
     def max_difference(self) -> jax.Array:
@@ -58,19 +63,52 @@ class Exactness(NamedTuple):
         """
         return _largest_counted(self.magnitudes)
 
+    @property
+    def lost_share(self) -> jax.Array:
+        """The share of updates that rounded to nothing; 0 without a grid."""
+        return self.lost_updates / jnp.maximum(self.updates, 1)
+
     @classmethod
     def probe(cls) -> Exactness:
         """Zeros to pass as a chain's `probe` and to differentiate with respect to."""
-        return cls(*(jnp.zeros(shape, jnp.float32) for shape in ((), _BINS, _BINS)))
+        return cls(*(jnp.zeros(shape, jnp.float32) for shape in ((), _BINS, _BINS, (), ())))
+
+
+class Tracked(NamedTuple):
+    """What the sweep finds out about the streams of reversed layers.
+
+    Attributes:
+      max_abs: float32, the largest |x| of any stream that a layer returned.
+      updates: int32, see `Exactness`; in integers, as checksums are, so that one all-reduce can sum
+        all three over devices.
+      lost_updates: int32, see `Exactness`.
+    """
+
+    max_abs: jax.Array
+    updates: jax.Array
+    lost_updates: jax.Array
+
+    @classmethod
+    def nothing(cls) -> Tracked:
+        """Before the first layer."""
+        return cls(jnp.float32(0), jnp.int32(0), jnp.int32(0))
+
+    def after(self, y: Any, updates: Any, lost_updates: Any) -> Tracked:
+        """After a layer that returned the streams y."""
+        return Tracked(
+            jnp.maximum(self.max_abs, largest(y)),
+            self.updates + updates,
+            self.lost_updates + lost_updates,
+        )
 
 
 def compare_inputs(
-    rebuilt: Any, true: Any, max_abs: jax.Array, checksums: tuple[Any, Any] = (0, 0)
+    rebuilt: Any, true: Any, tracked: Tracked, checksums: tuple[Any, Any] = (0, 0)
 ) -> Exactness:
     """Compares a reconstructed chain input with the true one.
 
     Args:
-      max_abs: the largest |x| of the streams after the input.
+      tracked: of the streams after the input.
       checksums: of the branches' outputs and residuals, forward and in the rewind; counts as one
         more mismatch if they differ.
     """
@@ -85,7 +123,9 @@ def compare_inputs(
     return Exactness(
         jnp.sum(jnp.stack(mismatches)),
         _counted(largest_difference),
-        _counted(jnp.maximum(max_abs, largest(rebuilt))),
+        _counted(jnp.maximum(tracked.max_abs, largest(rebuilt))),
+        tracked.updates.astype(jnp.float32),
+        tracked.lost_updates.astype(jnp.float32),
     )
 
 

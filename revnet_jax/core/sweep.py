@@ -15,7 +15,7 @@ from jax import lax
 
 from revnet_jax.core import trees
 from revnet_jax.core.block import Context, Rewound, Streams, differentiate
-from revnet_jax.core.exactness import largest, vary_over, varying_axes
+from revnet_jax.core.exactness import Tracked, vary_over, varying_axes
 from revnet_jax.core.isolate import isolate
 from revnet_jax.core.strategies import Kept, LayerRun, per_iteration, remembering
 
@@ -127,7 +127,7 @@ class Swept(NamedTuple):
     Attributes:
       x: the rebuilt input of the chain; None unless the first run reverses.
       written: the final `written` of each section's consumer.
-      max_abs: the largest |x| of any stream that a reversed layer returned, or None.
+      tracked: of the streams of reversed layers, or None.
       checksum: over what the branches of reversed layers computed in the rewind.
     """
 
@@ -135,7 +135,7 @@ class Swept(NamedTuple):
     dx: Streams
     written: list[Any]
     dshared: Any
-    max_abs: Any
+    tracked: Tracked | None
     checksum: Any
 
 
@@ -148,7 +148,7 @@ def sweep(
     consumers: Sequence[Consumer],
     *,
     unroll: int,
-    track_range: bool,
+    track: bool,
 ) -> Swept:
     """Goes backward through the layers, last to first; rewinds those that reverse.
 
@@ -158,7 +158,7 @@ def sweep(
     dx, dauxes = cotangents
     x, checksum = None, jnp.int32(0)
     # In a `shard_map` a loop's carry must have the same type, varying axes included, throughout.
-    max_abs = vary_over(varying_axes(dx), jnp.float32(0)) if track_range else None
+    tracked = vary_over(varying_axes(dx), Tracked.nothing()) if track else None
     dshared = jax.tree.map(jnp.zeros_like, trees.split(shared)[0])
     written = [consumer.start for consumer in consumers]
     for run, kept_L in reversed(list(zip(runs, kepts.runs, strict=True))):
@@ -167,8 +167,8 @@ def sweep(
         if run.backprop == "reverse" and x is None:
             x = kepts.last_reversed
         daux_L = jax.tree.map(lambda leaf, run=run: leaf[run.start : run.stop], dauxes[run.section])
-        carry = x, dx, dshared, written[run.section], max_abs, checksum
-        x, dx, dshared, written[run.section], max_abs, checksum = _sweep_run(
+        carry = x, dx, dshared, written[run.section], tracked, checksum
+        x, dx, dshared, written[run.section], tracked, checksum = _sweep_run(
             run,
             sections[run.section],
             consumers[run.section],
@@ -178,7 +178,7 @@ def sweep(
             shared,
             unroll,
         )
-    return Swept(x, dx, written, dshared, max_abs, checksum)
+    return Swept(x, dx, written, dshared, tracked, checksum)
 
 
 def _sweep_run(run, section, consumer, carry, daux_L, kept_L, shared, unroll):
@@ -191,23 +191,23 @@ def _sweep_run(run, section, consumer, carry, daux_L, kept_L, shared, unroll):
     unroll = min(per_iteration(run.backprop, unroll), run.length)
 
     def body(carry, slices):
-        i, (x, dx, dshared, written, max_abs, checksum) = carry
+        i, (x, dx, dshared, written, tracked, checksum) = carry
         daux, kept = slices
         if run.backprop == "reverse" and (unroll > 1 or run.length == 1):
             # Layers that are not separated by loop iterations need a barrier: a compiler might
             # otherwise rebuild the streams of all layers first, and hold them all.
             x, dx = isolate(lambda x, dx: (x, dx), x, dx)
-        # x is the output of layer i here. `compare_inputs` adds the range of the chain's input.
-        if run.backprop == "reverse" and max_abs is not None:
-            max_abs = jnp.maximum(max_abs, largest(x))
         # With an update, layer i still has its old values: it is written only below.
         params, data = _at((consumer.read(written), section.data_L), i)
         with jax.named_scope("rewind" if run.backprop == "reverse" else "backward"):
             found = layer(params, x, dx, daux, kept, Context(shared, data))
+        if run.backprop == "reverse" and tracked is not None:
+            # x is the output of layer i. `compare_inputs` adds the range of the chain's input.
+            tracked = tracked.after(x, found.updates, found.lost_updates)
         written = consumer.write(written, i, params, found.dparams)
         dshared = trees.add(dshared, found.dshared)
         checksum = checksum + found.checksum
-        return (i - 1, (found.x, found.dx, dshared, written, max_abs, checksum)), None
+        return (i - 1, (found.x, found.dx, dshared, written, tracked, checksum)), None
 
     start = jnp.int32(run.stop - 1), carry
     (_, carry), _ = loop(body, start, (daux_L, kept_L), run.length, reverse=True, unroll=unroll)

@@ -232,10 +232,19 @@ class _Counter:
             elif _is_by_rows(user) and user.operands[0] == name:
                 rows = user if user.opcode == "gather" else body.instructions[user.operands[-1]]
                 total += _bytes(rows.result)
+            elif user.opcode in ("convert", "select") and self._only_sliced(body, user.name):
+                # Computed where it is read: of each operand as many elements as of the result.
+                whole, part = _bytes(user.result), self._read(body, user.name)
+                total += _bytes(body.instructions[name].result) * part // whole
             # The longer array that is updated in place is not read, everything else is read whole.
             elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
                 total += _bytes(body.instructions[name].result)
         return total
+
+    def _only_sliced(self, body: Computation, name: str) -> bool:
+        """Whether slices of `name` are all that a fused computation needs of it."""
+        users = body.users[name]
+        return bool(users) and all(user.opcode == "slice" for user in users)
 
     def _passes_through(self, nested: Computation, user: Instruction, name: str) -> bool:
         """Whether a nested fusion returns its operand `name` unchanged."""

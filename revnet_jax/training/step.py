@@ -91,8 +91,9 @@ def make_train_step(
     Metrics are scalars: loss, the task's other metrics and gradient norm of the batch before the
     update, the learning rate, and the norm of all floating-point variables after it. If chains are
     reversed and checked, they include the run-time exactness check: `exact_mismatches` (since the
-    start of the run), `exact_max_difference`, and `grid_range_used` (from 1.0 on, streams are no
-    longer exact).
+    start of the run), `exact_max_difference`, `grid_range_used` (from 1.0 on, streams are no
+    longer exact), and `grid_updates_lost` (the share of updates that rounded to nothing:
+    near 1.0, streams stand still).
 
     Args:
       schedule: the optimizer's learning rate, for the metrics only.
@@ -141,6 +142,10 @@ def _check(exactness, mismatches, grid):
     if grid is not None:
         largest = _largest(chain.max_abs for chain in chains)
         metrics["grid_range_used"] = largest / grid.limit(jnp.float32)
+        updates, lost = (
+            sum(getattr(chain, name) for chain in chains) for name in ("updates", "lost_updates")
+        )
+        metrics["grid_updates_lost"] = lost / jnp.maximum(updates, 1)
     return mismatches, metrics
 
 

@@ -14,10 +14,12 @@ from revnet_jax.core import (
     Grid,
     Section,
     chain,
+    leapfrog,
     reversible_block,
     sequence_inverse,
 )
-from revnet_jax.core.exactness import compare_inputs
+from revnet_jax.core.exactness import Tracked, compare_inputs
+from revnet_jax.core.grid import snap
 from tests.core import toy
 
 DEPTH, CHANNELS, BATCH, SIZE = 50, 16, 8, 8
@@ -169,9 +171,47 @@ def test_a_gradient_within_shard_map_checks_all_devices():
 @pytest.mark.parametrize("value", [0.0, 1e-20, 0.3, 1.0, 4095.99, 4096.0, 1e30, np.inf, np.nan])
 def test_the_largest_value_is_cut_to_an_eighth(value):
     """So it is below a power of two if and only if the value is."""
-    found = compare_inputs((jnp.float32(value),), (jnp.float32(0),), jnp.float32(0))
+    found = compare_inputs((jnp.float32(value),), (jnp.float32(0),), Tracked.nothing())
     for figure in (found.max_abs, found.max_difference):
         expected = float(figure)
         assert np.isnan(value) == np.isnan(expected)
         assert np.isnan(value) or value / 1.125 <= expected <= value
         assert (expected < 4096) == (value < 4096)
+
+
+@pytest.mark.parametrize(("bits", "step"), [(12, 1e-4), (12, 1e-2), (20, 1e-4)])
+@pytest.mark.parametrize("backprop", ["reverse", "store"])
+def test_updates_that_round_to_nothing_are_counted(bits, step, backprop):
+    """An ODE, x' = -x/2, whose steps are refined: in the end its state stands still."""
+    decay = lambda params, x, context: params * x
+    block = reversible_block(decay, decay, coupling=leapfrog(step), grid=Grid(bits))
+    params_L, depth = (-jnp.ones(5) / 2,) * 2, 5
+    x = tuple(jax.random.normal(jax.random.key(i), (3, 4, 6)) for i in range(2))
+
+    def loss(params_L, probe):
+        return jnp.sum(chain(block, params_L, x, backprop=backprop, probe=probe)[0][0])
+
+    found = toy.jit(jax.grad(loss, argnums=1))(params_L, Exactness.probe())
+    # Written out: of each example the first token.
+    updates, lost, streams = 0, 0, list(snap(Grid(bits), x))
+    for _ in range(depth):
+        for i in (0, 1):
+            update = snap(Grid(bits), 2 * step * -streams[1 - i] / 2)
+            changes = (streams[1 - i] != 0)[:, 0]
+            updates += int(jnp.sum(changes))
+            lost += int(jnp.sum(changes & (update[:, 0] == 0)))
+            streams[i] = streams[i] + update
+    if backprop == "store":
+        updates = lost = 0
+    else:
+        assert updates > 100
+        assert (lost > 0.7 * updates) == (bits == 12 and step == 1e-4)
+    assert (float(found.updates), float(found.lost_updates)) == (updates, lost)
+    assert found.lost_share == pytest.approx(lost / max(updates, 1))
+
+
+def test_without_a_grid_no_update_is_looked_at():
+    block = reversible_block(*[lambda params, x, context: params * x] * 2, grid=None)
+    loss = lambda probe: jnp.sum(chain(block, (jnp.ones(2),) * 2, (1.0, 1.0), probe=probe)[0][0])
+    found = jax.grad(loss)(Exactness.probe())
+    assert (found.updates, found.lost_share) == (0, 0)

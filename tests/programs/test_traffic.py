@@ -210,3 +210,32 @@ def test_what_devices_exchange_is_counted():
     )
     moved = traffic(compiled_text(lambda x: jnp.sum(x, axis=0), x))
     assert moved.ici_bytes == {"all-reduce": 4096}  # of two devices each sends half, twice
+
+
+# A few elements of a sum of two arrays, one of which is selected and converted before.
+SLICES = """%fused (a: bf16[16,1024], b: f32[16,1024], keep: pred[16,1024]) -> f32[16,8] {
+  %a = bf16[16,1024]{1,0} parameter(0)
+  %keep = pred[16,1024]{1,0} parameter(2)
+  %chosen = bf16[16,1024]{1,0} select(%keep, %a, %a)
+  %a.1 = bf16[16,8]{1,0} slice(%chosen), slice={[0:16], [0:8]}
+  %a.2 = f32[16,8]{1,0} convert(%a.1)
+  %b = f32[16,1024]{1,0} parameter(1)
+  %b.1 = f32[16,8]{1,0} slice(%b), slice={[0:16], [0:8]}
+  ROOT %sum = f32[16,8]{1,0} add(%a.2, %b.1)
+}
+
+ENTRY %main (a: bf16[16,1024], b: f32[16,1024], keep: pred[16,1024]) -> f32[16,8] {
+  %a = bf16[16,1024]{1,0} parameter(0)
+  %b = f32[16,1024]{1,0} parameter(1)
+  %keep = pred[16,1024]{1,0} parameter(2)
+  ROOT %few = f32[16,8]{1,0} fusion(%a, %b, %keep), kind=kLoop, calls=%fused
+}
+"""
+
+
+def test_a_fusion_computes_only_what_it_slices():
+    few = 16 * 8
+    assert traffic(SLICES).hbm_bytes == few * (2 + 4 + 1 + 4)
+    # Read whole where it is needed whole.
+    whole = SLICES.replace("ROOT %sum", "%all = bf16[] reduce(%chosen)\n  ROOT %sum")
+    assert traffic(whole).hbm_bytes == 16 * 1024 * 3 + few * (4 + 4)

@@ -153,6 +153,7 @@ def test_a_run_without_it_has_nothing_of_it(config):
         "exact_mismatches",
         "exact_max_difference",
         "grid_range_used",
+        "grid_updates_lost",
         "variables_norm",
     }
 
