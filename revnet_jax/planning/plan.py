@@ -216,7 +216,8 @@ def _largest(searched, strategy, settings, compiler, step):
         name = f"{strategy}, " + ", ".join(f"{key} {value}" for key, value in changes.items())
         (result,) = compiler.steps({name: {**settings, **changes}}).values()
         if isinstance(result, NotCompiled):
-            raise UserError(f"{name}: {result.error}")
+            compiler.report(f"{name} counts as too large: {result.error}")
+            return None
         # An out-of-memory error gives a rounded figure, which may be no more than the limit. Such a
         # figure is dropped, because the search would take the size as one that fits.
         known = result.fits or (result.needed_bytes or 0) > step.limit_bytes

@@ -105,6 +105,8 @@ def with_layers(config: ConfigDict, layers: int) -> ConfigDict:
     config = config.copy_and_resolve_references()
     # Replaced, because stored layers, or a strategy for each chain, may not fit the new depth.
     config.model.update({"backprop": "store", "stored_layers": 0})
+    if "unroll" in config.model:
+        config.model.unroll = 1  # a program without a loop has no layer of it to look at
     config.model.update(family_of(config).depth.equal(config, layers))
     return config
 

@@ -37,7 +37,8 @@ def workdir_lock(workdir: Path) -> Generator[None]:
             f"--workdir {workdir} cannot be made: {error}; choose another --workdir"
         ) from error
     with lock.file_lock(workdir / "lock"):
-        for partial in workdir.glob("*.tmp"):  # left by processes killed in `write_atomically`
+        # Left by processes that were killed in `write_atomically`.
+        for partial in workdir.glob("*.json*.[0-9]*.tmp"):
             if partial.is_file():
                 with writing(partial):
                     partial.unlink(missing_ok=True)
@@ -52,7 +53,8 @@ def claim(workdir: Path, config: ConfigDict, data: Mapping[str, Any]) -> dict[st
 
     Returns the settings that changed, like `check_same`.
 
-    Raises ConfigError, and changes nothing, if the folder holds a run of another config.
+    Raises ConfigError, and changes nothing, if the folder holds a run of another config, or a
+    config.json that is not a run's.
     """
     path = workdir / "config.json"
     checkpoints, metrics = workdir / "checkpoints", workdir / "metrics.jsonl"
@@ -73,6 +75,10 @@ def claim(workdir: Path, config: ConfigDict, data: Mapping[str, Any]) -> dict[st
         "git_commit": git_commit(),
         "versions": versions(),
     }
+    if path.exists() and todays(load_record(workdir)["config"]) != todays(record["config"]):
+        for name in ("auto.json", "tracker.json"):  # what was found for the config before
+            with writing(workdir / name):
+                (workdir / name).unlink(missing_ok=True)
     write_json(path, record)
     return {}
 

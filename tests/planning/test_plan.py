@@ -251,6 +251,22 @@ def test_the_largest_context_is_a_multiple_of_the_config_s():
     assert " 1,000 |\n" in plan_table(report)
 
 
+def test_a_size_that_cannot_be_compiled_ends_no_search():
+    """As a context beyond learned positions, which the model refuses."""
+    config = {**flatten(language_model()), "data.context": 100}
+
+    def say(settings):
+        if settings["data.context"] > 300:
+            return NotCompiled("got too much")
+        return CompiledStep(**{**vars(STEP), "needed_bytes": settings["data.context"] * GIB // 64})
+
+    compiler = FakeCompiler(say)
+    report = plan(config, compiler, strategies=["reverse/lockstep"], largest=["context"])
+    assert 200 <= report["rows"][0]["largest_context"]["size"] <= 300
+    line = "reverse/lockstep, data.context 1000 counts as too large: got too much"
+    assert line in compiler.lines
+
+
 @pytest.mark.parametrize("limit", [95, 1000, 1003, 123_456])
 @pytest.mark.parametrize("silent", [False, True])
 def test_affine_memory_is_solved_in_few_compilations(limit, silent):

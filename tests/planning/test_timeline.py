@@ -108,6 +108,11 @@ def test_every_chain_gets_its_layers(step_config, family):
     assert depths == ([10] if family == "irevnet" else [5, 5])
 
 
+def test_layers_are_in_a_loop(step_config):
+    step_config.model.unroll = 3
+    assert with_layers(step_config, 3).model.unroll == 1
+
+
 @pytest.mark.thorough
 def test_figures_are_printed_and_drawn(lines, tmp_path):
     table = [line.split("|") for line in timeline_table(lines).splitlines()]

@@ -404,5 +404,23 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 def test_files_of_killed_writers_are_removed(tmp_path):
     (tmp_path / "metrics.jsonl.123.tmp").write_text("half")
     (tmp_path / "metrics.jsonl").write_text("whole")
+    (tmp_path / "draft.tmp").write_text("mine")
     with workdirs.workdir_lock(tmp_path):
-        assert {path.name for path in tmp_path.iterdir()} == {"lock", "metrics.jsonl"}
+        found = {path.name for path in tmp_path.iterdir()}
+        assert found == {"lock", "metrics.jsonl", "draft.tmp"}
+
+
+def test_the_config_of_something_else_is_kept(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ConfigError, match=r"cannot read .*config.json .*expected the --workdir of"):
+        claim(tmp_path, config_with(), {})
+    assert (tmp_path / "config.json").read_text() == '{"model_type": "llama"}'
+
+
+def test_another_config_before_the_first_step_forgets_what_was_found(tmp_path):
+    claim(tmp_path, config_with(), {})
+    (tmp_path / "auto.json").write_text("{}")
+    claim(tmp_path, config_with(), {})
+    assert (tmp_path / "auto.json").exists()
+    claim(tmp_path, config_with(**{"batch_size": 7}), {})
+    assert not (tmp_path / "auto.json").exists()
