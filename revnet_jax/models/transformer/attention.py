@@ -268,7 +268,7 @@ def padded_to_even(
       kernel: has an argument `key_value_seq_lengths`, as `jax.nn.dot_product_attention` has.
 
     Cost: one token. Compiled for an H100, a branch of ViT-B at 197 tokens and its gradient, for
-    256 images in bfloat16, reads and writes 4.2 GiB; chunked attention 18.5 GiB, and padding to 256
+    256 images in bfloat16, reads and writes 4.2 GiB; chunked attention 15.3 GiB, and padding to 256
     tokens 4.7 GiB.
     """
     B, T = q_BTNK.shape[:2]
