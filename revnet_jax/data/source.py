@@ -74,7 +74,10 @@ class Arrays:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Of names, dtypes, shapes and elements of all arrays: a second for about a gigabyte."""
+        """Identifies the data: the hash of the names, dtypes, shapes and elements of all arrays.
+
+        Cost: reads every array once, at the start of a run.
+        """
         found = hashlib.sha256()
         for split in (self.train_arrays, self.test_arrays):
             for name, array in sorted(split.items()):

@@ -212,7 +212,7 @@ def test_what_devices_exchange_is_counted():
     assert moved.ici_bytes == {"all-reduce": 4096}  # of two devices each sends half, twice
 
 
-# A few elements of a sum of two arrays, one of which is selected and converted before.
+# A fusion that adds the first eight elements of each row of two arrays. One of them is selected.
 SLICES = """%fused (a: bf16[16,1024], b: f32[16,1024], keep: pred[16,1024]) -> f32[16,8] {
   %a = bf16[16,1024]{1,0} parameter(0)
   %keep = pred[16,1024]{1,0} parameter(2)
