@@ -9,6 +9,7 @@ read.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -118,8 +119,12 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the save in progress and frees the threads. Raises what `wait` raises."""
-        self.wait()
-        # After `wait`, which says in one line what `close` would raise as orbax's own error.
+        try:
+            self.wait()  # says in one line what orbax's `close` would raise as its own error
+        except CheckpointError:
+            with contextlib.suppress(Exception):
+                self._manager.close()
+            raise
         self._manager.close()
 
     def save(self, step: int, state: PyTree, metrics: Mapping[str, float] | None = None) -> bool:
@@ -262,6 +267,11 @@ class Checkpoints:
         except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
             raise  # these say nothing about the checkpoint, which may be good
         except Exception as error:
+            if _says_nothing_about_the_file(error):
+                raise CheckpointError(
+                    f"reading {self.directory / str(step)} failed: {_reason(error)}. Nothing was "
+                    "moved: start the same command again when this is mended"
+                ) from error
             problem = f"{item} unreadable ({_first_line(error)})"
         # Processes decide together that a checkpoint is damaged. Each by itself, some would go on
         # to an older one while others restore this one.
@@ -366,10 +376,21 @@ def _move(source: epath.Path, into: epath.Path) -> None:
     source.rename(target)
 
 
+def _says_nothing_about_the_file(error: Exception) -> bool:
+    """Whether the machine or the network kept a file from being read, which may be good."""
+    code = error.errno if isinstance(error, OSError) else _wrapped_code(error)
+    return code in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
+
+
 def _reason(error: Exception) -> str:
     """The operating system's message, if tensorstore wrapped one; else the error's first line."""
+    code = _wrapped_code(error)
+    return _first_line(error) if code is None else os.strerror(code)
+
+
+def _wrapped_code(error: Exception) -> int | None:
     found = re.search(r"os_error_code='(\d+)'", str(error))
-    return os.strerror(int(found[1])) if found else _first_line(error)
+    return int(found[1]) if found else None
 
 
 def _first_line(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """Checkpoints: what is restored is what was saved, and damage of any kind is noticed."""
 
+import errno
 import gc
 import logging
 import os
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 
 from revnet_jax.runs.checkpoint import CheckpointError, Checkpoints, Conversion
+from revnet_jax.runs.manager import Manager
 from revnet_jax.runs.manifest import as_abstract
 from tests.small_run import file_limit
 
@@ -294,6 +296,37 @@ def test_read_only_changes_nothing(two_saved, tmp_path):
     assert not (tmp_path / "nowhere").exists()
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EMFILE, "Too many open files", "_METADATA"),
+        ValueError(
+            "RESOURCE_EXHAUSTED: Error opening \"zarr\" driver [os_error_code='24'] [source "
+            "locations='tensorstore/internal/os/file_util_posix.cc:336']"
+        ),
+    ],
+    ids=["python", "tensorstore"],
+)
+def test_a_machine_without_descriptors_says_nothing_about_a_checkpoint(
+    error, two_saved, tmp_path, monkeypatch
+):
+    """Otherwise the newest would be put aside as damaged, and the run go on from an older one."""
+
+    def fail(*args, **kwargs):
+        raise error
+
+    shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
+    with Checkpoints(tmp_path / "checkpoints", **OPTIONS) as checkpoints:
+        with monkeypatch.context() as patched:
+            patched.setattr("orbax.checkpoint.PyTreeCheckpointHandler.restore", fail)
+            message = r"checkpoints/2 failed: .*Too many open files.* Nothing was moved"
+            with pytest.raises(CheckpointError, match=message):
+                checkpoints.restore(small_state())
+        step, state = checkpoints.restore(small_state())
+    assert step == 2
+    assert_same_bits(state, small_state(2))
+
+
 @pytest.mark.parametrize("read_only", [False, True])
 def test_a_folder_that_cannot_be_opened(read_only, tmp_path, monkeypatch):
     def denied(*args, **kwargs):
@@ -316,6 +349,18 @@ def test_orbax_does_not_count_steps_for_preemption(tmp_path, monkeypatch):
         assert checkpoints.save(7, small_state())
         checkpoints.wait()
     assert asked == []
+
+
+def test_close_frees_the_threads_after_a_failed_save(tmp_path, monkeypatch):
+    closed = []
+    close = Manager.close
+    monkeypatch.setattr(Manager, "close", lambda manager: (close(manager), closed.append(manager)))
+    checkpoints = Checkpoints(tmp_path / "checkpoints", **OPTIONS)
+    with file_limit(5000):
+        checkpoints.save(2, small_state(2))
+        with pytest.raises(CheckpointError, match="File too large"):
+            checkpoints.close()
+    assert len(closed) == 1
 
 
 def test_a_failed_asynchronous_save_is_one_error_and_leaves_the_last_good_step(tmp_path, capfd):
