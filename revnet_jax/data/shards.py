@@ -260,8 +260,8 @@ def tokenize_files(
     # Without bytes the test split would be the end of a document alone, and have no bits per byte.
     if not test_bytes or not files.splits["train"]:
         raise DataError(
-            f"got {position:,} bytes of text, expected enough for two splits: take more text, or a "
-            "larger test_share"
+            f"{inputs[0]}{', ...' * (len(inputs) > 1)}: got {position:,} bytes of text, expected "
+            "enough for two splits: take more text, or a larger test_share"
         )
     return files.describe(test_bytes / sum(files.splits["test"].values()))
 

@@ -51,14 +51,18 @@ class Vocabulary(NamedTuple):
             )
 
 
-def vocabulary_from(record: Mapping[str, Any]) -> Vocabulary:
-    """Rebuilds a vocabulary from its `_asdict()`; raises DataError for any other mapping."""
+def vocabulary_from(record: Mapping[str, Any], file: Path = Path("config.json")) -> Vocabulary:
+    """Rebuilds a vocabulary from its `_asdict()`; raises DataError for any other mapping.
+
+    Args:
+      file: where the record is from, for the error message.
+    """
     try:
         return Vocabulary(**record)
     except TypeError as error:
         raise DataError(
-            f"got a vocabulary that cannot be read ({error}), expected what training recorded in "
-            "config.json: bring the file back as it was"
+            f"{file}: got a vocabulary that cannot be read ({error}), expected what training "
+            "recorded there: bring the file back as it was"
         ) from error
 
 

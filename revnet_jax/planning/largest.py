@@ -72,19 +72,17 @@ def _split(tried, limit_bytes):
 
 
 def _guess(tried, limit_bytes, low, high, step):
-    """The size where the line through the two nearest points meets the limit; else halfway."""
-    known = sorted(
-        (abs(needed - limit_bytes), size, needed)
-        for size, needed in tried.items()
-        if needed is not None
-    )
+    """The size where a line through two known points meets the limit; else halfway."""
+    known = sorted((size, needed) for size, needed in tried.items() if needed is not None)
     halfway = (low + high) // 2 // step * step
     if len(known) < 2:
         return halfway
-    # The two nearest to the limit, because memory is only nearly affine.
-    (_, size1, needed1), (_, size2, needed2) = known[:2]
-    slope = (needed2 - needed1) / (size2 - size1)
-    # Memory does not grow here, so no line meets the limit: try the largest size, then bisect.
-    if slope <= 0:
-        return halfway if high in tried else high - step
-    return int(size1 + (limit_bytes - needed1) / slope) // step * step
+    # The two nearest to the limit, because memory is only nearly affine. It may fall from one to
+    # the other, where a compiler saves memory as it nears the limit: then the first and the last.
+    nearest = sorted(known, key=lambda point: abs(point[1] - limit_bytes))[:2]
+    for (size1, needed1), (size2, needed2) in (nearest, (known[0], known[-1])):
+        slope = (needed2 - needed1) / (size2 - size1)
+        if slope > 0:
+            return int(size1 + (limit_bytes - needed1) / slope) // step * step
+    # Memory does not grow, so no line meets the limit: try the largest size, then bisect.
+    return halfway if high in tried else high - step

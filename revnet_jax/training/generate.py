@@ -94,7 +94,7 @@ def codec_of_run(workdir: Path, tokenizer: Path | None = None) -> Codec:
             f"{workdir} has no vocabulary, expected a run on a text, or weights imported with "
             "their tokenizer.json: bring it beside their config.json, and import them again"
         )
-    vocabulary = vocabulary_from(record["vocabulary"])
+    vocabulary = vocabulary_from(record["vocabulary"], workdir / "config.json")
     if vocabulary.kind == "tokenizer" and (workdir / "tokenizer.json").exists():
         tokenizer = tokenizer or workdir / "tokenizer.json"
     return codec(vocabulary, tokenizer)

@@ -68,7 +68,8 @@ def load_weights(workdir: Path, wanted: Variables, data: dict[str, Any]) -> tupl
         # Weights that were imported without a tokenizer have no vocabulary to compare.
         there = load_record(workdir)["data"].get("vocabulary")
         if there is not None:
-            found, expected = vocabulary_from(data["vocabulary"]), vocabulary_from(there)
+            found = vocabulary_from(data["vocabulary"])
+            expected = vocabulary_from(there, workdir / "config.json")
             found.check_same_ids(expected, f"the run in {workdir}")
     directory = workdir / "checkpoints"
     with Checkpoints(directory, best_metric=None, best_mode="max", read_only=True) as checkpoints:

@@ -100,7 +100,8 @@ def evaluate_run(
     data = build_data(config, mesh, batch_size)
     run = restore_run(workdir, which)
     if "vocabulary" in run.data:
-        found, expected = (vocabulary_from(r["vocabulary"]) for r in (data.record, run.data))
+        found = vocabulary_from(data.record["vocabulary"])
+        expected = vocabulary_from(run.data["vocabulary"], workdir / "config.json")
         found.check_same_ids(expected, f"the run in {workdir}")
     if is_first() and not data_record.is_same(data.record, run.data):
         tell(

@@ -65,7 +65,7 @@ class Scorer:
         self.context = run.task.context
         # Shards may record an end token that the config does not name (-1).
         end = run.config.data.end_token
-        recorded = vocabulary_from(run.data["vocabulary"]).end_token
+        recorded = vocabulary_from(run.data["vocabulary"], workdir / "config.json").end_token
         self.prefix: int | None = recorded if end < 0 else end
         self._mesh = all_fsdp()
         parts = batch_parts(self._mesh)

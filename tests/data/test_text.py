@@ -136,7 +136,9 @@ def test_shards_hold_the_text(path, tokenizer_file, tmp_path):
     train, test, *_ = load_shards(tmp_path / "ended")
     assert written["end_token"] is vocabulary.end_token is None
     assert ended["end_token"] == end == test[np.asarray([len(test) - 1])][0]
-    with pytest.raises(DataError, match="expected enough for two splits"):  # an end is no text
+    with pytest.raises(
+        DataError, match=r"text, \.\.\.: got 1 bytes of text, expected"
+    ):  # an end is no text
         tokenize_files([path, path], tokenizer_file, tmp_path / "short", end_token="a")
     with pytest.raises(ValueError, match="got end_token='<end>', expected a token of"):
         tokenize_files([path], tokenizer_file, tmp_path / "none", end_token="<end>")
@@ -376,7 +378,7 @@ def test_tokenizers_and_records_that_are_none(path, tmp_path):
 
 
 def test_a_record_of_no_vocabulary():
-    with pytest.raises(DataError, match=r"unexpected keyword argument 'a'\), expected what"):
+    with pytest.raises(DataError, match=r"^config.json: got .*argument 'a'\), expected what"):
         vocabulary_from({"a": 5})
 
 
