@@ -170,6 +170,10 @@ def _parse(argv: list[str], required: tuple[str, ...], arguments: bool) -> list[
     for name in required:
         if not flags.FLAGS[name].value:
             sys.exit(f"error: --{name} is missing: see --help")
+    for name in flags.FLAGS:
+        # Most programs would take an empty list for one that is not given, some compute nothing.
+        if flags.FLAGS[name].present and flags.FLAGS[name].value == []:
+            sys.exit(f"error: got an empty --{name}, expected a list: leave it out for the default")
     if config is not None:
         try:
             check_ranges(config)

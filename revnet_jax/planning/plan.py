@@ -47,15 +47,18 @@ def plan(
     not in `CHIPS`.
 
     Raises UserError for an unknown strategy or size, for settings that cannot be trained under any
-    strategy, for by_part on devices other than GPUs, and if nothing could be compiled.
+    strategy, for by_part on TPU topologies, and if nothing could be compiled. A line of the
+    compiler's `report` says where this machine's devices have no parts, or no limit to search.
     """
     topology = compiler.topology
     sizes = [name for name in SIZES if name != "context" or "data.context" in config]
     for name in largest:
         if name not in sizes:
             raise UserError(f"got largest={name!r}, expected some of {', '.join(sizes)}")
+    layers = model_depth(config)
+    no_parts = "by_part for {}, expected a known GPU: kernel speeds were measured on GPUs only"
     if by_part and not (topology.is_gpu or topology.name == LOCAL):
-        raise _no_parts(topology.name)
+        raise UserError(f"got {no_parts.format(topology.name)}")
     overrides = chosen(list(strategies) if strategies else None, variants(config))
     settings = {name: {**config, **each} for name, each in overrides.items()}
     left_out = refused(settings, compiler)
@@ -75,12 +78,17 @@ def plan(
         for name, step in steps.items()
     ]
     if by_part:
-        # TPU topologies were refused above; what this machine's devices are is known only now.
+        # What this machine's devices are is known only now, when the rest of the plan is made.
         if not any(step.parts for step in compiled.values()):
-            raise _no_parts(any_step.device_kind)
+            compiler.report(f"left out {no_parts.format(any_step.device_kind)}")
         for row in rows:
             step = compiled.get(row["strategy"])
             row["parts"] = step and step.parts
+    if largest and any_step.limit_bytes is None:
+        compiler.report(
+            f"left out the largest {', '.join(largest)}: {any_step.device_kind} does not report "
+            "its memory: --config.memory_limit_gib says how much there is"
+        )
     for row in rows:
         # Without a limit, every size would fit.
         if row["error"] is None and any_step.limit_bytes is not None:
@@ -94,7 +102,7 @@ def plan(
         "device_kind": any_step.device_kind,
         "limit_bytes": any_step.limit_bytes,
         "batch_size": config["batch_size"],
-        "layers": model_depth(config),
+        "layers": layers,
         "rows": rows,
         "left_out": left_out,
         "recommendation": recommend(rows, any_step.limit_bytes),
@@ -117,12 +125,6 @@ def refused(settings: Mapping[str, Mapping[str, Any]], compiler: Compiler) -> di
         names = [name for name in found if found[name] == error]
         compiler.report(f"left out {', '.join(names)}: {error}")
     return found
-
-
-def _no_parts(got):
-    return UserError(
-        f"got by_part for {got}, expected a GPU: kernel speeds were measured on GPUs only"
-    )
 
 
 def recommend(rows: Sequence[PlanRow], limit_bytes: int | None) -> dict[str, str | None]:

@@ -31,7 +31,7 @@ from revnet_jax.files import write_atomically
 from revnet_jax.optimizers.trainable import Trainable
 from revnet_jax.planning import by_part, units
 from revnet_jax.planning.chips import chip_of, fillable_bytes
-from revnet_jax.planning.topology import Topology, parse_topology, topology_devices
+from revnet_jax.planning.topology import LOCAL, Topology, parse_topology, topology_devices
 from revnet_jax.planning.variants import as_config
 from revnet_jax.programs import traffic
 from revnet_jax.programs.counts import arithmetic
@@ -88,7 +88,9 @@ def measure_step(config: ConfigDict, topology: Topology, cache_dir: Path) -> dic
     cached = compiled is not None
     if compiled is None:
         compiled = _compile(lowered, targets[0], _slices(program))
-        _keep(path, json.dumps(compiled))
+        # The tuning of a GPU in use may find no memory today, and some tomorrow.
+        if not (compiled["out_of_memory"] and topology.name == LOCAL):
+            _keep(path, json.dumps(compiled))
     return {
         "num_devices": len(targets),
         "device_kind": targets[0].device_kind,
@@ -219,7 +221,7 @@ def _gradient_bytes(program: StepProgram, config: ConfigDict) -> int:
     """Bytes of the gradients that exist at once on one device. Frozen parameters have none.
 
     With lockstep, chains have the gradient of one layer only. Gradient accumulation has those of
-    the microbatch and their sum.
+    the microbatch and their sum, in float32 at least.
     """
     trainable, in_chains = Trainable(config.optimizer.trainable), program.task.network.stacked
     params, _ = trainable.divide(program.state.variables.params)
@@ -229,7 +231,10 @@ def _gradient_bytes(program: StepProgram, config: ConfigDict) -> int:
         # All leaves of a stack have one index per layer in front. A frozen chain has no leaves.
         a_layer = [tree_bytes(tree) // leaves[0].shape[0] for tree, leaves in in_layers if leaves]
         return outside + max(a_layer, default=0)
-    return tree_bytes(params) * (2 if config.microbatches > 1 else 1)
+    if config.microbatches == 1:
+        return tree_bytes(params)
+    of_sum = lambda leaf: tree_bytes(leaf) * max(4, leaf.dtype.itemsize) // leaf.dtype.itemsize
+    return tree_bytes(params) + sum(map(of_sum, jax.tree.leaves(params)))
 
 
 def tree_bytes(tree: Any) -> int:

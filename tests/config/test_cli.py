@@ -122,6 +122,16 @@ def test_flags_have_ranges(program, flag, expected):
     assert re.fullmatch(f"error: flag {flag}[.0]*: expected {re.escape(expected)}\n", result.stderr)
 
 
+def test_an_empty_list_is_a_mistake():
+    """It would stand for the default, and compile every strategy; or scale on this machine."""
+    for flag in ("strategies", "scaling"):
+        result = run("--config=configs/digits.py", f"--{flag}=", program="plan")
+        assert result.returncode == 1
+        assert result.stderr == (
+            f"error: got an empty --{flag}, expected a list: leave it out for the default\n"
+        )
+
+
 def test_every_number_of_a_script_has_a_range():
     """Those of processes are checked together, in `training.distributed.start`."""
     number = re.compile(r"^(\w+) = flags\.DEFINE_(?:integer|float)\((.*?)\)$", re.S | re.M)

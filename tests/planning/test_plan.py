@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 
@@ -11,6 +12,7 @@ import pytest
 import revnet_jax
 from revnet_jax.config import flatten, language_model
 from revnet_jax.errors import UserError
+from revnet_jax.planning import worker
 from revnet_jax.planning.compile import CompiledStep, Compiler, NotCompiled
 from revnet_jax.planning.largest import Largest, largest_that_fits
 from revnet_jax.planning.plan import plan, recommend
@@ -92,11 +94,12 @@ def test_where_time_goes_is_said_of_gpus_alone(step_config):
         lambda settings: CompiledStep(**{**vars(STEP), "device_kind": kind, "parts": parts})
     )
     of = lambda compiler: plan(flatten(step_config), compiler, strategies=["reverse"], by_part=True)
-    with pytest.raises(UserError, match="got by_part for TPU v5 lite, expected a GPU"):
-        of(FakeCompiler(asked("TPU v5 lite", None)))
+    local = FakeCompiler(asked("TPU v5 lite", None))
+    assert of(local)["rows"][0]["parts"] is None  # the rest of the plan is not lost
+    assert re.match("left out by_part for TPU v5 lite, expected a known GPU", local.lines[-1])
     tpu = FakeCompiler(asked("TPU v5 lite", None))
     tpu.topology = Topology("v5e:2x2", "v5e", "2x2")
-    with pytest.raises(UserError, match="got by_part for v5e:2x2, expected a GPU"):
+    with pytest.raises(UserError, match="got by_part for v5e:2x2, expected a known GPU"):
         of(tpu)
     assert tpu.asked == []  # said before anything is compiled
     parts = [{"part": "all", "ms": 1.5, "flops": 2e9, "hbm_bytes": GIB, "kernels": 3}]
@@ -385,6 +388,36 @@ def test_gradients_that_exist_together_in_lockstep(step_config):
     chain_1, chain_2 = in_chains.values()  # of 1 and of 2 layers
     largest_layer = max(chain_1, chain_2 // 2)
     assert sizes[True] == tree_bytes(params) - chain_1 - chain_2 + largest_layer
+
+    step_config.update_from_flattened_dict(
+        {"optimizer.lockstep": False, "microbatches": 2, "model.param_dtype": "bfloat16"}
+    )
+    program = step_program(step_config, jax.devices())
+    params = program.state.variables.params
+    in_float32 = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert _gradient_bytes(program, step_config) == tree_bytes(params) + in_float32
+    assert tree_bytes(params) < 0.6 * in_float32  # nearly all are in bfloat16
+
+
+def test_out_of_memory_on_this_machine_is_not_kept(step_config, tmp_path, monkeypatch):
+    """Another program may have held the memory of its GPU."""
+    refused = {"out_of_memory": True, "needed_bytes": None, "compile_seconds": 1.0}
+    refused |= {"argument_bytes": None, "traffic": None, "parts": None}
+    monkeypatch.setattr(worker, "_compile", lambda *_: refused)
+    assert measure_step(step_config, LOCAL, tmp_path)["out_of_memory"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_limit_there_is_no_largest(step_config):
+    known = lambda settings: CompiledStep(**{**vars(STEP), "limit_bytes": None})
+    compiler = FakeCompiler(known)
+    options = {"strategies": ["store"], "largest": ["batch"]}
+    (row,) = plan(flatten(step_config), compiler, **options)["rows"]
+    assert "largest_batch" not in row
+    assert compiler.lines == [
+        "left out the largest batch: TPU v5 lite does not report its memory: "
+        "--config.memory_limit_gib says how much there is"
+    ]
 
 
 def test_settings_that_do_not_go_together_are_a_line(step_config, tmp_path):
