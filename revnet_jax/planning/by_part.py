@@ -56,6 +56,8 @@ def kernels(text: str, chip: Chip) -> list[Kernel]:
     module = parse(text)
     found, of_most = [], {}
     for instruction, computation, times, moved in leaves(module):
+        if moved.ici_bytes or moved.dcn_bytes:  # a collective
+            continue
         products = _products(module, computation, instruction)
         # Products in one fusion take turns; the kernel's memory traffic overlaps with them.
         seconds = sum(flops / (share * chip.peak_flops) for flops, share in products)

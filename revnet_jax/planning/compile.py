@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from revnet_jax.config import references
-from revnet_jax.planning.topology import Topology
+from revnet_jax.planning.topology import LOCAL, Topology
 
 PROCESSES = 2  # each uses one core for minutes, and up to two GiB
 DEFAULT_CACHE_DIR = Path("~/.cache/revnet_jax/compiled")
@@ -98,8 +99,10 @@ class Compiler:
     ) -> dict[str, CompiledStep | NotCompiled]:
         """Compiles a step for each named config. settings: by config name, then by dotted key."""
         results: dict[str, CompiledStep | NotCompiled] = {}
+        # One process at a time can open a TPU.
+        alone = self.topology.name == LOCAL and importlib.util.find_spec("libtpu") is not None
         # Threads suffice, because they only wait for processes.
-        with ThreadPoolExecutor(PROCESSES) as threads:
+        with ThreadPoolExecutor(1 if alone else PROCESSES) as threads:
             names = {threads.submit(self._step, each): name for name, each in settings.items()}
             try:
                 for future in as_completed(names):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import re
+import subprocess
+import sys
 from typing import Any, NamedTuple
 
 from revnet_jax.errors import UserError
@@ -55,9 +58,9 @@ class Topology(NamedTuple):
 
     @property
     def num_devices(self) -> int:
-        """The number of devices as JAX counts them; for this machine, imports JAX and asks it."""
+        """The number of devices as JAX counts them; TopologyError if this machine has none."""
         if self.chip is None:
-            return len(topology_devices(self))
+            return _local_devices(self.environment)
         chips = self.slices * math.prod(map(int, self.shape.split("x")))
         return chips * (2 if self.chip == "tpu7x" else 1)  # a tpu7x chip is two devices
 
@@ -77,6 +80,21 @@ class Topology(NamedTuple):
             "TPU_WORKER_HOSTNAMES": "localhost",
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         }
+
+
+def _local_devices(environment):
+    # In a process of its own, since one that has asked JAX keeps the devices until it ends, and
+    # those that compile need them.
+    command = [sys.executable, "-c", "import jax; print(len(jax.devices()))"]
+    asked = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    if asked.returncode:
+        raise TopologyError(
+            f"got topology {LOCAL!r}, but JAX finds no device here: "
+            f"{asked.stderr.strip().rpartition(chr(10))[2]}"
+        )
+    return int(asked.stdout.split()[-1])
 
 
 def parse_topology(name: str) -> Topology:

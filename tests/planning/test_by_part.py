@@ -89,6 +89,14 @@ def test_parts_have_the_work_of_all_rounds_of_their_loops():
         assert rows["all"][key] == pytest.approx(sum(rows[p][key] for p in rows if p != "all"))
 
 
+def test_what_is_sent_is_no_kernel():
+    text = TEXT.replace("HloModule jit_step,", "HloModule jit_step, num_partitions=4,")
+    copy = "  %moved = bf16[4096,1024]{0,1} copy(%s)"
+    assert copy in text
+    sent = "  %sum = bf16[4096,1024]{1,0} all-reduce(%s), replica_groups={{0,1,2,3}}, to_apply=%add"
+    assert table(text.replace(copy, f"{sent}\n{copy}"), H200) == table(TEXT, H200)
+
+
 def test_a_kernel_takes_as_long_as_its_arithmetic_or_its_memory():
     found = {kernel.name: kernel for kernel in by_part.kernels(TEXT, H200)}
     products, memory = by_part.PRODUCTS["bf16"] * H200.peak_flops, by_part.MEMORY * 4.8e12

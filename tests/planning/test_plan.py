@@ -1,10 +1,12 @@
 """Plans: from what compilers say to a table and a recommendation."""
 
+import importlib.machinery
 import json
 import pathlib
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor as pool
 
 import jax
 import pytest
@@ -12,6 +14,7 @@ import pytest
 import revnet_jax
 from revnet_jax.config import flatten, language_model
 from revnet_jax.errors import UserError
+from revnet_jax.planning import compile as compile_steps
 from revnet_jax.planning import worker
 from revnet_jax.planning.compile import CompiledStep, Compiler, NotCompiled
 from revnet_jax.planning.largest import Largest, largest_that_fits
@@ -427,6 +430,17 @@ def test_settings_that_do_not_go_together_are_a_line(step_config, tmp_path):
     (step,) = compiler.steps({"wrong": settings}).values()
     assert step.error.startswith("config.model: got backprop='backwards', expected one of")
     assert lines[0].startswith("[1/1] wrong: config.model: got backprop='backwards'")
+
+
+@pytest.mark.parametrize(("topology", "processes"), [("local", 1), ("v5e:2x2", 2)])
+def test_a_tpu_is_opened_by_one_process_at_a_time(topology, processes, tmp_path, monkeypatch):
+    found = importlib.machinery.ModuleSpec("libtpu", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: found)
+    made = []
+    monkeypatch.setattr(compile_steps, "ThreadPoolExecutor", lambda n: made.append(n) or pool(n))
+    compiler = Compiler(parse_topology(topology), tmp_path, print)
+    assert compiler.steps({}) == {}
+    assert made == [processes]
 
 
 def worker_that_prints(monkeypatch, stdout, status=0):

@@ -50,3 +50,10 @@ def test_a_program_for_a_tpu_that_is_not_here(name, printed):
         check=True,
     )
     assert result.stdout.split("\n")[0] == printed
+
+
+def test_this_machine_is_asked_in_a_process_of_its_own(monkeypatch):
+    assert parse_topology("local").num_devices == 2
+    monkeypatch.setenv("JAX_PLATFORMS", "nothing")  # too late for this process
+    with pytest.raises(TopologyError, match=r"JAX finds no device here: .*nothing"):
+        _ = parse_topology("local").num_devices
