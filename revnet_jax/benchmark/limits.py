@@ -41,6 +41,8 @@ def find_limit(
 ) -> dict[str, Any]:
     """A row: the largest batch, or number of layers, and the speed there.
 
+    `exact` says whether the next larger size was compiled too and does not fit.
+
     Args:
       layers: where the search starts; if it is along this axis, it takes multiples of that.
       batch: the same for the batch.
@@ -83,7 +85,8 @@ def find_limit(
         **sizes,
         axis: n,
     }
-    row |= {"largest": n, "limit_bytes": limit_bytes, "unit": model.unit}
+    row |= {"largest": n, "exact": found.exact and n == (found.size or 0)}
+    row |= {"limit_bytes": limit_bytes, "unit": model.unit}
     row["step_bytes"] = entrants[n].step_bytes() if n else None
     row["examples_per_second"] = model.examples(row["batch"]) / seconds if seconds else None
     return row

@@ -124,7 +124,7 @@ LIMIT_COLUMNS = {
     "dtype": _text("dtype"),
     "axis": _text("axis"),
     "strategy": _text("strategy"),
-    "largest": _number("largest", "{:,.0f}"),
+    "largest": lambda row, store: f"{row['largest']:,}" + " or more" * (not row["exact"]),
     "layers": _text("layers"),
     "batch": _text("batch"),
     "step, GiB": _number("step_bytes", "{:.2f}", GIB),

@@ -76,6 +76,7 @@ class Entrant:
         self.gradient: Any = None  # of the first step; dropped after the comparison
         self.gradient_error: float | None = None
         self.gradient_noise: float | None = None
+        self.earlier_mismatches: int | None = None  # of a first step that was run twice
         self.compile_seconds = 0.0
         self.rss_bytes: int | None = None
         self.device_bytes: int | None = None
@@ -110,6 +111,7 @@ class Entrant:
         # copy stays on the device, where the gradients are compared.
         self.gradient = jax.tree.map(jnp.copy, self.program.gradient(self.state))
         if jax.default_backend() == "gpu":
+            self.earlier_mismatches = self._mismatches()
             self.state = self.batch = None  # frees the memory of the first
             self.state, self.batch = init()
             self._advance()
@@ -127,6 +129,16 @@ class Entrant:
     def step_bytes(self) -> int:
         """Peak memory of the step: the compiler's figure for the compiled program."""
         return program_bytes(self.compiled.memory_analysis(), jax.default_backend())
+
+    @property
+    def mismatches(self) -> int | None:
+        """Elements of rebuilt inputs that differed, in all steps; None if nothing is rebuilt."""
+        now = self._mismatches()
+        return None if now is None else now + (self.earlier_mismatches or 0)
+
+    def _mismatches(self):
+        found = self.metrics.get("exact_mismatches")
+        return None if found is None else int(found)
 
     def _advance(self, steps=1):
         for _ in range(steps):
@@ -236,8 +248,8 @@ def describe_entrant(
         row["gradient_error"] = entrant.gradient_error
     if entrant.gradient_noise is not None:
         row["gradient_noise"] = entrant.gradient_noise
-    if "exact_mismatches" in entrant.metrics:
-        row["mismatches"] = int(entrant.metrics["exact_mismatches"])
+    if entrant.mismatches is not None:
+        row["mismatches"] = entrant.mismatches
     return row
 
 

@@ -286,7 +286,14 @@ def run_suite(
       limit_bytes: the memory that searches fill; by default what the device reports.
       minutes: time budget; parts that may take longer than is left are skipped. By default the
         suite's.
+
+    Raises UserError for `limit_bytes` without a search.
     """
+    if limit_bytes is not None and not suite.searches:
+        raise UserError(
+            "got limit_gib where no limit is searched, expected it for mlp, transformer or revnet "
+            "with --suite=gpu"
+        )
     minutes = suite.minutes if minutes is None else minutes
     budget = Budget(None if minutes is None else 60 * minutes)
     say = lambda *words: print(*words, file=sys.stderr, flush=True)
@@ -301,8 +308,9 @@ def run_suite(
             with budget.spend(part.may_take_seconds):
                 # All rows of a part before any is yielded: a part that fails is one row, its error.
                 rows = list(part.measure())
-        except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
-            # Out of memory, or what a device lacks. Any other error is a mistake and ends the run.
+        except (jax.errors.JaxRuntimeError, NotImplementedError, UserError) as error:
+            # Out of memory, what a device lacks, or sizes that a model cannot have. Any other error
+            # is a mistake and ends the run.
             message = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             say(f"failed: {part.title}: {message}")
             rows = [part.sizes | {"error": message}]

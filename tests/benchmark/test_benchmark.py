@@ -143,12 +143,14 @@ def test_limits_are_within_the_memory_given_and_found_by_every_strategy():
         assert row["largest"] % 4 == 0
         assert row["step_bytes"] <= row["limit_bytes"]
         assert row["examples_per_second"] > 0
+        assert row["exact"] == ("or more" not in as_tables([row]))
     assert 4 <= store["largest"] < reverse["largest"]
 
 
 def test_what_does_not_fit_at_all_has_the_limit_0():
     row = find_limit(MLP, "store", "batch", layers=4, batch=256, limit_bytes=1000)
     assert row["largest"] == row["batch"] == 0
+    assert row["exact"]
     assert row["examples_per_second"] is None
     assert "|       0 |" in as_tables([row])
 
@@ -198,7 +200,7 @@ def test_tables_leave_out_what_was_not_measured(rows):
 def test_the_plot_is_small(rows, tmp_path):
     figure = pytest.importorskip("matplotlib.figure").Figure
     limit = {"model": "mlp", "dtype": "float32", "axis": "batch", "largest": 8}
-    limit["examples_per_second"] = 3.5
+    limit |= {"exact": True, "examples_per_second": 3.5}
     limits = [{**limit, "strategy": name} for name in BASIC]
     draw_benchmark(rows + limits, figure).savefig(tmp_path / "plot.png", dpi=100)
     assert 5_000 < (tmp_path / "plot.png").stat().st_size < 150_000
@@ -327,6 +329,35 @@ def test_a_setting_that_fails_is_a_row_and_the_next_is_measured(capsys, monkeypa
     assert failed == sizes | {"error": error}
     assert row == {"layers": 4}
     assert f"failed: mlp in float32, 2 layers, batch 8: store: {error}" in capsys.readouterr().err
+
+
+def test_sizes_that_a_later_model_cannot_have_do_not_lose_what_was_measured(step_config):
+    good = Setting(MLP, 4, 8, ("store",), seconds=0)
+    wrong = Setting(ConfigModel(step_config), 5, 8, ("store",), seconds=0)
+    row, failed = benchmark_suites.run_suite(Suite((good, wrong)))
+    assert row["layers"] == 4
+    assert failed["error"].startswith("UserError: got 5 layers, expected a multiple of the 2")
+
+
+def test_a_limit_without_a_search_is_a_mistake():
+    suite = Suite((Setting(MLP, 4, 8, ("store",), seconds=0),))
+    with pytest.raises(UserError, match="got limit_gib where no limit is searched, expected"):
+        next(benchmark_suites.run_suite(suite, limit_bytes=2**30))
+
+
+def test_mismatches_of_a_first_step_that_is_run_twice_count(monkeypatch):
+    entrant = Entrant("reverse", MLP.program("reverse", 4, 8))
+    entrant.compile()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    advance = Entrant._advance
+
+    def advance_badly(self, steps=1):
+        advance(self, steps)
+        self.metrics = {"exact_mismatches": 3 if self.gradient is None else 4}
+
+    monkeypatch.setattr(Entrant, "_advance", advance_badly)
+    entrant.start()
+    assert entrant.mismatches == 7
 
 
 @pytest.mark.thorough
