@@ -18,6 +18,7 @@ from revnet_jax.tables import markdown
 # Settings by which runs of one experiment may differ: seed, data loading, logging and profiling.
 SAME = ("seed", "data.dir", "data.verify_images", "data.num_threads", "data.prefetch")
 SAME += ("profile.start_step", "profile.num_steps", "log_every_steps", "checkpoint_every_steps")
+SAME += ("tracker",)
 
 
 @dataclass(frozen=True)
@@ -160,9 +161,13 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def grouped(runs: Sequence[Run]) -> list[RunGroup]:
-    """Groups runs by their settings (except `SAME`), sorted by the settings that differ."""
+    """Groups runs by their settings (except `SAME`), sorted by the settings that differ.
+
+    A setting that runs lack, as those from before there was such a choice, divides none if all that
+    have it agree.
+    """
     keys = dict.fromkeys(key for run in runs for key in run.settings if key not in SAME)
-    values = lambda key: {json.dumps(run.settings.get(key)) for run in runs}
+    values = lambda key: {json.dumps(run.settings[key]) for run in runs if key in run.settings}
     differing = [key for key in keys if len(values(key)) > 1]
     groups: dict[str, RunGroup] = {}
     for run in runs:

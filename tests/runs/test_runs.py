@@ -90,6 +90,16 @@ def test_settings_of_older_runs_are_those_of_today(write, tmp_path):
     ]
 
 
+def test_a_setting_that_is_newer_than_some_runs_divides_none_unless_others_differ(write, tmp_path):
+    rows = [{"step": 1, "train_loss": 1.0}]
+    write("new/a", rows)
+    write("new/b", rows, seed=1, model={"checked": True}, tracker="wandb")
+    labels = lambda: [(g.label, len(g.runs)) for g in grouped(find_runs([str(tmp_path)], silent))]
+    assert labels() == [("all", 2)]
+    write("new/c", rows, model={"checked": False})
+    assert sorted(labels()) == [("checked=False", 1), ("checked=None", 1), ("checked=True", 1)]
+
+
 def test_curves_are_drawn(sweep, tmp_path):
     groups = grouped(find_runs([str(sweep)], silent))
     figure = draw_runs(
