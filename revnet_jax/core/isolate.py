@@ -21,6 +21,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
+from jax.sharding import NamedSharding
 
 
 def isolate(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -266,10 +267,21 @@ def _transpose(cotangents, *arguments, program, witnessed):
             return [outputs[i] for i in given]
 
         like = [ad.instantiate_zeros(ad.Zero(aval)) for aval in avals]  # zeros keep the sharding
-        return jax.linear_transpose(linear, *like)(cotangents)
+        found = jax.linear_transpose(linear, *like)(cotangents)
+        return [_sharded_as(aval, cotangent) for aval, cotangent in zip(avals, found, strict=True)]
 
     found = iter(isolate(transposed, known, [cotangents[i] for i in given]))
     return [next(found) if linear else None for linear in is_linear]
+
+
+def _sharded_as(aval, cotangent):
+    # On meshes of Explicit axes JAX gives an unsharded factor of a sharded array a sharded
+    # cotangent, and refuses it where it is added to others.
+    found = jax.typeof(cotangent).sharding
+    if found.spec == aval.sharding.spec:
+        return cotangent
+    # An array from outside of the mesh's context has a sharding of no mesh.
+    return jax.sharding.reshard(cotangent, NamedSharding(found.mesh, aval.sharding.spec))
 
 
 def _batch(axis, arguments, places, *, program, witnessed):

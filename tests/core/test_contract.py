@@ -1,6 +1,7 @@
 """The contract: every coupling and block x every law. A new one adds a row to `ROWS`."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from revnet_jax.core import (
     STRATEGIES,
@@ -40,7 +42,7 @@ def branch(params, *args):
     *streams, context = args
     hidden = jnp.tanh(sum(streams[1:], start=streams[0]) @ params["w"]) * context.shared
     keep = jax.random.bernoulli(context.data["key"], 0.8, hidden.shape)
-    return jnp.where(keep, hidden, jnp.zeros_like(hidden)) @ params["v"]
+    return hidden * keep.astype(hidden.dtype) @ params["v"]
 
 
 def pair_branch(params, x, context):
@@ -210,6 +212,14 @@ def chain_loss(params_L, x, shared, data_L, block, backprop, probe=None, **optio
     return loss(chain(block, params_L, x, **options)[0])
 
 
+def naive_loss(row, depth, params_L, x, shared, data_L):
+    """Without scan, grid or custom gradient."""
+    for i in range(depth):
+        params, data = jax.tree.map(lambda leaf, i=i: leaf[i], (params_L, data_L))
+        x = row.naive(params, x, Context(shared, data))
+    return loss(x)
+
+
 def loss(y):
     return sum(jnp.mean(jnp.sin(stream * (i + 1))) for i, stream in enumerate(y))
 
@@ -293,23 +303,51 @@ def test_gradient_equals_the_naive_program(name):
     with jax.enable_x64(True):
         args = arguments(row, depth, jnp.float64)
 
-        def naive_loss(params_L, x, shared, data_L):
-            for i in range(depth):
-                params, data = jax.tree.map(lambda leaf, i=i: leaf[i], (params_L, data_L))
-                x = row.naive(params, x, Context(shared, data))
-            return loss(x)
-
         def both(*args):
             grad = jax.value_and_grad(chain_loss, argnums=(0, 1, 2))
-            free = row.make(None)
-            return (
-                jax.value_and_grad(naive_loss, argnums=(0, 1, 2))(*args),
-                grad(*args, free, "reverse"),
-            )
+            naive = jax.value_and_grad(functools.partial(naive_loss, row, depth), (0, 1, 2))
+            return naive(*args), grad(*args, row.make(None), "reverse")
 
         (true_value, true_grads), (value, grads) = toy.jit(both)(*args)
         np.testing.assert_allclose(value, true_value, rtol=1e-12)
         assert toy.relative_error(grads, true_grads) < 1e-10
+
+
+@pytest.mark.thorough
+@every_row
+def test_products_with_the_hessian_are_those_of_the_naive_program(name):
+    """Forward over reverse, for parameters, streams and shared inputs."""
+    row, depth = ROWS[name], 3
+    with jax.enable_x64(True):
+        *args, data_L = arguments(row, depth, jnp.float64)
+
+        def product(loss):
+            gradient = jax.grad(lambda *args: loss(*args, data_L), argnums=(0, 1, 2))
+            return jax.jvp(gradient, tuple(args), tuple(jax.tree.map(jnp.cos, args)))[1]
+
+        free = lambda *args: chain_loss(*args, row.make(None), "reverse")
+        naive = functools.partial(naive_loss, row, depth)
+        got, true_product = toy.jit(lambda: (product(free), product(naive)))()
+        for one, true_one in zip(got, true_product, strict=True):
+            assert toy.relative_error(one, true_one) < 1e-10
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("backprop", "depth"), [("reverse", 1), ("reverse", 3), ("store", 3)])
+@every_row
+def test_on_a_mesh_whose_axes_are_types(name, backprop, depth):
+    """Explicit ones: streams are split by examples, parameters and shared inputs are not."""
+    row = ROWS[name]
+    params_L, x, shared, data_L = arguments(row, depth)
+    gradient = toy.jit(
+        jax.grad(lambda *args: chain_loss(*args, row.make(Grid()), backprop), argnums=(0, 1, 2))
+    )
+    expected = gradient(params_L, x, shared, data_L)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        split = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+        got = gradient(params_L, split, shared, data_L)
+    assert toy.relative_error(jax.device_get(got), expected) < 1e-5
 
 
 @one_row

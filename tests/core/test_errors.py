@@ -468,6 +468,14 @@ def test_a_collective_over_an_axis_that_the_rewind_does_not_know():
         jax.grad(total)(PARAMS_L, "reverse")
     assert "\n" not in str(caught.value)
 
+    def advised(params_L, backprop):
+        one = lambda params_L, x: jnp.sum(chain(block, params_L, x, backprop=backprop)[0][0])
+        return jax.vmap(jax.grad(one), (None, 0), axis_name="batch")(params_L, rows)
+
+    jax.tree.map(
+        np.testing.assert_array_equal, advised(PARAMS_L, "reverse"), advised(PARAMS_L, "store")
+    )
+
 
 def test_free_streams_may_be_narrow():
     block = reversible_block(double, double, grid=None)

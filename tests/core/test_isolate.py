@@ -106,7 +106,15 @@ def test_step_by_step():
 
 @pytest.mark.parametrize("backprop", ["store", "remat", "reverse"])
 @pytest.mark.parametrize(
-    "transform", [lambda f: toy.jit(jax.grad(f)), lambda f: jax.grad(toy.jit(f))]
+    "transform",
+    [
+        lambda f: toy.jit(jax.grad(f)),
+        lambda f: jax.grad(toy.jit(f)),
+        thorough(lambda f: toy.jit(jax.grad(jax.checkpoint(f)))),
+        thorough(lambda f: toy.jit(lambda *args: vmapped(jax.grad(f), *of_two(*args)))),
+        thorough(lambda f: jax.grad(lambda *args: jnp.sum(scanned(f, *of_two(*args))))),
+    ],
+    ids=["jit_of_grad", "grad_of_jit", "checkpoint", "vmap", "scan"],
 )
 def test_a_branch_that_closes_over_traced_values_of_any_kind(transform, backprop):
     def masked_loss(params, mask, key):
@@ -118,6 +126,18 @@ def test_a_branch_that_closes_over_traced_values_of_any_kind(transform, backprop
 
     with pytest.raises(ValueError, match=r"closes over traced values \(int32.*key.*`data_L`"):
         transform(masked_loss)(params_L(3), jnp.ones((ROWS, 1), jnp.int32), jax.random.key(0))
+
+
+def of_two(params, mask, key):
+    return params, mask, jax.random.split(key)
+
+
+def vmapped(f, params, mask, keys):
+    return jax.vmap(f, (None, None, 0))(params, mask, keys)
+
+
+def scanned(f, params, mask, keys):
+    return jax.lax.map(lambda key: f(params, mask * 1, key), keys)
 
 
 def test_intermediates_that_differ_are_a_mismatch():

@@ -330,6 +330,9 @@ def test_an_inverse_without_the_residue_it_needs():
     sequence_inverse(sections, y, residues)
     with pytest.raises(ValueError, match=r"got no residue, .*`sequence_forward`.*flow.*grid=None"):
         sequence_inverse(sections, y)
+    free = [Section(reversible_block(pair, pair, coupling=affine(), grid=None), PARAMS_L)]
+    for back, latent in zip(sequence_forward(free, sequence_inverse(free, y))[0], y, strict=True):
+        np.testing.assert_allclose(back, latent, rtol=1e-5)
 
 
 @pytest.mark.parametrize("gamma", [0.49, 1.0, -0.5])
