@@ -46,11 +46,12 @@ def groups():
 
 
 def programs(names, pairs):
-    """ResNets have no inverse: they rematerialise."""
+    """Networks of one stream have no inverse: they rematerialise."""
     for name in names:
         for dtype, backprop in pairs:
-            no_inverse = backprop == "reverse" and "resnet" in name
-            yield f"{name}/{dtype}/{'remat' if no_inverse else backprop}"
+            one_stream = "resnet" in name or name.endswith("_finetune")
+            backward = "remat" if one_stream and backprop == "reverse" else backprop
+            yield f"{name}/{dtype}/{backward}"
 
 
 def check(topology, asked):
