@@ -40,7 +40,7 @@ def test_experiments_and_programs_by_name(monkeypatch, capsys):
     assert "Experiments: cifar10_irevnet, " in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_wheel_trains_where_nothing_else_of_the_clone_is(tmp_path):
     """The dependencies alone are lent by the environment of this test."""
     clone, empty = tmp_path / "clone", tmp_path / "empty"

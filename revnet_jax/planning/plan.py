@@ -110,7 +110,7 @@ def plan(
 
 
 def refused(settings: Mapping[str, Mapping[str, Any]], compiler: Compiler) -> dict[str, str]:
-    """Reports the strategies that cannot be trained, and returns the reasons by strategy.
+    """Reports what is left out, and returns the strategies that cannot be trained, with reasons.
 
     Args:
       settings: by strategy, then by dotted key.
@@ -124,6 +124,11 @@ def refused(settings: Mapping[str, Mapping[str, Any]], compiler: Compiler) -> di
     for error in dict.fromkeys(found.values()):
         names = [name for name in found if found[name] == error]
         compiler.report(f"left out {', '.join(names)}: {error}")
+    if compiler.topology.is_gpu and any(each["deterministic"] for each in settings.values()):
+        compiler.report(
+            "left out config.deterministic: XLA asks the GPU itself for such kernels, and it is "
+            "not here"
+        )
     return found
 
 

@@ -114,6 +114,16 @@ def test_where_time_goes_is_said_of_gpus_alone(step_config):
     )
 
 
+def test_kernels_that_only_a_gpu_can_name_are_left_out(step_config):
+    step_config.deterministic = True
+    compiler = FakeCompiler(say)
+    plan(flatten(step_config), compiler, strategies=["reverse"])
+    assert compiler.lines == []
+    compiler.topology = Topology("h100:1", "h100", "1")
+    plan(flatten(step_config), compiler, strategies=["reverse"])
+    assert re.match("left out config.deterministic: XLA asks the GPU", *compiler.lines)
+
+
 def test_rows_say_what_fits_and_what_it_is_made_of(step_config):
     names = ["store", "remat", "reverse"]
     report = plan(flatten(step_config), FakeCompiler(say), strategies=names)
