@@ -131,8 +131,8 @@ def build_task(
 
 # Settings of every model that `_options` reads.
 _RESOLVED = (
-    *("family", "backprop", "stored_layers", "unroll", "compute_dtype", "param_dtype"),
-    *("grid", "grid_bits", "check_exactness"),
+    *("family", "backprop", "stored_layers", "unroll", "keep_operands"),
+    *("compute_dtype", "param_dtype", "grid", "grid_bits", "check_exactness"),
 )
 
 
@@ -149,6 +149,7 @@ def _options(config: ConfigDict, stored_layers: int | None) -> ModelOptions:
         backprop=strategies if len(strategies) > 1 else strategies[0],
         stored_layers=stored_layers,
         unroll=model.unroll,
+        keep_operands=model.keep_operands,
         compute_dtype=DTYPES[model.compute_dtype],
         param_dtype=DTYPES[model.param_dtype],
         grid=Grid(model.grid_bits) if model.grid else None,

@@ -77,6 +77,7 @@ def experiment() -> ConfigDict:
     config.model.backprop = "reverse"  # store | remat_dots | remat | offload | reverse
     config.model.stored_layers = 0  # how many of the last layers are stored; -1: as many as fit
     config.model.unroll = 1  # layers per loop iteration, with store or reverse; all: no loop
+    config.model.keep_operands = False  # of products, for the derivative: faster under reverse
     config.model.compute_dtype = "float32"  # float32 | bfloat16
     config.model.param_dtype = "float32"  # float32 | bfloat16: of kernels, embeddings
     config.model.grid = True  # exact streams; False lets them drift

@@ -11,6 +11,7 @@ from revnet_jax.core.block import (
 )
 from revnet_jax.core.blocks import (
     bdia_block,
+    keeping_operands,
     meft_block,
     momentum_block,
     multi_stream_block,
@@ -60,6 +61,7 @@ __all__ = [
     "bdia_block",
     "chain",
     "check_reversible",
+    "keeping_operands",
     "leapfrog",
     "meft_block",
     "momentum",

@@ -129,12 +129,14 @@ class HalfStep:
       updates: index of the stream that is updated.
       reads: indices of the streams that the branch sees; never the updated stream.
       coupling: how `u` is merged into the stream, and removed from it again.
+      keep_operands: see `keeping_operands`.
     """
 
     branch: Callable[..., tuple[Any, Any]]
     updates: int
     reads: tuple[int, ...]
     coupling: Coupling
+    keep_operands: bool = False
 
     def __post_init__(self):
         if not isinstance(self.coupling, Coupling):
@@ -171,7 +173,9 @@ class HalfStep:
             return pair
 
         reads = tuple(streams[i] for i in self.reads)
-        (u, aux), reads, checksum = evaluate_branch(branch, params, reads, context)
+        (u, aux), reads, checksum = evaluate_branch(
+            branch, params, reads, context, keep_operands=self.keep_operands
+        )
         streams = list(streams)
         for i, stream in zip(self.reads, reads, strict=True):
             streams[i] = stream

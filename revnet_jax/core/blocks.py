@@ -7,6 +7,7 @@ Branches are pure functions `(params, *streams read, context) -> u`, or `-> (u, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import jax
@@ -225,6 +226,21 @@ def meft_block(
     branches = zip((f, g), (0, 1), scales, strict=True)
     steps = (HalfStep(_with_aux(b, has_aux), i, (1 - i,), scaled(s)) for b, i, s in branches)
     return Block(tuple(steps), grid, order=(1, 0))
+
+
+def keeping_operands(block: Block) -> Block:
+    """The block whose branches keep the operands of their products for the derivative.
+
+    By default a derivative computes them again, from the fewest bytes that suffice. The operands
+    are in memory in any case, so that this saves passes over memory wherever the residuals of one
+    layer live at a time: under `reverse`, where memory stays as it was. Under `store` every layer
+    keeps more. The choice changes how gradients are rounded, alike under all strategies.
+
+    Compiled for an H100, a step of lm_124m at batch 16: `reverse` 0.95 of the predicted time,
+    `store` 0.95 of the time and 1.18 of the memory (docs/planning.md).
+    """
+    steps = (replace(step, keep_operands=True) for step in block.half_steps)
+    return replace(block, half_steps=tuple(steps))
 
 
 def _with_aux(branch: Branch, has_aux: bool = False, num_reads: int = 1) -> Branch:

@@ -43,7 +43,12 @@ def without_isolation() -> Generator[None]:
 
 
 def evaluate_branch(
-    function: Callable[..., Any], params: Any, reads: Any, context: Any
+    function: Callable[..., Any],
+    params: Any,
+    reads: Any,
+    context: Any,
+    *,
+    keep_operands: bool = False,
 ) -> tuple[Any, Any, jax.Array]:
     """Evaluates a branch as an isolated program: `(outputs, reads, checksum)`.
 
@@ -57,8 +62,8 @@ def evaluate_branch(
 
     Cost: under differentiation the residuals (results of products, convolutions and sums) are
     written to memory once, even if no strategy keeps them. The derivative recomputes elementwise
-    arithmetic (see `fewest_residuals`). Derivatives of any order, `vmap` and `jax.checkpoint` work
-    as for a plain call.
+    arithmetic, but for the operands of products with `keep_operands` (see `fewest_residuals`).
+    Derivatives of any order, `vmap` and `jax.checkpoint` work as for a plain call.
     """
     arguments = params, reads, context
     if _in_the_open.get():
@@ -66,7 +71,9 @@ def evaluate_branch(
     # Keeping parameters and context costs nothing, because the chain holds them anyway. Keeping
     # the streams that are read costs memory.
     of_reads = (False, True, False)
-    outputs, passed, checksum = _evaluate(function, arguments, call_witnessed, of_reads, of_reads)
+    outputs, passed, checksum = _evaluate(
+        function, arguments, call_witnessed, of_reads, of_reads, keep_operands
+    )
     # `passed` are the floating-point leaves of `reads`, in their order.
     floats, others = trees.split(reads)
     reads = trees.join(jax.tree.unflatten(jax.tree.structure(floats), passed), others)
@@ -80,7 +87,7 @@ def isolated_derivative(function: Callable[..., Any], *arguments: Any) -> Any:
     return _evaluate(function, arguments, run, costly=every, passes=none)[0]
 
 
-def _evaluate(function, arguments, run_program, costly, passes):
+def _evaluate(function, arguments, run_program, costly, passes, keep_operands=False):
     """(outputs, the floating-point leaves of the arguments marked in `passes`, checksum).
 
     run_program: `(program, leaves) -> (outputs, checksum)`.
@@ -121,7 +128,7 @@ def _evaluate(function, arguments, run_program, costly, passes):
         # What has no tangent (a frozen weight, a constant) asks for no residuals.
         moves = [not isinstance(tangent, SymbolicZero) for tangent in tangents[0]]
         (floats, others), given, linear_map, checksum = _linearize(
-            called, *primals, moves, run_program, costs
+            called, *primals, moves, run_program, costs, keep_operands
         )
 
         # Transposed, it adds two cotangents of each read: that by the branch, and that by later
@@ -145,7 +152,7 @@ def _evaluate(function, arguments, run_program, costly, passes):
     return run(floats, others)
 
 
-def _linearize(called, floats, others, moves, run_program, costs):
+def _linearize(called, floats, others, moves, run_program, costs, keep_operands):
     """(outputs as (floats, others), residuals, the derivative, checksum).
 
     moves: for each float, whether it has a tangent.
@@ -175,7 +182,8 @@ def _linearize(called, floats, others, moves, run_program, costs):
     jaxpr, constants = program.jaxpr, program.consts
     outputs, needed = jaxpr.outvars[:num_outputs], jaxpr.outvars[num_outputs:]
     # Inputs that are kept go to the derivative as arguments; only intermediates are returned.
-    kept = [v for v in fewest_residuals(jaxpr, needed, costly) if v not in jaxpr.invars]
+    kept = fewest_residuals(jaxpr, needed, costly, keep_operands=keep_operands)
+    kept = [v for v in kept if v not in jaxpr.invars]
     results, checksum = run_program(
         ClosedJaxpr(jaxpr.replace(outvars=[*outputs, *kept]), constants), arguments
     )

@@ -73,13 +73,13 @@ def _without_constants(arguments, program):
     return [*program.consts, *arguments], ClosedJaxpr(jaxpr, ())
 
 
-def _witness(first, *others):
+def _witness(first, *others, add_two):
     """(first, checksum of all): compilers must assume that the result depends on every array.
 
     The value of `first` does not change.
     """
     # The leading axis of the first array is taken for that of the examples.
-    sums = _checksums((first, *others), rows=first.shape[0] if first.ndim else 1)
+    sums = _checksums((first, *others), first.shape[0] if first.ndim else 1, add_two)
     # n (n + 1) is always even, but compilers do not know that, so `first` seems to depend on the
     # sums. A barrier alone would not do: compilers remove unread operands from it.
     # Where `never` holds, the sums are selected rather than a constant, because a compiler would
@@ -91,7 +91,20 @@ def _witness(first, *others):
     return first, jnp.sum(sums, dtype=jnp.int32)
 
 
-def _checksums(leaves, rows):
+def _sum_two(bits, axis):
+    """Sums two elements of each example: int32 [rows]. axis: where they are."""
+    # No reshape, by which TPU compilers would make the axis of examples the innermost one in
+    # memory: a row of 128 numbers would hold as many as there are examples, say 4.
+    return jnp.sum(bits, axis=tuple(range(1, bits.ndim)), dtype=jnp.int32)
+
+
+def _add_two(bits, axis):
+    """As `_sum_two`, for GPUs: a sum is a kernel each, all of these additions are one kernel."""
+    first, second = lax.split(bits, (1, 1), axis)
+    return (first + second).reshape(-1)
+
+
+def _checksums(leaves, rows, add_two):
     """int32 [rows]: for each example, a sum over its own elements and those of unbatched arrays.
 
     With one sum per example, devices that hold different examples need no communication. The first
@@ -106,14 +119,12 @@ def _checksums(leaves, rows):
             has_examples = leaf.shape[:1] == (rows,)
             # What is sliced: all examples, and the first element along every other axis.
             limits = [rows] * has_examples + [1] * (leaf.ndim - has_examples)
-            # Two elements of each example, not one: the sum of a single element would be a reshape,
-            # and TPU compilers would then make the axis of examples the innermost one in memory. A
-            # row of 128 numbers would hold as many as there are examples, say 4.
+            # Two elements of each example, not one, see `_sum_two`.
             if longer := [i for i, n in enumerate(leaf.shape) if n > limits[i]]:
                 limits[longer[-1]] = 2
             bits = _bits(lax.slice(leaf, [0] * leaf.ndim, limits))
             if has_examples:
-                sums += _mixed(jnp.sum(bits, axis=tuple(range(1, leaf.ndim)), dtype=jnp.int32))
+                sums += _mixed(add_two(bits, longer[-1]) if longer else bits.reshape(rows))
             else:
                 unbatched.append(bits.reshape(-1))
     # Concatenated, so that they take one kernel in total: a branch of a RevNet has ten such arrays.
@@ -177,7 +188,9 @@ def _lower_between_barriers(context, *arguments, program, witnessed, fix_layouts
     arguments = _lowered(context, enter, context.avals_in, arguments)
     outputs = mlir.lower_fun(lambda *arguments: run(*arguments))(context, *arguments)
     outputs = _lowered(context, leave, program.out_avals, outputs)
-    return _lower_witness(context, outputs, program) if witnessed else outputs
+    # Layouts are fixed on GPUs.
+    add_two = _add_two if fix_layouts else _sum_two
+    return _lower_witness(context, outputs, program, add_two) if witnessed else outputs
 
 
 def _lower_as_call(context, *arguments, program, witnessed):
@@ -193,15 +206,16 @@ def _lower_as_call(context, *arguments, program, witnessed):
         # The owner of an MLIR value is the operation that computed it: here the call.
         function_call = mlir.ir_tree_registry.flatten(outputs)[0][0].owner
         function_call.attributes["mhlo.frontend_attributes"] = mlir.ir.DictAttr.get(attributes)
-    return _lower_witness(context, outputs, program) if witnessed else outputs
+    return _lower_witness(context, outputs, program, _sum_two) if witnessed else outputs
 
 
-def _lower_witness(context, outputs, program):
+def _lower_witness(context, outputs, program, add_two):
     avals = program.out_avals
     # PRNG keys have an extended dtype, whose bits are out of reach here.
     seen = [i for i, a in enumerate(avals) if not jnp.issubdtype(a.dtype, jax.dtypes.extended)]
+    witness = functools.partial(_witness, add_two=add_two)
     first, checksum = _lowered(
-        context, _witness, [avals[i] for i in seen], [outputs[i] for i in seen]
+        context, witness, [avals[i] for i in seen], [outputs[i] for i in seen]
     )
     return [first, *outputs[1:], checksum]
 

@@ -4,6 +4,10 @@ Elementwise arithmetic costs less than writing its results and reading them back
 recomputes it from the results of products, convolutions and sums. The residuals are a minimum cut
 between those results and the values that the derivative needs (He & Yu 2023, "Transcending
 runtime-memory tradeoffs in checkpointing by being fusion aware", MLSys).
+
+Where memory is at hand, as under `reverse`, which keeps the residuals of one layer at a time, the
+operands of products are kept too. They are in memory anyway, and to compute one again is to read
+what it is made from and to write it once more.
 """
 
 from __future__ import annotations
@@ -37,13 +41,19 @@ _CALLS = {
 }
 
 
-def fewest_residuals(jaxpr: Any, needed: Sequence[Any], costly: Sequence[Any]) -> list[Any]:
+def fewest_residuals(
+    jaxpr: Any, needed: Sequence[Any], costly: Sequence[Any], *, keep_operands: bool = False
+) -> list[Any]:
     """The variables to keep, from which cheap arithmetic computes all that are needed.
 
     Args:
       needed: variables and literals of the jaxpr.
       costly: those of its inputs that cost memory to keep. The other inputs are available in the
         backward pass anyway, as is everything that depends on no input.
+      keep_operands: keep also every needed operand of a product or convolution that depends on a
+        costly input (weights in another dtype do not). Sums over the last
+        axis of what is at hand are then computed again: as nobody else reads them, compilers can
+        normalise in one pass, and in the derivative such a sum shares a pass with another.
 
     Among cuts of equal size, takes the one nearest to the needed variables.
     """
@@ -54,11 +64,11 @@ def fewest_residuals(jaxpr: Any, needed: Sequence[Any], costly: Sequence[Any]) -
     # Each variable is two nodes, "in" and "out". Cutting the edge between them means keeping it;
     # all other edges are infinite and cannot be cut. Nodes go by id: literals are not hashable.
     written, source, sink = set(map(id, costly)), "source", "sink"
-    given, edges = list(costly), []
+    given, edges, operands = list(costly), [], set()
     for equation in jaxpr.eqns:
         outputs = [v for v in equation.outvars if is_in_graph(v)]
         inputs = [v for v in equation.invars if is_in_graph(v)]
-        if _is_cheap(equation):
+        if _is_cheap(equation) or (keep_operands and _sums_last_axis(equation)):
             # To compute b again, each input a must be kept, or computed again in its turn.
             edges += [((id(a), "out"), (id(b), "in"), math.inf) for a in inputs for b in outputs]
             continue
@@ -70,16 +80,21 @@ def fewest_residuals(jaxpr: Any, needed: Sequence[Any], costly: Sequence[Any]) -
         # reduction is fused with the arithmetic that computes its inputs.
         if not equation.primitive.name.startswith("reduce"):
             written |= set(map(id, inputs))
+            operands |= set(map(id, inputs))
     variables = {id(v): v for e in jaxpr.eqns for v in e.outvars if is_in_graph(v)}
     variables |= {id(v): v for v in costly}
     for key, variable in variables.items():
         # Keeping a variable costs a write and a read; only the read if it is written anyway.
         edges.append(((key, "in"), (key, "out"), _bytes(variable) * (1 if key in written else 2)))
     edges += [(source, (id(v), "in"), math.inf) for v in given]
-    edges += [((id(v), "out"), sink, math.inf) for v in needed if is_in_graph(v)]
+    reads = depending_on(costly, jaxpr)  # not weights in another dtype, which are as large
+    anyway = {id(v) for v in needed if keep_operands and id(v) in operands and reads(v)}
+    computed = [v for v in needed if is_in_graph(v) and id(v) not in anyway]
+    edges += [((id(v), "out"), sink, math.inf) for v in computed]
     # Kept are the variables whose own edge crosses the cut.
     behind = _behind_minimum_cut(edges, source, sink)
-    return [v for k, v in variables.items() if (k, "out") in behind and (k, "in") not in behind]
+    is_cut = lambda key: (key, "out") in behind and (key, "in") not in behind
+    return [v for key, v in variables.items() if key in anyway or is_cut(key)]
 
 
 def computing_again(jaxpr: Any, kept: Sequence[Any], needed: Sequence[Any]) -> tuple[Any, list]:
@@ -104,6 +119,13 @@ def _is_cheap(equation):
         varies = depending_on(inner.jaxpr.invars, inner.jaxpr)
         return all(_is_cheap(e) for e in inner.eqns if any(map(varies, e.outvars)))
     return equation.primitive.name in _CHEAP
+
+
+def _sums_last_axis(equation):
+    if equation.primitive.name != "reduce_sum":
+        return False
+    (operand,) = equation.invars
+    return tuple(equation.params["axes"]) == (operand.aval.ndim - 1,)
 
 
 def _bytes(variable):

@@ -8,7 +8,15 @@ from typing import Any
 
 import jax
 
-from revnet_jax.core import STRATEGIES, Exactness, Layer, PlainLayer, chain
+from revnet_jax.core import (
+    STRATEGIES,
+    Block,
+    Exactness,
+    Layer,
+    PlainLayer,
+    chain,
+    keeping_operands,
+)
 from revnet_jax.models.model import ModelOptions, Strategy, Sweep, Variables
 from revnet_jax.models.partition import Rules, on_batch
 
@@ -50,7 +58,7 @@ class ChainModel(ABC):
         self.layers, self.invertible, self.grid = layers, invertible, options.grid
         self.compute_dtype, self.param_dtype = options.compute_dtype, options.param_dtype
         self.check_exactness = options.check_exactness
-        self._unroll = options.unroll
+        self._unroll, self._keep_operands = options.unroll, options.keep_operands
         self._strategy = Strategy(backprop, stored_layers, layers)
 
     @property
@@ -93,6 +101,8 @@ class ChainModel(ABC):
         backprop, stored_layers, _ = self._strategy
         if backprop == "reverse" and isinstance(layer, PlainLayer):
             backprop, stored_layers = "store", 0
+        if self._keep_operands and isinstance(layer, Block):
+            layer = keeping_operands(layer)
         return chain(
             layer,
             params_L,

@@ -48,6 +48,7 @@ class ModelOptions:
         `ConvNet` also takes a tuple with one per chain. "reverse" needs layers with an inverse.
       stored_layers: number of layers, counted from the last, that store instead.
       unroll: layers per iteration of the loop over layers (see `chain`).
+      keep_operands: keep the operands of products for the derivative (see `keeping_operands`).
       compute_dtype: of the branches (mixed precision); streams, normalisations, batch statistics
         and logits are float32.
       param_dtype: of kernels and embeddings; other parameters are float32.
@@ -59,6 +60,7 @@ class ModelOptions:
     backprop: Backprop | tuple[Backprop, ...] = "reverse"
     stored_layers: int = 0
     unroll: int = 1
+    keep_operands: bool = False
     compute_dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     grid: Grid | None = Grid()

@@ -24,6 +24,7 @@ COST = (
     "model.backprop",
     "model.check_exactness",
     "model.feed_forward_chunks",
+    "model.keep_operands",
     "model.loss_chunk",
     "model.stored_layers",
     "model.unroll",

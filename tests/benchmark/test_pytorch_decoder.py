@@ -9,7 +9,7 @@ from tests.small_run import ROOT
 
 # Settings that the script neither reads nor refuses.
 OF_REVERSIBLE_MODELS = {"backprop", "stored_layers", "unroll", "grid", "grid_bits"} | {
-    *("check_exactness", "reversible")
+    *("check_exactness", "reversible", "keep_operands")
 }
 OF_WHAT_IS_REFUSED = {"experts_per_token", "integrator_steps", "adapter_rank", "lora_alpha"} | {
     *("momentum", "nesterov", "frozen_dtype")

@@ -21,6 +21,7 @@ from revnet_jax.core import (
     affine,
     bdia_block,
     chain,
+    keeping_operands,
     leapfrog,
     meft_block,
     momentum_block,
@@ -259,6 +260,29 @@ def test_gradient_equals_store(name, depth):
             assert jax.tree.structure(grads) == jax.tree.structure(true_grads)
             for got, expected in zip(grads, true_grads, strict=True):
                 assert toy.relative_error(got, expected) < 1e-10
+
+
+@pytest.mark.parametrize("name", by_default([n for n in ROWS if n != "invertible"], "additive"))
+def test_operands_that_are_kept_change_no_gradient(name):
+    """But for its rounding: that of all strategies, as without; and streams are as exact."""
+    row, depth = ROWS[name], 3
+    with jax.enable_x64(True):
+        args = arguments(row, depth, jnp.float64)
+        block = row.make(Grid())
+
+        def gradients(params_L, x, shared, data_L):
+            grad = jax.grad(chain_loss, argnums=(0, 1, 2, 6))
+            run = lambda block, backprop, m: grad(
+                *(params_L, x, shared, data_L, block, backprop, Exactness.probe()), stored_layers=m
+            )
+            kept = [run(keeping_operands(block), *mix) for mix in [("store", 0), *mixtures(depth)]]
+            return run(block, "reverse", 0), kept
+
+        expected, found = toy.jit(gradients)(*args)
+        for *grads, exactness in found:
+            assert exactness.mismatches == 0
+            for got, true in zip(grads, expected[:3], strict=True):
+                assert toy.relative_error(got, true) < 1e-10
 
 
 @pytest.mark.thorough

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from revnet_jax.core import reversible_block
+from revnet_jax.core import keeping_operands, reversible_block
 from revnet_jax.core.block import Context
 from revnet_jax.core.evaluate import evaluate_branch
 from revnet_jax.core.isolate import depending_on
@@ -74,23 +74,26 @@ def test_no_other_set_costs_less(function):
     assert sum(map(size, kept)) == least > 0
 
 
+@pytest.mark.parametrize("keep_operands", [False, True])
 @pytest.mark.parametrize("function", [gelu, gated, normalised, rectified])
-def test_what_is_computed_again_is_what_was_needed(function):
+def test_what_is_computed_again_is_what_was_needed(function, keep_operands):
     program, x, needed = linearized(function)
-    kept = fewest_residuals(program.jaxpr, needed, [x])
+    kept = fewest_residuals(program.jaxpr, needed, [x], keep_operands=keep_operands)
     again, is_read = computing_again(program.jaxpr, kept, needed)
     w, x = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(6, 6), (4, 6)]))
     run = lambda outputs: jax.core.eval_jaxpr(program.jaxpr.replace(outvars=outputs), [], w, x)
     given = [value for value, is_it in zip([w, x, *run(kept)], is_read, strict=True) if is_it]
     names = {equation.primitive.name for equation in again.eqns}
-    assert not names & {"dot_general", "reduce_sum"}
+    assert not names & {"dot_general", "reduce_sum"} or (keep_operands and function is normalised)
+    assert "dot_general" not in names
     for value, expected in zip(jax.core.eval_jaxpr(again, [], *given), run(needed), strict=True):
         np.testing.assert_array_equal(value, expected)
 
 
-def kept_bytes(function, w, x):
+def kept_bytes(function, w, x, **options):
     """What the pullback of an evaluated branch holds, without its parameters."""
-    run = lambda w, x: evaluate_branch(lambda w, x, context: function(w, x), w, x, None)[0]
+    branch = lambda w, x, context: function(w, x)
+    run = lambda w, x: evaluate_branch(branch, w, x, None, **options)[0]
     _, pullback = jax.eval_shape(lambda w, x: jax.vjp(run, w, x), w, x)
     leaves = [leaf for leaf in jax.tree.leaves(pullback) if leaf.shape != w.shape]
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
@@ -100,6 +103,33 @@ def kept_bytes(function, w, x):
 def test_a_gated_branch_keeps_what_it_read_and_one_product(branch):
     w, x = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(8, 64), (1000, 8)])
     assert kept_bytes(branch, w, x) == 4 * 1000 * (8 + 64)
+
+
+def test_operands_of_products_are_kept_if_asked_for():
+    """What the second product reads, beside what the branch read and the first product."""
+    twice = lambda w, x: gelu(w, x) @ w.T
+    w, x = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(8, 64), (1000, 8)])
+    assert kept_bytes(twice, w, x) == 4 * 1000 * (8 + 64)
+    assert kept_bytes(twice, w, x, keep_operands=True) == 4 * 1000 * (8 + 64 + 64)
+
+
+def test_blocks_keep_operands_if_asked_for():
+    block = reversible_block(*[lambda w, x, c: gelu(w, x) @ w.T] * 2)
+    x, params = (jax.ShapeDtypeStruct((1000, 8), jnp.float32),) * 2, (jnp.ones((8, 64)),) * 2
+
+    def kept(block):
+        run = lambda params, x: block.forward(params, x, Context(None, None)).y
+        pullback = jax.eval_shape(lambda params, x: jax.vjp(run, params, x)[1], params, x)
+        return [leaf.shape for leaf in jax.tree.leaves(pullback)].count((1000, 64))
+
+    assert (kept(block), kept(keeping_operands(block))) == (2, 4)
+
+
+def test_the_sum_of_a_norm_is_computed_again_where_its_product_is_kept():
+    """So that the norm can be one pass: its sum has no reader but the norm itself."""
+    w, x = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(8, 8), (1000, 8)])
+    assert kept_bytes(normalised, w, x) == 4 * 1000 * (8 + 1)
+    assert kept_bytes(normalised, w, x, keep_operands=True) == 4 * 1000 * (8 + 8)
 
 
 def test_a_branch_of_bfloat16_does_not_keep_what_it_read_in_float32():

@@ -154,6 +154,7 @@ NETWORKS = {
         {**DECODER, "model.compute_dtype": "float32", "model.kv_heads": 4},
     ),
     "decoder, unrolled": (language_model, {**DECODER, "model.unroll": LAYERS}),
+    "decoder, operands kept": (language_model, {**DECODER, "model.keep_operands": True}),
     "decoder, dropout": (language_model, {**DECODER, "model.dropout": 0.1}),
     "decoder, experts": (language_model, {**DECODER, "model.experts": 4}),
     "decoder, windows": (

@@ -213,7 +213,7 @@ def check(found, keys):
         CHAINS[3:6],
         (*CHAINS[6:], "decoder, dropout"),
         ("decoder", "decoder, unrolled", "decoder, experts"),
-        ("decoder, BDIA", "decoder, LoRA"),
+        ("decoder, BDIA", "decoder, LoRA", "decoder, operands kept"),
         ("decoder, MEFT", "decoder, 8 bits"),
         ("RevViT", "RevNet", "RevNet, layers alone"),
     ],

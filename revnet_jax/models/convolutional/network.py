@@ -19,6 +19,7 @@ from revnet_jax.core import (
     Layer,
     PlainLayer,
     Section,
+    keeping_operands,
     reversible_block,
     sequence,
     sequence_inverse,
@@ -55,6 +56,7 @@ class ConvNet:
         options: ModelOptions = ModelOptions(),
     ):
         self.shape, self._unroll = shape, options.unroll
+        self._keep_operands = options.keep_operands
         self.compute_dtype, self.param_dtype = options.compute_dtype, options.param_dtype
         self.check_exactness, self.grid = options.check_exactness, options.grid
         self.groups = groups(shape)
@@ -264,7 +266,8 @@ class ConvNet:
 
         branches = [branch(module, i) for i, module in enumerate(self._branches[name])]
         if len(branches) == 2:
-            return reversible_block(*branches, has_aux=True, grid=self.grid)
+            block = reversible_block(*branches, has_aux=True, grid=self.grid)
+            return keeping_operands(block) if self._keep_operands else block
         (f,) = branches
 
         def residual(params, x, context):
