@@ -9,11 +9,9 @@ read.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Generator, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -28,7 +26,15 @@ from jax.experimental import multihost_utils
 from revnet_jax.errors import file_system, writing
 from revnet_jax.files import write_atomically
 from revnet_jax.runs import manifest
-from revnet_jax.runs.manager import Manager, NewestAndBest, silence_orbax, wait_for_others
+from revnet_jax.runs.manager import (
+    Manager,
+    NewestAndBest,
+    first_line,
+    is_of_machine,
+    reason,
+    silence_orbax,
+    wait_for_others,
+)
 from revnet_jax.runs.manifest import CheckpointError, Damaged, PyTree
 
 
@@ -185,7 +191,7 @@ class Checkpoints:
         except Exception as error:
             advice = "Make it readable" if self._read_only else "Make room, or make it writable"
             raise CheckpointError(
-                f"{what} {self.directory} failed: {_reason(error)} "
+                f"{what} {self.directory} failed: {reason(error)} "
                 f"({file_system(self.directory)}). {advice}: the same command goes on from the "
                 "newest whole checkpoint"
             ) from error
@@ -264,18 +270,21 @@ class Checkpoints:
         found, problem = None, ""
         try:  # not by the manager, whose barrier would hang if one process fails to read
             found = handler.restore(self.directory / str(step) / item, args=args)
-        except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
-            raise  # these say nothing about the checkpoint, which may be good
         except Exception as error:
-            if _says_nothing_about_the_file(error):
-                raise CheckpointError(
-                    f"reading {self.directory / str(step)} failed: {_reason(error)}. Nothing was "
-                    "moved: start the same command again when this is mended"
-                ) from error
-            problem = f"{item} unreadable ({_first_line(error)})"
+            problem = f"{item} unreadable ({first_line(error)})"
+            found = error
         # Processes decide together that a checkpoint is damaged. Each by itself, some would go on
-        # to an older one while others restore this one.
-        if np.any(multihost_utils.process_allgather(np.asarray(problem != ""))):
+        # to an older one while others restore this one, or end while others wait for them.
+        of_machine = isinstance(found, Exception) and is_of_machine(found)
+        state = np.asarray([problem != "", of_machine])
+        failed, not_read = np.any(multihost_utils.process_allgather(state).reshape(-1, 2), axis=0)
+        if not_read:
+            what = reason(found) if of_machine else "in another process, which says why"
+            raise CheckpointError(
+                f"reading {self.directory / str(step)} failed: {what}. Nothing was moved: start "
+                "the same command again when this is mended"
+            ) from (found if of_machine else None)
+        if failed:
             raise Damaged(problem or f"{item} unreadable in another process")
         return found
 
@@ -374,24 +383,3 @@ def _move(source: epath.Path, into: epath.Path) -> None:
     while target.exists():
         target = into / f"{target.name}_again"
     source.rename(target)
-
-
-def _says_nothing_about_the_file(error: Exception) -> bool:
-    """Whether the machine or the network kept a file from being read, which may be good."""
-    code = error.errno if isinstance(error, OSError) else _wrapped_code(error)
-    return code in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
-
-
-def _reason(error: Exception) -> str:
-    """The operating system's message, if tensorstore wrapped one; else the error's first line."""
-    code = _wrapped_code(error)
-    return _first_line(error) if code is None else os.strerror(code)
-
-
-def _wrapped_code(error: Exception) -> int | None:
-    found = re.search(r"os_error_code='(\d+)'", str(error))
-    return int(found[1]) if found else None
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:300]

@@ -7,11 +7,15 @@ is printed.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import logging as std_logging
+import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
@@ -89,3 +93,34 @@ def _not_from_orbax(record: Any) -> bool:
 def _not_of_orbax(record: Any) -> bool:
     """Drops asyncio's log lines on tasks orbax abandoned: they name its file or its database."""
     return not any(name in record.getMessage() for name in ("/orbax/", "OCDBT database"))
+
+
+# How tensorstore's errors begin that say nothing about the file.
+_OF_MACHINE = (
+    *("DEADLINE_EXCEEDED", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAUTHENTICATED"),
+    "UNAVAILABLE",
+)
+
+
+def is_of_machine(error: Exception) -> bool:
+    """Whether the machine or the network kept a file from being read, which may be good."""
+    if isinstance(error, MemoryError | PermissionError | TimeoutError | jax.errors.JaxRuntimeError):
+        return True
+    code = error.errno if isinstance(error, OSError) else _wrapped_code(error)
+    codes = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
+    return code in codes or str(error).startswith(_OF_MACHINE)
+
+
+def reason(error: Exception) -> str:
+    """The operating system's message, if tensorstore wrapped one; else the error's first line."""
+    code = _wrapped_code(error)
+    return first_line(error) if code is None else os.strerror(code)
+
+
+def _wrapped_code(error):
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(found[1]) if found else None
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:300]

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from revnet_jax.runs.checkpoint import CheckpointError, Checkpoints, Conversion
 from revnet_jax.runs.manager import Manager
@@ -304,13 +305,20 @@ def test_read_only_changes_nothing(two_saved, tmp_path):
             "RESOURCE_EXHAUSTED: Error opening \"zarr\" driver [os_error_code='24'] [source "
             "locations='tensorstore/internal/os/file_util_posix.cc:336']"
         ),
+        ValueError("PERMISSION_DENIED: Error opening [os_error_code='13']: Too many open files"),
+        MemoryError("Too many open files"),
     ],
-    ids=["python", "tensorstore"],
+    ids=["python", "tensorstore", "permission", "memory"],
 )
-def test_a_machine_without_descriptors_says_nothing_about_a_checkpoint(
+def test_what_a_machine_cannot_read_is_not_taken_for_damaged(
     error, two_saved, tmp_path, monkeypatch
 ):
-    """Otherwise the newest would be put aside as damaged, and the run go on from an older one."""
+    """Otherwise the newest would be put aside, and the run go on from an older one."""
+    gathered = []
+    gather = multihost_utils.process_allgather
+    monkeypatch.setattr(
+        multihost_utils, "process_allgather", lambda x: gathered.append(x) or gather(x)
+    )
 
     def fail(*args, **kwargs):
         raise error
@@ -319,9 +327,11 @@ def test_a_machine_without_descriptors_says_nothing_about_a_checkpoint(
     with Checkpoints(tmp_path / "checkpoints", **OPTIONS) as checkpoints:
         with monkeypatch.context() as patched:
             patched.setattr("orbax.checkpoint.PyTreeCheckpointHandler.restore", fail)
-            message = r"checkpoints/2 failed: .*Too many open files.* Nothing was moved"
+            message = r"checkpoints/2 failed: .*(Too many open files|denied).* Nothing was moved"
             with pytest.raises(CheckpointError, match=message):
                 checkpoints.restore(small_state())
+        # Other processes learn of it, and end too.
+        np.testing.assert_array_equal(gathered[-1], [True, True])
         step, state = checkpoints.restore(small_state())
     assert step == 2
     assert_same_bits(state, small_state(2))
