@@ -66,7 +66,7 @@ def find_limit(
 
     search = {"limit_bytes": limit_bytes, "step": start, "most": MOST * start}
     found = largest_that_fits(needed_bytes, start, **search, most_compiled=most_compiled)
-    n = found.size or 0
+    n, failed = found.size or 0, set()
     seconds = None
     while n and seconds is None:
         if n in entrants or needed_bytes(n) is not None:
@@ -74,6 +74,7 @@ def find_limit(
                 seconds = _step_seconds(entrants[n])
         if seconds is None:  # the compiler does not count what other programs hold in memory
             entrants.pop(n, None)
+            failed.add(n)
             # A multiple of the start, as all sizes; 0, where nothing is left to try, ends the loop.
             n = n * 7 // 8 // start * start
     row: dict[str, Any] = {
@@ -85,7 +86,7 @@ def find_limit(
         **sizes,
         axis: n,
     }
-    row |= {"largest": n, "exact": found.exact and n == (found.size or 0)}
+    row |= {"largest": n, "exact": n + start in failed if failed else found.exact}
     row |= {"limit_bytes": limit_bytes, "unit": model.unit}
     row["step_bytes"] = entrants[n].step_bytes() if n else None
     row["examples_per_second"] = model.examples(row["batch"]) / seconds if seconds else None

@@ -124,7 +124,7 @@ LIMIT_COLUMNS = {
     "dtype": _text("dtype"),
     "axis": _text("axis"),
     "strategy": _text("strategy"),
-    "largest": lambda row, store: f"{row['largest']:,}" + " or more" * (not row["exact"]),
+    "largest": lambda row, store: f"{row['largest']:,}" + " or more" * (not row.get("exact", True)),
     "layers": _text("layers"),
     "batch": _text("batch"),
     "step, GiB": _number("step_bytes", "{:.2f}", GIB),

@@ -294,7 +294,7 @@ def _sharded_as(aval, cotangent):
     found = jax.typeof(cotangent).sharding
     if found.spec == aval.sharding.spec:
         return cotangent
-    # An array from outside of the mesh's context has a sharding of no mesh.
+    # The cotangent's mesh: an argument from outside of the mesh's context has none in its type.
     return jax.sharding.reshard(cotangent, NamedSharding(found.mesh, aval.sharding.spec))
 
 

@@ -26,7 +26,7 @@ _CHEAP_NAMES = """
 abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type broadcast_in_dim
 cbrt ceil clamp convert_element_type copy cos cosh div eq erf erf_inv erfc exp exp2 expand_dims
 expm1 floor ge gt imag integer_pow iota is_finite le log log1p logistic lt max min mul name ne neg
-nextafter not one_minus_square or pow real rem reshape rev round rsqrt select_n
+nextafter not one_minus_square or pow pvary real rem reshape rev round rsqrt select_n
 sharding_constraint sign sin sinh slice split sqrt square squeeze stop_gradient sub tan tanh
 transpose unstack xor
 """

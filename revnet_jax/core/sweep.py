@@ -158,7 +158,9 @@ def sweep(
     dx, dauxes = cotangents
     x, checksum = None, jnp.int32(0)
     # In a `shard_map` a loop's carry must have the same type, varying axes included, throughout.
-    tracked = vary_over(varying_axes(dx), Tracked.nothing()) if track else None
+    # The streams may vary where their cotangents do not, before a layer that averages over devices.
+    axes = varying_axes((dx, kepts.last_reversed))
+    tracked = vary_over(axes, Tracked.nothing()) if track else None
     dshared = jax.tree.map(jnp.zeros_like, trees.split(shared)[0])
     written = [consumer.start for consumer in consumers]
     for run, kept_L in reversed(list(zip(runs, kepts.runs, strict=True))):

@@ -1,8 +1,10 @@
-"""Compiles training steps in separate processes, two at a time, and reports progress."""
+"""Compiles training steps in separate processes, two at a time, and reports progress.
+
+One at a time for TPUs of this machine.
+"""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -100,7 +102,7 @@ class Compiler:
         """Compiles a step for each named config. settings: by config name, then by dotted key."""
         results: dict[str, CompiledStep | NotCompiled] = {}
         # One process at a time can open a TPU.
-        alone = self.topology.name == LOCAL and importlib.util.find_spec("libtpu") is not None
+        alone = self.topology.name == LOCAL and has_tpu()
         # Threads suffice, because they only wait for processes.
         with ThreadPoolExecutor(1 if alone else PROCESSES) as threads:
             names = {threads.submit(self._step, each): name for name, each in settings.items()}
@@ -141,6 +143,11 @@ class Compiler:
             text=True,
             env={**os.environ, **environment},
         )
+
+
+def has_tpu() -> bool:
+    """Whether this machine may have a TPU, by the files of its devices."""
+    return any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
 
 
 def _answer(process):

@@ -56,7 +56,7 @@ def plan(
         if name not in sizes:
             raise UserError(f"got largest={name!r}, expected some of {', '.join(sizes)}")
     layers = model_depth(config)
-    no_parts = "by_part for {}, expected a known GPU: kernel speeds were measured on GPUs only"
+    no_parts = "by_part for {}, expected a GPU: kernel speeds were measured on GPUs only"
     if by_part and not (topology.is_gpu or topology.name == LOCAL):
         raise UserError(f"got {no_parts.format(topology.name)}")
     overrides = chosen(list(strategies) if strategies else None, variants(config))
@@ -79,7 +79,7 @@ def plan(
     ]
     if by_part:
         # What this machine's devices are is known only now, when the rest of the plan is made.
-        if not any(step.parts for step in compiled.values()):
+        if not any(step.parts or step.out_of_memory for step in compiled.values()):
             compiler.report(f"left out {no_parts.format(any_step.device_kind)}")
         for row in rows:
             step = compiled.get(row["strategy"])
@@ -110,7 +110,7 @@ def plan(
 
 
 def refused(settings: Mapping[str, Mapping[str, Any]], compiler: Compiler) -> dict[str, str]:
-    """Reports what is left out, and returns the strategies that cannot be trained, with reasons.
+    """Reports what is planned otherwise, and returns the strategies that cannot be trained.
 
     Args:
       settings: by strategy, then by dotted key.
@@ -126,8 +126,8 @@ def refused(settings: Mapping[str, Mapping[str, Any]], compiler: Compiler) -> di
         compiler.report(f"left out {', '.join(names)}: {error}")
     if compiler.topology.is_gpu and any(each["deterministic"] for each in settings.values()):
         compiler.report(
-            "left out config.deterministic: XLA asks the GPU itself for such kernels, and it is "
-            "not here"
+            "config.deterministic has no effect: XLA would ask a GPU for such kernels, and "
+            f"{compiler.topology.name} is compiled for without one"
         )
     return found
 

@@ -100,7 +100,7 @@ def _cells(row, networks, length):
 
 def _largest_cell(found):
     if found["size"] is None:
-        return "none" if found["exact"] else "none tried"
+        return "none" if found["exact"] else "none of those tried"
     # Not exact: the search ended before the next size was compiled.
     return f"{found['size']:,}" if found["exact"] else f"{found['size']:,} or more"
 

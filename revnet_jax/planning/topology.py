@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import os
@@ -14,6 +15,8 @@ from revnet_jax.errors import UserError
 from revnet_jax.planning import gpus
 
 LOCAL = "local"
+# Several processes compile at a time: none may take a GPU's memory for itself.
+_PRESENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 _SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = (
     *("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
@@ -60,7 +63,7 @@ class Topology(NamedTuple):
     def num_devices(self) -> int:
         """The number of devices as JAX counts them; TopologyError if this machine has none."""
         if self.chip is None:
-            return _local_devices(self.environment)
+            return _local_devices()
         chips = self.slices * math.prod(map(int, self.shape.split("x")))
         return chips * (2 if self.chip == "tpu7x" else 1)  # a tpu7x chip is two devices
 
@@ -68,8 +71,7 @@ class Topology(NamedTuple):
     def environment(self) -> dict[str, str]:
         """Environment variables of a process that compiles for it, set before JAX is imported."""
         if self.chip is None:
-            # Several processes compile at a time: none may take the GPU's memory for itself.
-            return {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+            return _PRESENT
         if self.is_gpu:
             return gpus.environment()
         return {
@@ -82,18 +84,16 @@ class Topology(NamedTuple):
         }
 
 
-def _local_devices(environment):
+@functools.cache
+def _local_devices():
     # In a process of its own, since one that has asked JAX keeps the devices until it ends, and
     # those that compile need them.
-    command = [sys.executable, "-c", "import jax; print(len(jax.devices()))"]
-    asked = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, **environment}
-    )
+    command = [sys.executable, "-P", "-c", "import jax; print(len(jax.devices()))"]
+    environment = {**os.environ, **_PRESENT, "JAX_TRACEBACK_FILTERING": "off"}
+    asked = subprocess.run(command, capture_output=True, text=True, env=environment)
     if asked.returncode:
-        raise TopologyError(
-            f"got topology {LOCAL!r}, but JAX finds no device here: "
-            f"{asked.stderr.strip().rpartition(chr(10))[2]}"
-        )
+        said = [f"status {asked.returncode}", *asked.stderr.splitlines()]
+        raise TopologyError(f"got topology {LOCAL!r}, but JAX finds no device here: {said[-1]}")
     return int(asked.stdout.split()[-1])
 
 

@@ -146,7 +146,7 @@ def _compile(lowered, device, slices):
     except jax.errors.JaxRuntimeError as error:
         if not out_of_memory(error):
             raise
-        # A finding like others, which is kept in the cache, too.
+        # A finding like others.
         found = {"out_of_memory": True, "needed_bytes": asked_bytes(str(error))}
         found |= {"argument_bytes": None, "traffic": None, "parts": None}
     else:

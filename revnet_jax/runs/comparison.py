@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from revnet_jax.config import flatten, image_classification, language_model, vision_transformer
 from revnet_jax.config.saved import todays
 from revnet_jax.errors import UserError
 from revnet_jax.tables import markdown
@@ -163,12 +164,18 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 def grouped(runs: Sequence[Run]) -> list[RunGroup]:
     """Groups runs by their settings (except `SAME`), sorted by the settings that differ.
 
-    A setting that runs lack, as those from before there was such a choice, divides none if all that
-    have it agree.
+    A setting that some runs lack, as those from before there was such a choice, divides none if the
+    others have its default: that is what came before.
     """
     keys = dict.fromkeys(key for run in runs for key in run.settings if key not in SAME)
-    values = lambda key: {json.dumps(run.settings[key]) for run in runs if key in run.settings}
-    differing = [key for key in keys if len(values(key)) > 1]
+    values = lambda key: {json.dumps(run.settings.get(key)) for run in runs}
+    absent = json.dumps(None)
+    differing = [
+        key
+        for key in keys
+        if len(values(key)) > 1
+        and not (len(had := values(key) - {absent}) == 1 and had <= _defaults(key))
+    ]
     groups: dict[str, RunGroup] = {}
     for run in runs:
         # JSON identifies a group, because settings may be lists, which cannot be keys.
@@ -178,6 +185,12 @@ def grouped(runs: Sequence[Run]) -> list[RunGroup]:
     number = lambda x: isinstance(x, int | float)
     order = lambda x: (0, x, "") if number(x) else (1, 0, str(x))
     return sorted(groups.values(), key=lambda g: [order(x) for x in g.settings.values()])
+
+
+def _defaults(key: str) -> set[str]:
+    """The defaults that a setting has in the package, as JSON; empty for a user's own."""
+    families = (image_classification(), vision_transformer(), language_model())
+    return {json.dumps(known[key]) for known in map(flatten, families) if key in known}
 
 
 def chosen_metrics(runs: Sequence[Run], names: Sequence[str] | None) -> list[str]:

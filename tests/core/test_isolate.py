@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from revnet_jax.core import Exactness, chain, reversible_block
-from revnet_jax.core.isolate import call_witnessed
+from revnet_jax.core.isolate import call_witnessed, isolate
 from tests import thorough
 from tests.core import toy
 
@@ -74,6 +74,36 @@ def test_on_meshes_whose_axes_are_types(layers, settings):
     manual = Mesh(jax.devices()[:2], ("data",))
     got = toy.jit(jax.shard_map(local, mesh=manual, **specs))(params, x)
     assert toy.relative_error(got, true_gradient) < 1e-5
+
+
+EXPLICIT = {"axis_types": (jax.sharding.AxisType.Explicit,)}
+
+
+def test_a_cotangent_is_split_as_its_argument():
+    """On a mesh of Explicit axes, where JAX splits that of a factor of an array that is split."""
+    mesh = jax.make_mesh((2,), ("data",), **EXPLICIT)
+    with jax.set_mesh(mesh):
+        x = jax.device_put(jnp.ones((ROWS, WIDTH)), NamedSharding(mesh, PartitionSpec("data")))
+
+        @jax.jit
+        def of_factor(x, factor):
+            product, pullback = jax.vjp(lambda f: isolate(lambda x, f: x * f, x, f), factor)
+            return pullback(product)[0]
+
+        found = of_factor(x, jnp.full((ROWS, WIDTH), 2.0))
+    assert found.sharding.spec in (PartitionSpec(), PartitionSpec(None, None))
+    np.testing.assert_array_equal(found, 2)
+
+
+def test_streams_that_are_split_along_a_sequence():
+    mesh = jax.make_mesh((2,), ("sequence",), **EXPLICIT)
+    x = (jnp.linspace(-1, 1, 2 * 4 * WIDTH).reshape(2, 4, WIDTH),) * 2
+    expected = toy.jit(jax.grad(loss))(params_L(2), x)
+    with jax.set_mesh(mesh):
+        spec = PartitionSpec(None, "sequence")
+        split = jax.device_put(x, NamedSharding(mesh, spec))
+        found = toy.jit(jax.grad(loss))(params_L(2), split)
+    assert toy.relative_error(found, expected) < 1e-5
 
 
 def test_gradients_of_shared_inputs_are_added_in_one_order():

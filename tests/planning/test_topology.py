@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from revnet_jax.planning.topology import TopologyError, parse_topology
+from revnet_jax.planning.topology import TopologyError, _local_devices, parse_topology
 
 
 def test_unknown_topologies(monkeypatch):
@@ -53,7 +53,9 @@ def test_a_program_for_a_tpu_that_is_not_here(name, printed):
 
 
 def test_this_machine_is_asked_in_a_process_of_its_own(monkeypatch):
+    _local_devices.cache_clear()
     assert parse_topology("local").num_devices == 2
+    _local_devices.cache_clear()
     monkeypatch.setenv("JAX_PLATFORMS", "nothing")  # too late for this process
     with pytest.raises(TopologyError, match=r"JAX finds no device here: .*nothing"):
         _ = parse_topology("local").num_devices

@@ -90,14 +90,22 @@ def test_settings_of_older_runs_are_those_of_today(write, tmp_path):
     ]
 
 
-def test_a_setting_that_is_newer_than_some_runs_divides_none_unless_others_differ(write, tmp_path):
+def test_runs_without_a_setting_are_alike_only_those_with_its_default(write, tmp_path):
+    """It is newer than they are; `own` is a user's, whose default nobody knows."""
     rows = [{"step": 1, "train_loss": 1.0}]
-    write("new/a", rows)
-    write("new/b", rows, seed=1, model={"checked": True}, tracker="wandb")
-    labels = lambda: [(g.label, len(g.runs)) for g in grouped(find_runs([str(tmp_path)], silent))]
-    assert labels() == [("all", 2)]
-    write("new/c", rows, model={"checked": False})
-    assert sorted(labels()) == [("checked=False", 1), ("checked=None", 1), ("checked=True", 1)]
+    write("default/a", rows)
+    write("default/b", rows, seed=1, model={"dropout": 0.0}, tracker="wandb")
+    write("other/a", rows)
+    write("other/b", rows, model={"dropout": 0.5})
+    write("own/a", rows)
+    write("own/b", rows, model={"own": 1})
+    groups = lambda name: [
+        (group.label, len(group.runs))
+        for group in grouped(find_runs([str(tmp_path / name)], silent))
+    ]
+    assert groups("default") == [("all", 2)]
+    assert groups("other") == [("dropout=0.5", 1), ("dropout=None", 1)]
+    assert groups("own") == [("own=1", 1), ("own=None", 1)]
 
 
 def test_curves_are_drawn(sweep, tmp_path):
