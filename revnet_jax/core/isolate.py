@@ -21,7 +21,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 def isolate(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -282,20 +282,20 @@ def _transpose(cotangents, *arguments, program, witnessed):
 
         like = [ad.instantiate_zeros(ad.Zero(aval)) for aval in avals]  # zeros keep the sharding
         found = jax.linear_transpose(linear, *like)(cotangents)
-        return [_sharded_as(aval, cotangent) for aval, cotangent in zip(avals, found, strict=True)]
+        # On meshes of Explicit axes JAX gives an unsharded factor of a sharded array a sharded
+        # cotangent, and refuses it where it is added to others.
+        return [sharded_as(a.sharding.spec, ct) for a, ct in zip(avals, found, strict=True)]
 
     found = iter(isolate(transposed, known, [cotangents[i] for i in given]))
     return [next(found) if linear else None for linear in is_linear]
 
 
-def _sharded_as(aval, cotangent):
-    # On meshes of Explicit axes JAX gives an unsharded factor of a sharded array a sharded
-    # cotangent, and refuses it where it is added to others.
-    found = jax.typeof(cotangent).sharding
-    if found.spec == aval.sharding.spec:
-        return cotangent
-    # The cotangent's mesh: an argument from outside of the mesh's context has none in its type.
-    return jax.sharding.reshard(cotangent, NamedSharding(found.mesh, aval.sharding.spec))
+def sharded_as(spec: PartitionSpec, array: Any) -> Any:
+    """The array, split over its mesh of Explicit axes as `spec` says; on Auto axes as it is."""
+    found = jax.typeof(array).sharding
+    if found.spec == spec:
+        return array
+    return jax.sharding.reshard(array, NamedSharding(found.mesh, spec))
 
 
 def _batch(axis, arguments, places, *, program, witnessed):

@@ -6,13 +6,13 @@ A chain whose updates are finer than its grid is undone exactly, and stands stil
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from revnet_jax.core import trees
 from revnet_jax.core.couplings import Coupling
 from revnet_jax.core.grid import Grid
 
@@ -58,15 +58,7 @@ def a_few(x: Any, u: Any) -> tuple[Any, Any]:
     # Of the axes after that of the examples the first element, of the last one eight; of an axis
     # that is split over devices (an Explicit one of the mesh) as many of each part.
     most = [*shape[:1], *([1] * (len(shape) - 2)), 8][: len(shape)]
-    parts = [max(each) for each in zip(*map(_parts, jax.tree.leaves((x, u))), strict=True)]
+    parts = [max(each) for each in zip(*map(trees.parts, jax.tree.leaves((x, u))), strict=True)]
     most = [n * p for n, p in zip(most, parts, strict=True)]
     take = lambda leaf: lax.slice(leaf, [0] * len(shape), list(map(min, shape, most)))
     return jax.tree.map(take, (x, u))
-
-
-def _parts(leaf):
-    """Over how many devices each axis is split by its type."""
-    sharding = jax.typeof(leaf).sharding
-    axes = [axis if isinstance(axis, tuple) else (axis,) for axis in sharding.spec]
-    sizes = [math.prod(sharding.mesh.shape[name] for name in names if name) for names in axes]
-    return sizes + [1] * (leaf.ndim - len(sizes))

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from revnet_jax.core import trees
 from revnet_jax.core.grid import Grid, straight_through
 
 # With 12 digits for a scale and 24 for a float32 stream, `multiply` does with 32-bit integers.
@@ -70,8 +71,11 @@ def divide(y: jax.Array, residue: Any, scale: jax.Array, grid: Grid | None) -> j
 def pack(bits: jax.Array) -> jax.Array:
     """Packs booleans into uint8, eight to a byte, padding each row to whole bytes.
 
-    A leading batch axis is kept, so that the result can be sharded over it.
+    A leading batch axis is kept, so that the result can be sharded over it. All axes are kept where
+    another is split by its type, as JAX refuses to reshape it.
     """
+    if any(n > 1 for n in trees.parts(bits)[1:]):
+        return jnp.packbits(bits, axis=-1)
     # The row size is computed: reshape cannot infer -1 for an empty batch.
     shape = (bits.shape[0], math.prod(bits.shape[1:])) if bits.ndim > 1 else (bits.size,)
     return jnp.packbits(bits.reshape(shape), axis=-1)
@@ -79,7 +83,7 @@ def pack(bits: jax.Array) -> jax.Array:
 
 def unpack(packed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Undoes `pack`: uint8 zeros and ones, of this shape."""
-    row = math.prod(shape[1:] if len(shape) > 1 else shape)
+    row = shape[-1] if packed.ndim == len(shape) else math.prod(shape[1:])
     if not packed.size:
         return jnp.zeros(shape, jnp.uint8)
     return jnp.unpackbits(packed, axis=-1, count=row).reshape(shape)

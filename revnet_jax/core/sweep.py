@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from revnet_jax.core import trees
 from revnet_jax.core.block import Context, Rewound, Streams, differentiate
 from revnet_jax.core.exactness import Tracked, vary_over, varying_axes
-from revnet_jax.core.isolate import isolate
+from revnet_jax.core.isolate import isolate, sharded_as
 from revnet_jax.core.strategies import Kept, LayerRun, per_iteration, remembering
 
 Update = Callable[[Any, Any, Any], tuple[Any, Any]]
@@ -63,7 +64,8 @@ def update_in_place(params_L: Any, state_L: Any, update: Update) -> Consumer:
         returned = isolate(update, dparams, state, floats)
         return _put(written, i, returned)
 
-    return Consumer((floats_L, state_L), lambda written: trees.join(written[0], rest_L), write)
+    start = jax.tree.map(_on_mesh, (floats_L, state_L))
+    return Consumer(start, lambda written: trees.join(written[0], rest_L), write)
 
 
 class Kepts(NamedTuple):
@@ -230,14 +232,30 @@ def loop(
 def _at(tree_L: Any, i: Any) -> Any:
     """Layer i of a stacked tree."""
     take = lambda leaf: lax.dynamic_index_in_dim(leaf, i, keepdims=False)
+    tree = jax.tree.map(take, tree_L)
     # Without the barrier a compiler may convert the weights of all layers before the loop, and
     # keep a second copy of them.
-    return lax.optimization_barrier(jax.tree.map(take, tree_L))
+    if len(set(map(varying_axes, jax.tree.leaves(tree)))) > 1:
+        # In jax 0.10 what leaves one barrier varies over the same axes of a `shard_map`.
+        return jax.tree.map(lax.optimization_barrier, tree)
+    return lax.optimization_barrier(tree)
 
 
 def _put(tree_L: Any, i: Any, tree: Any) -> Any:
-    put = lambda leaf_L, leaf: lax.dynamic_update_index_in_dim(leaf_L, leaf, i, 0)
+    def put(leaf_L, leaf):
+        spec = PartitionSpec(*jax.typeof(leaf_L).sharding.spec[1:])
+        return lax.dynamic_update_index_in_dim(leaf_L, sharded_as(spec, leaf), i, 0)
+
     return jax.tree.map(put, tree_L, tree)
+
+
+def _on_mesh(leaf):
+    """An array from before `jax.set_mesh`, whose type has no mesh, on that of Explicit axes."""
+    mesh, sharding = jax.sharding.get_abstract_mesh(), jax.typeof(leaf).sharding
+    is_explicit = not mesh.empty and AxisType.Explicit in mesh.axis_types
+    if not (is_explicit and sharding.mesh.empty):
+        return leaf
+    return jax.sharding.reshard(leaf, NamedSharding(mesh, sharding.spec))
 
 
 def _joined(parts: list[Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Number
 from typing import Any
 
@@ -86,3 +87,11 @@ def check_arrays(tree: Any, who: str) -> None:
 def describe_array(leaf: Any) -> str:
     """The dtype and shape of a leaf, as in 'float32[4,3]', for error messages."""
     return f"{dtype_of(leaf)}[{','.join(map(str, jnp.shape(leaf)))}]"
+
+
+def parts(leaf: Any) -> list[int]:
+    """Over how many devices each axis is split, by the array's type: 1 on meshes of Auto axes."""
+    sharding = jax.typeof(leaf).sharding
+    axes = [axis if isinstance(axis, tuple) else (axis,) for axis in sharding.spec]
+    sizes = [math.prod(sharding.mesh.shape[name] for name in names if name) for names in axes]
+    return sizes + [1] * (leaf.ndim - len(sizes))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from revnet_jax.core import Exactness, chain, reversible_block
+from revnet_jax.core import Exactness, affine, chain, reversible_block
 from revnet_jax.core.isolate import call_witnessed, isolate
 from tests import thorough
 from tests.core import toy
@@ -96,13 +96,68 @@ def test_a_cotangent_is_split_as_its_argument():
 
 
 def test_streams_that_are_split_along_a_sequence():
+    """With a residue, whose bits are packed along the last axis then."""
+    pair = lambda params, x, context: (branch(params, x, context), branch(params, x, context))
+    block = reversible_block(pair, pair, coupling=affine())
+
+    @toy.jit
+    @jax.grad
+    def gradient(params, x):
+        y, _ = chain(block, params, x)
+        return jnp.mean(y[0] ** 2) + jnp.mean(y[1])
+
     mesh = jax.make_mesh((2,), ("sequence",), **EXPLICIT)
     x = (jnp.linspace(-1, 1, 2 * 4 * WIDTH).reshape(2, 4, WIDTH),) * 2
-    expected = toy.jit(jax.grad(loss))(params_L(2), x)
+    expected = gradient(params_L(2), x)
     with jax.set_mesh(mesh):
-        spec = PartitionSpec(None, "sequence")
-        split = jax.device_put(x, NamedSharding(mesh, spec))
-        found = toy.jit(jax.grad(loss))(params_L(2), split)
+        split = jax.device_put(x, NamedSharding(mesh, PartitionSpec(None, "sequence")))
+        found = gradient(params_L(2), split)
+    assert toy.relative_error(found, expected) < 1e-5
+
+
+def test_an_update_of_parameters_from_before_the_mesh():
+    """Their types have no mesh, and the updated ones that of the gradient."""
+    x = (jnp.linspace(-1, 1, ROWS * WIDTH).reshape(ROWS, WIDTH),) * 2
+
+    @toy.jit
+    @jax.grad
+    def updated(params, x):
+        update = lambda dparams, state, params: (jax.tree.map(_descend, params, dparams), state)
+        return loss(params, x, update=update, state_L=())
+
+    expected = updated(params_L(2), x)
+    mesh = jax.make_mesh((2,), ("data",), **EXPLICIT)
+    with jax.set_mesh(mesh):
+        split = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+        found = updated(params_L(2), split)
+    assert toy.relative_error(found, expected) < 1e-5
+
+
+def _descend(param, dparam):
+    return param - 0.1 * dparam
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_data_that_differ_between_devices_where_parameters_do_not(depth):
+    """In a `shard_map`, as the local part of a batch does from shared weights."""
+    scaled = lambda params, x, context: branch(params, x, context) * context.data
+    block = reversible_block(scaled, scaled)
+    x = (jnp.linspace(-1, 1, ROWS * WIDTH).reshape(ROWS, WIDTH),) * 2
+    data = jnp.linspace(0.5, 1.5, depth * ROWS).reshape(depth, ROWS, 1)
+
+    def gradient(params, x, data, mean=lambda value: value):
+        def total(params):
+            y, _ = chain(block, params, x, data_L=data)
+            return mean(jnp.mean(y[0] ** 2))
+
+        return jax.grad(total)(params)
+
+    expected = toy.jit(gradient)(params_L(depth), x, data)
+    mesh = Mesh(jax.devices()[:2], ("data",))
+    by_rows, by_rows_L = PartitionSpec("data"), PartitionSpec(None, "data")
+    local = lambda *args: gradient(*args, mean=lambda value: jax.lax.pmean(value, "data"))
+    specs = {"in_specs": (PartitionSpec(), by_rows, by_rows_L), "out_specs": PartitionSpec()}
+    found = toy.jit(jax.shard_map(local, mesh=mesh, **specs))(params_L(depth), x, data)
     assert toy.relative_error(found, expected) < 1e-5
 
 
