@@ -95,9 +95,10 @@ def test_a_cotangent_is_split_as_its_argument():
     np.testing.assert_array_equal(found, 2)
 
 
-def test_streams_that_are_split_along_a_sequence():
-    """With a residue, whose bits are packed along the last axis then."""
-    pair = lambda params, x, context: (branch(params, x, context), branch(params, x, context))
+@pytest.mark.parametrize("split", [(None, "data"), (None, None, "data")])
+def test_streams_that_are_split_along_other_axes(split):
+    """With a residue, whose bits are packed by rows; and a few elements are counted of each."""
+    pair = lambda params, x, context: (jnp.tanh(x * params), x * params)
     block = reversible_block(pair, pair, coupling=affine())
 
     @toy.jit
@@ -106,12 +107,13 @@ def test_streams_that_are_split_along_a_sequence():
         y, _ = chain(block, params, x)
         return jnp.mean(y[0] ** 2) + jnp.mean(y[1])
 
-    mesh = jax.make_mesh((2,), ("sequence",), **EXPLICIT)
+    params = (jnp.linspace(0.5, 1.5, 3), jnp.linspace(-1, 1, 3))
     x = (jnp.linspace(-1, 1, 2 * 4 * WIDTH).reshape(2, 4, WIDTH),) * 2
-    expected = gradient(params_L(2), x)
+    expected = gradient(params, x)
+    mesh = jax.make_mesh((2,), ("data",), **EXPLICIT)
     with jax.set_mesh(mesh):
-        split = jax.device_put(x, NamedSharding(mesh, PartitionSpec(None, "sequence")))
-        found = gradient(params_L(2), split)
+        x = jax.device_put(x, NamedSharding(mesh, PartitionSpec(*split)))
+        found = gradient(params, x)
     assert toy.relative_error(found, expected) < 1e-5
 
 
@@ -125,11 +127,12 @@ def test_an_update_of_parameters_from_before_the_mesh():
         update = lambda dparams, state, params: (jax.tree.map(_descend, params, dparams), state)
         return loss(params, x, update=update, state_L=())
 
-    expected = updated(params_L(2), x)
+    params = params_L(2)
+    expected = updated(params, x)
     mesh = jax.make_mesh((2,), ("data",), **EXPLICIT)
     with jax.set_mesh(mesh):
         split = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
-        found = updated(params_L(2), split)
+        found = updated(params, split)
     assert toy.relative_error(found, expected) < 1e-5
 
 
