@@ -5,9 +5,9 @@ recomputes it from the results of products, convolutions and sums. The residuals
 between those results and the values that the derivative needs (He & Yu 2023, "Transcending
 runtime-memory tradeoffs in checkpointing by being fusion aware", MLSys).
 
-Where memory is at hand, as under `reverse`, which keeps the residuals of one layer at a time, the
-operands of products are kept too. They are in memory anyway, and to compute one again is to read
-what it is made from and to write it once more.
+With `keep_operands` the operands of products are kept as well. To compute one again is not as
+cheap, because no product fuses it: it is written to memory once more, and read. Keeping it pays
+where the residuals of one layer live at a time, as under `reverse`.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def fewest_residuals(
       costly: those of its inputs that cost memory to keep. The other inputs are available in the
         backward pass anyway, as is everything that depends on no input.
       keep_operands: keep also every needed operand of a product or convolution that depends on a
-        costly input (weights in another dtype do not). Sums over the last
-        axis of what is at hand are then computed again: as nobody else reads them, compilers can
-        normalise in one pass, and in the derivative such a sum shares a pass with another.
+        costly input (weights in another dtype do not, and are as large as weights). Sums over the
+        last axis of what is at hand are then computed again: without another reader of its sum, a
+        norm can be one pass, and in the derivative the sum shares a pass with another.
 
     Among cuts of equal size, takes the one nearest to the needed variables.
     """
@@ -87,8 +87,8 @@ def fewest_residuals(
         # Keeping a variable costs a write and a read; only the read if it is written anyway.
         edges.append(((key, "in"), (key, "out"), _bytes(variable) * (1 if key in written else 2)))
     edges += [(source, (id(v), "in"), math.inf) for v in given]
-    reads = depending_on(costly, jaxpr)  # not weights in another dtype, which are as large
-    anyway = {id(v) for v in needed if keep_operands and id(v) in operands and reads(v)}
+    is_costly = depending_on(costly, jaxpr)
+    anyway = {id(v) for v in needed if keep_operands and id(v) in operands and is_costly(v)}
     computed = [v for v in needed if is_in_graph(v) and id(v) not in anyway]
     edges += [((id(v), "out"), sink, math.inf) for v in computed]
     # Kept are the variables whose own edge crosses the cut.
