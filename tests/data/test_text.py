@@ -137,7 +137,7 @@ def test_shards_hold_the_text(path, tokenizer_file, tmp_path):
     assert written["end_token"] is vocabulary.end_token is None
     assert ended["end_token"] == end == test[np.asarray([len(test) - 1])][0]
     with pytest.raises(
-        DataError, match=r"text, \.\.\.: got 1 bytes of text, expected"
+        DataError, match=r"text\.txt, \.\.\.: got 840 bytes of text, "
     ):  # an end is no text
         tokenize_files([path, path], tokenizer_file, tmp_path / "short", end_token="a")
     with pytest.raises(ValueError, match="got end_token='<end>', expected a token of"):
