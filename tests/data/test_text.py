@@ -136,9 +136,8 @@ def test_shards_hold_the_text(path, tokenizer_file, tmp_path):
     train, test, *_ = load_shards(tmp_path / "ended")
     assert written["end_token"] is vocabulary.end_token is None
     assert ended["end_token"] == end == test[np.asarray([len(test) - 1])][0]
-    with pytest.raises(
-        DataError, match=r"text\.txt, \.\.\.: got 840 bytes of text, "
-    ):  # an end is no text
+    # The end of a document is no text for the test split.
+    with pytest.raises(DataError, match=r"text\.txt, \.\.\.: got 840 bytes of text, "):
         tokenize_files([path, path], tokenizer_file, tmp_path / "short", end_token="a")
     with pytest.raises(ValueError, match="got end_token='<end>', expected a token of"):
         tokenize_files([path], tokenizer_file, tmp_path / "none", end_token="<end>")
