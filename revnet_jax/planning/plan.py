@@ -20,6 +20,7 @@ from revnet_jax.training.sharding import AXES, batch_parts, mesh_sizes
 MAX_MULTIPLE = 4096  # a search for the largest size stops at this multiple of the config's
 
 PlanRow = dict[str, Any]
+_NO_PARTS = "by_part for {}, expected a GPU: kernel speeds were measured on GPUs only"
 
 
 def plan(
@@ -56,9 +57,8 @@ def plan(
         if name not in sizes:
             raise UserError(f"got largest={name!r}, expected some of {', '.join(sizes)}")
     layers = model_depth(config)
-    no_parts = "by_part for {}, expected a GPU: kernel speeds were measured on GPUs only"
     if by_part and not (topology.is_gpu or topology.name == LOCAL):
-        raise UserError(f"got {no_parts.format(topology.name)}")
+        raise UserError(f"got {_NO_PARTS.format(topology.name)}")
     overrides = chosen(list(strategies) if strategies else None, variants(config))
     settings = {name: {**config, **each} for name, each in overrides.items()}
     left_out = refused(settings, compiler)
@@ -78,24 +78,9 @@ def plan(
         for name, step in steps.items()
     ]
     if by_part:
-        # What this machine's devices are is known only now, when the rest of the plan is made.
-        if not any(step.parts or step.out_of_memory for step in compiled.values()):
-            compiler.report(f"left out {no_parts.format(any_step.device_kind)}")
-        for row in rows:
-            step = compiled.get(row["strategy"])
-            row["parts"] = step and step.parts
-    if largest and any_step.limit_bytes is None:
-        compiler.report(
-            f"left out the largest {', '.join(largest)}: {any_step.device_kind} does not report "
-            "its memory: --config.memory_limit_gib says how much there is"
-        )
-    for row in rows:
-        # Without a limit, every size would fit.
-        if row["error"] is None and any_step.limit_bytes is not None:
-            name = row["strategy"]
-            for searched in largest:
-                found = _largest(searched, name, {**config, **overrides[name]}, compiler, any_step)
-                row[f"largest_{searched}"] = found._asdict()
+        _add_parts(rows, compiled, any_step.device_kind, compiler.report)
+    if largest:
+        _add_largest(rows, largest, settings, any_step, compiler)
     return {
         "topology": compiler.topology.name,
         "devices": any_step.num_devices,
@@ -107,6 +92,33 @@ def plan(
         "left_out": left_out,
         "recommendation": recommend(rows, any_step.limit_bytes),
     }
+
+
+def _add_parts(rows, compiled, device_kind, report):
+    """Adds the `parts` of each row, None where the devices have none."""
+    # What this machine's devices are is known only now, when the rest of the plan is made.
+    if not any(step.parts or step.out_of_memory for step in compiled.values()):
+        report(f"left out {_NO_PARTS.format(device_kind)}")
+    for row in rows:
+        step = compiled.get(row["strategy"])
+        row["parts"] = step and step.parts
+
+
+def _add_largest(rows, largest, settings, any_step, compiler):
+    """Adds the largest sizes of each row that was compiled."""
+    # Without a limit, every size would fit.
+    if any_step.limit_bytes is None:
+        compiler.report(
+            f"left out the largest {', '.join(largest)}: {any_step.device_kind} does not report "
+            "its memory: --config.memory_limit_gib says how much there is"
+        )
+        return
+    for row in rows:
+        if row["error"] is None:
+            name = row["strategy"]
+            for searched in largest:
+                found = _largest(searched, name, settings[name], compiler, any_step)
+                row[f"largest_{searched}"] = found._asdict()
 
 
 def refused(settings: Mapping[str, Mapping[str, Any]], compiler: Compiler) -> dict[str, str]:
