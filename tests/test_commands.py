@@ -5,6 +5,7 @@ Words in capitals, and "...", stand for what the reader fills in.
 """
 
 import inspect
+import math
 import pathlib
 import re
 import runpy
@@ -20,6 +21,7 @@ from revnet_jax.config import ConfigError, cli, flatten
 from revnet_jax.config.experiments import locate
 from revnet_jax.config.ranges import check_ranges
 from revnet_jax.planning.topology import TopologyError, parse_topology
+from revnet_jax.training.sharding import mesh_sizes
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -83,7 +85,7 @@ def given(words):
 
 
 def check_settings(path, values):
-    """Gives settings to the parser of a config file, and checks their ranges."""
+    """Gives settings to the parser of a config file and checks their ranges. Returns the config."""
     file, _, arm = path.partition(":")
     assert (ROOT / file).is_file(), f"{path} is not there"
     arms = [arm] if arm and "/" not in arm else []  # one with a slash is a folder of the reader's
@@ -96,6 +98,7 @@ def check_settings(path, values):
     config_flags.DEFINE_config_dict("config", config, flag_values=known, sys_argv=argv)
     known(argv)
     check_ranges(config)
+    return config
 
 
 def check_topology(name):
@@ -107,18 +110,25 @@ def check_topology(name):
             raise
 
 
+def check_mesh(config, topology):
+    """Raises ConfigError if the mesh does not fit the devices of a topology, as of 2xv5e:4x4."""
+    slices, shape = re.fullmatch(r"(?:(\d+)x)?\w+:(.*)", topology).groups()
+    mesh_sizes(math.prod(int(n) for n in [slices or "1", *shape.split("x")]), **config.mesh)
+
+
 def check_program(file, words):
     values = given(words)
     settings = {name: value for name, value in values.items() if name.startswith("config.")}
     unknown = {*values} - {*settings} - flags_of(file)
     assert not unknown, f"{file.name} has no flag {', '.join(unknown)}"
-    for name in ("topology", "scaling"):
-        if name in values and not PLACEHOLDER.search(values[name]):
-            for topology in values[name].split(","):
-                check_topology(topology)
-    path = values.get("config", "")
-    if path and not PLACEHOLDER.search(path):
-        check_settings(locate(path).removeprefix(f"{ROOT}/"), settings)
+    given_to = lambda name: "" if PLACEHOLDER.search(values.get(name, "")) else values.get(name, "")
+    topologies = [each for name in ("topology", "scaling") for each in given_to(name).split(",")]
+    for topology in filter(None, topologies):
+        check_topology(topology)
+    if path := given_to("config"):
+        config = check_settings(locate(path).removeprefix(f"{ROOT}/"), settings)
+        if topology := given_to("topology"):
+            check_mesh(config, topology)
 
 
 def check_launcher(file, words):
@@ -168,6 +178,7 @@ def test_a_command_can_be_given(command):
     [
         ("scripts/plan.py --config=configs/digits.py --topolgy=h100:1", "no flag topolgy"),
         ("scripts/plan.py --config=configs/digits.py --topology=h100:3", "got topology 'h100:3'"),
+        ("scripts/plan.py --config=configs/lm_1b.py --topology=h100:8", "fsdp=16"),
         ("scripts/train.sh --config=configs/digit.py", "configs/digit.py is not there"),
         ("scripts/train.sh --config=digits --checkpoint=best", "no flag checkpoint"),
         ("scripts/train.sh --config=digits --config.batchsize=3", "config.batchsize is no setting"),

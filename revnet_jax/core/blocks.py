@@ -236,7 +236,7 @@ def keeping_operands(block: Block) -> Block:
     layer live at a time: under `reverse`, where memory stays as it was. Under `store` every layer
     keeps more. The choice changes how gradients are rounded, alike under all strategies.
 
-    Compiled for an H100, a step of lm_124m at batch 16, unrolled: `reverse` 0.96 of the predicted
+    Compiled for an H100, a step of lm_124m at batch 16, unrolled: `reverse` 0.95 of the predicted
     time, `store` 0.96 of the time and 1.2 of the memory (docs/planning.md, Operands kept).
     """
     steps = (replace(step, keep_operands=True) for step in block.half_steps)
