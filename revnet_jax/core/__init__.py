@@ -36,9 +36,10 @@ from revnet_jax.core.couplings import (
     scale_on_grid,
     scaled,
 )
+from revnet_jax.core.evaluate import GATHERED
 from revnet_jax.core.exactness import Exactness
 from revnet_jax.core.grid import Grid, snap
-from revnet_jax.core.strategies import GATHERED, STRATEGIES, Backprop
+from revnet_jax.core.strategies import STRATEGIES, Backprop
 
 __all__ = [
     "GATHERED",

@@ -12,10 +12,12 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Callable, Generator
-from typing import Any
+from itertools import compress
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.interpreters import partial_eval as pe
@@ -27,19 +29,32 @@ from revnet_jax.core.residuals import computing_again, fewest_residuals
 GATHERED = "gathered"  # checkpoint_name of weights that a branch has all-gathered
 # A context variable in place of a global, because threads may trace at the same time.
 _in_the_open = contextvars.ContextVar("in_the_open", default=False)
+_gathers_again = contextvars.ContextVar("gathers_again", default=False)
 
 
-@contextlib.contextmanager
-def without_isolation() -> Generator[None]:
+def without_isolation() -> contextlib.AbstractContextManager[None]:
     """Switches isolation off for branches traced inside this context.
 
     Checkpoint policies such as that of `remat_dots` must see the operations inside a branch.
     """
-    token = _in_the_open.set(True)
+    return _switched_on(_in_the_open)
+
+
+def gathering_again() -> contextlib.AbstractContextManager[None]:
+    """Derivatives of branches traced inside this context do not keep weights named `GATHERED`.
+
+    They compute them again, from the parts of the weights that the device holds.
+    """
+    return _switched_on(_gathers_again)
+
+
+@contextlib.contextmanager
+def _switched_on(switch: contextvars.ContextVar[bool]) -> Generator[None]:
+    token = switch.set(True)
     try:
         yield
     finally:
-        _in_the_open.reset(token)
+        switch.reset(token)
 
 
 def evaluate_branch(
@@ -109,6 +124,8 @@ def _evaluate(function, arguments, run_program, costly, passes, keep_operands=Fa
         return [value for value, is_it in zip(by_leaf, is_float, strict=True) if is_it]
 
     costs, passes = by_float(costly), by_float(passes)
+    # Read here, because JAX may call the rule below when it has left the context.
+    gathers_again = _gathers_again.get()
     select = lambda values, chosen: [v for v, is_it in zip(values, chosen, strict=True) if is_it]
 
     def called(floats, others):
@@ -136,7 +153,8 @@ def _evaluate(function, arguments, run_program, costly, passes, keep_operands=Fa
         def linear_map_and_reads(given, moving):
             return linear_map(given, moving), select(moving, select(passes, moves))
 
-        found = isolate(linear_map_and_reads, given, select(tangents[0], moves))
+        moving = select(tangents[0], moves)
+        found = given.isolate(linear_map_and_reads, moving, gathers_again)
         output_tangents, passed_tangents = found[0], iter(found[1])
         passed = select(primals[0], passes)
         passed_tangents = [
@@ -152,12 +170,34 @@ def _evaluate(function, arguments, run_program, costly, passes, keep_operands=Fa
     return run(floats, others)
 
 
+class _Given(NamedTuple):
+    """What a derivative reads besides tangents: `whole`, then `others`.
+
+    `gather(parts)` computes the gathered weights `whole` again, from what a device holds of them.
+    """
+
+    whole: list[Any]
+    others: list[Any]
+    parts: list[Any]
+    gather: Callable[[list[Any]], list[Any]]
+
+    def isolate(self, derivative, moving, gathers_again):
+        """Evaluates `derivative(what it reads, moving)` in isolation."""
+        if not (gathers_again and self.whole):
+            return isolate(derivative, [*self.whole, *self.others], moving)
+        evaluate = lambda parts, others, moving: isolate(
+            derivative, [*self.gather(parts), *others], moving
+        )
+        # The checkpoint keeps its arguments alone.
+        return jax.checkpoint(evaluate, prevent_cse=False)(self.parts, self.others, moving)
+
+
 def _linearize(called, floats, others, moves, run_program, costs, keep_operands):
-    """(outputs as (floats, others), residuals, the derivative, checksum).
+    """(outputs as (floats, others), what the derivative reads, the derivative, checksum).
 
     moves: for each float, whether it has a tangent.
-    The derivative maps (residuals, tangents of the floats that have one) to tangents of the float
-    outputs.
+    The derivative maps (what it reads, tangents of the floats that have one) to tangents of the
+    float outputs.
     """
 
     def linearized(floats, others):
@@ -178,7 +218,9 @@ def _linearize(called, floats, others, moves, run_program, costs, keep_operands)
     # Found before `_gather_first` puts other inputs in front. Floats come first among the inputs,
     # and `costs` covers them alone.
     costly = [v for v, cost in zip(program.jaxpr.invars, costs, strict=False) if cost]
-    arguments, program = _gather_first([*floats, *others], program)
+    gather, parts, program = _gather_first([*floats, *others], program)
+    whole = gather(parts)
+    arguments = [*whole, *floats, *others]
     jaxpr, constants = program.jaxpr, program.consts
     outputs, needed = jaxpr.outvars[:num_outputs], jaxpr.outvars[num_outputs:]
     # Inputs that are kept go to the derivative as arguments; only intermediates are returned.
@@ -188,9 +230,15 @@ def _linearize(called, floats, others, moves, run_program, costs, keep_operands)
         ClosedJaxpr(jaxpr.replace(outvars=[*outputs, *kept]), constants), arguments
     )
     again, is_read = computing_again(jaxpr, kept, needed)
-    given = [*arguments, *results[num_outputs:]]
     # An argument that the derivative does not read would be kept for nothing.
-    given = [value for value, is_it in zip(given, is_read, strict=True) if is_it]
+    is_whole_read, is_other_read = is_read[: len(whole)], is_read[len(whole) :]
+    given = _Given(
+        whole=list(compress(whole, is_whole_read)),
+        others=list(compress([*floats, *others, *results[num_outputs:]], is_other_read)),
+        parts=parts,
+        # Behind a barrier, so that no compiler takes what the forward pass gathered.
+        gather=lambda parts: list(compress(gather(lax.optimization_barrier(parts)), is_whole_read)),
+    )
 
     def linear_map(given, moving):
         leaves = jaxpr_as_fun(ClosedJaxpr(again, constants))(*given)
@@ -201,23 +249,23 @@ def _linearize(called, floats, others, moves, run_program, costs, keep_operands)
 
 
 def _gather_first(arguments, program):
-    """Moves the all-gathers of weights in front of the program: (arguments, program).
+    """Moves the all-gathers of weights in front of the program: (gather, parts, program).
 
-    The gathered weights become inputs of the program, and inputs are not kept as residuals. So
-    `store` gathers them again in the backward pass instead of keeping them whole.
+    The weights that `gather(parts)` returns become the first inputs of the program. So they are not
+    kept as residuals of it, and `store` can gather them again in the backward pass.
     """
     jaxpr = program.jaxpr
     is_gather = lambda e: e.primitive.name == "name" and e.params["name"] == GATHERED
     gathered = [v for e in jaxpr.eqns if is_gather(e) for v in e.outvars]
     if not gathered:
-        return arguments, program
+        return (lambda parts: []), [], program
     # Whatever the gathered weights are computed from: casts and all-gathers.
     before, used = pe.dce_jaxpr(jaxpr.replace(outvars=gathered), [True] * len(gathered))
-    inputs = [a for a, is_used in zip(arguments, used, strict=True) if is_used]
-    values = jaxpr_as_fun(ClosedJaxpr(before, program.consts))(*inputs)
+    parts = [a for a, is_used in zip(arguments, used, strict=True) if is_used]
+    gather = lambda parts: jaxpr_as_fun(ClosedJaxpr(before, program.consts))(*parts)
     after = jaxpr.replace(
         invars=[*gathered, *jaxpr.invars], eqns=[e for e in jaxpr.eqns if not is_gather(e)]
     )
     # Deletes the gathers, whose results are inputs now; `instantiate` keeps all the inputs.
     after, _ = pe.dce_jaxpr(after, [True] * len(after.outvars), instantiate=True)
-    return [*values, *arguments], ClosedJaxpr(after, program.consts)
+    return gather, parts, ClosedJaxpr(after, program.consts)

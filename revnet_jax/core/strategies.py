@@ -9,8 +9,8 @@
 | reverse    | nothing (or a residue)         | one forward                          |
 
 `remat` is gradient checkpointing. All strategies compute the same function of the same arguments,
-and can be mixed in a chain. None of them keeps values that a branch has named `GATHERED` by
-`jax.ad_checkpoint.checkpoint_name` (all-gathered weights).
+and can be mixed in a chain. None of them keeps what the branch of a reversible layer has named
+`GATHERED` by `jax.ad_checkpoint.checkpoint_name` (all-gathered weights).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from revnet_jax.core.evaluate import GATHERED, without_isolation
+from revnet_jax.core.evaluate import gathering_again, without_isolation
 
 Backprop = Literal["store", "remat_dots", "remat", "offload", "reverse"]
 STRATEGIES: tuple[Backprop, ...] = get_args(Backprop)
@@ -80,12 +80,17 @@ def remembering(forward: Callable[..., Any], backprop: Backprop, *, alone: bool)
         happen, and preventing it would cost copies.
     """
     policies = jax.checkpoint_policies
-    # `store` needs a checkpoint only so as not to keep gathered weights, which exist on several
-    # devices alone.
-    if backprop == "reverse" or (backprop == "store" and not _several_devices()):
+    if backprop == "reverse":
         return forward
+    if backprop == "store":
+
+        def gathering(params, x, context):
+            # The other strategies differentiate a layer where they have just evaluated it.
+            with gathering_again():
+                return forward(params, x, context)
+
+        return gathering
     policy = {
-        "store": policies.save_anything_except_these_names(GATHERED),
         "remat": None,  # keeps the inputs alone
         "remat_dots": _is_product,
         "offload": policies.save_and_offload_only_these_names(
@@ -104,10 +109,6 @@ def remembering(forward: Callable[..., Any], backprop: Backprop, *, alone: bool)
             return forward(params, x, context)
 
     return jax.checkpoint(named, policy=policy, prevent_cse=alone)
-
-
-def _several_devices() -> bool:
-    return jax.sharding.get_abstract_mesh().size > 1
 
 
 def _is_product(primitive: Any, *args: Any, **params: Any) -> bool:

@@ -5,8 +5,10 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
-from revnet_jax.core import Exactness, Grid, chain, reversible_block
+from revnet_jax.core import GATHERED, STRATEGIES, Exactness, Grid, chain, reversible_block
 from revnet_jax.programs.counts import arithmetic
 from tests import thorough
 
@@ -69,6 +71,32 @@ def test_each_branch_is_evaluated_once_in_the_backward_loop(backprop, products_p
     # On CPU a product is a `dot` or, where a library takes it over, a custom call.
     products = re.findall(r"= f32\[[\d,]*\]\S* (?:dot|custom-call)\(", text)
     assert len(products) == products_per_layer * 2
+
+
+@pytest.mark.parametrize("backprop", STRATEGIES)
+@pytest.mark.parametrize("depth", [1, 6])
+def test_no_strategy_keeps_gathered_weights(backprop, depth):
+    mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    parts = jax.NamedSharding(mesh, P(None, "fsdp"))
+
+    def branch(params, x, context):
+        whole = jax.lax.with_sharding_constraint(params.astype(jnp.bfloat16), P())
+        return jnp.tanh(x.astype(jnp.bfloat16) @ checkpoint_name(whole, GATHERED))
+
+    def loss(params_L):
+        block = reversible_block(branch, branch)
+        y, _ = chain(block, params_L, x, backprop=backprop, stored_layers=depth // 2)
+        return jnp.sum(y[0] * y[1])
+
+    with jax.set_mesh(mesh):
+        params_L = (jax.device_put(jnp.ones((depth, WIDTH, WIDTH)), parts),) * 2
+        x = (jnp.ones((4, WIDTH)),) * 2
+        _, pullback = jax.vjp(loss, params_L)
+        text = jax.jit(jax.grad(loss)).lower(params_L).compile().as_text()
+    kept = [leaf for leaf in jax.tree.leaves(pullback) if leaf.shape[-2:] == (WIDTH, WIDTH)]
+    assert {leaf.dtype for leaf in kept} <= {jnp.dtype("float32")}
+    # Of both branches in the forward pass. In the backward pass the first may need no weights.
+    assert text.count(" all-gather(") >= 3
 
 
 def test_no_loop_is_unrolled_and_nothing_is_compiled_per_layer():
