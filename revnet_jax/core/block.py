@@ -207,8 +207,8 @@ class Block:
     order: tuple[int, ...] = ()
 
     def __post_init__(self):
-        if not self.half_steps:
-            raise ValueError("got a block without half-steps, expected at least one")
+        if not self.half_steps or not all(isinstance(s, HalfStep) for s in self.half_steps):
+            raise ValueError(f"got half-steps {self.half_steps}, expected HalfSteps, at least one")
         if not isinstance(self.grid, Grid | None):
             raise TypeError(f"got grid={self.grid!r}, expected Grid(bits), or None")
         if self.order and sorted(self.order) != list(range(self.num_streams)):
@@ -290,7 +290,7 @@ class Block:
                 branch, step_params, streams, shared, has_aux=True
             )
             i = step.updates
-            counts = count_updates(step.coupling, *a_few(streams[i], u), self.grid)
+            counts = count_updates(step.coupling, streams[i], u, self.grid, a_few)
             updates, lost_updates = updates + counts[0], lost_updates + counts[1]
             # x comes first, because the merge is differentiated at x. The merge's value is y once
             # more; nobody reads it, so compilers compute the pullback alone.
@@ -357,12 +357,16 @@ class Invertible:
     undo: Callable[[Any, Streams, Context], Streams]
     has_aux: bool = False
 
+    def __post_init__(self):
+        check_branch(self.apply, 1)
+        check_branch(self.undo, 1)
+
     def forward(self, params: Any, x: Streams, context: Context) -> Forward:
         """Maps x to (y, aux, None, ...): there is no residue."""
 
-        def apply(params, x, context):
-            y = self.apply(params, x, context)
-            return y if self.has_aux else (y, None)
+        def apply(*args):
+            y = self.apply(*args)
+            return trees.pair(y, "apply", "(y, aux)") if self.has_aux else (y, None)
 
         (y, aux), _, checksum = evaluate_branch(apply, params, x, context)
         return Forward(y, aux, None, checksum)

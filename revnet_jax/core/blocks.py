@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
 from revnet_jax.core import trees
 from revnet_jax.core.block import Block, Context, HalfStep, check_branch
@@ -180,7 +181,7 @@ def bdia_block(
                 raise ValueError(
                     f"got {count} gammas for a layer, expected 2, one for each half-step"
                 )
-            gamma_i = gammas[i]
+            gamma_i = jnp.asarray(gammas[i])
             # Before it meets x: broadcasting may make a larger array without an error.
             check_gamma(gamma_i, x)
             u, aux = trees.pair(h(params, x, context), "a branch with has_aux=True", "(u, aux)")
@@ -239,6 +240,8 @@ def keeping_operands(block: Block) -> Block:
     Compiled for an H100, a step of lm_124m at batch 16, unrolled: `reverse` 0.95 of the predicted
     time, `store` 0.96 of the time and 1.2 of the memory (docs/planning.md, Operands kept).
     """
+    if not isinstance(block, Block):
+        raise TypeError(f"got a {type(block).__name__}, expected a Block, which has branches")
     steps = (replace(step, keep_operands=True) for step in block.half_steps)
     return replace(block, half_steps=tuple(steps))
 

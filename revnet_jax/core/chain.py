@@ -87,9 +87,10 @@ def chain(
         gradients of all layers never exist together. A function of one layer: `(dparams, state,
         params) -> (params, state)`, trees of floats. **The cotangents of params_L and state_L are
         then their new values**: a backward pass can return nothing but cotangents. The caller uses
-        them as the new parameters and state, and must not use params_L elsewhere in the loss. The
-        update is not differentiated; it may close over constants, and over values traced outside of
-        `jax.grad`.
+        them as the new parameters and state. The loss must not use params_L elsewhere, nor call the
+        chain more than once, as by `vmap`, `map` or `scan` over examples: JAX would add up the new
+        values of all uses. The update is not differentiated; it may close over constants, and over
+        values traced outside of `jax.grad`.
       state_L: the state that `update` carries from step to step (an optimizer's moments), stacked.
       probe: `Exactness.probe()`; its cotangent is the run-time exactness check of `reverse`: the
         rebuilt input against the true one, and a checksum of what the branches returned in the
@@ -153,11 +154,7 @@ def sequence(
     runs = plan_runs(depths, backprop, stored_layers)
     validate.check_invertible([sections[r.section] for r in runs if r.backprop == "reverse"])
     x = _on_grid(sections, x)
-    sections = tuple(
-        # Otherwise JAX would differentiate floating-point data under `store` and `remat`.
-        section._replace(data_L=lax.stop_gradient(section.data_L), length=depth)
-        for section, depth in zip(sections, depths, strict=True)
-    )
+    sections = tuple(s._replace(length=n) for s, n in zip(sections, depths, strict=True))
     strategies = {run.backprop for run in runs}
     if update is None and len(strategies) == 1 and strategies != {"reverse"}:
         y, auxes, _ = _forward(sections, x, shared, *strategies, unroll)

@@ -24,6 +24,10 @@ TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-2, "float64": 1e-10}
 _RANGE = "range of the grid"
 
 
+class _NoBranches(Exception):
+    pass
+
+
 @dataclass(frozen=True)
 class Finding:
     """One line of a report.
@@ -88,6 +92,10 @@ def check_reversible(
     Compiles about a dozen programs, two for each dtype: seconds to a minute on a CPU. Does not
     raise for faults of the layer; the report describes them and what to do.
     """
+    if isinstance(dtypes, str) or not TOLERANCES.keys() >= {*dtypes}:
+        raise ValueError(
+            f"got dtypes={dtypes!r}, expected a list of some of {', '.join(TOLERANCES)}"
+        )
     try:
         one = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (params, data))
         section = Section(layer, *_repeat(one, depth), length=depth)
@@ -185,7 +193,11 @@ def _range_and_resolution(section, x, shared) -> Iterator[Finding]:
         f"|x| up to {most:.3g} of {limit:g} after {section.length} layers",
         "normalise what the branches read, or what they return; or take a grid of fewer bits",
     )
-    share = max(float(lost / max(total, 1)) for total, lost in jnp.sum(counts_L, axis=0))
+    shares = [float(lost / total) for total, lost in jnp.sum(counts_L, axis=0) if total]
+    if not shares:
+        yield Finding("resolution of the grid", None, "no update was other than 0")
+        return
+    share = max(shares)
     yield Finding(
         "resolution of the grid",
         # Over a half fails. Between a tenth and a half the advice is shown without a verdict.
@@ -246,8 +258,11 @@ def _gradients(section, x, shared, dtype) -> Iterator[Finding]:
         # Otherwise JAX makes float32 of float64.
         with jax.enable_x64(dtype == "float64"):
             error, exactness = _gradient_error(section, x, shared, jnp.dtype(dtype))
+    except _NoBranches as error:
+        yield Finding(law, None, f"could not be run: {error}")
+        return
     except Exception as error:
-        yield Finding(law, None, f"could not be run: {_line(error)}")
+        yield Finding(law, False, f"could not be run: {_line(error)}", "as it says")
         return
     mismatches = int(exactness.mismatches)
     grid = getattr(section.layer, "grid", None)
@@ -274,7 +289,7 @@ def _gradient_error(section, x, shared, dtype) -> tuple[float, Exactness]:
         ]
         layer = dataclasses.replace(layer, half_steps=tuple(steps))
     elif dtype == jnp.bfloat16:
-        raise TypeError("only a Block's branches can be computed in another dtype")
+        raise _NoBranches("only a Block's branches can be computed in another dtype")
 
     def gradient(backprop):
         loss = _loss(layer, backprop, length=section.length)
@@ -314,7 +329,15 @@ def _loss(layer, backprop, *, length=None, with_aux=True) -> Callable[..., jax.A
 
 
 def _cast(tree: Any, dtype: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.astype(dtype) if trees.is_inexact(leaf) else leaf, tree)
+    """Casts floats, and complex numbers where they then hold pairs of such floats."""
+
+    def cast(leaf):
+        kind = trees.dtype_of(leaf)
+        if jnp.issubdtype(kind, jnp.complexfloating):
+            return leaf.astype(jnp.complex128) if dtype == jnp.float64 else leaf
+        return leaf.astype(dtype) if jnp.issubdtype(kind, jnp.floating) else leaf
+
+    return jax.tree.map(cast, tree)
 
 
 def _computed_in(dtype, branch):
@@ -322,10 +345,12 @@ def _computed_in(dtype, branch):
 
 
 def _memory(section, x, shared) -> Iterator[Finding]:
-    depth = section.length
+    # A single layer runs outside of a loop, in another amount of memory.
+    depth = max(section.length, 2)
+    one = jax.tree.map(lambda leaf: leaf[:1], (section.params_L, section.data_L))
 
     def temporary_bytes(backprop, times):
-        params_L, data_L = _repeat((section.params_L, section.data_L), times)
+        params_L, data_L = _repeat(one, depth * times)
         arguments = params_L, x, shared, data_L, None
         # Without auxiliary outputs, which every strategy keeps for all layers.
         loss = _loss(section.layer, backprop, length=depth * times, with_aux=False)
@@ -341,10 +366,13 @@ def _memory(section, x, shared) -> Iterator[Finding]:
             for backprop in ("reverse", "store")
         }
     except Exception as error:
-        yield Finding("memory flat in depth", None, f"could not be measured: {_line(error)}")
+        yield Finding(
+            "memory flat in depth", False, f"could not be measured: {_line(error)}", "as it says"
+        )
         return
     residues = jax.eval_shape(lambda x: sequence_forward([section], x, shared=shared)[2], x)
-    residue = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(residues)) / depth
+    residue = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(residues))
+    residue /= section.length
     elements = sum(leaf.size for leaf in jax.tree.leaves(x))
     yield Finding(
         "memory flat in depth",

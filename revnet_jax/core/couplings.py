@@ -26,6 +26,10 @@ from revnet_jax.core.isolate import isolate
 from revnet_jax.core.scaling import SCALE_BITS, divide, multiply
 
 
+def _zeros(u: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.zeros_like(leaf) if trees.is_inexact(leaf) else leaf, u)
+
+
 class Coupling(NamedTuple):
     """Two pure functions: `y, residue = merge(x, u, grid)` and `x = unmerge(y, u, residue, grid)`.
 
@@ -34,6 +38,8 @@ class Coupling(NamedTuple):
     - grid: the grid that streams are kept on, or None for ordinary floats.
     - residue: the information about x that y and u do not determine, in as few bytes as possible;
       None if they determine x. Under `reverse` the residue is the only thing stored per layer.
+    - idle: `idle(u)` is u with an update of zero, by which `Exactness.lost_updates` tells whether
+      the grid has rounded u to nothing. What else u holds (as bdia's gamma) it returns as it is.
 
     JAX differentiates both, so no gradient is written by hand: merge in every backward pass,
     unmerge in second derivatives and in the derivatives of an inverse.
@@ -41,6 +47,7 @@ class Coupling(NamedTuple):
 
     merge: Callable[[Any, Any, Grid | None], tuple[Any, Any]]
     unmerge: Callable[[Any, Any, Any, Grid | None], Any]
+    idle: Callable[[Any], Any] = _zeros
 
 
 def additive(scale: float = 1.0) -> Coupling:
@@ -204,7 +211,7 @@ def bdia(bits: int = 1) -> Coupling:
         x = signed(add.unmerge(y, update, None, grid), gamma)
         return _divide_often(x, residue, factor(gamma, x, grid), bits, grid)
 
-    return Coupling(merge, unmerge)
+    return Coupling(merge, unmerge, lambda u: (u[0], _zeros(u[1])))
 
 
 def scaled(scale: float) -> Coupling:
@@ -243,7 +250,7 @@ def scaled(scale: float) -> Coupling:
 
 def scale_on_grid(scale: float, grid: Grid | None) -> float:
     """What `scaled(scale)` multiplies by: on a grid, a power of a factor that is rounded."""
-    bits = _bits_of(scale)
+    bits = _bits_of(constant("scale", scale))
     return scale if grid is None else _rounded(scale ** (1 / max(1, bits))) ** bits
 
 

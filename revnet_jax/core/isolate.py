@@ -43,7 +43,7 @@ def call(program: ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:
 def call_witnessed(program: ClosedJaxpr, arguments: Sequence[Any]) -> tuple[list[Any], jax.Array]:
     """Evaluates a jaxpr in isolation: (outputs, checksum).
 
-    If the first output or the checksum is read, all outputs are computed.
+    If the first output (but for PRNG keys) or the checksum is read, all outputs are computed.
 
     checksum: int32, of the bits of a few elements of each output; it does not depend on the order
       of summation. A few elements, because reading all would double the memory traffic.
@@ -210,14 +210,20 @@ def _lower_as_call(context, *arguments, program, witnessed):
 
 
 def _lower_witness(context, outputs, program, add_two):
-    avals = program.out_avals
-    # PRNG keys have an extended dtype, whose bits are out of reach here.
-    seen = [i for i, a in enumerate(avals) if not jnp.issubdtype(a.dtype, jax.dtypes.extended)]
+    avals, seen, outputs = program.out_avals, _not_keys(program), list(outputs)
+    if not seen:
+        return [*outputs, *_lowered(context, lambda: [jnp.int32(0)], [], [])]
     witness = functools.partial(_witness, add_two=add_two)
-    first, checksum = _lowered(
+    outputs[seen[0]], checksum = _lowered(
         context, witness, [avals[i] for i in seen], [outputs[i] for i in seen]
     )
-    return [first, *outputs[1:], checksum]
+    return [*outputs, checksum]
+
+
+def _not_keys(program):
+    """Places of the outputs that have bits here: PRNG keys have an extended dtype."""
+    extended = [jnp.issubdtype(aval.dtype, jax.dtypes.extended) for aval in program.out_avals]
+    return [i for i, is_key in enumerate(extended) if not is_key]
 
 
 def _lowered(context, function, avals, values):
@@ -303,11 +309,20 @@ def _batch(axis, arguments, places, *, program, witnessed):
 
     Weights that were cast to another dtype are such outputs.
     """
-    batched = {v for v, i in zip(program.jaxpr.invars, places, strict=True) if i is not None}
+    batched = [v for v, i in zip(program.jaxpr.invars, places, strict=True) if i is not None]
+    # What asks for its place along the axis differs along it, whatever its inputs.
+    for equation in program.jaxpr.eqns:
+        if any(getattr(effect, "name", None) == axis.name for effect in equation.effects):
+            batched += equation.outvars
     is_batched = depending_on(batched, program.jaxpr)
     out_places = [0 if is_batched(v) else None for v in program.jaxpr.outvars]
     mapped = jax.vmap(
-        jaxpr_as_fun(program), places, out_places, axis_name=axis.name, axis_size=axis.size
+        jaxpr_as_fun(program),
+        places,
+        out_places,
+        axis_name=axis.name,
+        axis_size=axis.size,
+        spmd_axis_name=axis.spmd_name,
     )
     # The batched form is one isolated program too, and one checksum covers all of its batch.
     program = jax.make_jaxpr(mapped)(*arguments)
@@ -318,11 +333,11 @@ def _batch(axis, arguments, places, *, program, witnessed):
 def _delete_unread(used, *others):
     """The rule for dead code elimination, by which `jax.checkpoint` skips unread outputs.
 
-    A witnessed program stays whole if its first output or its checksum is read.
+    A witnessed program stays whole if the output with the witness or its checksum is read.
     """
     equation = others[-1]  # jax 0.12 passes the live inputs as another argument before it
     program, witnessed = equation.params["program"], equation.params["witnessed"]
-    if witnessed and (used[0] or used[-1]):
+    if witnessed and (used[-1] or any(used[i] for i in _not_keys(program)[:1])):
         return [True] * len(equation.invars), equation
     # Without the flag of the checksum, which is unread in this case.
     used = used[: len(program.out_avals)]

@@ -6,11 +6,14 @@ evaluation of a layer of each section, of its inverse and of its update.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
+from numbers import Number
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.core import Tracer
 
 from revnet_jax.core import trees
@@ -27,33 +30,32 @@ def arrays(name: str, tree: Any) -> Any:
     """
 
     def checked(path, leaf):
-        if isinstance(leaf, jax.Array):
+        # Python numbers stay as they are, so that they take the dtype of what they meet.
+        if isinstance(leaf, jax.Array | Number | jax.ShapeDtypeStruct):
             return leaf
-        try:
+        with contextlib.suppress(TypeError):  # of a dtype that JAX has not
             if hasattr(leaf, "__array__"):
                 return jnp.asarray(leaf)
-            # Raises for what is neither array nor number. Python numbers stay as they are, so that
-            # they take the dtype of what they meet.
-            jnp.result_type(leaf)
-        except TypeError:
-            got = f"{name}{jax.tree_util.keystr(path)} of type {type(leaf).__name__}"
-            got += f" and dtype {leaf.dtype}" if hasattr(leaf, "dtype") else ""
-            raise TypeError(
-                f"got {got}, expected an array: write constants that are not arrays into the branch"
-            ) from None
-        return leaf
+        got = f"{name}{jax.tree_util.keystr(path)} of type {type(leaf).__name__}"
+        got += f" and dtype {leaf.dtype}" if hasattr(leaf, "dtype") else ""
+        raise TypeError(
+            f"got {got}, expected an array: write constants that are not arrays into the branch"
+        )
 
     return jax.tree_util.tree_map_with_path(checked, tree)
 
 
 def streams(name: str, x: Any) -> Any:
-    """Like `arrays`; Python numbers become arrays too, because a stream has a dtype of its own."""
-    as_array = lambda leaf: leaf if hasattr(leaf, "dtype") else jnp.array(leaf)
-    return jax.tree.map(as_array, arrays(name, x))
+    """Like `arrays`, of dtypes of their own: Python numbers become arrays, weak types strong."""
+    # A weakly typed array would take another dtype where it meets one, but not once it is rebuilt.
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, trees.dtype_of(leaf)), arrays(name, x))
 
 
 def checked_sections(sections: Iterable[Any]) -> tuple[Any, ...]:
-    """Returns the sections as a tuple, with JAX arrays; raises unless each is a valid `Section`."""
+    """Returns the sections as a tuple, with JAX arrays; raises unless each is a valid `Section`.
+
+    Their data has no gradient any more.
+    """
     # A Section is a tuple itself, so that iterating over it would give its fields.
     if hasattr(sections, "layer"):
         raise TypeError("got a Section as a sequence, expected a list of them: [Section(...)]")
@@ -74,7 +76,8 @@ def checked_sections(sections: Iterable[Any]) -> tuple[Any, ...]:
                 "returns, or an Invertible or PlainLayer of functions"
             )
     stacked = ("params_L", "data_L", "state_L")
-    return tuple(s._replace(**{n: arrays(n, getattr(s, n)) for n in stacked}) for s in sections)
+    sections = [s._replace(**{n: arrays(n, getattr(s, n)) for n in stacked}) for s in sections]
+    return tuple(s._replace(data_L=lax.stop_gradient(s.data_L)) for s in sections)
 
 
 def check_sections(

@@ -24,6 +24,12 @@ _FREE = {
 }
 _RUNS_OTHERS = ("call", "call-start", "async-start")
 _HBM, _HOST = 0, 5  # memory spaces in XLA's numbering
+# Within a fusion their elements are computed where they are read.
+_ELEMENTWISE_NAMES = """
+abs add and ceil compare convert divide exponential floor maximum minimum multiply negate not or
+power round-nearest-even rsqrt select sign sqrt subtract tanh xor
+"""
+_ELEMENTWISE = frozenset(_ELEMENTWISE_NAMES.split())
 # They reserve memory, or view arrays that lie side by side as one, without a copy.
 _FREE_CUSTOM_CALLS = ('"AllocateBuffer"', '"ConcatBitcast"')
 _NVIDIA_LIBRARIES = ('"__cublas', '"__cudnn')  # targets of custom calls
@@ -232,7 +238,7 @@ class _Counter:
             elif _is_by_rows(user) and user.operands[0] == name:
                 rows = user if user.opcode == "gather" else body.instructions[user.operands[-1]]
                 total += _bytes(rows.result)
-            elif user.opcode in ("convert", "select") and self._only_sliced(body, user.name):
+            elif user.opcode in _ELEMENTWISE and self._only_sliced(body, user.name):
                 # Computed where it is read: of each operand as many elements as of the result.
                 whole, part = _bytes(user.result), self._read(body, user.name)
                 total += _bytes(body.instructions[name].result) * part // whole
@@ -244,7 +250,11 @@ class _Counter:
     def _only_sliced(self, body: Computation, name: str) -> bool:
         """Whether slices of `name` are all that a fused computation needs of it."""
         users = body.users[name]
-        return bool(users) and all(user.opcode == "slice" for user in users)
+        return bool(users) and all(
+            user.opcode == "slice"
+            or (user.opcode in _ELEMENTWISE and self._only_sliced(body, user.name))
+            for user in users
+        )
 
     def _passes_through(self, nested: Computation, user: Instruction, name: str) -> bool:
         """Whether a nested fusion returns its operand `name` unchanged."""

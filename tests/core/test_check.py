@@ -14,6 +14,7 @@ from revnet_jax.core import (
     momentum_block,
     reversible_block,
 )
+from revnet_jax.core.check import _cast
 from tests import thorough
 
 WIDTH, ROWS = 8, 16
@@ -188,3 +189,42 @@ def test_an_update_that_is_not_snapped(arguments):
     wrong = failed(check_reversible(block, *arguments, depth=2, dtypes=["float32"]))
     assert "snap what is added" in wrong["inverse of forward"].advice
     assert "gradient = store, float32" in wrong
+
+
+def test_what_cannot_be_run_is_no_pass(arguments):
+    """Not even the rewind of a layer that was written for this report alone."""
+    (params, _), x = arguments
+    block = reversible_block(dense, dense)
+
+    class Unfinished:
+        grid = block.grid
+        forward, inverse = staticmethod(block.forward), staticmethod(block.inverse)
+
+        def rewind(self, *arguments):
+            raise NotImplementedError("later")
+
+    report = check_reversible(Unfinished(), (params, params), x, dtypes=["float32"])
+    assert not report.ok
+    assert "NotImplementedError: later" in failed(report)["gradient = store, float32"].measured
+
+
+@pytest.mark.thorough
+def test_a_single_layer(arguments):
+    report = check_reversible(reversible_block(dense, dense), *arguments, depth=1, dtypes=[])
+    assert report.ok, report
+
+
+@pytest.mark.parametrize("dtypes", ["float32", ["float16"]])
+def test_dtypes_that_are_not_compared(arguments, dtypes):
+    with pytest.raises(ValueError, match=r"got dtypes=.*, expected a list of some of float32"):
+        check_reversible(reversible_block(dense, dense), *arguments, dtypes=dtypes)
+
+
+def test_complex_parameters_stay_complex(arguments):
+    _, x = arguments
+    turned = lambda params, x, context: jnp.imag(params * x.astype(params.dtype))
+    params = (jnp.complex64(1 + 0.5j), jnp.complex64(0.2j))
+    report = check_reversible(reversible_block(turned, turned), params, x)
+    assert report.ok, report
+    (kept,) = {str(x.dtype) for x in jax.tree.leaves(_cast(params, jnp.bfloat16))}
+    assert kept == "complex64"

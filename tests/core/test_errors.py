@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 
 from revnet_jax.core import (
+    Block,
     Coupling,
     Grid,
     Invertible,
     Section,
     bdia_block,
     chain,
+    keeping_operands,
     reversible_block,
+    scale_on_grid,
     sequence,
     sequence_forward,
     sequence_inverse,
@@ -40,6 +43,16 @@ CASES = {
         {"x": (jnp.ones(4), "x2")},
         TypeError,
         r"got x\[1\] of type str, expected an array",
+    ),
+    "the name of a dtype among shared inputs": (
+        {"shared": {"dtype": "float32"}},
+        TypeError,
+        r"got shared\['dtype'\] of type str, expected an array",
+    ),
+    "a dtype among shared inputs": (
+        {"shared": jnp.bfloat16},
+        TypeError,
+        "got shared of type _ScalarMeta and dtype bfloat16, expected an array",
     ),
     "a string among shared inputs": (
         {"shared": {"mode": "train"}},
@@ -510,3 +523,54 @@ def test_numbers_are_streams_without_axes():
     assert run((1.0, 0.0)) == run(rows)
     with pytest.raises(TypeError, match=r"a stream int32\[\], expected floating point"):
         run((1, 0))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: keeping_operands(Invertible(double, double)),
+            "got a Invertible, expected a Block, which has branches",
+        ),
+        (
+            lambda: Invertible(lambda p, x: x, double),
+            r"got a branch <lambda>\(p, x\), expected one",
+        ),
+        (lambda: Block((double, double)), "got half-steps .*, expected HalfSteps, at least one"),
+        (lambda: scale_on_grid("0.5", Grid()), "got scale='0.5', expected"),
+        (
+            lambda: call(layer=Invertible(lambda p, x, c: (*x, 0), double, has_aux=True)),
+            r"apply returned a .*, expected a pair \(y, aux\)",
+        ),
+    ],
+)
+def test_parts_of_layers(build, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        build()
+
+
+@pytest.mark.parametrize("run", [sequence, sequence_forward, sequence_inverse])
+def test_data_have_no_gradient(run):
+    scaled_by_data = lambda params, x, context: x * params * context.data
+    block = reversible_block(scaled_by_data, scaled_by_data)
+
+    def loss(data_L):
+        found = run([Section(block, PARAMS_L, data_L)], X)
+        return jnp.sum(jax.tree.leaves(found)[0])
+
+    assert jnp.array_equal(jax.grad(loss)(jnp.ones(3)), jnp.zeros(3))
+
+
+def test_a_stream_is_not_weakly_typed():
+    """Once rebuilt it would not take the dtype of what it meets."""
+    kept, x = [], (jnp.full(4, 0.5),) * 2
+
+    def branch(params, x, context):
+        kept.append((x * params).dtype)
+        return x * params
+
+    params_L = (jnp.ones(1, jnp.bfloat16),) * 2
+    layer = reversible_block(branch, branch, grid=None)
+    with jax.numpy_dtype_promotion("standard"):
+        jax.grad(lambda p: jnp.sum(chain(layer, p, x)[0][0]))(params_L)
+    assert set(kept) == {jnp.dtype("float32")}

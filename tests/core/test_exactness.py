@@ -13,6 +13,7 @@ from revnet_jax.core import (
     Exactness,
     Grid,
     Section,
+    bdia_block,
     chain,
     leapfrog,
     reversible_block,
@@ -208,6 +209,40 @@ def test_updates_that_round_to_nothing_are_counted(bits, step, backprop):
         assert (lost > 0.7 * updates) == (bits == 12 and step == 1e-4)
     assert (float(found.updates), float(found.lost_updates)) == (updates, lost)
     assert found.lost_share == pytest.approx(lost / max(updates, 1))
+
+
+def _of_channels():
+    """A coupling with a constant for each channel, which parts of streams do not fit."""
+    weight = np.linspace(0.5, 1, 16, dtype=np.float32)[None]
+    update = lambda u, grid: snap(grid, [weight * leaf for leaf in u])
+    return Coupling(
+        lambda x, u, grid: (jax.tree.map(jnp.add, x, update(u, grid)), None),
+        lambda y, u, residue, grid: jax.tree.map(jnp.subtract, y, update(u, grid)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("build", "shapes"),
+    [
+        (lambda f: reversible_block(f, f, coupling=_of_channels()), [(3, 16)]),
+        (lambda f: reversible_block(f, f), [(3, 4), (3, 5)]),
+        (lambda f: bdia_block(f, f, gamma=lambda _: jnp.full((2, 3, 1), 0.5)), [(3, 16)]),
+        (lambda f: bdia_block(f, f, gamma=lambda _: (1.0, 1.0)), [(3, 16)]),
+    ],
+    ids=["by channel", "unlike arrays", "bdia", "bdia of numbers"],
+)
+def test_updates_of_every_coupling_are_counted(build, shapes):
+    tiny = lambda params, x, context: jax.tree.map(lambda leaf: 0 * leaf + 1e-6 * params, x)
+    x = tuple([jnp.zeros(shape) for shape in shapes] for _ in range(2))
+
+    def loss(params_L, probe):
+        y, _ = chain(build(tiny), params_L, x, probe=probe)
+        return sum(map(jnp.sum, jax.tree.leaves(y)))
+
+    found = jax.grad(loss, argnums=1)((jnp.ones(2),) * 2, Exactness.probe())
+    # Of each of three examples at most eight elements, in two layers of two half-steps.
+    updates = 4 * 3 * sum(min(8, shape[-1]) for shape in shapes)
+    assert (found.updates, found.lost_updates, found.mismatches) == (updates, updates, 0)
 
 
 def test_without_a_grid_no_update_is_looked_at():

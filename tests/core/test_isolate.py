@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from revnet_jax.core import Exactness, affine, chain, reversible_block
+from revnet_jax.core import (
+    Coupling,
+    Exactness,
+    Grid,
+    affine,
+    chain,
+    multi_stream_block,
+    reversible_block,
+    snap,
+)
 from revnet_jax.core.isolate import call_witnessed, isolate
 from tests import thorough
 from tests.core import toy
@@ -300,3 +309,67 @@ def test_a_program_that_nobody_reads_in_full_is_computed_in_full():
     # tanh and what its derivative takes, of two branches, forward and in the rewind
     assert len(of_branches) >= 4
     assert len(set(of_branches[-4:])) == 1
+
+
+def test_a_branch_that_asks_for_its_place_in_a_batch():
+    """Dropout that differs by example or replica: its mask depends on no batched input."""
+
+    def dropout(params, x, context):
+        key = jax.random.fold_in(context.data, jax.lax.axis_index("examples"))
+        return jnp.where(jax.random.bernoulli(key, 0.5, x.shape), branch(params, x, None), 0.0)
+
+    keys_L = jax.random.split(jax.random.key(1), 2)
+    x = (jax.random.normal(jax.random.key(2), (3, ROWS, WIDTH)),) * 2
+    found = []
+    for backprop in ("remat_dots", "store", "reverse"):  # the first evaluates branches in the open
+        block = reversible_block(dropout, dropout)
+
+        def loss(params_L, x, block=block, backprop=backprop):
+            y, _ = chain(block, params_L, x, data_L=keys_L, backprop=backprop)
+            return jnp.mean(y[0] ** 2) + jnp.mean(y[1])
+
+        gradients = jax.vmap(jax.grad(loss), (None, 0), axis_name="examples")
+        found.append(toy.jit(gradients)(params_L(2), x))
+    expected, *others = found
+    assert not jnp.array_equal(expected[0][0], expected[0][1])
+    for got in others:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, expected)
+
+
+def test_vmap_over_devices_reaches_constraints_in_a_branch():
+    def constrained(params, x, context):
+        return jnp.tanh(jax.lax.with_sharding_constraint(x @ params, PartitionSpec("model")))
+
+    mesh = jax.make_mesh((2, 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    block, x = reversible_block(constrained, constrained), (jnp.ones((2, ROWS, WIDTH)),) * 2
+    run = lambda x: chain(block, params_L(1), x)[0]
+    with jax.set_mesh(mesh):
+        text = str(jax.make_jaxpr(jax.vmap(run, spmd_axis_name="data"))(x))
+    assert "P('data', 'model')" in text
+    assert "UNCONSTRAINED" not in text
+
+
+@pytest.mark.parametrize("backprop", ["reverse", "store", "remat"])
+def test_a_branch_may_return_a_key_first_or_nothing(backprop):
+    """What the checksum cannot read: stochastic rounding, and a stream without arrays."""
+    noisy = lambda u: snap(Grid(), u["u"] + jax.random.uniform(u["key"], u["u"].shape) / 2**13)
+    coupling = Coupling(
+        lambda x, u, grid: (x + noisy(u), None), lambda y, u, residue, grid: y - noisy(u)
+    )
+    keyed = lambda params, x, context: {"key": context.data, "u": jnp.tanh(x @ params)}
+    keys_L = jax.random.split(jax.random.key(1), 2)
+    x = (jax.random.normal(jax.random.key(2), (ROWS, WIDTH)),) * 2
+
+    def loss(params_L, probe, backprop):
+        block = reversible_block(keyed, keyed, coupling=coupling)
+        y, _ = chain(block, params_L, x, data_L=keys_L, probe=probe, backprop=backprop)
+        return jnp.mean(y[0] ** 2)
+
+    got, found = jax.grad(loss, argnums=(0, 1))(params_L(2), Exactness.probe(), backprop)
+    assert found.mismatches == 0
+    expected = jax.grad(loss)(params_L(2), None, "remat_dots")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, expected)
+
+    empty = multi_stream_block((lambda params, x, context: params, lambda params, x, context: {}))
+    loss = lambda w: jnp.sum(chain(empty, (w, ()), (jnp.ones(3), {}), backprop=backprop)[0][0] ** 2)
+    assert jnp.array_equal(jax.grad(loss)(jnp.ones((2, 3))), jnp.full((2, 3), 6.0))

@@ -220,7 +220,9 @@ SLICES = """%fused (a: bf16[16,1024], b: f32[16,1024], keep: pred[16,1024]) -> f
   %a.1 = bf16[16,8]{1,0} slice(%chosen), slice={[0:16], [0:8]}
   %a.2 = f32[16,8]{1,0} convert(%a.1)
   %b = f32[16,1024]{1,0} parameter(1)
-  %b.1 = f32[16,8]{1,0} slice(%b), slice={[0:16], [0:8]}
+  %minus = f32[16,1024]{1,0} negate(%b)
+  %size = f32[16,1024]{1,0} abs(%minus)
+  %b.1 = f32[16,8]{1,0} slice(%size), slice={[0:16], [0:8]}
   ROOT %sum = f32[16,8]{1,0} add(%a.2, %b.1)
 }
 
