@@ -20,8 +20,8 @@ from ml_collections import ConfigDict
 
 from revnet_jax.config import (
     ConfigError,
+    check_experiment,
     experiment,
-    flatten,
     image_classification,
     language_model,
     references,
@@ -82,7 +82,7 @@ def family_of(config: ConfigDict) -> Family:
     """The row of `config.model.family`. ConfigError unless `config.model` has its settings."""
     name, model = config.model.family, set(config.model)
     if references.is_reference(name):
-        _check_experiment(config)
+        check_experiment(config)
         return ONES_OWN
     # Families of equal settings (revnet, resnet, irevnet) can be exchanged by a flag. The settings
     # of others would be missing or left over.
@@ -100,15 +100,6 @@ def family_of(config: ConfigDict) -> Family:
         "others have other settings, so start from one of their configs. A model of your own is "
         "named MODULE:FUNCTION"
     )
-
-
-def _check_experiment(config):
-    """Raises ConfigError if a user's own config lacks settings that every run has."""
-    if missing := sorted(flatten(experiment()).keys() - flatten(config).keys()):
-        raise ConfigError(
-            f"config: got no {', '.join(missing)}, expected what every run has: begin with "
-            "revnet_jax.config.experiment() and add to it"
-        )
 
 
 def build_task(
@@ -274,10 +265,15 @@ def _layers(model):
     return model["layers"]
 
 
+def _equal_layers(config, layers):
+    _layers(config.model)  # raises if it has none to replace
+    return {"layers": layers}
+
+
 LAYERS = Depth(
     of=_layers,
     times=lambda model, n: {"layers": n * _layers(model)},
-    equal=lambda config, layers: {"layers": layers},
+    equal=_equal_layers,
 )
 UNITS = Depth(
     of=lambda model: sum(model["units"]),

@@ -95,6 +95,11 @@ def test_a_mesh_is_checked_for_devices_that_are_elsewhere():
         dry_run(config, 32, num_slices=2, platform="tpu")
     config.data.dir = "there"
     dry_run(config, 32, num_slices=2, platform="tpu")
+    for key, message in (("data.name", "expected one of digits, .*"), ("tracker", "expected noth")):
+        wrong = config.copy_and_resolve_references()
+        wrong.update_from_flattened_dict({key: "nosuch"})
+        with pytest.raises(ConfigError, match=rf"^config.{key}: got 'nosuch', {message}"):
+            dry_run(wrong, 32, num_slices=2, platform="tpu")
     for devices, slices, platform, attention, message in (
         (0, 1, "tpu", "auto", r"config.mesh: got 0 devices, expected at least 1"),
         (16, 0, "tpu", "auto", r"config.mesh: got 0 slices, expected at least 1"),

@@ -10,9 +10,18 @@ import sys
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from revnet_jax.benchmark.pipeline import feed
-from revnet_jax.config import ConfigError, digits, experiment, flatten, language_model, references
+from revnet_jax.config import (
+    ConfigError,
+    check_experiment,
+    digits,
+    experiment,
+    flatten,
+    language_model,
+    references,
+)
 from revnet_jax.data.dataset import DataError
 from revnet_jax.data.source import Arrays
 from revnet_jax.families import build_task
@@ -21,7 +30,7 @@ from revnet_jax.planning.compile import Compiler
 from revnet_jax.planning.plan import plan
 from revnet_jax.planning.timeline import timelines, with_layers
 from revnet_jax.planning.topology import parse_topology
-from revnet_jax.planning.variants import deeper, model_depth, variants
+from revnet_jax.planning.variants import deeper, has_depth, model_depth, variants
 from revnet_jax.training.build import build_recipe
 from revnet_jax.training.inputs import build_data
 from revnet_jax.training.loop import train
@@ -66,6 +75,13 @@ def test_the_example_trains_resumes_and_is_measured(config, tmp_path):
     ]
     assert evaluate_run(part)["eval_loss"] == pytest.approx(summary["eval_loss"], rel=1e-5)
     assert feed(config, seconds=0)["pipeline_per_second"] > 0
+    with pytest.raises(ConfigError, match=r"--data_dir: got /x, expected none: .*load has no "):
+        evaluate_run(part, data_dir="/x")
+    # By devices that do not divide the batches of training.
+    record = json.loads((part / "config.json").read_text())
+    record["config"]["batch_size"] = 15
+    (part / "config.json").write_text(json.dumps(record))
+    assert evaluate_run(part)["eval_loss"] == pytest.approx(summary["eval_loss"], rel=1e-5)
 
 
 @pytest.mark.thorough
@@ -84,8 +100,28 @@ def test_the_example_is_planned_by_processes_that_find_its_module(config, tmp_pa
 @pytest.mark.thorough
 def test_the_example_has_a_timeline(config):
     assert with_layers(config, 5).model.layers == 5
+    assert has_depth(flatten(config))
     (line,) = timelines(config, 3, ["reverse"])
     assert line.peak_bytes == pytest.approx(line.compiled_bytes, rel=0.1)
+
+
+def test_a_model_without_a_setting_of_its_depth(config):
+    config = ConfigDict(config.to_dict())
+    del config.model["layers"]
+    assert not has_depth(flatten(config))
+    for use in (lambda: model_depth(flatten(config)), lambda: with_layers(config, 3)):
+        with pytest.raises(ConfigError, match=r"config.model.layers: got None, expected a whole"):
+            use()
+
+
+@pytest.mark.parametrize("is_null", [False, True])
+def test_configs_that_lack_what_every_run_has(is_null):
+    config = experiment().to_dict()
+    check_experiment(ConfigDict(config))
+    config |= {"model": {**config["model"], "family": None}} if is_null else {"model": {}}
+    config = ConfigDict(config)
+    with pytest.raises(ConfigError, match=r"config: got no .*model.family.*, expected what every"):
+        check_experiment(config)
 
 
 def test_the_page_shows_the_example():
@@ -310,4 +346,13 @@ def test_modules_are_found_again_without_the_config_file(tmp_path, monkeypatch):
     assert references.load_reference("model.family", "mine_in.deep:build")() == 3
     settings = {"model.family": "mine_in.deep:build", "data.name": "digits"}
     assert references.folders_of(settings) == [str(tmp_path / "models")]
+    # After PYTHONPATH, before modules of other packages that may be called the same.
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), str(tmp_path), "site-packages"])
+    references.look_in([tmp_path / "models"], first=False)
+    assert sys.path[1:] == [str(tmp_path), str(tmp_path / "models"), "site-packages"]
+    monkeypatch.delenv("PYTHONPATH")
+    monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), "site-packages"])
+    references.look_in([tmp_path / "models"], first=False)
+    assert sys.path[0] == str(tmp_path / "models")
     assert str(tmp_path / "models") in references.search_path()

@@ -176,6 +176,7 @@ def _parse(argv: list[str], required: tuple[str, ...], arguments: bool) -> list[
             sys.exit(f"error: got an empty --{name}, expected a list: leave it out for the default")
     if config is not None:
         try:
+            knobs.check_experiment(config)
             check_ranges(config)
         except ConfigError as error:
             sys.exit(f"error: {error}")

@@ -96,6 +96,17 @@ def experiment() -> ConfigDict:
     return config
 
 
+def check_experiment(config: ConfigDict) -> None:
+    """Raises ConfigError if a config lacks, or has null for, a setting that every run has."""
+    given, defaults = flatten(config), flatten(experiment())
+    null = [key for key, x in given.items() if x is None and defaults.get(key) is not None]
+    if missing := [*(defaults.keys() - given.keys()), *null]:
+        raise ConfigError(
+            f"config: got no {', '.join(sorted(missing))}, expected what every run has: begin with "
+            "revnet_jax.config.experiment() and add to it"
+        )
+
+
 def _images() -> ConfigDict:
     """The settings of a run on images."""
     config = experiment()

@@ -37,10 +37,15 @@ def named_in(config: Mapping[str, Any]) -> list[str]:
 
 
 def look_in(folders: Iterable[str | os.PathLike[str]], *, first: bool = True) -> None:
-    """Adds folders to the module search path, before all others or after them."""
+    """Adds folders to the module search path: before all others, or after those of PYTHONPATH.
+
+    Not after the others, which have modules that are called like a user's own.
+    """
+    given = [os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     for folder in (os.path.abspath(folder) for folder in folders):
         if folder not in sys.path and os.path.isdir(folder):
-            sys.path.insert(0 if first else len(sys.path), folder)
+            after = [i for i, path in enumerate(sys.path) if path in given]
+            sys.path.insert(0 if first else 1 + max(after, default=-1), folder)
 
 
 def search_path() -> str:
@@ -101,6 +106,13 @@ def parameters_taken(key: str, name: str) -> set[str]:
     """The parameters that the signature of the function of `config.<key>` names."""
     parameters = inspect.signature(load_reference(key, name)).parameters
     return {n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+
+def takes(key: str, name: str, parameter: str) -> bool:
+    """Whether the function of `config.<key>` takes a parameter, by name or as one of any."""
+    parameters = inspect.signature(load_reference(key, name)).parameters.values()
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return takes_any or parameter in parameters_taken(key, name)
 
 
 def call_reference(

@@ -251,7 +251,8 @@ def tokenize_files(
     )
     first_test_byte = int((1 - test_share) * sum(path.stat().st_size for path in inputs))
     position = test_bytes = 0
-    for piece, ids in _tokenized(files.tokenizer, _pieces(inputs), files.end):
+    pieces = _pieces(inputs, first_test_byte)
+    for piece, ids in _tokenized(files.tokenizer, pieces, files.end):
         # A piece is in the split that its first byte is in.
         split = "train" if position < first_test_byte else "test"
         position += len(piece.encode())
@@ -278,8 +279,13 @@ def _tokenized(tokenizer, pieces, end):
             yield text, end if piece is None else encoding.ids
 
 
-def _pieces(inputs: Sequence[Path]) -> Iterator[str | None]:
-    """Yields the pieces of one file after another, and None after each file."""
+def _pieces(inputs: Sequence[Path], first_test_byte: int) -> Iterator[str | None]:
+    """Yields the pieces of one file after another, and None after each file.
+
+    A piece of a single line is cut where the test split begins: pieces of a text without line ends
+    may be longer than that split.
+    """
+    position = 0
     # A piece is 2 % of a small text at most, so that it can be split into training and test.
     size = min(_PIECE_BYTES, 1 + sum(path.stat().st_size for path in inputs) // 100)
     for path in inputs:
@@ -290,6 +296,12 @@ def _pieces(inputs: Sequence[Path]) -> Iterator[str | None]:
                 # Up to a line end, but at most as much again, because a file may have no line ends.
                 while content := file.read(size) + file.readline(size):
                     if piece := decode(content):
+                        before = piece.encode()[: max(0, first_test_byte - position)]
+                        position += len(piece.encode())
+                        if before and position > first_test_byte and "\n" not in piece:
+                            # Without the bytes of a character that is cut.
+                            yield (head := before.decode(errors="ignore"))
+                            piece = piece[len(head) :]
                         yield piece
             decode(b"", final=True)  # raises an error if the last character is cut
             yield None

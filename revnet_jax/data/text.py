@@ -42,6 +42,9 @@ class Text:
     test_weight: np.ndarray | Shards | None = None
 
     def __post_init__(self):
+        for tokens in (self.train, self.test):
+            if isinstance(tokens, np.ndarray) and not np.issubdtype(tokens.dtype, np.integer):
+                raise DataError(f"got tokens of dtype {tokens.dtype}, expected whole numbers")
         for tokens, weights in ((self.train, self.train_weight), (self.test, self.test_weight)):
             if weights is not None and len(weights) != len(tokens):
                 raise DataError(
@@ -254,12 +257,12 @@ def _with_mean_one(weights: np.ndarray) -> np.ndarray:
 
 
 def _checked(windows: np.ndarray, text: Text) -> NumpyBatch:
-    largest, size = int(windows.max()), text.vocabulary.size
+    least, largest, size = int(windows.min()), int(windows.max()), text.vocabulary.size
     # Before the cast to int32, in which an id from 2**31 on would be negative.
-    if largest >= size:
+    if least < 0 or largest >= size:
         raise DataError(
-            f"got token id {largest}, expected ids below the vocabulary's {size}: the shards were "
-            "made with another tokenizer than tokens.json names"
+            f"got token id {least if least < 0 else largest}, expected 0 to {size - 1}, the ids of "
+            "the vocabulary: shards were made with another tokenizer than tokens.json names"
         )
     windows = windows.astype(np.int32)
     return {"token": windows[:, :-1], "target": windows[:, 1:]}

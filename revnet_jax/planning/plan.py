@@ -13,7 +13,7 @@ from revnet_jax.planning.compile import CompiledStep, Compiler, NotCompiled
 from revnet_jax.planning.largest import SIZES, largest_that_fits
 from revnet_jax.planning.topology import LOCAL
 from revnet_jax.planning.units import size
-from revnet_jax.planning.variants import chosen, deeper, model_depth, variants
+from revnet_jax.planning.variants import chosen, deeper, has_depth, model_depth, variants
 from revnet_jax.programs.traffic import Traffic
 from revnet_jax.training.sharding import AXES, batch_parts, mesh_sizes
 
@@ -56,7 +56,7 @@ def plan(
     for name in largest:
         if name not in sizes:
             raise UserError(f"got largest={name!r}, expected some of {', '.join(sizes)}")
-    layers = model_depth(config)
+    layers = model_depth(config) if has_depth(config) or "depth" in largest else None
     if by_part and not (topology.is_gpu or topology.name == LOCAL):
         raise UserError(f"got {_NO_PARTS.format(topology.name)}")
     overrides = chosen(list(strategies) if strategies else None, variants(config))

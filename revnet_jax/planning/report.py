@@ -28,9 +28,10 @@ def plan_table(report: Mapping[str, Any]) -> str:
     """A Markdown table with the plan's settings above it and the recommendation below."""
     limit = report["limit_bytes"]
     room = f"{size(limit)} each" if limit else "of unknown memory"
+    units = "" if report["layers"] is None else f"{report['layers']} units, "
     lines = [
         f"{report['topology']}: {report['devices']} x {report['device_kind']}, {room}; "
-        f"{report['layers']} units, batch {report['batch_size']}",
+        f"{units}batch {report['batch_size']}",
         "",
     ]
     is_gpu = report["device_kind"].startswith("NVIDIA")

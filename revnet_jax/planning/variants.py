@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from revnet_jax.config import references
 from revnet_jax.core import STRATEGIES, Backprop
 from revnet_jax.errors import UserError
 from revnet_jax.families import build_task, family_of
@@ -107,9 +108,17 @@ def model_of(config: Mapping[str, Any]) -> Model:
 
 
 def model_depth(config: Mapping[str, Any]) -> int:
-    """Number of layers of a decoder, or of residual units of other networks."""
+    """Number of layers of a decoder, or of residual units of other networks.
+
+    Raises ConfigError for a model of one's own that has no setting `layers`.
+    """
     nested = as_config(config)
     return family_of(nested).depth.of(nested.model)
+
+
+def has_depth(config: Mapping[str, Any]) -> bool:
+    """Whether the model has a setting that says how deep it is."""
+    return not references.is_reference(config["model.family"]) or "model.layers" in config
 
 
 def deeper(config: Mapping[str, Any], times: int) -> dict[str, Any]:

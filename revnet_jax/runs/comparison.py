@@ -197,7 +197,7 @@ def chosen_metrics(runs: Sequence[Run], names: Sequence[str] | None) -> list[str
     """`names`, or by default train_loss and all eval metrics. UserError for an unknown name."""
     logged = {name for run in runs for row in run.rows for name in row}
     numbers = (n for run in runs for n, x in run.summary.items() if isinstance(x, int | float))
-    known = sorted(logged.union(numbers))
+    known = sorted(logged.union(numbers) - {"steps"})  # every row has a column of its own for them
     for name in names or []:
         if name not in known:
             raise UserError(f"got metric {name!r}, expected some of {', '.join(known)}")

@@ -37,8 +37,11 @@ class TrackedRun(NamedTuple):
     step: int
 
 
-def check_tracker(name: str) -> None:
-    """Imports the package or module of a tracker. Raises ConfigError if it cannot be used."""
+def check_tracker(name: str, *, imported: bool = True) -> None:
+    """Imports the package or module of a tracker. Raises ConfigError if it cannot be used.
+
+    imported: False to check the name of a package alone, which another machine may have.
+    """
     if not name:
         return
     if references.is_reference(name):
@@ -49,6 +52,8 @@ def check_tracker(name: str) -> None:
             f"config.tracker: got {name!r}, expected nothing, {', '.join(TRACKERS)}, or "
             "MODULE:FUNCTION of your own"
         )
+    if not imported:
+        return
     try:
         # Imported before anything is compiled: in the tracker's thread, a failure only warns.
         importlib.import_module(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,17 @@ from revnet_jax.runs.resume import Change, changed_settings, check_decay
 
 @contextlib.contextmanager
 def workdir_lock(workdir: Path) -> Generator[None]:
-    """Locks `workdir`, created if missing, against other runs while the context is open."""
+    """Locks `workdir`, created if missing, against other runs while the context is open.
+
+    Raises ConfigError for a folder that cannot be made, or not hold checkpoints.
+    """
+    # Orbax searches its own files by a pattern, of which the path is a part: it would write
+    # checkpoints that cannot be read.
+    if found := re.search(r"\[[^]]+\]|\\", str(workdir.resolve())):
+        raise ConfigError(
+            f"--workdir {workdir}: got {found[0]!r} in the folder's path, expected a path without "
+            "brackets and backslashes: checkpoints cannot be written there"
+        )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -304,10 +315,11 @@ def _row(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
-def last_values(workdir: Path) -> dict[str, Any]:
-    """The last value of every metric in metrics.jsonl."""
+def values_at(workdir: Path, step: int) -> dict[str, Any]:
+    """The values of every metric in metrics.jsonl at this step."""
     values: dict[str, Any] = {}
     for row in read_rows(workdir):
-        # Rows are in the order of steps, so the latest value of each name stays.
-        values |= row
+        # Training and evaluation write rows of their own.
+        if row.get("step") == step:
+            values |= row
     return values

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from revnet_jax.config import flatten, settings
 from revnet_jax.models import num_params
+from revnet_jax.runs.tracker import check_tracker
 from revnet_jax.training.build import build_recipe, check_split
 from revnet_jax.training.inputs import check_data_dir
 from revnet_jax.training.sharding import AXES, mesh_sizes, on_mesh
@@ -44,6 +45,7 @@ def dry_run(
         traced = config.copy_and_resolve_references()
         traced.model.attention = "chunked"  # cuDNN attention needs cuDNN even for tracing
         task, schedule, optimizer = build_recipe(traced)
+    check_tracker(config.tracker, imported=False)
     with settings("profile"):
         # The constructor checks the steps to profile. Nothing is traced before `with`.
         Trace(Path(), **config.profile, last_step=config.num_steps)

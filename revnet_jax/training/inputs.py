@@ -17,7 +17,14 @@ from revnet_jax.config import (
     references,
     settings,
 )
-from revnet_jax.data import Dataset, eval_batches, load_dataset, train_batches
+from revnet_jax.data import (
+    DATASET_NAMES,
+    DataError,
+    Dataset,
+    eval_batches,
+    load_dataset,
+    train_batches,
+)
 from revnet_jax.data.source import Source, iterate_test, iterate_train
 from revnet_jax.data.text import TEXT_NAMES, Text, eval_windows, load_text, train_windows
 from revnet_jax.families import build_task, family_of
@@ -158,6 +165,13 @@ def _images(config, dataset, train, test):
     ):
         if got != expected:
             raise ConfigError(f"config.data.{name}: got {got}, expected {expected}, as in the data")
+    for split, labels in (("train", dataset.train.labels), ("test", dataset.test.labels)):
+        low, high = (np.min(labels), np.max(labels)) if len(labels) else (0, 0)
+        if low < 0 or high >= dataset.num_classes:
+            raise DataError(
+                f"{dataset.name}: got label {low if low < 0 else high} in the {split} split, "
+                f"expected 0 to {dataset.num_classes - 1}, one for each class"
+            )
     if data.mean or data.std:
         with settings("data"):
             dataset = dataset.normalised_by(data.mean, data.std)
@@ -225,5 +239,10 @@ def check_data_dir(config: ConfigDict) -> None:
     name = config.data.name
     if references.is_reference(name):
         return
+    if name not in (known := [*DATASET_NAMES, *TEXT_NAMES]):
+        raise ConfigError(
+            f"config.data.name: got {name!r}, expected one of {', '.join(known)}, or "
+            "MODULE:FUNCTION of your own"
+        )
     if not config.data.dir and name not in ("digits", "bytes"):
         raise ConfigError(f"config.data.dir: got none for {name}, expected where its files will be")

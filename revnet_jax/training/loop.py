@@ -115,7 +115,7 @@ def _train(
         with (
             contextlib.closing(data.train(start)) as batches,
             Recorder(workdir, config, task, start, seen=seen, owed=owed) as recorder,
-            traced,
+            traced.from_step(start),
         ):
             for step in range(start if owed else start + 1, config.num_steps + 1):
                 if step > start:
@@ -345,7 +345,7 @@ def summarize(
 ) -> dict[str, Any]:
     """Returns the content of summary.json. Speed and time are of this start; null if unknown."""
     # From the file: a run that was killed after its last step has no values in memory.
-    last = workdirs.last_values(workdir)
+    last = workdirs.values_at(workdir, int(state.step))
     device = jax.devices()[0]
     return {
         "steps": int(state.step),

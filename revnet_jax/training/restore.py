@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from revnet_jax.config import ConfigError, references
 from revnet_jax.data.vocabulary import vocabulary_from
 from revnet_jax.errors import tell
 from revnet_jax.models import Variables
@@ -91,11 +92,18 @@ def evaluate_run(
     """
     config = load_config(workdir)
     if data_dir is not None:
+        name = config.data.name
+        if references.is_reference(name) and not references.takes("data.name", name, "dir"):
+            raise ConfigError(
+                f"--data_dir: got {data_dir}, expected none: {name} has no parameter dir"
+            )
         config.data.dir = data_dir
     mesh = all_fsdp()
-    # Rounded up to a multiple of the devices. Test batches are padded, so scores do not change.
+    # Rounded up to multiples of the devices. Test batches are padded, so scores do not change, and
+    # of training batches no more than a first one is read.
     parts = batch_parts(mesh)
-    batch_size = -(-config.eval_batch_size // parts) * parts
+    multiple = lambda size: -(-size // parts) * parts
+    batch_size, config.batch_size = multiple(config.eval_batch_size), multiple(config.batch_size)
     # Before the weights, because missing data should be told at once.
     data = build_data(config, mesh, batch_size)
     run = restore_run(workdir, which)

@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 
-from revnet_jax.errors import writing
+from revnet_jax.errors import tell, writing
+from revnet_jax.training.distributed import is_first
 
 
 class Trace:
@@ -33,6 +34,15 @@ class Trace:
 
     def __exit__(self, *exc_info: object) -> None:
         self._stop()
+
+    def from_step(self, start: int) -> Trace:
+        """Returns itself. Says so if training goes on from a step after the first to be traced."""
+        if self._steps and start >= self._steps[0] and is_first():
+            tell(
+                f"note: config.profile.start_step: got {self._steps[0]}, expected more than "
+                f"{start}, the step that training goes on from: nothing is profiled"
+            )
+        return self
 
     def before(self, step: int) -> None:
         """Call before a step is dispatched."""

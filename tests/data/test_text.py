@@ -1,6 +1,7 @@
 """Text as tokens: of files, of shards, and back."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -156,7 +157,7 @@ def test_sizes_of_pieces_are_bytes(tokenizer_file, tmp_path, monkeypatch):
     path.write_bytes(text.encode())
     for size in (1, 2, 7, 50):
         monkeypatch.setattr(shards, "_PIECE_BYTES", size)
-        *pieces, end = shards._pieces([path])
+        *pieces, end = shards._pieces([path], 0)
         assert "".join(pieces) == text
         assert end is None
         size = min(size, 1 + len(text.encode()) // 100)
@@ -164,7 +165,7 @@ def test_sizes_of_pieces_are_bytes(tokenizer_file, tmp_path, monkeypatch):
         assert max(len(piece.encode()) for piece in pieces) <= 2 * size + 3
     path.write_bytes(text.encode() + "€".encode()[:2])
     with pytest.raises(DataError, match="got bytes that are not UTF-8"):
-        list(shards._pieces([path]))
+        list(shards._pieces([path], 0))
 
 
 def test_shards_that_find_no_room_are_written_again(path, tokenizer_file, tmp_path):
@@ -223,6 +224,12 @@ def test_what_a_tokenizer_file_may_hold(tokenizer_file, tmp_path):
     decode = codec(vocabulary, tokenizer_file).decoder([])
     pieces = [decode(int(i)) for split in (train, test) for i in split[np.arange(len(split))]]
     assert "".join(pieces) == "ein Bär, " * 300
+    # A share that is smaller than a piece of it.
+    tokenize_files([tmp_path / "line"], tokenizer_file, tmp_path / "few", test_share=0.004)
+    train, test, *_ = load_shards(tmp_path / "few")
+    pieces = [decode(int(i)) for split in (train, test) for i in split[np.arange(len(split))]]
+    assert "".join(pieces) == "ein Bär, " * 300
+    assert 5 < len("".join(pieces[-len(test) :]).encode()) < 15  # of 3,000 bytes
 
     tokenizer.no_truncation()
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
@@ -262,9 +269,17 @@ def test_mistakes(path, tokenizer_file, tmp_path):
         contextlib.closing(
             train_windows(text_of([1, 9, 1], size=9), context=2, **train)
         ) as batches,
-        pytest.raises(DataError, match="got token id 9, expected ids below the vocabulary's 9"),
+        pytest.raises(DataError, match="got token id 9, expected 0 to 8, the ids"),
     ):
         next(batches)
+    text = dataclasses.replace(text_of([1, 2, 1]), train=np.array([1, -100, 1]))
+    with (
+        contextlib.closing(train_windows(text, context=2, **train)) as batches,
+        pytest.raises(DataError, match="got token id -100, expected 0 to 255"),
+    ):
+        next(batches)
+    with pytest.raises(DataError, match="got tokens of dtype float64, expected whole numbers"):
+        dataclasses.replace(text, test=np.ones(3))
     with pytest.raises(ValueError, match="got name='words', expected one of bytes"):
         load_text("words")
     with pytest.raises(ValueError, match="got no dir for shards, expected the folder that"):

@@ -152,7 +152,7 @@ def test_a_plan_for_hosts_of_gpus(tmp_path):
             "data.context": 256,
             "mesh.data": 2,
             "mesh.fsdp": 2,
-            "model.layers": 4,
+            "model.layers": 6,
             "model.width": 256,
             "model.heads": 4,
             "model.kv_heads": 4,

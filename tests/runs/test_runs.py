@@ -155,6 +155,9 @@ def test_what_is_no_run_is_one_line(sweep, write, tmp_path):
         UserError, match="got metric 'loss', expected some of eval_loss, num_params"
     ):
         chosen_metrics(find_runs([str(sweep)], silent), ["loss"])
+    (tmp_path / "sweep" / "a0" / "summary.json").write_text('{"steps": 2}')
+    with pytest.raises(UserError, match="got metric 'steps', expected some of"):
+        chosen_metrics(find_runs([str(sweep)], silent), ["steps"])
 
 
 def test_the_program(sweep):

@@ -1,5 +1,6 @@
 """The folder of a run: which config may go on there, and what its damaged files lead to."""
 
+import contextlib
 import copy
 import json
 import os
@@ -373,7 +374,8 @@ def test_a_damaged_line_among_the_metrics(line, trained):
     write_rows(trained, [{"step": 20, "train_loss": 3.0, "a": 1.0}])
     with open(trained / "metrics.jsonl", "a") as file:
         file.write(f'{line}\n{{"step": 40, "train_loss": 2.0}}\n{{"step": 60')
-    assert workdirs.last_values(trained) == {"step": 40, "train_loss": 2.0, "a": 1.0}
+    assert workdirs.values_at(trained, 40) == {"step": 40, "train_loss": 2.0}
+    assert workdirs.values_at(trained, 60) == {}
 
 
 def test_the_choice_of_auto_holds_for_the_settings_it_was_made_for(tmp_path):
@@ -424,3 +426,17 @@ def test_another_config_before_the_first_step_forgets_what_was_found(tmp_path):
     assert (tmp_path / "auto.json").exists()
     claim(tmp_path, config_with(**{"batch_size": 7}), {})
     assert not (tmp_path / "auto.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "is_refused"),
+    [("units=[2,2]", True), ("a\\b", True), ("[", False), ("[]", False), ("a]b[ *?", False)],
+)
+def test_folders_in_which_orbax_would_lose_its_files(name, is_refused, tmp_path):
+    expects = pytest.raises(ConfigError, match="in the folder's path, expected a path without br")
+    with (
+        expects if is_refused else contextlib.nullcontext(),
+        workdirs.workdir_lock(tmp_path / name),
+    ):
+        assert (tmp_path / name).is_dir()
+    assert (tmp_path / name).exists() != is_refused

@@ -1,12 +1,15 @@
 """From the settings of the data to batches."""
 
 import contextlib
+import dataclasses
 
 import jax
 import numpy as np
 import pytest
 
 from revnet_jax.config import ConfigError, digits
+from revnet_jax.data import DataError, load_dataset
+from revnet_jax.training import inputs
 from revnet_jax.training.inputs import build_data
 from revnet_jax.training.sharding import make_mesh
 
@@ -37,3 +40,16 @@ def test_a_normalisation_has_a_mean_and_a_deviation_per_channel(mean, std):
     config.data.mean, config.data.std = mean, std
     with pytest.raises(ConfigError, match=r"^config.data: got mean=.* expected 1 numbers in each"):
         build_data(config, make_mesh(jax.devices()))
+
+
+@pytest.mark.parametrize(("label", "split"), [(-1, "test"), (10, "train"), (10, "test")])
+def test_labels_that_are_no_class(label, split, monkeypatch):
+    dataset = load_dataset("digits")
+    labels = getattr(dataset, split).labels.copy()
+    labels[-1] = label
+    wrong = dataclasses.replace(getattr(dataset, split), labels=labels)
+    dataset = dataclasses.replace(dataset, **{split: wrong})
+    monkeypatch.setattr(inputs, "load_data", lambda config: dataset)
+    message = rf"digits: got label {label} in the {split} split, expected 0 to 9"
+    with pytest.raises(DataError, match=message):
+        build_data(digits(), make_mesh(jax.devices()))

@@ -48,3 +48,11 @@ def test_operations_say_what_they_belong_to(tiny_config, lockstep):
     text = program.step.lower(program.state, program.batch).compile().as_text()
     for name in ("forward", "rewind", "update", "stem", "head"):
         assert re.search(rf"[/(]{name}[/)]", text), name
+
+
+def test_a_trace_of_steps_that_are_past_is_said(tmp_path, capsys):
+    trace = Trace(tmp_path, start_step=10, num_steps=3, last_step=20)
+    trace.from_step(9)
+    assert not capsys.readouterr().err
+    trace.from_step(10)
+    assert "got 10, expected more than 10, the step that" in capsys.readouterr().err
