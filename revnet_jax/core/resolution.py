@@ -23,7 +23,7 @@ def count_updates(
     x: Any,
     u: Any,
     grid: Grid | None,
-    pick: Callable[[jax.Array], jax.Array] = lambda leaf: leaf,
+    pick: Callable[[list[jax.Array]], list[jax.Array]] = lambda arrays: arrays,
 ) -> tuple[Any, Any]:
     """(elements whose update is not 0, those of them that the grid leaves as they were); int32.
 
@@ -32,7 +32,7 @@ def count_updates(
     Args:
       x: a stream.
       u: its update.
-      pick: takes some elements of an array, of all of which it is given the results.
+      pick: takes some elements of arrays of one shape, the same of each.
 
     Returns zeros without a grid, or for an update that is neither a tree like the stream's nor
     several such trees.
@@ -51,21 +51,23 @@ def count_updates(
     merged = [jax.tree.leaves(coupling.merge(x, each, grid)[0]) for each in (u, idle)]
     count, lost = jnp.int32(0), jnp.int32(0)
     for i, (with_u, without) in enumerate(zip(*merged, strict=True)):
-        nonzero = [pick(leaf) != 0 for leaf in updates[i :: len(leaves)]]
-        is_update = functools.reduce(jnp.logical_or, nonzero, jnp.bool_(False))
+        with_u, without, *mine = pick([with_u, without, *updates[i :: len(leaves)]])
+        is_update = functools.reduce(jnp.logical_or, [leaf != 0 for leaf in mine], jnp.bool_(False))
         count += jnp.sum(is_update, dtype=jnp.int32)
-        lost += jnp.sum(is_update & (pick(with_u) == pick(without)), dtype=jnp.int32)
+        lost += jnp.sum(is_update & (with_u == without), dtype=jnp.int32)
     return count, lost
 
 
-def a_few(leaf: jax.Array) -> jax.Array:
-    """The first elements of each example of an array, eight at most.
+def a_few(arrays: list[jax.Array]) -> list[jax.Array]:
+    """The first elements of each example, eight at most, of arrays of one shape.
 
     Cost: on an H100 a small kernel for each half-step, which computes no others. To look at the
     undone stream instead would take another pass over it, as the compiler then fuses less.
     """
     # Of the axes after that of the examples the first element, of the last one eight; of an axis
     # that is split over devices (an Explicit one of the mesh) as many of each part.
-    most = [*leaf.shape[:1], *([1] * (leaf.ndim - 2)), 8][: leaf.ndim]
-    most = [n * parts for n, parts in zip(most, trees.parts(leaf), strict=True)]
-    return lax.slice(leaf, [0] * leaf.ndim, list(map(min, leaf.shape, most)))
+    shape = arrays[0].shape
+    most = [*shape[:1], *([1] * (len(shape) - 2)), 8][: len(shape)]
+    parts = [max(each) for each in zip(*map(trees.parts, arrays), strict=True)]
+    most = [n * p for n, p in zip(most, parts, strict=True)]
+    return [lax.slice(leaf, [0] * len(shape), list(map(min, shape, most))) for leaf in arrays]
