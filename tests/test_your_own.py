@@ -8,6 +8,7 @@ import shutil
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -103,6 +104,27 @@ def test_the_example_has_a_timeline(config):
     assert has_depth(flatten(config))
     (line,) = timelines(config, 3, ["reverse"])
     assert line.peak_bytes == pytest.approx(line.compiled_bytes, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("method", "wrong", "message"),
+    [
+        ("sums", lambda self, variables, batch: {"loss": 1.0}, r"got \{'loss'.* from sums of"),
+        ("sums", lambda self, variables, batch: {"count": batch["weight"]}, "a dictionary of scal"),
+        ("loss", lambda self, *_, sweep: jnp.ones(()), r"got .* from loss of .*, expected \(a sc"),
+        ("loss", lambda self, *_, sweep: (jnp.ones(2), ({}, {})), "new running averages"),
+        ("loss", lambda self, *_, sweep: (jnp.ones(()), ({}, {"a": jnp.ones(2)})), "of scalars"),
+    ],
+)
+def test_what_a_task_returns_is_checked_before_training(
+    config, method, wrong, message, monkeypatch
+):
+    mesh = make_mesh(jax.devices())
+    build_data(config, mesh)
+    task = references.load_reference("model.family", config.model.family).__globals__["Hold"]
+    monkeypatch.setattr(task, method, wrong)
+    with pytest.raises(ConfigError, match=message):
+        build_data(config, mesh)
 
 
 def test_a_model_without_a_setting_of_its_depth(config):
@@ -246,8 +268,8 @@ class Plain(ChainModel):
 
 class Mine(Task):
     def __init__(self, network): self.network = network
-    def loss(self): ...
-    def sums(self): ...
+    def loss(self, variables, batch, key, *, sweep): return jnp.zeros(()), ({}, {})
+    def sums(self, variables, batch): return {"count": jnp.ones(())}
     def batch_shapes(self, batch_size): return {"x": np.zeros((batch_size, 3), np.float32)}
 
 def build(**options): return Mine(Plain(layers=2, **options))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -28,7 +30,7 @@ from revnet_jax.data import (
 from revnet_jax.data.source import Source, iterate_test, iterate_train
 from revnet_jax.data.text import TEXT_NAMES, Text, eval_windows, load_text, train_windows
 from revnet_jax.families import build_task, family_of
-from revnet_jax.models import ConvNet, LanguageModel, VisionTransformer
+from revnet_jax.models import ConvNet, LanguageModel, Sweep, VisionTransformer
 from revnet_jax.runs import data_record
 from revnet_jax.training.sharding import local_rows
 
@@ -74,9 +76,12 @@ def build_data(config: ConfigDict, mesh: Mesh, eval_batch_size: int | None = Non
         found = _source(config, loaded, train, test)
     # Whether batches of a user's data or for a user's model fit is seen by reading one.
     if any(map(references.is_reference, (data.name, config.model.family))):
+        task = build_task(config)
         with settings("data"):
             weighted = isinstance(loaded, Text) and loaded.train_weight is not None
-            _check_batches(build_task(config), found, train, test, weighted)
+            batches = _check_batches(task, found, train, test, weighted)
+        if references.is_reference(config.model.family):
+            _check_task(config.model.family, task, *batches)
     return found
 
 
@@ -201,10 +206,13 @@ def _source(config, source, train, test):
 
 
 def _check_batches(task, data, train, test, weighted):
-    """Raises ValueError if batches of a user's data or for a user's task have wrong shapes.
+    """Returns a training batch and a test batch, of a user's data or for a user's task.
 
     weighted: whether training batches have a weight, as test batches do.
+
+    Raises ValueError if they have wrong shapes.
     """
+    found = []
     for split, batches, of in (("training", data.train(0), train), ("test", data.test(), test)):
         with contextlib.closing(batches):
             batch = next(batches)
@@ -224,6 +232,30 @@ def _check_batches(task, data, train, test, weighted):
                     f"got {name} {low if low < 0 else high} in a {split} batch, expected 0 to "
                     f"{size - 1}, as the model has {size}"
                 )
+        found.append(batch)
+    return found
+
+
+def _check_task(name, task, train_batch, test_batch):
+    """Raises ConfigError unless a user's `loss` and `sums` return what `Task` says; traces them."""
+    key, is_scalar = jax.random.key(0), lambda leaf: getattr(leaf, "shape", None) == ()
+    are_scalars = lambda found: isinstance(found, dict) and all(map(is_scalar, found.values()))
+    variables = jax.eval_shape(task.network.init, key)
+    sums = jax.eval_shape(task.sums, variables, test_batch)
+    if not are_scalars(sums) or "count" not in sums:
+        raise ConfigError(
+            f"config.model.family: got {sums} from sums of {name}, expected a dictionary of "
+            "scalars: weighted sums, and the total weight as 'count'"
+        )
+    loss = functools.partial(task.loss, sweep=Sweep())
+    match jax.eval_shape(loss, variables, train_batch, key):
+        case loss, (_, means) if is_scalar(loss) and are_scalars(means):
+            return
+        case found:
+            raise ConfigError(
+                f"config.model.family: got {found} from loss of {name}, expected (a scalar, (new "
+                "running averages, a dictionary of scalars))"
+            )
 
 
 def _numbers_of_ids(network):
