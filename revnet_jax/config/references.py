@@ -108,13 +108,6 @@ def parameters_taken(key: str, name: str) -> set[str]:
     return {n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
 
-def takes(key: str, name: str, parameter: str) -> bool:
-    """Whether the function of `config.<key>` takes a parameter, by name or as one of any."""
-    parameters = inspect.signature(load_reference(key, name)).parameters.values()
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    return takes_any or parameter in parameters_taken(key, name)
-
-
 def call_reference(
     key: str,
     name: str,

@@ -329,7 +329,7 @@ def _loss(layer, backprop, *, length=None, with_aux=True) -> Callable[..., jax.A
 
 
 def _cast(tree: Any, dtype: Any) -> Any:
-    """Casts floats, and complex numbers where they then hold pairs of such floats."""
+    """Casts floats to the dtype, and complex numbers to complex128 if it is float64."""
 
     def cast(leaf):
         kind = trees.dtype_of(leaf)

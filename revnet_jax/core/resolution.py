@@ -64,8 +64,8 @@ def a_few(arrays: list[jax.Array]) -> list[jax.Array]:
     Cost: on an H100 a small kernel for each half-step, which computes no others. To look at the
     undone stream instead would take another pass over it, as the compiler then fuses less.
     """
-    # Of the axes after that of the examples the first element, of the last one eight; of an axis
-    # that is split over devices (an Explicit one of the mesh) as many of each part.
+    # One element of each axis after that of the examples, and eight of the last. An axis that is
+    # split over devices (an Explicit one of the mesh) gives as many of each part.
     shape = arrays[0].shape
     most = [*shape[:1], *([1] * (len(shape) - 2)), 8][: len(shape)]
     parts = [max(each) for each in zip(*map(trees.parts, arrays), strict=True)]

@@ -34,8 +34,8 @@ def workdir_lock(workdir: Path) -> Generator[None]:
 
     Raises ConfigError for a folder that cannot be made, or not hold checkpoints.
     """
-    # Orbax searches its own files by a pattern, of which the path is a part: it would write
-    # checkpoints that cannot be read.
+    # Orbax finds its own files by a pattern that contains the path. With these characters it finds
+    # none, and writes checkpoints that cannot be read.
     if found := re.search(r"\[[^]]+\]|\\", str(workdir.resolve())):
         raise ConfigError(
             f"--workdir {workdir}: got {found[0]!r} in the folder's path, expected a path without "

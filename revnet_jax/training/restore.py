@@ -93,14 +93,17 @@ def evaluate_run(
     config = load_config(workdir)
     if data_dir is not None:
         name = config.data.name
-        if references.is_reference(name) and not references.takes("data.name", name, "dir"):
+        # As in `load_data`, which gives `dir` to functions that name it.
+        if references.is_reference(name) and "dir" not in references.parameters_taken(
+            "data.name", name
+        ):
             raise ConfigError(
                 f"--data_dir: got {data_dir}, expected none: {name} has no parameter dir"
             )
         config.data.dir = data_dir
     mesh = all_fsdp()
-    # Rounded up to multiples of the devices. Test batches are padded, so scores do not change, and
-    # of training batches no more than a first one is read.
+    # Rounded up to multiples of the devices. Test batches are padded, so scores do not change. A
+    # training batch is read for its shapes at most.
     parts = batch_parts(mesh)
     multiple = lambda size: -(-size // parts) * parts
     batch_size, config.batch_size = multiple(config.eval_batch_size), multiple(config.batch_size)

@@ -36,7 +36,7 @@ class Trace:
         self._stop()
 
     def from_step(self, start: int) -> Trace:
-        """Returns itself. Says so if training goes on from a step after the first to be traced."""
+        """Returns itself. Prints a note if training goes on after the first step to be traced."""
         if self._steps and start >= self._steps[0] and is_first():
             tell(
                 f"note: config.profile.start_step: got {self._steps[0]}, expected more than "

@@ -240,7 +240,7 @@ def test_updates_of_every_coupling_are_counted(build, shapes):
         return sum(map(jnp.sum, jax.tree.leaves(y)))
 
     found = jax.grad(loss, argnums=1)((jnp.ones(2),) * 2, Exactness.probe())
-    # Of each of three examples at most eight elements, in two layers of two half-steps.
+    # At most eight elements of each of three examples, in two layers of two half-steps.
     updates = 4 * 3 * sum(min(8, shape[-1]) for shape in shapes)
     assert (found.updates, found.lost_updates, found.mismatches) == (updates, updates, 0)
 

@@ -95,7 +95,7 @@ def test_no_strategy_keeps_gathered_weights(backprop, depth):
         text = jax.jit(jax.grad(loss)).lower(params_L).compile().as_text()
     kept = [leaf for leaf in jax.tree.leaves(pullback) if leaf.shape[-2:] == (WIDTH, WIDTH)]
     assert {leaf.dtype for leaf in kept} <= {jnp.dtype("float32")}
-    # Of both branches in the forward pass. In the backward pass the first may need no weights.
+    # Both branches gather in the forward pass. In the backward pass the first may need no weights.
     assert text.count(" all-gather(") >= 3
 
 
